@@ -1,0 +1,1 @@
+"""The mathematics of TokenBridge: tokenizer, quantizer, backbone, channel head, sampling."""

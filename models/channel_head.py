@@ -1,0 +1,235 @@
+"""The channel-autoregressive head (section 3.2, Eq. 6): one token's channels, one after the other."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+#: Elements of AdaLN modulations held at once in sampling; more tokens than that allows go through in turn.
+MODULATION_BUDGET = 2**28
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """AdaLN: a normalized ``x`` scaled around 1 and shifted."""
+    return x * (1 + scale) + shift
+
+
+def ada_ln(dim: int, parts: int) -> nn.Sequential:
+    """SiLU and the Linear that gives ``parts`` modulations of width ``dim`` from a condition of width ``dim``."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """Softmax attention ``[M, H, N, d]`` with scale 1/sqrt(d); ``mask [N, N]`` is added to the scores.
+
+    On the CPU as plain products: PyTorch's fused kernel is 2 to 8 times slower there on sequences this short, most of
+    all its bf16 backward pass.
+    """
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=mask is not None)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    return F.dropout(scores.softmax(dim=-1), dropout) @ v
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Blocks.
+
+
+class ChannelAttention(nn.Module):
+    """Causal self-attention along the channels, with normalized queries and keys."""
+
+    def __init__(self, dim: int, heads: int, norm_layer: Callable, attn_dropout: float, proj_dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = norm_layer(dim // heads)
+        self.k_norm = norm_layer(dim // heads)
+        self.attn_dropout = attn_dropout
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_dropout)
+
+    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = rearrange(self.qkv(x), "m c (three h d) -> three m h c d", three=3, h=self.heads)
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """All places at once, ``[M, C, D]``, each attending where the causal ``mask [C, C]`` is 0."""
+        out = attend(*self._qkv(x), mask, self.attn_dropout if self.training else 0.0)
+        return self.proj_drop(self.proj(rearrange(out, "m h c d -> m c (h d)")))
+
+    def step(self, x: Tensor, cache: Tensor, place: int) -> Tensor:
+        """One place ``[M, 1, D]``; its key and value join ``cache [2, M, H, C, d]``, which holds those before it."""
+        q, k, v = self._qkv(x)
+        cache[0, :, :, place : place + 1] = k
+        cache[1, :, :, place : place + 1] = v
+        out = attend(q, *cache[:, :, :, : place + 1])
+        return self.proj(rearrange(out, "m h 1 d -> m 1 (h d)"))
+
+
+class ChannelBlock(nn.Module):
+    """Pre-norm transformer block whose norms and residuals are modulated by the place's condition (AdaLN)."""
+
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float, norm_layer: Callable, attn_dropout: float, proj_dropout: float
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = ChannelAttention(dim, heads, norm_layer, attn_dropout, proj_dropout)
+        self.norm2 = norm_layer(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout)
+        self.adaLN_modulation = ada_ln(dim, 6)
+
+    def forward(self, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+        """``x [M, N, D]`` and its ``modulation [M, N, 6D]``; ``attention`` is that of all places or of one step."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        x = x + gate_attn * attention(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+    def all_places(self, x: Tensor, conditions: Tensor, mask: Tensor) -> Tensor:
+        """``x [M, C, D]`` under its ``conditions [M, C, D]`` and the causal ``mask [C, C]``."""
+        return self(x, self.adaLN_modulation(conditions), lambda y: self.attn(y, mask))
+
+
+class FinalLayer(nn.Module):
+    """The last modulated norm, without gate; scale comes before shift here, as in the published weights."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.adaLN_modulation = ada_ln(dim, 2)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """``x [M, C, D]`` and its ``modulation [M, C, 2D]``."""
+        scale, shift = modulation.chunk(2, dim=-1)
+        return modulate(self.norm(x), shift, scale)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The head.
+
+
+class ChannelHead(nn.Module):
+    """p(q | z) as a product over channels in generation order (Eq. 6), shared by all positions.
+
+    The sequence for one token is the projected feature, then the embeddings of the channels already known; place i
+    gives the logits of channel i. The feature also conditions every place through AdaLN.
+
+    Args:
+        feature_dim: width of the backbone's features.
+        channels: places C, one a channel.
+        levels: classes K of each channel.
+        dim, depth, heads: width, blocks, attention heads.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        channels: int,
+        levels: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        norm_layer: Callable[[int], nn.Module],
+        attn_dropout: float,
+        proj_dropout: float,
+        grad_checkpointing: bool,
+    ):
+        super().__init__()
+        self.channels, self.levels, self.dim, self.depth = channels, levels, dim, depth
+        self.grad_checkpointing = grad_checkpointing
+        self.channel_embed = nn.Parameter(torch.zeros(1, channels, dim))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, channels, dim))
+        self.register_buffer("channel_mask", torch.full((channels, channels), -torch.inf).triu(1))
+        self.condition_proj = nn.Linear(feature_dim, dim)
+        self.token_embeddings = nn.ModuleList(nn.Embedding(levels, dim) for _ in range(channels - 1))
+        self.channel_blocks = nn.ModuleList(
+            ChannelBlock(dim, heads, mlp_ratio, norm_layer, attn_dropout, proj_dropout) for _ in range(depth)
+        )
+        self.channel_norm = norm_layer(dim)
+        self.channel_final = FinalLayer(dim)
+        self.channel_heads = nn.ModuleList(nn.Linear(dim, levels) for _ in range(channels))
+
+    def embed(self, targets: Tensor) -> Tensor:
+        """Levels of all channels but the last, from ``targets [M, C]``, each in its own embedding: ``[M, C-1, D]``."""
+        known = targets[:, :-1]
+        if not self.token_embeddings:
+            return self.channel_embed.new_zeros(*known.shape, self.dim)
+        table = torch.cat([embedding.weight for embedding in self.token_embeddings])  # [(C-1) K, D]
+        return F.embedding(known + self.levels * torch.arange(self.channels - 1, device=known.device), table)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Each place through its own linear layer, as one batched product: ``[M, C, D]`` to logits ``[M, C, K]``."""
+        weight = torch.stack([head.weight for head in self.channel_heads])  # [C, K, D]
+        bias = torch.stack([head.bias for head in self.channel_heads])  # [C, K]
+        return torch.einsum("mcd,ckd->mck", x, weight) + bias
+
+    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Teacher-forced logits.
+
+        Args:
+            features: ``[M, F]``, one row a token.
+            targets: levels ``[M, C]`` in generation order; place i sees those before i only.
+
+        Returns:
+            logits ``[M, C, K]`` in generation order.
+        """
+        condition = self.condition_proj(features)[:, None]  # [M, 1, D]
+        x = torch.cat([condition, self.embed(targets).to(condition.dtype)], dim=1) + self.channel_embed  # [M, C, D]
+        conditions = condition + self.timesteps_embeddings  # [M, C, D]
+        for block in self.channel_blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block.all_places, x, conditions, self.channel_mask, use_reentrant=False)
+            else:
+                x = block.all_places(x, conditions, self.channel_mask)
+        return self.classify(self.channel_final(self.channel_norm(x), self.channel_final.adaLN_modulation(conditions)))
+
+    @torch.no_grad()
+    def sample(self, features: Tensor, choose: Callable[[Tensor, int], Tensor], first_place: str = "trained") -> Tensor:
+        """Channels one after the other, with keys and values kept: C steps of one place each.
+
+        Args:
+            features: ``[M, F]``, one row a token.
+            choose: takes the logits ``[M, K]`` (float32) of a place and its number, gives the levels ``[M]``.
+            first_place: ``"trained"`` feeds place 0 as training does; ``"released"`` adds the place's AdaLN embedding
+                to it, as the published sampler does.
+
+        Returns:
+            levels ``[M, C]`` in generation order.
+
+        Raises:
+            ValueError: another ``first_place``.
+        """
+        if first_place not in ("trained", "released"):
+            raise ValueError(f'first_place is "trained" or "released", not {first_place!r}')
+        condition = self.condition_proj(features)[:, None]  # [M, 1, D]
+        # The conditions of all places are known beforehand: one AdaLN product a block instead of one a place.
+        conditions = condition + self.timesteps_embeddings  # [M, C, D]
+        modulations = [block.adaLN_modulation(conditions) for block in self.channel_blocks]  # [M, C, 6D] each
+        final_modulation = self.channel_final.adaLN_modulation(conditions)
+        heads = self.channel_blocks[0].attn.heads if self.depth else 1
+        cache = condition.new_empty(self.depth, 2, len(features), heads, self.channels, self.dim // heads)
+
+        x = conditions[:, :1] if first_place == "released" else condition
+        levels = []
+        for place in range(self.channels):
+            here = slice(place, place + 1)
+            x = x + self.channel_embed[:, here]
+            for block, modulation, kept in zip(self.channel_blocks, modulations, cache, strict=True):
+                x = block(x, modulation[:, here], partial(block.attn.step, cache=kept, place=place))
+            x = self.channel_final(self.channel_norm(x), final_modulation[:, here])
+            levels.append(choose(self.channel_heads[place](x)[:, 0].float(), place))
+            if place + 1 < self.channels:
+                x = self.token_embeddings[place](levels[-1])[:, None].to(condition.dtype)  # [M, 1, D]
+        return torch.stack(levels, dim=1)
+
+    def rows_at_once(self) -> int:
+        """Tokens whose modulations fit :data:`MODULATION_BUDGET`."""
+        return max(1, MODULATION_BUDGET // (self.channels * self.dim * (6 * self.depth + 2)))

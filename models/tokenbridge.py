@@ -1,0 +1,406 @@
+"""TokenBridge: quantized latents learned by a masked backbone and a channel-autoregressive head (section 3)."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from models import sampling
+from models.backbone import MaskedBackbone, gather_tokens
+from models.channel_head import ChannelHead
+from models.quantizer import GaussianQuantizer
+
+#: KL-16's channels by share of low-frequency energy, highest first (section 3.2). Published checkpoints do not hold it.
+KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
+
+
+class TokenBridge(nn.Module):
+    """Masked autoregressive generation over post-training-quantized latents.
+
+    Args:
+        img_size: height and width of the images in pixels.
+        vae_stride: pixels a latent position covers, each way.
+        patch_size: latent positions a token covers, each way.
+        encoder_embed_dim, encoder_depth, encoder_num_heads: the backbone's encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the backbone's decoder.
+        channel_embed_dim, channel_depth, channel_heads: the channel head.
+        mlp_ratio: hidden width of every MLP over its width.
+        norm_layer: makes a norm from a width.
+        quant_levels: levels K of each channel, 2 to 740 at three deviations.
+        vae_embed_dim: channels of the latents.
+        mask_ratio_min: lower end of the drawn mask ratios.
+        label_drop_prob: probability of training without the label.
+        class_num: number of classes.
+        attn_dropout, proj_dropout: dropout of attention weights and of projections, in backbone and head.
+        buffer_size: positions in front of the tokens that hold the class embedding.
+        grad_checkpointing: recompute blocks in the backward pass.
+        quant_min, quant_max, std_range: see :class:`models.quantizer.GaussianQuantizer`.
+        channel_order: the order in which the head predicts a token's channels, a permutation of
+            ``range(vae_embed_dim * patch_size**2)``; by default KL-16's where there are 16, else their own order.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or an order that is not a permutation.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 256,
+        vae_stride: int = 16,
+        patch_size: int = 1,
+        encoder_embed_dim: int = 1024,
+        encoder_depth: int = 16,
+        encoder_num_heads: int = 16,
+        decoder_embed_dim: int = 1024,
+        decoder_depth: int = 16,
+        decoder_num_heads: int = 16,
+        channel_embed_dim: int = 256,
+        channel_depth: int = 4,
+        channel_heads: int = 8,
+        mlp_ratio: float = 4.0,
+        norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        quant_levels: int = 32,
+        vae_embed_dim: int = 16,
+        mask_ratio_min: float = 0.7,
+        label_drop_prob: float = 0.1,
+        class_num: int = 1000,
+        attn_dropout: float = 0.1,
+        proj_dropout: float = 0.1,
+        buffer_size: int = 64,
+        grad_checkpointing: bool = False,
+        quant_min: float = -5.0,
+        quant_max: float = 5.0,
+        std_range: float = 3.0,
+        channel_order: Sequence[int] | None = None,
+    ):
+        super().__init__()
+        #: Everything that rebuilds this model but ``norm_layer``: plain types, stored in checkpoints.
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "norm_layer")}
+        if img_size % (vae_stride * patch_size):
+            raise ValueError(
+                f"img_size {img_size} is not a multiple of vae_stride x patch_size = {vae_stride * patch_size}"
+            )
+        if not 0 <= mask_ratio_min <= 1:
+            raise ValueError(f"mask_ratio_min lies between 0 and 1, got {mask_ratio_min}")
+        self.patch_size, self.vae_embed_dim, self.class_num = patch_size, vae_embed_dim, class_num
+        self.mask_ratio_min = mask_ratio_min
+        self.grid_size = img_size // vae_stride // patch_size
+        self.seq_len = self.grid_size**2
+        self.token_dim = vae_embed_dim * patch_size**2
+        self._set_channel_order(channel_order)
+
+        shared = {
+            "mlp_ratio": mlp_ratio,
+            "norm_layer": norm_layer,
+            "attn_dropout": attn_dropout,
+            "proj_dropout": proj_dropout,
+            "grad_checkpointing": grad_checkpointing,
+        }
+        self.backbone = MaskedBackbone(
+            token_dim=self.token_dim,
+            seq_len=self.seq_len,
+            class_num=class_num,
+            buffer_size=buffer_size,
+            encoder_embed_dim=encoder_embed_dim,
+            encoder_depth=encoder_depth,
+            encoder_num_heads=encoder_num_heads,
+            decoder_embed_dim=decoder_embed_dim,
+            decoder_depth=decoder_depth,
+            decoder_num_heads=decoder_num_heads,
+            label_drop_prob=label_drop_prob,
+            **shared,
+        )
+        self.head = ChannelHead(
+            feature_dim=decoder_embed_dim,
+            channels=self.token_dim,
+            levels=quant_levels,
+            dim=channel_embed_dim,
+            depth=channel_depth,
+            heads=channel_heads,
+            **shared,
+        )
+        self.quantizer = GaussianQuantizer(quant_levels, quant_min, quant_max, std_range)
+        self._published = {name.split(".", 1)[1]: name for name in nn.Module.state_dict(self)}
+        self.register_state_dict_post_hook(_to_published)
+        self.register_load_state_dict_pre_hook(_from_published)
+        self.initialize_weights()
+
+    def _set_channel_order(self, order: Sequence[int] | None) -> None:
+        channels = self.token_dim
+        if order is None:
+            order = KL16_CHANNEL_ORDER if channels == len(KL16_CHANNEL_ORDER) else range(channels)
+        order = [int(channel) for channel in order]
+        if sorted(order) != list(range(channels)):
+            raise ValueError(f"channel_order must hold each of 0 to {channels - 1} once, got {order}")
+        self.config["channel_order"] = order
+        order = torch.tensor(order)
+        self.register_buffer("generation_order", order, persistent=False)
+        self.register_buffer("from_generation_order", order.argsort(), persistent=False)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draws all weights anew: Xavier for layers, 0.02 for embeddings and free parameters, zero for AdaLN."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+                if "adaLN_modulation" in name:  # every block starts as the identity
+                    nn.init.zeros_(module.weight)
+        free = [parameter for part in (self.backbone, self.head) for parameter in part.parameters(recurse=False)]
+        for parameter in [*free, self.class_emb.weight]:
+            nn.init.normal_(parameter, std=0.02)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Names. Published checkpoints are flat: their names are ours without the part (backbone, head, quantizer), and
+    # their optimizer states list the free parameters of all parts before any layer's.
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters by published name, in published order."""
+        members = super().named_parameters("", recurse, remove_duplicate)
+        published = [(name.split(".", 1)[1], parameter) for name, parameter in members]
+        for name, parameter in sorted(published, key=lambda item: "." in item[0]):
+            yield f"{prefix}.{name}" if prefix else name, parameter
+
+    @property
+    def class_emb(self) -> nn.Embedding:
+        """Labels to class embeddings ``[B, D]``."""
+        return self.backbone.class_emb
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.backbone.fake_latent.device
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Tokens (section 3.1).
+
+    def patchify(self, x: Tensor) -> Tensor:
+        """Latents ``[B, C, h, w]`` to tokens ``[B, L, C patch^2]``, row by row."""
+        return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`patchify`."""
+        p = self.patch_size
+        return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p)
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens ``[B, L, C]`` to levels, in the latents' own channel order, and their values (Eq. 1, 4, 5)."""
+        return self.quantizer(x)
+
+    def check_labels(self, labels: Tensor) -> Tensor:
+        """``labels`` themselves.
+
+        Raises:
+            ValueError: one of them, on the CPU, is outside the classes. Those on a device are not waited for.
+        """
+        if not labels.is_cuda and len(labels):
+            lowest, highest = int(labels.min()), int(labels.max())
+            if lowest < 0 or highest >= self.class_num:
+                raise ValueError(
+                    f"labels run from {lowest} to {highest}, "
+                    f"but the model's classes from 0 to {self.class_num - 1} (class_num {self.class_num})"
+                )
+        return labels
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Training (section 3.3).
+
+    def sample_orders(self, bsz: int) -> Tensor:
+        """A random order of the positions for each sample, ``[B, L]``; the first ones are masked."""
+        return sampling.random_orders(bsz, self.seq_len, self.device)
+
+    def draw_num_masked(self) -> int:
+        """Masked tokens of a batch: L times a ratio from normal(1, 0.25) on [mask_ratio_min, 1], rounded up."""
+        low = torch.special.ndtr(torch.tensor((self.mask_ratio_min - 1) / 0.25, dtype=torch.float64))
+        quantile = low + (0.5 - low) * torch.rand((), dtype=torch.float64)  # on the host: shapes follow from it
+        ratio = 1 + 0.25 * torch.special.ndtri(quantile).item()
+        return math.ceil(self.seq_len * min(max(ratio, self.mask_ratio_min), 1.0))
+
+    def random_masking(self, x: Tensor, orders: Tensor) -> Tensor:
+        """A mask ``[B, L]``, 1 where a token is masked, from ``orders [B, L]``; ``x`` gives the device."""
+        mask = torch.zeros(orders.shape, device=x.device)
+        return mask.scatter(1, orders[:, : self.draw_num_masked()].to(x.device), 1.0)
+
+    @staticmethod
+    def _split(mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of known and masked tokens, ``[B, L - n]`` and ``[B, n]``, ascending, from a mask ``[B, L]``."""
+        counts = mask.sum(dim=1).long().tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(f"all samples of a batch need the same number of masked tokens, got {counts}")
+        positions = mask.argsort(dim=1, stable=True)
+        return positions.tensor_split([mask.shape[1] - counts[0]], dim=1)
+
+    def forward_mae_encoder(self, x: Tensor, mask: Tensor, class_embedding: Tensor) -> Tensor:
+        """Tokens ``[B, L, C]``, a mask ``[B, L]`` and class embeddings ``[B, D]`` to ``[B, buffer + known, D]``."""
+        return self.backbone.encode(x, self._split(mask)[0], class_embedding)
+
+    def forward_mae_decoder(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The encoder's output ``[B, buffer + known, D]`` and its mask to features z ``[B, L, D]``."""
+        return self.backbone.decode(x, self._split(mask)[0])
+
+    def forward_channel_ar(self, features: Tensor, channel_targets: Tensor, mask: Tensor) -> Tensor:
+        """Teacher-forced logits of the masked tokens (Eq. 6).
+
+        Args:
+            features: ``[B, L, D]``.
+            channel_targets: levels ``[B, L, C]`` in generation order.
+            mask: ``[B, L]``, 1 where a token is masked.
+
+        Returns:
+            logits ``[masked, C, K]`` in generation order, rows by sample, then position.
+        """
+        masked = mask.bool()
+        return self.head(features[masked], channel_targets[masked])
+
+    def forward(self, latents: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats over masked tokens and all channels.
+
+        Args:
+            latents: ``[B, C, h, w]``, scaled by the latent factor.
+            labels: classes ``[B]``.
+            mask: ``[B, L]``, 1 where a token is masked, the same number in each sample; drawn if not given.
+
+        Raises:
+            ValueError: latents of another shape, labels outside the classes, or uneven masks.
+        """
+        expected = (self.vae_embed_dim, self.grid_size * self.patch_size, self.grid_size * self.patch_size)
+        if latents.shape[1:] != expected:
+            raise ValueError(f"latents are {list(latents.shape[1:])} (C, h, w), the model's are {list(expected)}")
+        indices, tokens = self.quantize(self.patchify(latents))  # [B, L, C] each
+        if mask is None:
+            orders, num_masked = self.sample_orders(len(latents)), self.draw_num_masked()
+            masked, known = orders.tensor_split([num_masked], dim=1)
+        else:
+            known, masked = self._split(mask)
+        features = self.backbone(tokens, known, self.class_emb(self.check_labels(labels)))  # [B, L, D]
+        targets = gather_tokens(indices[..., self.generation_order], masked).flatten(0, 1)  # [M, C]
+        logits = self.head(gather_tokens(features, masked).flatten(0, 1), targets)  # [M, C, K]
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def training_flops(self, num_masked: float | None = None) -> float:
+        """Floating-point operations of a training step for one image: three times those of the forward pass.
+
+        Counted are the matrix products, 2 operations a multiply-add: in a block of width D on S places
+        2 S (4 + 2 mlp_ratio) D^2 + 4 S^2 D, in the head 2 S 6 D^2 more for AdaLN, on ``num_masked`` sequences of C
+        places. ``num_masked`` defaults to the expected number.
+        """
+        c = self.config
+        if num_masked is None:
+            a = (self.mask_ratio_min - 1) / 0.25
+            density = (math.exp(-a * a / 2) - 1) / math.sqrt(2 * math.pi)
+            mean = density / (0.5 * math.erf(-a / math.sqrt(2))) if a else 0.0
+            num_masked = self.seq_len * (1 + 0.25 * mean)
+
+        def blocks(depth: int, dim: int, places: float, extra: float = 0.0) -> float:
+            return depth * (2 * places * (4 + 2 * c["mlp_ratio"] + extra) * dim**2 + 4 * places**2 * dim)
+
+        known, everything = c["buffer_size"] + self.seq_len - num_masked, c["buffer_size"] + self.seq_len
+        enc, dec, head = c["encoder_embed_dim"], c["decoder_embed_dim"], c["channel_embed_dim"]
+        token = blocks(c["channel_depth"], head, self.token_dim, extra=6)
+        token += 2 * dec * head + 2 * self.token_dim * (2 * head**2 + head * c["quant_levels"])
+        forward = blocks(c["encoder_depth"], enc, known) + 2 * known * enc * dec
+        forward += 2 * (self.seq_len - num_masked) * self.token_dim * enc
+        forward += blocks(c["decoder_depth"], dec, everything) + num_masked * token
+        return 3 * forward
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Generation (section 3.3).
+
+    def sample_tokens(
+        self,
+        bsz: int,
+        num_iter: int = 64,
+        cfg: float = 1.0,
+        cfg_schedule: str = "linear",
+        labels: Tensor | None = None,
+        temperature: float = 1.0,
+        orders: Tensor | None = None,
+        first_place: str = "trained",
+        seeds: Sequence[int] | None = None,
+        progress: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Scaled latents ``[bsz, C, h, w]``, generated in ``num_iter`` steps, without dropout.
+
+        Args:
+            num_iter: steps; the number of tokens they take follows a cosine.
+            cfg: guidance scale on features; at 1 the conditional pass runs alone.
+            cfg_schedule: ``"linear"``, growing with the tokens known, or ``"constant"``.
+            labels: classes ``[bsz]``; without them generation is unconditional.
+            temperature: of every channel's distribution; 0 takes the most probable level.
+            orders: ``[bsz, L]``, tokens are taken from the end; drawn if not given.
+            first_place: ``"trained"``, or ``"released"`` for the published sampler's input at the head's first place.
+            seeds: one for each image, which then does not depend on the others in the batch.
+            progress: called after each step.
+
+        Raises:
+            ValueError: labels outside the classes, or arguments outside the ranges above.
+        """
+        training = self.training
+        self.eval()
+        try:
+            return sampling.sample_tokens(
+                self, bsz, num_iter, cfg, cfg_schedule, labels, temperature, orders, first_place, seeds, progress
+            )
+        finally:
+            self.train(training)
+
+
+def _to_published(model: TokenBridge, state: dict, prefix: str, metadata: dict) -> None:
+    names = sorted(model._published, key=lambda name: "." in name)
+    for published, value in [(name, state.pop(prefix + model._published[name])) for name in names]:
+        state[prefix + published] = value
+
+
+def _from_published(model: TokenBridge, state: dict, prefix: str, *_) -> None:
+    for published, ours in model._published.items():
+        if prefix + published in state:
+            state[prefix + ours] = state.pop(prefix + published)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sizes. Every argument of TokenBridge can be given to a factory, too.
+
+
+def _size(width: int, depth: int, heads: int, head_width: int, head_depth: int, head_heads: int) -> dict[str, int]:
+    return {
+        "encoder_embed_dim": width,
+        "encoder_depth": depth,
+        "encoder_num_heads": heads,
+        "decoder_embed_dim": width,
+        "decoder_depth": depth,
+        "decoder_num_heads": heads,
+        "channel_embed_dim": head_width,
+        "channel_depth": head_depth,
+        "channel_heads": head_heads,
+    }
+
+
+def tokenbridge_tiny(**kwargs) -> TokenBridge:
+    """A size for demonstrations and tests, not the paper's."""
+    return TokenBridge(**{**_size(128, 2, 4, 128, 2, 4), **kwargs})
+
+
+def tokenbridge_base(**kwargs) -> TokenBridge:
+    """218M parameters."""
+    return TokenBridge(**{**_size(768, 12, 12, 768, 4, 8), **kwargs})
+
+
+def tokenbridge_large(**kwargs) -> TokenBridge:
+    """487M parameters; FID 1.76 in the paper."""
+    return TokenBridge(**{**_size(1024, 16, 16, 1024, 4, 8), **kwargs})
+
+
+def tokenbridge_huge(**kwargs) -> TokenBridge:
+    """910M parameters; FID 1.55 in the paper."""
+    return TokenBridge(**{**_size(1280, 20, 16, 1024, 6, 8), **kwargs})
+
+
+#: Values of ``--model``.
+MODELS = {
+    factory.__name__: factory for factory in (tokenbridge_tiny, tokenbridge_base, tokenbridge_large, tokenbridge_huge)
+}

@@ -1,0 +1,275 @@
+"""KL-regularized autoencoder (Rombach et al. 2022): the continuous tokenizer, KL-16 by default."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from util.checkpoint import matching, read_vae
+
+#: Where attention sits is a matter of the level, counted from this nominal resolution, whatever the image's size.
+NOMINAL_RESOLUTION = 256
+ATTENTION_RESOLUTION = 16
+
+# --------------------------------------------------------------------------------------------------------------------
+# Building blocks. Attribute names are those of the published weights.
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups as published; fewer where a small tokenizer's width is not a multiple of 32."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, 3x3 convolution, twice, around a shortcut: ``[B, in, h, w]`` to ``[B, out, h, w]``."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the positions of a feature map, 1x1 convolutions as projections."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (rearrange(proj(normed), "b c h w -> b 1 (h w) c") for proj in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)  # scale c^-1/2
+        return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    """Halves height and width; pads right and bottom by one zero, as the published weights expect."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, with attention behind each where ``attention`` says so."""
+
+    def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Images ``[B, 3, H, W]`` to ``[B, 2 z_channels, H / s, W / s]``, s = 2^(levels - 1)."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = ch
+        for i, mult in enumerate(ch_mult):
+            attention = NOMINAL_RESOLUTION // 2**i == ATTENTION_RESOLUTION
+            level = Level(width, ch * mult, num_res_blocks, attention)
+            width = ch * mult
+            if i < len(ch_mult) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+        self.mid = Middle(width)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 2 * z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """``[B, z_channels, h, w]`` to images ``[B, 3, h s, w s]``; one block more a level than the encoder."""
+
+    def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
+        super().__init__()
+        width = ch * ch_mult[-1]
+        self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
+        self.mid = Middle(width)
+        levels = []
+        for i, mult in reversed(list(enumerate(ch_mult))):
+            level = Level(width, ch * mult, num_res_blocks + 1, attention=False)
+            width = ch * mult
+            if i > 0:
+                level.upsample = Upsample(width)
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)  # numbered by resolution, the highest first, and run from the last
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The posterior and the autoencoder.
+
+
+class DiagonalGaussianDistribution:
+    """A normal with independent dimensions, from its moments ``[B, 2C, h, w]``: mean, then log variance.
+
+    Attributes:
+        parameters: the moments as given.
+        mean, std: ``[B, C, h, w]``; the log variance is clamped to [-30, 20].
+    """
+
+    def __init__(self, moments: Tensor):
+        self.parameters = moments
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = torch.exp(0.5 * self.logvar)
+
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """One draw ``[B, C, h, w]``; ``noise``, standard normal of that shape, replaces the global generator's."""
+        return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
+
+    def mode(self) -> Tensor:
+        """The most probable latents, ``[B, C, h, w]``."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """Divergence from the standard normal in nats, summed over all but the batch: ``[B]``."""
+        mean, logvar = self.mean.float(), self.logvar.float()  # sums of thousands of terms, in bf16 only near 1%
+        return 0.5 * (mean**2 + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
+
+
+class AutoencoderKL(nn.Module):
+    """The KL autoencoder; its defaults with ``embed_dim=16, ch_mult=(1, 1, 2, 2, 4)`` are the published KL-16.
+
+    Args:
+        embed_dim: latent channels C.
+        ch_mult: width of each resolution, in units of ``ch``; the stride is ``2 ** (len(ch_mult) - 1)``.
+        use_variational: without it the encoder gives latents only, and the posterior has no spread.
+        ckpt_path: weights to load, see :func:`util.checkpoint.read_vae`.
+        ch: base width.
+        num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        ch_mult: Sequence[int],
+        use_variational: bool = True,
+        ckpt_path: str | None = None,
+        *,
+        ch: int = 128,
+        num_res_blocks: int = 2,
+    ):
+        super().__init__()
+        self.embed_dim, self.use_variational = embed_dim, use_variational
+        self.stride = 2 ** (len(ch_mult) - 1)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, embed_dim)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, embed_dim)
+        self.quant_conv = nn.Conv2d(2 * embed_dim, (2 if use_variational else 1) * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
+        #: Rebuilds this class: plain types, stored beside the weights.
+        self.config = {
+            "embed_dim": embed_dim,
+            "ch_mult": list(ch_mult),
+            "use_variational": use_variational,
+            "ch": ch,
+            "num_res_blocks": num_res_blocks,
+        }
+        if ckpt_path is not None:
+            self._load(read_vae(ckpt_path)[0], ckpt_path)
+
+    def _load(self, weights: Mapping[str, Tensor], path: str) -> None:
+        hint = "It holds another tokenizer; files without their own description are taken for KL-16"
+        self.load_state_dict(matching(weights, self.state_dict(), path, hint))
+
+    @classmethod
+    def from_pretrained(cls, path: str) -> tuple["AutoencoderKL", float]:
+        """The tokenizer in file ``path``, built as the file says, frozen, and its latent factor.
+
+        A file that says nothing of itself is the published KL-16, factor 0.2325.
+
+        Raises:
+            UserError: the file is missing, unreadable, or does not hold the weights of such a tokenizer.
+        """
+        weights, config, latent_factor = read_vae(path)
+        vae = cls(**config)
+        vae._load(weights, path)
+        return vae.eval().requires_grad_(False), latent_factor
+
+    def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        """Images ``[B, 3, H, W]`` in [-1, 1] to the posterior of latents ``[B, C, H / stride, W / stride]``."""
+        moments = self.quant_conv(self.encoder(x))
+        if not self.use_variational:
+            moments = torch.cat([moments, torch.full_like(moments, -30.0)], dim=1)
+        return DiagonalGaussianDistribution(moments)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Unscaled latents ``[B, C, h, w]`` to images ``[B, 3, h stride, w stride]``, about [-1, 1], not clipped."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, DiagonalGaussianDistribution]:
+        """The reconstruction from a posterior sample, and the posterior: what training the tokenizer needs."""
+        posterior = self.encode(x)
+        return self.decode(posterior.sample()), posterior

@@ -1,0 +1,129 @@
+"""What several test files need: reference vectors, small models, folders of images, scripts run in place."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
+from tests.fill import deterministic_fill
+from util import checkpoint, errors
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "tests" / "reference"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state and leaves the number of threads alone."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+def reference(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Configuration and vectors of a reference file."""
+    path = REFERENCE / f"{name}.safetensors"
+    with safe_open(path, "pt") as file:
+        config = {key: json.loads(value) for key, value in file.metadata().items()}
+    return config, load_file(path)
+
+
+def manifest(name: str) -> dict:
+    """Names, shapes and parameter order of a published model."""
+    return json.loads((REFERENCE / f"state_dict_{name}.json").read_text())
+
+
+def filled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with reproducible weights, in evaluation mode."""
+    model.load_state_dict(deterministic_fill(model.state_dict()))
+    return model.eval()
+
+
+#: A model of 16 tokens that a CPU steps through in milliseconds.
+SMALL = {
+    "img_size": 64,
+    "encoder_embed_dim": 32,
+    "encoder_depth": 1,
+    "encoder_num_heads": 2,
+    "decoder_embed_dim": 32,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+    "channel_embed_dim": 32,
+    "channel_depth": 2,
+    "channel_heads": 2,
+    "quant_levels": 16,
+    "class_num": 4,
+    "buffer_size": 4,
+}
+
+
+@pytest.fixture
+def small_model() -> TokenBridge:
+    """A small model with reproducible weights, in evaluation mode."""
+    return filled(TokenBridge(**SMALL))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files.
+
+
+def write_images(root: Path, classes: int = 4, each: int = 4, size: int = 20) -> Path:
+    """``root/train/<class>/<image>.png`` of random smooth colours; the first of each class is grey."""
+    random = np.random.RandomState(0)
+    for label in range(classes):
+        folder = root / "train" / f"class{label}"
+        folder.mkdir(parents=True)
+        for number in range(each):
+            pixels = random.randint(0, 255, (3, 3) if number == 0 else (3, 3, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((size, size + 4), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A data path of 4 classes with 4 images each."""
+    return write_images(tmp_path / "data")
+
+
+@pytest.fixture
+def vae_path(tmp_path) -> Path:
+    """A small tokenizer's file: stride 4, 8 channels, factor 0.5."""
+    path = tmp_path / "vae.ckpt"
+    checkpoint.save_vae(path, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
+    return path
+
+
+def run_script(monkeypatch, script: str, command: str) -> None:
+    """Runs a script's main in this process, as ``python <script>.py <command>`` would; SystemExit for user errors."""
+    import importlib
+
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *command.split()])
+    errors.run(importlib.import_module(script).main)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """``run("main_cache", "--flag value")``."""
+    return lambda script, command: run_script(monkeypatch, script, command)
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a script that must fail with one line on standard error and status 2, and returns the line."""
+
+    def expect(script: str, command: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            run_script(monkeypatch, script, command)
+        assert stop.value.code == 2
+        lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error:")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return expect

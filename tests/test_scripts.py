@@ -1,0 +1,352 @@
+"""The commands as a user types them, on small images; and what they say when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_cache
+import main_tokenbridge
+import main_vae
+import reconstruction
+from models.vae import AutoencoderKL, DiagonalGaussianDistribution
+from tests.conftest import ROOT
+from util.loader import CachedFolder
+
+TINY = (
+    "--model tokenbridge_tiny --img_size 16 --class_num 4 --buffer_size 4 --quant_bits 3 --num_workers 0 --batch_size 4"
+)
+SHORT = "--warmup_epochs 1 --save_last_freq 1 --lr 1e-3"
+
+
+@pytest.fixture
+def cached(run, images, vae_path, tmp_path):
+    """A cache of the images by the small tokenizer."""
+    run(
+        "main_cache",
+        f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/cache "
+        "--batch_size 3 --num_workers 0",
+    )
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def trained(run, cached, tmp_path):
+    """A run of two epochs on the cache."""
+    run(
+        "main_tokenbridge", f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {tmp_path}/run"
+    )
+    return tmp_path / "run"
+
+
+def load(folder) -> dict:
+    return torch.load(folder / "checkpoint-last.pth", weights_only=True)
+
+
+def torchrun(command: str, processes: int = 2) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Flags.
+
+
+def test_flags_have_the_releases_names_and_defaults():
+    expected = {
+        main_tokenbridge: {
+            "model": "tokenbridge_large", "img_size": 256, "vae_path": "pretrained_models/vae/kl16.ckpt",
+            "vae_embed_dim": 16, "vae_stride": 16, "patch_size": 1, "buffer_size": 64, "class_num": 1000,
+            "attn_dropout": 0.1, "proj_dropout": 0.1, "label_drop_prob": 0.1, "mask_ratio_min": 0.7,
+            "grad_checkpointing": False, "quant_bits": 6, "quant_min": -5.0, "quant_max": 5.0, "batch_size": 16,
+            "epochs": 400, "lr": None, "blr": 1e-4, "min_lr": 0.0, "lr_schedule": "cosine", "warmup_epochs": 100,
+            "weight_decay": 0.02, "grad_clip": 1.0, "ema_rate": 0.9999, "seed": 1, "start_epoch": 0,
+            "save_last_freq": 5, "num_iter": 256, "num_images": 50000, "cfg": 1.0, "cfg_schedule": "linear",
+            "temperature": 1.0, "eval_bsz": 64, "eval_freq": 40, "online_eval": False, "evaluate": False,
+            "data_path": "./data/imagenet", "output_dir": "./output_dir", "resume": "", "use_cached": False,
+            "cached_path": "", "num_workers": 10, "pin_mem": True, "device": None, "precision": "bf16",
+        },
+        main_cache: {
+            "batch_size": 128, "img_size": 256, "vae_path": "pretrained_models/vae/kl16.ckpt", "vae_embed_dim": 16,
+            "data_path": "./data/imagenet", "cached_path": "", "seed": 0, "num_workers": 10, "pin_mem": True,
+        },
+        reconstruction: {
+            "vae_path": "pretrained_models/vae/kl16.ckpt", "image_dir": "./data/imagenet/train", "bits": 6,
+            "output_dir": "quantization_results", "range": 5.0, "images_per_class": 50,
+        },
+        main_vae: {"img_size": 256, "vae_embed_dim": 16, "ch": 128, "ch_mult": [1, 1, 2, 2, 4]},
+    }  # fmt: skip
+    for script, defaults in expected.items():
+        args = vars(script.get_args_parser().parse_args([]))
+        assert {name: args[name] for name in defaults} == defaults
+    assert not main_tokenbridge.get_args_parser().parse_args(["--no_pin_mem"]).pin_mem
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenizer, cache, reconstruction.
+
+
+def test_a_tokenizer_is_trained_and_tells_its_latent_factor(run, images, tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(
+        "main_vae",
+        f"--data_path {images} --img_size 16 --output_dir {tmp_path} --ch 8 --ch_mult 1 2 --num_res_blocks 1 "
+        "--vae_embed_dim 4 --batch_size 8 --epochs 30 --lr 3e-3 --num_workers 0",
+    )
+    vae, latent_factor = AutoencoderKL.from_pretrained(tmp_path / "vae.ckpt")
+    assert (vae.stride, vae.embed_dim) == (2, 4)
+    assert f"latent factor {latent_factor:.4f}" in caplog.text
+    events = EventAccumulator(str(tmp_path / "tokenizer_log")).Reload().Scalars("tokenizer/error")
+    assert events[-1].value < 0.7 * events[0].value
+
+    run(
+        "main_cache",
+        f"--img_size 16 --vae_path {tmp_path}/vae.ckpt --data_path {images} --cached_path {tmp_path}/cache "
+        "--num_workers 0",
+    )
+    moments = torch.stack([moments for moments, _ in CachedFolder(tmp_path / "cache")])
+    latents = DiagonalGaussianDistribution(moments).sample() * latent_factor
+    assert latents.std().item() == pytest.approx(1, abs=0.1)
+
+
+@torch.no_grad()
+def test_the_cache_holds_both_views_of_every_image(images, vae_path, cached):
+    names = sorted(str(path.relative_to(cached)) for path in cached.rglob("*.npz"))
+    assert names == sorted(f"class{c}/{i}.png.npz" for c in range(4) for i in range(4))
+    vae, factor = AutoencoderKL.from_pretrained(vae_path)
+    from util.loader import image_transform, read_image
+
+    image = image_transform(16)(read_image(str(images / "train" / "class2" / "3.png")))
+    with np.load(cached / "class2" / "3.png.npz") as arrays:
+        for name, view in {"moments": image, "moments_flip": image.flip(2)}.items():
+            assert arrays[name].dtype == np.float32 and arrays[name].shape == (16, 4, 4)
+            assert np.allclose(arrays[name], vae.encode(view[None]).parameters[0], atol=1e-4)
+    about = json.loads((cached / "cache.json").read_text())
+    assert (about["images"], about["img_size"], about["latent_factor"]) == (16, 16, factor)
+
+
+def test_reconstruction_writes_figures_and_pictures(run, images, vae_path, tmp_path):
+    common = f"--img_size 16 --vae_path {vae_path} --output_dir {tmp_path}/rec --images_per_class 3 --num_workers 0"
+    results = {}
+    for bits in (-1, 3, 6):
+        run("reconstruction", f"{common} --image_dir {images} --bits {bits} --batch_size 5")
+        folder = tmp_path / "rec" / f"quant_b{bits}_r5.0_n3"
+        results[bits] = json.loads((folder / "results.json").read_text())
+        for part in ("real", "recon"):
+            assert sorted(os.listdir(folder / part)) == [f"{i:05d}.png" for i in range(12)]
+        with Image.open(folder / "reconstruction.png") as picture:
+            views = 2 if bits < 0 else 3
+            assert picture.size == (views * (96 + 2) + 2, 8 * (96 + 2) + 2 + 16)
+    assert results[-1]["latent_mse"] == 0 and "levels" not in results[-1]
+    assert 0 < results[6]["latent_mse"] < results[3]["latent_mse"]
+    assert results[6]["levels"] == 64 and max(results[6]["levels_used"]) <= 64
+    # Neither the batch size nor naming train/ itself changes an image.
+    run("reconstruction", f"{common} --image_dir {images}/train --bits 6 --batch_size 16 --range 5")
+    again = json.loads((tmp_path / "rec" / "quant_b6_r5.0_n3" / "results.json").read_text())
+    assert again["psnr_db"] == pytest.approx(results[6]["psnr_db"], abs=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training and sampling.
+
+
+def test_training_writes_a_whole_checkpoint_and_log(trained):
+    content = load(trained)
+    assert content["epoch"] == 1 and "scaler" not in content
+    assert set(content["model_ema"]) == set(content["model"]) - {"channel_mask", "boundaries", "reconstruction_values"}
+    assert content["config"]["latent_factor"] == 0.5 and content["config"]["vae_stride"] == 4
+    assert [group["weight_decay"] for group in content["optimizer"]["param_groups"]] == [0.0, 0.02]
+    assert not [name for name in os.listdir(trained) if name.endswith(".part")]
+    log = EventAccumulator(str(trained)).Reload()
+    tags = {"train/loss", "train/lr", "train/grad_norm", "speed/images_per_second", "speed/memory_gib"}
+    assert tags | {"speed/model_flops_utilization"} <= set(log.Tags()["scalars"])
+    assert [event.step for event in log.Scalars("train/loss")] == [4, 8]
+
+
+def test_the_ema_starts_as_a_copy_and_follows(run, cached, tmp_path):
+    common = f"{TINY} --warmup_epochs 0 --lr 1e-3 --lr_schedule constant --use_cached --cached_path {cached}"
+    # One step: 16 images in one batch. At rate 1 the average never leaves the initial weights.
+    states = {}
+    for rate in ("1.0", "0.75"):
+        run(
+            "main_tokenbridge",
+            f"{common} --batch_size 16 --epochs 1 --ema_rate {rate} --output_dir {tmp_path}/ema{rate}",
+        )
+        states[rate] = load(tmp_path / f"ema{rate}")
+    initial, final = states["1.0"]["model_ema"], states["1.0"]["model"]
+    assert not torch.equal(initial["mask_token"], final["mask_token"])
+    for name, value in states["0.75"]["model_ema"].items():
+        assert torch.allclose(value, 0.75 * initial[name] + 0.25 * final[name], atol=1e-6), name
+
+
+def test_resuming_gives_what_an_unbroken_run_gives(run, cached, trained, tmp_path):
+    common = f"{TINY} {SHORT} --use_cached --cached_path {cached} --lr_schedule constant"
+    run("main_tokenbridge", f"{common} --epochs 3 --output_dir {tmp_path}/whole")
+    run("main_tokenbridge", f"{common} --epochs 2 --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+    run("main_tokenbridge", f"{common} --epochs 3 --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+    whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
+    for key in ("model", "model_ema"):
+        assert all(torch.equal(value, parts[key][name]) for name, value in whole[key].items())
+    assert whole["epoch"] == parts["epoch"] == 2
+
+
+def test_accumulation_makes_one_step_of_several_batches(run, cached, tmp_path):
+    common = f"{TINY} {SHORT} --epochs 1 --use_cached --cached_path {cached}"
+    run("main_tokenbridge", f"{common} --accum_iter 2 --output_dir {tmp_path}/accumulated")
+    assert {int(s["step"]) for s in load(tmp_path / "accumulated")["optimizer"]["state"].values()} == {2}
+
+
+@pytest.mark.parametrize("flags", ["--grad_checkpointing", "--precision fp32 --accum_iter 2", "--lr_schedule constant"])
+def test_uncached_training_and_other_flags(run, images, vae_path, tmp_path, flags):
+    run(
+        "main_tokenbridge",
+        f"{TINY} {SHORT} --epochs 1 --data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/run {flags}",
+    )
+    content = load(tmp_path / "run")
+    assert content["config"]["vae_embed_dim"] == 8 and content["config"]["latent_factor"] == 0.5
+
+
+def test_evaluation_writes_the_same_pictures_every_time(run, trained, vae_path, tmp_path):
+    common = f"{TINY} --vae_path {vae_path} --evaluate --resume {trained} --num_images 8 --num_iter 4 --cfg 2.0"
+    pictures = []
+    for chunk, seed in ((8, 0), (3, 0), (8, 1)):
+        out = tmp_path / f"eval{chunk}-{seed}"
+        run("main_tokenbridge", f"{common} --eval_bsz {chunk} --gen_seed {seed} --output_dir {out} --precision fp32")
+        assert sorted(os.listdir(out / "samples")) == [f"{i:05d}.png" for i in range(8)]
+        pictures.append([np.array(Image.open(out / "samples" / f"{i:05d}.png"), dtype=int) for i in range(8)])
+        with Image.open(out / "samples.png") as grid:
+            assert grid.size == (8 * 66 + 2, 66 + 2)
+    assert max(np.abs(a - b).max() for a, b in zip(pictures[0], pictures[1], strict=True)) <= 1
+    assert any(np.abs(a - b).max() > 1 for a, b in zip(pictures[0], pictures[2], strict=True))
+
+
+def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_path, tmp_path):
+    run(
+        "main_tokenbridge",
+        f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --vae_path {vae_path} "
+        f"--output_dir {tmp_path}/run --online_eval --eval_freq 1 --num_images 4 --num_iter 2 --cfg 3.0",
+    )
+    folders = sorted(path.name for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir())
+    assert folders == [f"epoch000{epoch}-cfg{cfg}" for epoch in (0, 1) for cfg in (1, 3)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several processes.
+
+
+def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
+    shared = f"--img_size 16 --num_workers 0 --data_path {images} --vae_path {vae_path}"
+    result = torchrun(f"main_cache.py {shared} --cached_path {tmp_path}/cache2 --batch_size 3 --device cpu")
+    assert result.returncode == 0, result.stderr
+    for path in sorted(cached.rglob("*.npz")):
+        with np.load(path) as one, np.load(tmp_path / "cache2" / path.relative_to(cached)) as two:
+            assert all(np.allclose(one[name], two[name], atol=1e-5) for name in ("moments", "moments_flip"))
+
+    train = f"main_tokenbridge.py {TINY} {SHORT} --epochs 1 --use_cached --cached_path {cached} --device cpu"
+    result = torchrun(f"{train} --output_dir {tmp_path}/run2")
+    assert result.returncode == 0, result.stderr
+    content = load(tmp_path / "run2")
+    assert {int(s["step"]) for s in content["optimizer"]["state"].values()} == {2}  # 16 images, 4 for each of two
+    assert result.stderr.count("whole batch 8") == 1
+
+    out = f"--vae_path {vae_path} --evaluate --resume {tmp_path}/run2 --num_images 8 --num_iter 3 --eval_bsz 3"
+    result = torchrun(f"main_tokenbridge.py {TINY} {out} --output_dir {tmp_path}/eval2 --device cpu")
+    assert result.returncode == 0, result.stderr
+    assert sorted(os.listdir(tmp_path / "eval2" / "samples")) == [f"{i:05d}.png" for i in range(8)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bad input: one line that says what to do, status 2, nothing left behind.
+
+
+def test_missing_files_are_named(refused, images, vae_path, cached, trained, tmp_path):
+    out = f"--output_dir {tmp_path}/new"
+    cases = {
+        f"{TINY} --use_cached --cached_path {tmp_path}/nowhere {out}": "no cache at",
+        f"{TINY} --use_cached {out}": "--cached_path",
+        f"{TINY} --data_path {tmp_path}/nowhere {out}": "no image folder at",
+        f"{TINY} --data_path {images} --vae_path {tmp_path}/nowhere {out}": "no checkpoint at",
+        f"{TINY} --evaluate --vae_path {vae_path} --num_images 4 {out}": "--evaluate needs --resume",
+        f"{TINY} --evaluate --vae_path {vae_path} --num_images 4 --resume {tmp_path}/new {out}": "checkpoint-last.pth",
+        f"{TINY} --use_cached --cached_path {cached} --resume {tmp_path}/elsewhere {out}": "checkpoint-last.pth",
+    }
+    for command, words in cases.items():
+        assert words in refused("main_tokenbridge", command)
+    assert not (tmp_path / "new").exists()
+    assert "no image folder" in refused(
+        "main_cache", f"--data_path {tmp_path}/no --vae_path {vae_path} --cached_path {tmp_path}/c"
+    )
+    assert "--cached_path" in refused("main_cache", f"--data_path {images} --vae_path {vae_path}")
+    assert "no image folder" in refused("reconstruction", f"--image_dir {tmp_path}/no --vae_path {vae_path}")
+    assert "no image folder" in refused("main_vae", f"--data_path {tmp_path}/no --output_dir {tmp_path}/new")
+    assert not (tmp_path / "c").exists() and not (tmp_path / "new").exists()
+
+
+def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, trained, tmp_path):
+    use = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/new"
+    evaluate = f"--evaluate --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/new --num_images 8"
+    small = "--model tokenbridge_tiny --img_size 16 --buffer_size 4 --num_workers 0"
+    cases = {
+        f"{small} --class_num 5 {use}": "4 class folders, but class_num is 5",
+        f"{TINY} {use} --img_size 32": "--img_size",
+        f"{TINY} {use} --quant_bits 10": "1 to 9 bits",
+        f"{TINY} {use} --quant_bits -1": "1 to 9 bits",
+        f"{TINY} {use} --quant_min 5": "empty",
+        f"{TINY} {use} --batch_size 64": "do not fill one step",
+        f"{TINY} {use} --batch_size 0": "above zero",
+        f"{TINY} {use} --vae_embed_dim 4": "has 8",
+        f"{TINY} {use} --precision fp32 --lr 1e30 --warmup_epochs 0 --grad_clip 0 --epochs 3": "not finite",
+        f"{TINY} {evaluate} --num_images 10": "cannot be shared evenly by 4 classes",
+        f"{TINY} {evaluate} --temperature -1": "negative",
+        f"{TINY} {evaluate} --quant_bits 4": "quant_levels is 8 there, 16 here (--quant_bits)",
+        f"{small} --quant_bits 3 --class_num 2 {evaluate}": "class_num is 4 there, 2 here",
+        f"--model tokenbridge_base {TINY.split('tiny', 1)[1]} {evaluate}": "does not fit",
+    }
+    for command, words in cases.items():
+        assert words in refused("main_tokenbridge", command), command
+    assert not (tmp_path / "new" / "checkpoint-last.pth").exists() and not (tmp_path / "new" / "samples").exists()
+    for bits in (0, 10, -2):
+        line = refused(
+            "reconstruction", f"--bits {bits} --image_dir {images} --vae_path {vae_path} --output_dir {tmp_path}/r"
+        )
+        assert "1 to 9 bits" in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(refused, run, trained, vae_path, tmp_path):
+    content = torch.load(vae_path, weights_only=True)
+    content["config"]["latent_factor"] = 0.6
+    torch.save(content, tmp_path / "other.ckpt")
+    command = f"{TINY} --evaluate --resume {trained} --vae_path {tmp_path}/other.ckpt --num_images 4"
+    assert "latent_factor is 0.5 there, 0.6 here" in refused("main_tokenbridge", command)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_and_caches_are_named(refused, images, vae_path, cached, tmp_path, workers):
+    tiny = TINY.replace("--num_workers 0", f"--num_workers {workers}")
+    (images / "train" / "class3" / "2.png").write_bytes(b"no image")
+    (cached / "class1" / "0.png.npz").write_bytes(b"no cache")
+    out = f"--output_dir {tmp_path}/new"
+    assert "class3/2.png" in refused("main_tokenbridge", f"{tiny} --data_path {images} --vae_path {vae_path} {out}")
+    assert "class1/0.png.npz" in refused("main_tokenbridge", f"{tiny} --use_cached --cached_path {cached} {out}")
+    assert not (tmp_path / "new" / "checkpoint-last.pth").exists()
+    new = f"--img_size 16 --num_workers {workers} --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/c"
+    assert "class3/2.png" in refused("main_cache", new)
+    line = refused("main_tokenbridge", f"{tiny} --use_cached --cached_path {tmp_path}/c {out}")
+    assert "class folders" in line or "incomplete" in line or "holds no cached moments" in line
+
+
+def test_the_shell_sees_one_line_and_a_status(tmp_path):
+    command = [sys.executable, "main_tokenbridge.py", "--use_cached", "--cached_path", str(tmp_path / "no")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: no cache at") and result.stderr.count("\n") == 1

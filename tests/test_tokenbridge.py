@@ -1,0 +1,284 @@
+"""The model against the published one, against brute force, and as properties."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.stats import truncnorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.tokenbridge import KL16_CHANNEL_ORDER, MODELS, TokenBridge, tokenbridge_tiny
+from tests.conftest import SMALL, filled, manifest, reference
+from tests.fill import deterministic_fill
+from util.misc import add_weight_decay
+
+# --------------------------------------------------------------------------------------------------------------------
+# The published model.
+
+
+@pytest.fixture(scope="module")
+def published():
+    config, vectors = reference("forward")
+    return filled(TokenBridge(**config)), vectors
+
+
+@torch.no_grad()
+def test_tokens_features_logits_and_loss_are_the_published_models(published):
+    model, v = published
+    indices, dequantized = model.quantize(model.patchify(v["latents"]))
+    assert torch.equal(indices, v["indices"])
+    assert torch.allclose(dequantized, v["dequantized"], atol=1e-5)
+    encoded = model.forward_mae_encoder(dequantized, v["mask"], model.class_emb(v["labels"]))
+    features = model.forward_mae_decoder(encoded, v["mask"])
+    assert torch.allclose(features, v["features"], atol=1e-4)
+    targets = indices[..., list(KL16_CHANNEL_ORDER)]
+    assert torch.allclose(model.forward_channel_ar(features, targets, v["mask"]), v["logits"], atol=1e-4)
+    assert torch.allclose(model(v["latents"], v["labels"], v["mask"]), v["loss"], atol=1e-4)
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_over_masked_tokens_and_channels(published):
+    model, v = published
+    logits, targets = v["logits"], v["indices"][..., list(KL16_CHANNEL_ORDER)][v["mask"].bool()]
+    logp = F.log_softmax(logits.double(), dim=-1).gather(-1, targets[..., None])
+    assert model(v["latents"], v["labels"], v["mask"]).item() == pytest.approx(-logp.mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_names_shapes_order_and_count_are_the_published_ones(size):
+    expected = manifest(size)
+    model = MODELS[f"tokenbridge_{size}"](quant_levels=64)
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == expected["shapes"]
+    assert [name for name, _ in model.named_parameters()] == expected["parameter_order"]
+    assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
+
+
+def test_state_dicts_go_both_ways(small_model):
+    state = small_model.state_dict()
+    other = TokenBridge(**SMALL)
+    assert not torch.equal(other.state_dict()["z_proj.weight"], state["z_proj.weight"])
+    other.load_state_dict(state)
+    assert list(other.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    wrapper = torch.nn.ModuleDict({"module": other})  # as inside DDP
+    assert set(wrapper.state_dict()) == {f"module.{name}" for name in state}
+    wrapper.load_state_dict({f"module.{name}": value for name, value in deterministic_fill(state).items()})
+    missing = {name: value for name, value in state.items() if name != "z_proj.weight"}
+    with pytest.raises(RuntimeError, match=r"z_proj\.weight"):
+        other.load_state_dict(missing)
+
+
+def test_optimizer_groups_spare_vectors_and_biases(small_model):
+    spared, decayed = add_weight_decay(small_model, 0.02)
+    assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.02)
+    names = {id(p): name for name, p in small_model.named_parameters()}
+    for name in (names[id(p)] for p in spared["params"]):
+        assert name.endswith(".bias") or "norm" in name or name == "z_proj_ln.weight", name
+    decayed_names = [names[id(p)] for p in decayed["params"]]
+    assert {"fake_latent", "mask_token", "class_emb.weight", "channel_embed"} <= set(decayed_names)
+    assert len(spared["params"]) + len(decayed["params"]) == len(names)
+    assert decayed_names == [name for name in names.values() if name in set(decayed_names)]  # published order
+
+
+def test_initial_weights():
+    model = tokenbridge_tiny(img_size=64)
+    state = model.state_dict()
+    for name in ("fake_latent", "mask_token", "encoder_pos_embed_learned", "channel_embed", "class_emb.weight"):
+        assert state[name].std().item() == pytest.approx(0.02, rel=0.3), name
+    assert state["token_embeddings.0.weight"].std().item() == pytest.approx(1, rel=0.1)
+    for name, value in state.items():
+        if "adaLN_modulation" in name or name.endswith(".bias"):
+            assert not value.any(), name
+    fan_in_out = sum(state["encoder_blocks.0.mlp.fc1.weight"].shape)
+    assert state["encoder_blocks.0.mlp.fc1.weight"].abs().max() <= math.sqrt(6 / fan_in_out)
+    assert state["encoder_blocks.0.mlp.fc1.weight"].abs().max() > 0.9 * math.sqrt(6 / fan_in_out)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokens, masks, labels.
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_patchify_is_row_major_and_inverted(patch_size):
+    model = TokenBridge(**{**SMALL, "patch_size": patch_size, "vae_embed_dim": 3})
+    x = torch.randn(2, 3, 4, 4)
+    tokens = model.patchify(x)
+    assert tokens.shape == (2, 16 // patch_size**2, 3 * patch_size**2)
+    assert torch.equal(model.unpatchify(tokens), x)
+    assert torch.equal(tokens[:, 1, 0], x[:, 0, 0, patch_size])  # the second token is the first one's right neighbour
+
+
+def test_masks_follow_the_truncated_normal():
+    model = TokenBridge(**{**SMALL, "img_size": 512})  # 1024 tokens: little rounding
+    counts = torch.tensor([model.draw_num_masked() for _ in range(4000)]) / model.seq_len
+    expected = truncnorm(-0.3 / 0.25, 0, loc=1, scale=0.25)
+    assert counts.min() >= 0.7 and counts.max() <= 1
+    for q in (0.1, 0.5, 0.9):
+        assert counts.quantile(q).item() == pytest.approx(expected.ppf(q), abs=0.01)
+
+
+def test_orders_and_masks(small_model):
+    orders = small_model.sample_orders(64)
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(16).expand(64, 16))
+    assert len({tuple(order.tolist()) for order in orders}) > 60
+    mask = small_model.random_masking(torch.zeros(64, 16, 16), orders)
+    count = int(mask[0].sum())
+    assert 12 <= count <= 16 and (mask.sum(dim=1) == count).all()
+    assert (mask.gather(1, orders[:, :count]) == 1).all()
+
+
+def test_masked_tokens_do_not_reach_the_features(small_model):
+    tokens = torch.randn(2, 16, 16)
+    mask = torch.zeros(2, 16)
+    mask[:, 5:] = 1
+    classes = small_model.class_emb(torch.tensor([0, 1]))
+
+    def features(x):
+        return small_model.forward_mae_decoder(small_model.forward_mae_encoder(x, mask, classes), mask)
+
+    changed = tokens.clone()
+    changed[:, 5:] += 1
+    assert torch.equal(features(tokens), features(changed))
+    changed[:, 4] += 1
+    assert not torch.allclose(features(tokens), features(changed), atol=1e-3)
+
+
+def test_labels_are_dropped_in_training_only(small_model):
+    tokens, mask = torch.randn(400, 16, 16), torch.ones(400, 16)
+    classes = small_model.class_emb(torch.zeros(400, dtype=torch.long))
+    fake = small_model.forward_mae_encoder(tokens[:1], mask[:1], small_model.backbone.fake_latent)
+    real = small_model.forward_mae_encoder(tokens[:1], mask[:1], classes[:1])
+    model = TokenBridge(**SMALL, label_drop_prob=0.25, attn_dropout=0.0, proj_dropout=0.0)
+    model.load_state_dict(small_model.state_dict())
+    with torch.no_grad():
+        encoded = model.train().forward_mae_encoder(tokens, mask, classes)
+        dropped = (encoded - fake).flatten(1).abs().amax(1) < 1e-4
+        kept = (encoded - real).flatten(1).abs().amax(1) < 1e-4
+    assert (dropped ^ kept).all() and dropped.float().mean().item() == pytest.approx(0.25, abs=0.07)
+    assert torch.allclose(model.eval().forward_mae_encoder(tokens, mask, classes), real, atol=1e-4)
+
+
+def test_bad_input_is_named(small_model):
+    latents, labels = torch.randn(2, 16, 4, 4), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"latents are \[16, 8, 8\]"):
+        small_model(torch.randn(2, 16, 8, 8), labels)
+    with pytest.raises(ValueError, match=r"labels run from 0 to 4.*class_num 4"):
+        small_model(latents, torch.tensor([0, 4]))
+    uneven = torch.zeros(2, 16)
+    uneven[0, :3] = 1
+    with pytest.raises(ValueError, match=r"same number of masked tokens, got \[3, 0\]"):
+        small_model(latents, labels, uneven)
+    with pytest.raises(ValueError, match="once"):
+        TokenBridge(**SMALL, channel_order=[0] * 16)
+    with pytest.raises(ValueError, match="multiple"):
+        TokenBridge(**{**SMALL, "img_size": 65})
+    with pytest.raises(ValueError, match="mask_ratio_min"):
+        TokenBridge(**SMALL, mask_ratio_min=1.5)
+
+
+def test_channel_orders():
+    assert TokenBridge(**SMALL).config["channel_order"] == list(KL16_CHANNEL_ORDER)
+    assert TokenBridge(**SMALL, vae_embed_dim=4).config["channel_order"] == [0, 1, 2, 3]
+    model = filled(TokenBridge(**{**SMALL, "vae_embed_dim": 3, "channel_order": [2, 0, 1]}))
+    latents = model.sample_tokens(2, num_iter=2, seeds=[1, 2])
+    assert torch.equal(model.unpatchify(model.quantize(model.patchify(latents))[1]), latents)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The head.
+
+
+@torch.no_grad()
+def test_each_place_sees_only_the_channels_before_it(small_model):
+    features, targets = torch.randn(5, 32), torch.randint(16, (5, 16))
+    logits = small_model.head(features, targets)
+    for place in (0, 3, 15):
+        changed = targets.clone()
+        changed[:, place] = (changed[:, place] + 1) % 16
+        same = (small_model.head(features, changed) - logits).abs().amax(dim=(0, 2)) < 1e-6
+        assert same[: place + 1].all() and not same[place + 1 :].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [1, 2, 16])
+def test_cached_steps_equal_teacher_forcing(channels):
+    model = filled(TokenBridge(**{**SMALL, "vae_embed_dim": channels}))
+    features, seen = torch.randn(7, 32), []
+
+    def choose(logits, place):
+        seen.append(logits)
+        return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+    levels = model.head.sample(features, choose)
+    assert torch.allclose(torch.stack(seen, dim=1), model.head(features, levels), atol=1e-4)
+    seen.clear()
+    model.head.sample(features, choose, first_place="released")
+    forced = model.head(features, levels)
+    assert not torch.allclose(seen[0], forced[:, 0], atol=1e-2)
+    with pytest.raises(ValueError, match="first_place"):
+        model.head.sample(features, choose, first_place="other")
+
+
+@torch.no_grad()
+def test_the_joint_distribution_sums_to_one():
+    model = filled(TokenBridge(**{**SMALL, "vae_embed_dim": 3, "quant_levels": 5}))
+    every = torch.cartesian_prod(*[torch.arange(5)] * 3)
+    logp = F.log_softmax(model.head(torch.randn(1, 32).expand(125, -1), every), dim=-1)
+    assert logp.gather(-1, every[..., None]).sum(dim=(1, 2)).exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+def test_checkpointing_changes_memory_not_gradients(small_model):
+    latents, labels, mask = torch.randn(2, 16, 4, 4), torch.tensor([0, 1]), torch.zeros(2, 16)
+    mask[:, :12] = 1
+    other = TokenBridge(**SMALL, grad_checkpointing=True)
+    other.load_state_dict(small_model.state_dict())
+    saved = {}
+    for name, model in {"plain": small_model, "checkpointed": other.eval()}.items():
+        count = 0
+
+        def pack(tensor):
+            nonlocal count
+            count += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(latents, labels, mask)
+        loss.backward()
+        saved[name] = count
+    assert saved["checkpointed"] < saved["plain"] / 2
+    for (name, a), (_, b) in zip(small_model.named_parameters(), other.named_parameters(), strict=True):
+        if name != "fake_latent":  # used in training mode only
+            assert torch.allclose(a.grad, b.grad, atol=1e-6), name
+
+
+def test_every_parameter_learns(small_model):
+    model = small_model.train()
+    torch.manual_seed(1)
+    for _ in range(3):  # labels dropped and masks of all tokens included
+        model(torch.randn(8, 16, 4, 4), torch.randint(4, (8,))).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_bf16_stays_near_fp32(small_model):
+    latents, labels, mask = torch.randn(4, 16, 4, 4), torch.arange(4), torch.zeros(4, 16)
+    mask[:, :12] = 1
+    with torch.no_grad():
+        exact = small_model(latents, labels, mask)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = small_model(latents, labels, mask)
+    assert rough.dtype == torch.float32 and rough.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_flops_are_those_a_counter_counts():
+    model = filled(TokenBridge(**SMALL))
+    mask = torch.zeros(2, 16)
+    mask[:, :12] = 1
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]), mask)
+    assert 3 * counter.get_total_flops() / 2 == pytest.approx(model.training_flops(num_masked=12), rel=0.01)
+    assert model.training_flops(12) < model.training_flops() < model.training_flops(16)

@@ -1,0 +1,81 @@
+"""Flags that several scripts share, and checks of what was typed."""
+
+import argparse
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from util.errors import UserError
+from util.misc import PRECISIONS
+
+
+def new_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose ``--help`` shows defaults, and which takes no abbreviated flags."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+
+
+def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, precision: str) -> None:
+    """Batches, workers, device, precision, seed."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--batch_size", type=int, default=batch_size, help="images at once on each device")
+    group.add_argument("--seed", type=int, default=seed, help="of everything random; each process adds its rank")
+    group.add_argument("--num_workers", type=int, default=10, help="data loading processes for each device")
+    group.add_argument("--pin_mem", action="store_true", help="pin host memory for faster transfers")
+    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not")
+    group.set_defaults(pin_mem=True)
+    group.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    group.add_argument("--precision", choices=PRECISIONS, default=precision, help="of autocast; fp32 means none")
+
+
+def add_vae_arg(parser: argparse.ArgumentParser) -> None:
+    """The tokenizer's file."""
+    parser.add_argument(
+        "--vae_path",
+        default="pretrained_models/vae/kl16.ckpt",
+        help="tokenizer: the published KL-16, or one of main_vae.py, which brings its own sizes and latent factor",
+    )
+
+
+def add_mirror_arg(parser: argparse.ArgumentParser) -> None:
+    """Whether training may see mirror images."""
+    parser.add_argument(
+        "--no_mirror",
+        action="store_false",
+        dest="mirror",
+        help="never train on mirror images, for data that change their meaning (digits, text); by default half are",
+    )
+
+
+def check_bits(bits: int, flag: str, continuous: bool = False) -> None:
+    """Raises UserError unless ``bits`` is 1 to 9, or -1 where ``continuous`` latents make sense."""
+    if not (1 <= bits <= 9 or (continuous and bits == -1)):
+        also = ", or -1 for continuous latents" if continuous else ""
+        raise UserError(f"{flag} {bits}: choose 1 to 9 bits, that is 2 to 512 levels{also}")
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raises UserError unless each named flag is above zero."""
+    for name in names:
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: it must be above zero")
+
+
+def make_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device, **options) -> DataLoader:
+    """A DataLoader with the run's batch size and workers; ``options`` as torch's (sampler, drop_last, ...)."""
+    options = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0, **options}
+    pin = args.pin_mem and device.type == "cuda"
+    return DataLoader(dataset, num_workers=args.num_workers, pin_memory=pin, **options)
+
+
+class Share(Sampler):
+    """Every ``world_size``-th index from ``rank`` on: all of a dataset once over all processes, none twice."""
+
+    def __init__(self, length: int, rank: int, world_size: int):
+        self.indices = range(rank, length, world_size)
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self):
+        return len(self.indices)

@@ -1,0 +1,20 @@
+"""Errors for the person at the keyboard: one line that says what was wrong and what to do."""
+
+import re
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line; scripts print it and exit with status 2."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's ``main``; a :class:`UserError` becomes its one line on standard error and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        # One raised in a data loader's worker arrives wrapped in that process's traceback.
+        wrapped = re.findall(r"UserError: (.*)", str(error))
+        print(f"error: {wrapped[-1] if wrapped else error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,55 @@
+"""Pixels: from the model's range to bytes, to files, to grids; and how far two images are apart."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from util.files import written_whole
+from util.misc import barrier, is_main_process
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] (clipped) to bytes, round(255 (x + 1) / 2); any shape."""
+    return (255 * (images.float() + 1) / 2).clamp(0, 255).round().to(torch.uint8)
+
+
+def save_png(image: Tensor, path: str | Path) -> None:
+    """Writes bytes ``[3, H, W]`` as a PNG, whole or not at all."""
+    with written_whole(path) as file:
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, format="png")
+
+
+def empty_of_images(folder: str | Path) -> None:
+    """Removes the PNGs that an earlier run left in ``folder``, if there is one; all processes wait for it."""
+    if is_main_process():
+        for path in Path(folder).glob("*.png"):
+            path.unlink()
+    barrier()
+
+
+def save_grid(images: Tensor, path: str | Path, columns: int, titles: Sequence[str] = (), min_size: int = 64) -> None:
+    """Writes bytes ``[N, 3, H, W]`` as one picture, row by row, small images enlarged to ``min_size`` pixels or more.
+
+    Args:
+        titles: one for each column, written above it.
+    """
+    zoom = max(1, -(-min_size // images.shape[-1]))
+    images = images.cpu().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
+    grid = make_grid(images, nrow=columns, padding=2, pad_value=64).permute(1, 2, 0).numpy()
+    margin = 16 if titles else 0
+    picture = Image.fromarray(np.pad(grid, ((margin, 0), (0, 0), (0, 0)), constant_values=255))
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(picture).text((4 + column * (images.shape[-1] + 2), 2), title, fill=(0, 0, 0))
+    with written_whole(path) as file:
+        picture.save(file, format="png")
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of byte images ``[N, 3, H, W]``, one a pair: ``[N]``; inf for equal ones."""
+    mse = ((a.double() - b.double()) ** 2).flatten(1).mean(1)
+    return 10 * torch.log10(255**2 / mse)

@@ -1,0 +1,152 @@
+"""Data: folders of images, folders of cached moments."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import datasets, transforms
+
+from util.crop import center_crop_arr
+from util.errors import UserError
+
+#: Beside the class folders of a cache: what the loaders of its moments need to know.
+CACHE_METADATA = "cache.json"
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images.
+
+
+def read_image(path: str) -> Image.Image:
+    """The image in ``path`` as RGB.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read image {path} ({reason}); replace or remove it") from error
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """An image as float32 ``[3, H, W]`` in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def image_transform(img_size: int, mirror: bool = False) -> transforms.Compose:
+    """ADM's centre crop, a random mirror if asked for, and pixels in [-1, 1]."""
+    steps = [transforms.Lambda(lambda image: center_crop_arr(image, img_size))]
+    if mirror:
+        steps.append(transforms.RandomHorizontalFlip())
+    return transforms.Compose([*steps, transforms.Lambda(to_pixels)])
+
+
+def existing_folder(root: str | Path, what: str) -> Path:
+    """``root``, checked.
+
+    Raises:
+        UserError: it is not a folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"no {what} at {root}: it is not a folder; check the path")
+    return root
+
+
+class ImageFolder(datasets.ImageFolder):
+    """torchvision's, with errors for users: ``root/<class>/<image>``, labels numbering the sorted folders.
+
+    Raises:
+        UserError: there is no such folder, it holds no class folders, or one without images.
+    """
+
+    def __init__(self, root: str | Path, transform=None):
+        existing_folder(root, "image folder")
+        try:
+            super().__init__(str(root), transform=transform, loader=read_image)
+        except FileNotFoundError as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise UserError(f"{root} is not a folder of class folders with images: {reason}") from error
+
+
+class ImageFolderWithFilename(ImageFolder):
+    """Items are image, label, and ``class/file``."""
+
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        image = self.loader(path)
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, label, str(Path(path).relative_to(self.root))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cached moments.
+
+
+class CachedFolder(datasets.DatasetFolder):
+    """``root/<class>/<image name>.npz`` with ``moments`` and ``moments_flip``, as main_cache.py and MAR write them.
+
+    Items are moments ``[2C, h, w]``, float32, not scaled, of the image or (with ``mirror``) of its mirror image with
+    equal probability, and the label.
+
+    Attributes:
+        metadata: what main_cache.py stored of the tokenizer (``latent_factor``, ``vae``, ``img_size``); empty for a
+            cache without it, which is KL-16's.
+
+    Raises:
+        UserError: there is no such folder, no class folders with cached files, or fewer files than were to be cached.
+    """
+
+    def __init__(self, root: str | Path, mirror: bool = True):
+        root = existing_folder(root, "cache")
+        self.names = ("moments", "moments_flip") if mirror else ("moments",)
+        try:
+            super().__init__(str(root), loader=self.read, extensions=(".npz",))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{root} holds no cached moments (<class>/<file>.npz); make them with main_cache.py"
+            ) from error
+        self.metadata: dict = {}
+        if (root / CACHE_METADATA).exists():
+            try:
+                self.metadata = json.loads((root / CACHE_METADATA).read_text())
+            except ValueError as error:
+                raise UserError(
+                    f"{root / CACHE_METADATA} is damaged; make the cache anew with main_cache.py"
+                ) from error
+        if len(self.samples) < self.metadata.get("images", 0):
+            raise UserError(
+                f"{root} is incomplete: {len(self.samples)} of {self.metadata['images']} files; run main_cache.py again"
+            )
+
+    def read(self, path: str) -> Tensor:
+        """The moments ``[2C, h, w]`` in one file.
+
+        Raises:
+            UserError: the file is damaged, incomplete, or holds values that are not finite.
+        """
+        name = self.names[int(torch.randint(len(self.names), ()))]
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                moments = torch.from_numpy(arrays[name].astype(np.float32))
+            if moments.ndim != 3 or not moments.isfinite().all():
+                raise ValueError(f"{name} is not finite, or not [2C, h, w]")
+            return moments
+        except Exception as error:  # zip, header and array errors have no common class
+            raise UserError(
+                f"cannot read cached moments {path} ({error}); delete it and run main_cache.py again"
+            ) from error
+
+
+def check_classes(classes: list[str], class_num: int, root: str | Path) -> None:
+    """Raises UserError if the number of class folders under ``root`` is not ``class_num``."""
+    if len(classes) != class_num:
+        raise UserError(
+            f"{root} has {len(classes)} class folders, but class_num is {class_num}: pass --class_num {len(classes)}"
+        )

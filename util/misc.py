@@ -1,0 +1,170 @@
+"""Processes, seeds, logging, precision, and the optimizer's parameter groups."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from util.errors import UserError
+
+log = logging.getLogger("tokenbridge")
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes. Everything below works alike with torchrun and without it.
+
+
+def get_rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the shared files and talks to the terminal."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """The mean of ``value`` over all processes."""
+    if not dist.is_initialized():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / get_world_size()
+
+
+@contextmanager
+def processes(device: str | None = None) -> Iterator[torch.device]:
+    """Joins torchrun's process group, if there is one (nccl on CUDA, gloo on the CPU), and gives this process's device.
+
+    Args:
+        device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where there is one.
+
+    Raises:
+        UserError: CUDA is asked for and not there.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but this machine has no CUDA device that torch can use; pass --device cpu")
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if device.type == "cuda":
+        if launched:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if launched:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    log.handlers = [logging.StreamHandler()]  # to the standard error of now
+    log.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+    try:
+        yield device
+    finally:
+        if launched:
+            dist.destroy_process_group()
+
+
+def progress(iterable: Iterable | None = None, **options) -> tqdm:
+    """A progress bar with rate and time left, on the main process; seldom redrawn where nobody watches.
+
+    Used in a ``with`` block, so that an error's line starts on a line of its own.
+    """
+    interactive = sys.stderr.isatty()
+    options = {"mininterval": 0.5 if interactive else 20.0, "dynamic_ncols": interactive, **options}
+    return tqdm(iterable, disable=not is_main_process(), **options)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers.
+
+
+def seed_everything(*seeds: int) -> None:
+    """Seeds torch's generators from one or more numbers (seed, rank, epoch)."""
+    import numpy as np
+
+    state = np.random.SeedSequence(seeds).generate_state(1, dtype=np.uint64)[0] if len(seeds) > 1 else seeds[0]
+    torch.manual_seed(int(state) % 2**63)
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Autocast for a ``--precision`` of ``bf16``, ``fp16`` or ``fp32`` (none)."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=PRECISIONS[precision])
+
+
+def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimizer groups: first the one-dimensional parameters and biases, spared, then all others, decayed.
+
+    Frozen parameters are left out. The order within a group is that of ``model.named_parameters()``.
+    """
+    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim != 1 and not name.endswith(".bias")].append(parameter)
+    return [{"params": groups[False], "weight_decay": 0.0}, {"params": groups[True], "weight_decay": weight_decay}]
+
+
+def matmul_flops(device: torch.device, precision: str) -> float:
+    """Operations a second of a large matrix product here and now: what utilization is measured against."""
+    import time
+
+    size = 8192 if device.type == "cuda" else 1536
+    a = torch.randn(size, size, device=device, dtype=PRECISIONS[precision])
+    best = float("inf")
+    for _ in range(4):  # the first warms up
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Peak memory in GiB: of the device on CUDA, of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sizes that a file tells and a flag may tell too.
+
+
+def check_told(name: str, typed: int, default: int, told: int, source: str) -> int:
+    """``told``, what a file says of itself; the flag ``--name`` need not repeat it.
+
+    Raises:
+        UserError: the flag was set to something else.
+    """
+    if typed not in (default, told):
+        raise UserError(f"--{name} {typed}, but {source} has {told}; leave the flag out or pass {told}")
+    return told
+
+
+def check_stride(img_size: int, stride: int) -> None:
+    """Raises UserError unless the tokenizer's stride divides the image size."""
+    if img_size % stride:
+        raise UserError(f"--img_size {img_size} is not a multiple of the tokenizer's stride, {stride}")
