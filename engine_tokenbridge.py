@@ -1,10 +1,12 @@
 """The loops: training, generation for evaluation, and caching of latents."""
 
+import json
 import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -21,12 +23,13 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import misc
 from util.errors import UserError
-from util.files import written_whole
-from util.images import empty_of_images, save_grid, save_png, to_uint8
-from util.loader import read_image, to_pixels
+from util.files import write_json, written_whole
+from util.images import save_grid, save_png, to_uint8
 from util.lr_sched import adjust_learning_rate
+from util.metrics import PlainImages
 
 LOG_EVERY = 20  # steps between two looks at the device's numbers
+SAMPLING_NOTE = "sampling.json"  # beside sampled images: the settings they were made with
 
 # --------------------------------------------------------------------------------------------------------------------
 # Training.
@@ -160,10 +163,47 @@ def train_one_epoch(
 # Generation for evaluation.
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How images are sampled for evaluation; two runs of equal settings and weights make equal images."""
+
+    num_images: int
+    eval_bsz: int
+    num_iter: int
+    cfg: float
+    cfg_schedule: str
+    temperature: float
+    gen_seed: int
+    precision: str
+
+
 def image_seeds(gen_seed: int, numbers: Iterable[int]) -> list[int]:
     """One seed for each image number: no two images of a run share one."""
     base = int(np.random.SeedSequence(gen_seed).generate_state(1)[0])
     return [(base + number) % 2**32 for number in numbers]
+
+
+def image_path(folder: Path, number: int) -> Path:
+    """Where image ``number`` of a run lies."""
+    return folder / f"{number:05d}.png"
+
+
+def prepare_folder(folder: Path, about: dict) -> None:
+    """Keeps the images that an interrupted run with the same description left in ``folder``, removes others."""
+    note = folder / SAMPLING_NOTE
+    if misc.is_main_process():
+        try:
+            before = json.loads(note.read_text())
+        except (OSError, ValueError):
+            before = None
+        if before != json.loads(json.dumps(about)):
+            if before is not None:
+                changed = [f"{k} {before.get(k)} then, {v} now" for k, v in about.items() if before.get(k) != v]
+                misc.log.info("replacing the images of another run in %s (%s)", folder, "; ".join(changed))
+            for path in folder.glob("*.png"):
+                path.unlink()
+            write_json(note, about)
+    misc.barrier()
 
 
 @torch.no_grad()
@@ -172,40 +212,46 @@ def evaluate(
     vae: AutoencoderKL,
     latent_factor: float,
     folder: str | Path,
-    num_images: int,
-    eval_bsz: int,
-    num_iter: int,
-    cfg: float,
-    cfg_schedule: str,
-    temperature: float,
-    gen_seed: int,
+    settings: Sampling,
     device: torch.device,
-    precision: str,
+    weights: dict | None = None,
 ) -> Path:
-    """Samples ``num_images``, the same number of each class, into ``folder/NNNNN.png``.
+    """Samples ``settings.num_images``, the same number of each class, into ``folder/NNNNN.png``.
 
     Image n shows class ``n // (num_images / class_num)`` and has its own seed. Chunks of ``eval_bsz`` consecutive
-    images are dealt to the processes whole. Returns the folder.
+    images are dealt to the processes whole, so that their number never changes an image. A run that was interrupted
+    continues where it stopped.
+
+    Args:
+        weights: what identifies the weights; images sampled from others are not taken for this run's.
+
+    Returns:
+        the folder.
 
     Raises:
         UserError: ``num_images`` is not a multiple of the number of classes.
     """
-    check_num_images(num_images, model.class_num)
+    check_num_images(settings.num_images, model.class_num)
     folder = Path(folder)
-    per_class = num_images // model.class_num
-    empty_of_images(folder)
-    chunks = [range(i, min(i + eval_bsz, num_images)) for i in range(0, num_images, eval_bsz)]
-    with misc.progress(total=num_images, unit="img", desc=f"sampling, guidance {cfg:g}") as bar:
-        for chunk in chunks[misc.get_rank() :: misc.get_world_size()]:
+    prepare_folder(folder, {**asdict(settings), "weights": weights})
+    per_class, total, size = settings.num_images // model.class_num, settings.num_images, settings.eval_bsz
+    chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
+    rank, world = misc.get_rank(), misc.get_world_size()
+    if len(chunks) < world and rank == 0:
+        misc.log.warning("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
+    missing = [c for c in chunks[rank::world] if not all(image_path(folder, n).exists() for n in c)]
+    kept = len(chunks[rank::world]) - len(missing)
+    with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
+        bar.update(min(kept * size * world, total))
+        for chunk in missing:
             labels = torch.tensor([number // per_class for number in chunk])
-            with misc.autocast(device, precision):
-                latents = model.sample_tokens(
-                    len(chunk), num_iter, cfg, cfg_schedule, labels, temperature, seeds=image_seeds(gen_seed, chunk)
-                )
+            how = (settings.num_iter, settings.cfg, settings.cfg_schedule, labels, settings.temperature)
+            with misc.autocast(device, settings.precision):
+                latents = model.sample_tokens(len(chunk), *how, seeds=image_seeds(settings.gen_seed, chunk))
                 images = to_uint8(vae.decode(latents / latent_factor)).cpu()
             for number, image in zip(chunk, images, strict=True):
-                save_png(image, folder / f"{number:05d}.png")
-            bar.update(min(len(chunk) * misc.get_world_size(), num_images - bar.n))
+                save_png(image, image_path(folder, number))
+            bar.update(min(len(chunk) * world, total - bar.n))
     misc.barrier()
     return folder
 
@@ -219,11 +265,78 @@ def check_num_images(num_images: int, class_num: int) -> None:
         )
 
 
-def samples_grid(folder: str | Path, path: str | Path, num_images: int, limit: int = 100) -> None:
-    """A picture of up to ``limit`` images of ``folder``, evenly spaced, ten in a row."""
-    numbers = [i * num_images // min(limit, num_images) for i in range(min(limit, num_images))]
-    images = [to_uint8(to_pixels(read_image(str(Path(folder) / f"{number:05d}.png")))) for number in numbers]
-    save_grid(torch.stack(images), path, columns=10)
+def sampled_images(folder: Path, num_images: int) -> PlainImages:
+    """The numbered images of ``folder``, in order.
+
+    Raises:
+        UserError: some are missing.
+    """
+    images = PlainImages(folder)
+    if len(images) != num_images:
+        raise UserError(f"{folder} holds {len(images)} images, not {num_images}; run the same command again")
+    return images
+
+
+def samples_grid(images: PlainImages, path: str | Path, limit: int = 100) -> None:
+    """A picture of up to ``limit`` of the images, evenly spaced, ten in a row."""
+    count = min(limit, len(images))
+    save_grid(torch.stack([images[i * len(images) // count] for i in range(count)]), path, columns=10)
+
+
+def export_npz(images: PlainImages, path: str | Path) -> None:
+    """Writes all images as ``arr_0``, uint8 ``[N, H, W, 3]``, as ADM's evaluator reads them."""
+    with written_whole(path) as file:
+        np.savez(file, arr_0=np.stack([image.permute(1, 2, 0).numpy() for image in images]))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Held-out likelihood.
+
+LIKELIHOOD_MASKS = 4  # mask ratios an image is measured at
+
+
+@torch.no_grad()
+def held_out_likelihood(
+    model: TokenBridge,
+    vae: AutoencoderKL | None,
+    latent_factor: float,
+    loader: DataLoader,
+    device: torch.device,
+    precision: str,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Cross-entropy a latent dimension over held-out images, at fixed masks and posterior samples.
+
+    Each image is measured at :data:`LIKELIHOOD_MASKS` mask ratios, quantiles of training's distribution. Its masks and
+    posterior sample follow from ``seed`` and its number, so results do not depend on batch size or processes.
+
+    Args:
+        loader: batches of images, or of moments where ``vae`` is None, sampled by :class:`util.args.Share`.
+
+    Returns:
+        ``nats_per_dim``, ``bits_per_dim`` and ``images``.
+    """
+    training = model.training
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # cross-entropy, images
+    rank, world, done = misc.get_rank(), misc.get_world_size(), 0
+    counts = [model.num_masked_at((i + 0.5) / LIKELIHOOD_MASKS) for i in range(LIKELIHOOD_MASKS)]
+    for batch, labels in loader:
+        numbers = [rank + world * (done + i) for i in range(len(batch))]
+        done += len(batch)
+        batch = batch.to(device, non_blocking=True)
+        posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
+        draws = misc.NumberedDraws(seed, numbers)
+        latents = posterior.sample(draws.normal(posterior.mean.shape[1:]).to(device)) * latent_factor
+        orders = draws.uniform((LIKELIHOOD_MASKS, model.seq_len)).argsort(dim=-1)  # [B, masks, L]
+        for i, count in enumerate(counts):
+            mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0).to(device)
+            with misc.autocast(device, precision):
+                sums[0] += model(latents, labels.to(device), mask) * len(batch) / len(counts)
+        sums[1] += len(batch)
+    model.train(training)
+    total, images = (misc.all_reduce_mean(sums) * world).tolist()
+    return {"nats_per_dim": total / images, "bits_per_dim": total / images / math.log(2), "images": round(images)}
 
 
 # --------------------------------------------------------------------------------------------------------------------

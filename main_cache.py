@@ -17,7 +17,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_vae_arg(parser)
     parser.add_argument("--vae_embed_dim", type=int, default=16, help="latent channels; a file that tells its own wins")
     parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
-    parser.add_argument("--data_path", default="./data/imagenet", help="folder that holds train/<class>/<image>")
+    parser.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
+    parser.add_argument("--split", choices=["train", "val"], default="train", help="which folder of --data_path")
     parser.add_argument("--cached_path", default="", help="folder to write <class>/<image>.npz to")
     add_run_args(parser, batch_size=128, seed=0, precision="fp32")
     return parser
@@ -31,7 +32,7 @@ def main() -> None:
         if not args.cached_path:
             raise errors.UserError("--cached_path is missing: name the folder to write the cache to")
         misc.seed_everything(args.seed + misc.get_rank())
-        dataset = ImageFolderWithFilename(Path(args.data_path) / "train", image_transform(args.img_size))
+        dataset = ImageFolderWithFilename(Path(args.data_path) / args.split, image_transform(args.img_size))
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         misc.check_told("vae_embed_dim", args.vae_embed_dim, 16, vae.embed_dim, args.vae_path)
         misc.check_stride(args.img_size, vae.stride)

@@ -2,7 +2,11 @@
 
 import argparse
 import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +17,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import (
+    Sampling,
     check_num_images,
     evaluate,
+    export_npz,
+    held_out_likelihood,
     latents_from,
+    sampled_images,
     samples_grid,
     steps_per_epoch,
     train_one_epoch,
@@ -23,8 +31,21 @@ from engine_tokenbridge import (
 from models.tokenbridge import MODELS, TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, errors, misc
-from util.args import add_mirror_arg, add_run_args, add_vae_arg, check_bits, check_positive, make_loader, new_parser
+from util.args import (
+    Share,
+    add_metrics_args,
+    add_mirror_arg,
+    add_run_args,
+    add_vae_arg,
+    check_bits,
+    check_positive,
+    make_loader,
+    new_parser,
+)
+from util.files import write_json
 from util.loader import CachedFolder, ImageFolder, check_classes, image_transform
+from util.metrics import TITLES, Judge, provenance, table
+from util.report import write_search
 
 # --------------------------------------------------------------------------------------------------------------------
 # The command line.
@@ -71,23 +92,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument("--save_last_freq", type=int, default=5, help="epochs between two checkpoints")
 
     sample = parser.add_argument_group("sampling and evaluation")
-    sample.add_argument("--evaluate", action="store_true", help="sample from --resume's EMA weights, and stop")
-    sample.add_argument("--online_eval", action="store_true", help="sample during training, too")
-    sample.add_argument("--eval_freq", type=int, default=40, help="epochs between two online evaluations")
+    sample.add_argument("--evaluate", action="store_true", help="sample from --resume's weights, measure, and stop")
+    sample.add_argument("--online_eval", action="store_true", help="sample and measure during training, too")
+    sample.add_argument("--evaluate_nll", action="store_true", help="measure --resume's held-out likelihood, and stop")
+    sample.add_argument("--online_nll", action="store_true", help="measure it during training, too")
+    sample.add_argument("--eval_freq", type=int, default=40, help="epochs between two measurements during training")
     sample.add_argument("--eval_bsz", type=int, default=64, help="images sampled at once on each device")
     sample.add_argument("--num_images", type=int, default=50000, help="over all classes evenly")
     sample.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
-    sample.add_argument("--cfg", type=float, default=1.0, help="guidance scale")
+    sample.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale, or several to search")
     sample.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear")
-    sample.add_argument("--temperature", type=float, default=1.0)
+    sample.add_argument("--temperature", type=float, nargs="+", default=1.0, help="or several to search")
     sample.add_argument("--gen_seed", type=int, default=0, help="with an image's number, the seed of that image")
+    sample.add_argument("--no_ema", action="store_true", help="evaluate the weights themselves, not their average")
+    sample.add_argument("--no_metrics", action="store_true", help="pictures alone")
+    sample.add_argument("--keep_images", action="store_true", help="keep the images once they are measured")
+    sample.add_argument("--save_npz", action="store_true", help="also write the images as ADM's evaluator reads them")
+    add_metrics_args(sample, fid_stats="fid_stats/adm_in256_stats.npz")
 
     files = parser.add_argument_group("files")
-    files.add_argument("--data_path", default="./data/imagenet", help="folder that holds train/<class>/<image>")
+    files.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
     files.add_argument(
         "--use_cached", action="store_true", help="train on cached moments; needs no images, no tokenizer"
     )
     files.add_argument("--cached_path", default="", help="what main_cache.py wrote")
+    files.add_argument("--cached_val_path", default="", help="what main_cache.py --split val wrote, for likelihoods")
     files.add_argument("--output_dir", default="./output_dir", help="checkpoints, TensorBoard's logs, samples")
     files.add_argument("--resume", default="", help=f"folder that holds {checkpoint.CHECKPOINT_NAME}")
     add_mirror_arg(files)
@@ -100,27 +129,33 @@ def check_args(args: argparse.Namespace) -> None:
     check_bits(args.quant_bits, "--quant_bits")
     check_positive(args, "img_size", "batch_size", "epochs", "accum_iter", "class_num", "eval_bsz", "num_iter")
     check_positive(args, "save_last_freq", "eval_freq", "vae_embed_dim", "vae_stride", "patch_size")
-    if args.temperature < 0:
-        raise errors.UserError(f"--temperature {args.temperature}: it must not be negative")
+    args.cfg, args.temperature = (v if isinstance(v, list) else [v] for v in (args.cfg, args.temperature))
+    if min(args.temperature) < 0:
+        raise errors.UserError(f"--temperature {min(args.temperature)}: it must not be negative")
     if args.evaluate or args.online_eval:
         check_num_images(args.num_images, args.class_num)
-    if args.evaluate and not args.resume:
-        raise errors.UserError("--evaluate needs --resume, the folder that holds the weights to sample from")
-    if args.use_cached and not args.cached_path:
+    if (args.evaluate or args.evaluate_nll) and not args.resume:
+        flag = "--evaluate" if args.evaluate else "--evaluate_nll"
+        raise errors.UserError(f"{flag} needs --resume, the folder that holds the weights to measure")
+    if args.use_cached and not args.cached_path and not args.evaluate and not args.evaluate_nll:
         raise errors.UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
+    if args.use_cached and not args.cached_val_path and (args.evaluate_nll or args.online_nll):
+        raise errors.UserError("likelihoods from a cache need --cached_val_path, what main_cache.py --split val wrote")
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # What a run is made of.
 
 
-def training_data(args: argparse.Namespace) -> CachedFolder | ImageFolder:
-    """Cached moments or images, as the flags say, checked against ``--class_num``."""
+def load_data(args: argparse.Namespace, split: str) -> CachedFolder | ImageFolder:
+    """Cached moments or images of ``train`` or ``val``, as the flags say, checked against ``--class_num``."""
+    mirror = args.mirror and split == "train"
     if args.use_cached:
-        root, dataset = args.cached_path, CachedFolder(args.cached_path, mirror=args.mirror)
+        root = args.cached_path if split == "train" else args.cached_val_path
+        dataset = CachedFolder(root, mirror=mirror)
     else:
-        root = Path(args.data_path) / "train"
-        dataset = ImageFolder(root, image_transform(args.img_size, mirror=args.mirror))
+        root = Path(args.data_path) / split
+        dataset = ImageFolder(root, image_transform(args.img_size, mirror=mirror))
     check_classes(dataset.classes, args.class_num, root)
     return dataset
 
@@ -132,25 +167,27 @@ def adopt_tokenizer(args: argparse.Namespace, vae_config: dict, source: str) -> 
     args.vae_stride = misc.check_told("vae_stride", args.vae_stride, 16, stride, source)
 
 
-def tokenizer(
-    args: argparse.Namespace, dataset: CachedFolder | ImageFolder | None
+def load_tokenizer(
+    args: argparse.Namespace, datasets: Sequence[CachedFolder | ImageFolder]
 ) -> tuple[AutoencoderKL | None, float]:
     """The tokenizer, None where the run does not need it, and its latent factor."""
     vae, latent_factor = None, None
     if args.evaluate or args.online_eval or not args.use_cached:
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         adopt_tokenizer(args, vae.config, args.vae_path)
-    if isinstance(dataset, CachedFolder):
+    for dataset in datasets if args.use_cached else ():
         about = {"vae": checkpoint.KL16_CONFIG, "latent_factor": checkpoint.KL16_LATENT_FACTOR, **dataset.metadata}
-        adopt_tokenizer(args, about["vae"], args.cached_path)
-        if vae is not None and not math.isclose(latent_factor, about["latent_factor"], rel_tol=1e-6):
-            raise errors.UserError(f"{args.cached_path} was made with another tokenizer than {args.vae_path}")
+        adopt_tokenizer(args, about["vae"], dataset.root)
+        if latent_factor is not None and not math.isclose(latent_factor, about["latent_factor"], rel_tol=1e-6):
+            raise errors.UserError(
+                f"{dataset.root} was made with another tokenizer than the run's: latent factors differ"
+            )
         latent_factor = about["latent_factor"]
         moments, side = dataset[0][0], args.img_size // args.vae_stride
         if moments.shape != (2 * args.vae_embed_dim, side, side):
             made = f"at --img_size {about['img_size']}" if "img_size" in about else f"of shape {list(moments.shape)}"
             raise errors.UserError(
-                f"{args.cached_path} holds moments {made}, which --img_size {args.img_size} does not fit"
+                f"{dataset.root} holds moments {made}, which --img_size {args.img_size} does not fit"
             )
     misc.check_stride(args.img_size, args.vae_stride * args.patch_size)
     return vae, latent_factor
@@ -172,24 +209,122 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], Path | No
     if not args.resume:
         return {}, None
     same = Path(args.resume).resolve() == Path(args.output_dir).resolve()
-    if not args.evaluate and same and not (Path(args.resume) / checkpoint.CHECKPOINT_NAME).exists():
+    if (
+        not (args.evaluate or args.evaluate_nll)
+        and same
+        and not (Path(args.resume) / checkpoint.CHECKPOINT_NAME).exists()
+    ):
         misc.log.info("no %s in %s: starting afresh", checkpoint.CHECKPOINT_NAME, args.resume)
         return {}, None
     path = checkpoint.find(args.resume)
     return checkpoint.read(path), path
 
 
-def sample(
-    model: TokenBridge, vae: AutoencoderKL, latent_factor: float, folder: Path, cfg: float, device, args
-) -> None:
-    """Numbered pictures in ``folder``, and a grid of them beside it."""
-    names = "num_images eval_bsz num_iter cfg_schedule temperature gen_seed precision"
-    settings = {name: getattr(args, name) for name in names.split()}
-    evaluate(model, vae, latent_factor, folder, cfg=cfg, device=device, **settings)
+@dataclass
+class Run:
+    """What sampling, measuring and training have in common."""
+
+    args: argparse.Namespace
+    device: torch.device
+    vae: AutoencoderKL | None
+    latent_factor: float
+    judge: Judge | None  # None: pictures alone
+    held_out: DataLoader | None  # for likelihoods
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation.
+
+
+def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
+    """Everything that metrics need, loaded before the first image is made; None for pictures alone.
+
+    Raises:
+        UserError: some of it is missing.
+    """
+    if args.no_metrics or not (args.evaluate or args.online_eval):
+        return None
+    if not Path(args.fid_stats).is_file():
+        raise errors.UserError(
+            f"no FID statistics at {args.fid_stats}: put ADM's for ImageNet 256 there, make others with "
+            "main_metrics.py --save_stats and name them with --fid_stats, or pass --no_metrics for pictures alone"
+        )
+    return Judge(args.inception_weights, args.fid_stats, args.reference, device, args.eval_bsz, args.num_workers)
+
+
+def sample_and_measure(
+    run: Run, model: TokenBridge, folder: Path, cfg: float, temperature: float, weights: dict
+) -> dict[str, float]:
+    """Numbered pictures in ``folder``, a grid of them beside it, and their metrics; those only on the main process."""
+    args = run.args
+    names = "num_images eval_bsz num_iter cfg_schedule gen_seed precision"
+    settings = Sampling(cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names.split()})
+    evaluate(model, run.vae, run.latent_factor, folder, settings, run.device, weights)
+    images = sampled_images(folder, args.num_images)
     if misc.is_main_process():
-        grid = folder.with_name(folder.name + ".png")
-        samples_grid(folder, grid, args.num_images)
-        misc.log.info("wrote %d images to %s, and some of them to %s", args.num_images, folder, grid)
+        samples_grid(images, f"{folder}.png")
+        if args.save_npz:
+            export_npz(images, f"{folder}.npz")
+    figures = {}
+    if run.judge is not None:
+        try:
+            figures = run.judge.measure(images)
+        except BaseException:
+            misc.log.error("measuring failed; the images are kept: python main_metrics.py --images %s", folder)
+            raise
+    if misc.is_main_process():
+        if figures:
+            misc.log.info("%s", table(figures))
+        about = {"settings": asdict(settings), "weights": weights, "args": vars(args)}
+        write_json(f"{folder}.json", {**figures, "seed": args.gen_seed, **about, **provenance()})
+        if run.judge is not None and not args.keep_images:
+            shutil.rmtree(folder)
+        misc.log.info("sampled %d images; a grid of them is %s.png", args.num_images, folder)
+    misc.barrier()
+    return figures
+
+
+def search(run: Run, model: TokenBridge, weights: dict) -> None:
+    """Samples at every given guidance scale and temperature; more than one make a table and a heat map."""
+    args, out = run.args, Path(run.args.output_dir)
+    pairs = list(product(args.cfg, args.temperature))
+    rows = []
+    for cfg, temperature in pairs:
+        folder = out / ("samples" if len(pairs) == 1 else f"samples-cfg{cfg:g}-t{temperature:g}")
+        figures = sample_and_measure(run, model, folder, cfg, temperature, weights)
+        rows.append({"cfg": cfg, "temperature": temperature, **figures})
+    if len(pairs) > 1 and run.judge is not None and misc.is_main_process():
+        write_search(rows, out)
+        misc.log.info("wrote %s/search.md, search.json and search.png", out)
+
+
+def measure_likelihood(run: Run, model: TokenBridge) -> dict[str, float]:
+    """Held-out cross-entropy, said in the log."""
+    vae = None if run.args.use_cached else run.vae
+    figures = held_out_likelihood(model, vae, run.latent_factor, run.held_out, run.device, run.args.precision)
+    misc.log.info(
+        "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension",
+        figures["images"],
+        figures["nats_per_dim"],
+        figures["bits_per_dim"],
+    )
+    return figures
+
+
+def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWriter | None) -> None:
+    """The measurements of one epoch, to TensorBoard: without guidance and with, and likelihood."""
+    args, scalars = run.args, {}
+    if args.online_nll:
+        figures = measure_likelihood(run, model)
+        scalars |= {f"eval/{name}": figures[name] for name in ("nats_per_dim", "bits_per_dim")}
+    for cfg, temperature in product(dict.fromkeys([1.0, *args.cfg]), args.temperature) if args.online_eval else ():
+        name = f"cfg{cfg:g}" + (f"-t{temperature:g}" if len(args.temperature) > 1 else "")
+        folder = Path(args.output_dir) / "online_eval" / f"epoch{epoch:04d}-{name}"
+        figures = sample_and_measure(run, model, folder, cfg, temperature, {"epoch": epoch})
+        scalars |= {f"eval/{key}-{name}": value for key, value in figures.items() if key in TITLES}
+    if writer is not None:
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, epoch + 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -245,17 +380,9 @@ def save(model: TokenBridge, ema, optimizer, scaler, epoch: int, latent_factor: 
     checkpoint.save(Path(args.output_dir) / checkpoint.CHECKPOINT_NAME, content)
 
 
-def train(
-    model: TokenBridge,
-    vae: AutoencoderKL | None,
-    latent_factor: float,
-    loader: DataLoader,
-    content: dict,
-    path: Path | None,
-    device: torch.device,
-    args: argparse.Namespace,
-) -> None:
-    """Trains ``model`` from ``content`` on, saving, and sampling where asked for."""
+def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path: Path | None) -> None:
+    """Trains ``model`` from ``content`` on, saving, and measuring where asked for."""
+    args, device = run.args, run.device
     ema = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True)
     batch = args.batch_size * args.accum_iter * misc.get_world_size()
     if args.lr is None:
@@ -274,7 +401,8 @@ def train(
     steps = steps_per_epoch(loader, args.accum_iter)
     done = args.start_epoch * steps
     writer = SummaryWriter(args.output_dir) if misc.is_main_process() else None
-    to_latents = partial(latents_from, vae=None if args.use_cached else vae, latent_factor=latent_factor)
+    vae = None if args.use_cached else run.vae
+    to_latents = partial(latents_from, vae=vae, latent_factor=run.latent_factor)
     with misc.progress(total=args.epochs * steps, initial=done, unit="step", desc="training") as bar:
         for epoch in range(args.start_epoch, args.epochs):
             loader.sampler.set_epoch(epoch)
@@ -283,13 +411,14 @@ def train(
             train_one_epoch(wrapped, ema, optimizer, scaler, loader, epoch, to_latents, device, args, bar, writer, peak)
             last = epoch + 1 == args.epochs
             if last or (epoch + 1) % args.save_last_freq == 0:
-                save(model, ema, optimizer, scaler, epoch, latent_factor, args)
-            if args.online_eval and (last or (epoch + 1) % args.eval_freq == 0):
-                for cfg in dict.fromkeys([1.0, args.cfg]):
-                    folder = Path(args.output_dir) / "online_eval" / f"epoch{epoch:04d}-cfg{cfg:g}"
-                    sample(ema.module, vae, latent_factor, folder, cfg, device, args)
+                save(model, ema, optimizer, scaler, epoch, run.latent_factor, args)
+            if last or (epoch + 1) % args.eval_freq == 0:
+                evaluate_online(run, model if args.no_ema else ema.module, epoch, writer)
     if writer is not None:
         writer.close()
+
+
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -298,21 +427,34 @@ def main() -> None:
     with misc.processes(args.device) as device:
         check_args(args)
         content, path = open_checkpoint(args)
-        config = content.get("config", {})
-        dataset = None if args.evaluate else training_data(args)
-        vae, latent_factor = tokenizer(args, dataset)
+        measuring = args.evaluate or args.evaluate_nll
+        dataset = None if measuring else load_data(args, "train")
+        val = load_data(args, "val") if args.evaluate_nll or args.online_nll else None
+        vae, latent_factor = load_tokenizer(args, [data for data in (dataset, val) if data is not None])
         misc.seed_everything(args.seed + misc.get_rank())
-        model = build_model(args, config)
+        model = build_model(args, content.get("config", {}))
         if path is not None:
-            checkpoint.check_config(config, model, latent_factor, path)
+            checkpoint.check_config(content.get("config", {}), model, latent_factor, path)
+        if measuring:
+            checkpoint.load_weights(model, content, path, ema=not args.no_ema)
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
         model, vae = model.to(device), None if vae is None else vae.to(device)
+        loader = None if measuring else make_training_loader(dataset, device, args)
+        share = None if val is None else Share(len(val), misc.get_rank(), misc.get_world_size())
+        held_out = None if val is None else make_loader(val, args, device, sampler=share)
+        run = Run(args, device, vae, latent_factor, make_judge(args, device), held_out)
+        if args.evaluate_nll:
+            figures = measure_likelihood(run, model)
+            if misc.is_main_process():
+                write_json(
+                    Path(args.output_dir) / "likelihood.json", {**figures, "resume": args.resume, **provenance()}
+                )
         if args.evaluate:
-            checkpoint.load_weights(model, content, path, ema=True)
-            sample(model, vae, latent_factor, Path(args.output_dir) / "samples", args.cfg, device, args)
-        else:
-            loader = make_training_loader(dataset, device, args)
-            train(model, vae, latent_factor, loader, content, path, device, args)
+            file = path.stat()
+            weights = {"file": str(path), "size": file.st_size, "mtime_ns": file.st_mtime_ns, "ema": not args.no_ema}
+            search(run, model, weights)
+        if not measuring:
+            train(run, model, loader, content, path)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """Reconstruction by the tokenizer, continuous and quantized (section 4.2; torchrun or plain python)."""
 
 import argparse
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +14,20 @@ from torch.utils.data import DataLoader, Subset
 from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import Share, add_run_args, add_vae_arg, check_bits, check_positive, make_loader, new_parser
+from util.args import (
+    Share,
+    add_run_args,
+    add_vae_arg,
+    check_bits,
+    check_positive,
+    make_loader,
+    new_parser,
+)
 from util.files import write_json
-from util.images import empty_of_images, psnr, save_grid, save_png, to_uint8
+from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
 from util.loader import ImageFolderWithFilename, existing_folder, image_transform
+from util.metrics import Judge, compute_metrics, gather_features, provenance, statistics, warn_if_few
+from util.report import markdown, write_text
 
 PICTURE_ROWS = 8
 
@@ -33,6 +46,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=int, default=6, help="2^bits levels a channel; -1 for continuous latents")
     parser.add_argument("--range", type=float, default=5.0, help="latents are clipped to [-range, range]")
     parser.add_argument("--images_per_class", type=int, default=50, help="the first of each class, sorted by name")
+    parser.add_argument("--sweep", action="store_true", help="the paper's Table 1: all its levels and ranges")
+    parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for rFID against it")
+    parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
+    parser.add_argument("--no_metrics", action="store_true", help="without rFID and Inception Score")
     add_run_args(parser, batch_size=16, seed=0, precision="fp32")
     return parser
 
@@ -79,54 +96,83 @@ def first_of_each_class(dataset: ImageFolderWithFilename, images_per_class: int)
     return Subset(dataset, chosen)
 
 
+class Setting(NamedTuple):
+    """One quantizer: its bits (-1 for none) and range."""
+
+    bits: int
+    range: float
+
+    @property
+    def levels(self) -> int:
+        """Levels a channel, 0 for continuous latents."""
+        return 2**self.bits if self.bits > 0 else 0
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.levels} levels, range {self.range:g}" if self.levels else "continuous"
+
+
+#: The paper's Table 1: rFID and Inception Score of each setting.
+TABLE_1 = {
+    Setting(-1, 5.0): (1.11, 306.1),
+    Setting(3, 5.0): (3.69, 250.3),
+    Setting(4, 5.0): (1.33, 296.8),
+    Setting(5, 5.0): (1.12, 303.8),
+    Setting(6, 5.0): (1.11, 305.4),
+    Setting(6, 2.0): (2.26, 267.9),
+    Setting(6, 3.0): (1.22, 299.7),
+    Setting(6, 4.0): (1.13, 305.3),
+}
+#: Figure 5 compares tokenizers, Figure 6 levels; after the original.
+FIGURE_5 = [Setting(-1, 5.0), Setting(6, 5.0)]
+FIGURE_6 = [Setting(6, 5.0), Setting(5, 5.0), Setting(4, 5.0), Setting(3, 5.0)]
+
+
 class Tally:
-    """Sums over images, and over processes at the end."""
+    """What one setting does to images and latents: sums over images, and over processes at the end."""
 
-    def __init__(self, channels: int, levels: int, device: torch.device):
-        self.sums = {
-            name: torch.zeros((), dtype=torch.float64, device=device)
-            for name in ("images", "psnr", "elements", "outside", "squared_error")
-        }
-        self.counts = torch.zeros(channels, levels, dtype=torch.int64, device=device)  # of each level in each channel
+    def __init__(self, setting: Setting, channels: int, device: torch.device):
+        self.setting = setting
+        names = ("images", "psnr", "ssim", "elements", "outside", "squared_error")
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
+        self.counts = torch.zeros(channels, setting.levels, dtype=torch.int64, device=device)
+        self.features: list[tuple[Tensor, ...]] = []  # Inception's, of the reconstructions
 
-    def add(
-        self, images: Tensor, recon: Tensor, latents: Tensor, indices: Tensor | None, quantized: Tensor, bound: float
-    ):
+    def add(self, real: Tensor, recon: Tensor, latents: Tensor, indices: Tensor | None, quantized: Tensor) -> None:
         """One batch: byte images, scaled latents ``[B, C, h, w]`` and what the quantizer made of them."""
-        self.sums["images"] += len(images)
-        self.sums["psnr"] += psnr(images, recon).sum()
+        self.sums["images"] += len(real)
+        self.sums["psnr"] += psnr(real, recon).sum()
+        self.sums["ssim"] += ssim(real, recon).sum()
         self.sums["elements"] += latents.numel()
-        self.sums["outside"] += (latents.abs() > bound).sum()
+        self.sums["outside"] += (latents.abs() > self.setting.range).sum()
         self.sums["squared_error"] += ((latents - quantized).double() ** 2).sum()
         if indices is not None:
-            levels = self.counts.shape[1]
+            levels = self.setting.levels
             offset = levels * torch.arange(indices.shape[1], device=indices.device)[:, None, None]
             flat = (indices + offset).flatten()
             self.counts += torch.bincount(flat, minlength=self.counts.numel()).view_as(self.counts)
 
-    def results(self) -> dict[str, float]:
+    def results(self) -> dict[str, Any]:
         """The figures, over all processes."""
         world = misc.get_world_size()
         sums = {name: misc.all_reduce_mean(value).item() * world for name, value in self.sums.items()}
-        used = (misc.all_reduce_mean(self.counts.double()) > 0).sum(dim=1)
         figures = {
             "images": round(sums["images"]),
             "psnr_db": sums["psnr"] / sums["images"],
+            "ssim": sums["ssim"] / sums["images"],
             "latent_mse": sums["squared_error"] / sums["elements"],
             "out_of_range_share": sums["outside"] / sums["elements"],
         }
-        if self.counts.shape[1]:
-            figures |= {"levels": self.counts.shape[1], "levels_used": used.tolist()}
+        if self.setting.levels:
+            share = misc.all_reduce_mean(self.counts.double())
+            share = share / share.sum(dim=1, keepdim=True)
+            figures |= {
+                "levels": self.setting.levels,
+                "levels_used": (share > 0).sum(dim=1).tolist(),
+                "entropy_bits": torch.special.entr(share).sum(dim=1).div(math.log(2)).tolist(),
+            }
         return figures
-
-
-def numbered_noise(shape: torch.Size, seed: int, numbers: list[int]) -> Tensor:
-    """Standard normal ``[N, *shape]``; each image's follows from ``seed`` and its number alone.
-
-    So results depend neither on the batch size nor on the number of processes.
-    """
-    generators = [torch.Generator().manual_seed(2**20 * seed + number) for number in numbers]
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 @torch.no_grad()
@@ -134,52 +180,138 @@ def reconstruct(
     vae: AutoencoderKL,
     latent_factor: float,
     loader: DataLoader,
-    folder: Path,
+    settings: Sequence[Setting],
+    judge: Judge | None,
+    save: Callable[[str, int, Tensor], None],
     device: torch.device,
     args: argparse.Namespace,
-) -> dict[str, float]:
-    """Writes ``real/`` and ``recon/`` under ``folder``, and ``reconstruction.png``; returns the figures."""
-    tally = Tally(vae.embed_dim, 2**args.bits if args.bits > 0 else 0, device)
-    rank, world, done, rows = misc.get_rank(), misc.get_world_size(), 0, []
+) -> tuple[dict[str, list[Tensor]], list[tuple[Tensor, ...]], list[Tally]]:
+    """Reconstructs this process's images under every setting, from one posterior sample of each.
+
+    Args:
+        save: takes ``"real"`` or ``"recon"``, an image's number, and the image.
+
+    Returns:
+        some pictures to show by title (the original, the continuous reconstruction, every setting's), Inception's
+        features of all originals, and the settings' tallies.
+    """
+    tallies = [Tally(setting, vae.embed_dim, device) for setting in settings]
+    rank, world, done = misc.get_rank(), misc.get_world_size(), 0
+    share = len(loader.sampler)  # shown are the main process's images, evenly spaced
+    shown = {rank + world * (i * share // PICTURE_ROWS) for i in range(PICTURE_ROWS)}
+    pictures = {title: [] for title in ("original", "continuous", *(setting.title for setting in settings))}
+    features = []
     with misc.progress(loader, unit="batch", desc="reconstructing") as batches:
         for images, _, _ in batches:
             numbers = [rank + world * (done + i) for i in range(len(images))]  # as Share deals them
+            picked = [i for i, number in enumerate(numbers) if number in shown]
             done += len(images)
             images = images.to(device)
+            real = to_uint8(images)
+            pictures["original"] += real[picked].cpu()
+            features += [] if judge is None else [judge.inception(real)]
+            for number, image in zip(numbers, real, strict=True):
+                save("real", number, image)
             with misc.autocast(device, args.precision):
                 posterior = vae.encode(images)
-                noise = numbered_noise(posterior.mean.shape[1:], args.seed, numbers).to(device)
+                noise = misc.NumberedDraws(args.seed, numbers).normal(posterior.mean.shape[1:]).to(device)
                 latents = posterior.sample(noise).float() * latent_factor
-                indices, quantized = post_training_quantize(latents, args.bits, -args.range, args.range)
-                views = {"real": to_uint8(images), "recon": to_uint8(vae.decode(quantized / latent_factor))}
-                missing = PICTURE_ROWS - len(rows) if misc.is_main_process() else 0
-                if missing > 0:
-                    continuous = to_uint8(vae.decode(latents[:missing] / latent_factor))
-                    picture = [views["real"][:missing], continuous, views["recon"][:missing]]
-                    rows += torch.stack(picture[: 2 if args.bits < 0 else 3], dim=1)  # [rows, views, 3, H, W]
-            tally.add(views["real"], views["recon"], latents, indices, quantized, args.range)
-            for name, pictures in views.items():
-                for number, image in zip(numbers, pictures, strict=True):
-                    save_png(image, folder / name / f"{number:05d}.png")
-    if misc.is_main_process():
-        titles = ["original", "continuous"] + [f"{2**args.bits} levels"] * (args.bits > 0)
-        save_grid(torch.cat(rows), folder / "reconstruction.png", columns=len(titles), titles=titles, min_size=96)
-    return tally.results()
+                if picked and all(setting.levels for setting in settings):
+                    pictures["continuous"] += to_uint8(vae.decode(latents[picked] / latent_factor)).cpu()
+            for tally in tallies:
+                bits, bound = tally.setting
+                indices, quantized = post_training_quantize(latents, bits, -bound, bound)
+                with misc.autocast(device, args.precision):
+                    recon = to_uint8(vae.decode(quantized / latent_factor))
+                tally.add(real, recon, latents, indices, quantized)
+                tally.features += [] if judge is None else [judge.inception(recon)]
+                pictures[tally.setting.title] += recon[picked].cpu()
+                for number, image in zip(numbers, recon, strict=True):
+                    save("recon", number, image)
+    return pictures, features, tallies
 
 
-def report(figures: dict, args: argparse.Namespace) -> str:
-    """The figures as a few lines for the terminal."""
-    kind = "continuous latents" if args.bits < 0 else f"{figures['levels']} levels"
-    lines = [
-        f"{figures['images']} images, {kind}",
-        f"PSNR                 {figures['psnr_db']:.2f} dB",
-        f"latent squared error {figures['latent_mse']:.6f}",
-        f"outside +-{args.range:g}         {figures['out_of_range_share']:.4%} of latent values",
-    ]
-    if "levels_used" in figures:
-        used = figures["levels_used"]
-        lines.append(f"levels used          {min(used)} to {max(used)} of {figures['levels']}, by channel")
+def measure(tally: Tally, judge: Judge | None, real: dict[str, Tensor] | None, total: int) -> dict[str, Any]:
+    """A setting's figures; with a judge also rFID against ``--fid_stats`` and the originals, and Inception Score."""
+    figures = {"bits": tally.setting.bits, "range": tally.setting.range, **tally.results()}
+    if judge is not None:
+        recon = gather_features(tally.features, total, judge.device)
+        if misc.is_main_process():
+            figures |= compute_metrics(recon, judge.stats)
+            against = compute_metrics(recon, statistics(real))["frechet_inception_distance"]
+            figures["frechet_inception_distance_to_originals"] = against
+    return figures
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Results.
+
+ROWS = {
+    "frechet_inception_distance": "rFID, to the statistics",
+    "frechet_inception_distance_to_originals": "rFID, to the originals",
+    "inception_score_mean": "Inception Score",
+    "psnr_db": "PSNR (dB)",
+    "ssim": "SSIM",
+    "latent_mse": "latent mean squared error",
+    "out_of_range_share": "latents out of range",
+    "levels_used": "levels used, least to most by channel",
+    "entropy_bits": "entropy (bits), least to most by channel",
+}
+
+
+def summary(figures: dict[str, Any]) -> dict[str, str | float]:
+    """Figures by title; those of each channel as least to most."""
+    shown = {title: figures[name] for name, title in ROWS.items() if name in figures}
+    return {t: f"{min(v):.4g} to {max(v):.4g}" if isinstance(v, list) else v for t, v in shown.items()}
+
+
+def report(setting: Setting, figures: dict[str, Any]) -> str:
+    """A setting's figures as lines for the terminal."""
+    lines = [f"{figures['images']} images, {setting.title}"]
+    for title, value in summary(figures).items():
+        lines.append(f"{title:<42}{value if isinstance(value, str) else f'{value:.5g}':>16}")
     return "\n".join(lines)
+
+
+def write_sweep(
+    results: list[dict[str, Any]], pictures: dict[str, list[Tensor]], tallies: list[Tally], folder: Path
+) -> None:
+    """Table 1 beside the paper's figures, as Markdown and JSON, and the pictures of Figures 5 and 6."""
+    titles = [title for name, title in ROWS.items() if any(name in figures for figures in results)]
+    rows = []
+    for tally, figures in zip(tallies, results, strict=True):
+        values = summary(figures)
+        rows.append([tally.setting.title, *TABLE_1[tally.setting], *(values.get(title) for title in titles)])
+        figures |= dict(zip(("paper_rfid", "paper_inception_score"), TABLE_1[tally.setting], strict=True))
+    header = ["tokenizer", "paper: rFID", "paper: Inception Score", *titles]
+    write_text(folder / "table1.md", markdown(header, rows))
+    write_json(folder / "table1.json", {"rows": results, **provenance()})
+    for name, settings in {"figure5.png": FIGURE_5, "figure6.png": FIGURE_6}.items():
+        titles = ["original", *(setting.title for setting in settings)]
+        write_picture(folder / name, {title: pictures[title] for title in titles})
+
+
+def write_picture(path: Path, pictures: dict[str, list[Tensor]]) -> None:
+    """Views of the same images side by side, one title a column."""
+    rows = [torch.stack(views) for views in zip(*pictures.values(), strict=True)]
+    save_grid(torch.cat(rows), path, columns=len(pictures), titles=list(pictures), min_size=128)
+
+
+def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
+    """What rFID and Inception Score need; None without Inception's weights, where nobody asked for them by flag.
+
+    Raises:
+        UserError: something asked for is missing.
+    """
+    if args.no_metrics:
+        return None
+    try:
+        return Judge(args.inception_weights, args.fid_stats, None, device, args.batch_size, args.num_workers)
+    except errors.UserError as error:
+        if args.fid_stats or args.inception_weights:
+            raise
+        misc.log.warning("without rFID and Inception Score: %s", error)
+        return None
 
 
 def main() -> None:
@@ -194,15 +326,39 @@ def main() -> None:
         chosen = first_of_each_class(dataset, args.images_per_class)
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         misc.check_stride(args.img_size, vae.stride)
-        loader = make_loader(chosen, args, device, sampler=Share(len(chosen), misc.get_rank(), misc.get_world_size()))
-        folder = Path(args.output_dir) / f"quant_b{args.bits}_r{args.range}_n{args.images_per_class}"
+        judge = make_judge(args, device)
+        if judge is not None:
+            warn_if_few(len(chosen), "images")
+
+        settings = list(TABLE_1) if args.sweep else [Setting(args.bits, args.range)]
+        name = f"sweep_n{args.images_per_class}"
+        if not args.sweep:
+            name = f"quant_b{args.bits}_r{args.range}_n{args.images_per_class}"
+        folder = Path(args.output_dir) / name
         for part in ("real", "recon"):
             empty_of_images(folder / part)
-        figures = reconstruct(vae.to(device), latent_factor, loader, folder, device, args)
-        misc.barrier()
+
+        def save(part: str, number: int, image: Tensor) -> None:
+            if not args.sweep:  # a sweep has eight reconstructions of each image
+                save_png(image, folder / part / f"{number:05d}.png")
+
+        loader = make_loader(chosen, args, device, sampler=Share(len(chosen), misc.get_rank(), misc.get_world_size()))
+        vae = vae.to(device)
+        pictures, features, tallies = reconstruct(vae, latent_factor, loader, settings, judge, save, device, args)
+        real = None if judge is None else gather_features(features, len(chosen), device)
+        results = [measure(tally, judge, real, len(chosen)) for tally in tallies]
         if misc.is_main_process():
-            write_json(folder / "results.json", {**vars(args), **figures})
-            misc.log.info("%s\nwrote %s", report(figures, args), folder)
+            for tally, figures in zip(tallies, results, strict=True):
+                misc.log.info("%s\n", report(tally.setting, figures))
+            if args.sweep:
+                write_sweep(results, pictures, tallies, folder)
+            else:
+                write_picture(folder / "reconstruction.png", pictures)
+                write_json(
+                    folder / "results.json", {**results[0], "seed": args.seed, "args": vars(args), **provenance()}
+                )
+            misc.log.info("wrote %s", folder)
+        misc.barrier()
 
 
 if __name__ == "__main__":

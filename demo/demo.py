@@ -100,7 +100,8 @@ def main() -> None:
 
     run(
         f"main_vae.py {common} --data_path output/demo/data --output_dir output/demo --no_mirror "
-        "--ch 32 --ch_mult 1 2 4 --num_res_blocks 1 --batch_size 64 --epochs 15 --lr 2e-3 --kl_weight 1e-2"
+        "--vae_embed_dim 8 --ch 32 --ch_mult 1 2 2 --num_res_blocks 1 "
+        "--batch_size 64 --epochs 20 --lr 3e-3 --kl_weight 1e-2"
     )
     run(f"main_cache.py {common} {vae} --data_path output/demo/data --cached_path output/demo/cache")
     run(
@@ -109,11 +110,11 @@ def main() -> None:
     )
     run(
         f"main_tokenbridge.py {common} {model} --use_cached --cached_path output/demo/cache --no_mirror "
-        "--batch_size 64 --epochs 28 --warmup_epochs 2 --lr 2e-3 --ema_rate 0.99 --attn_dropout 0 --proj_dropout 0"
+        "--batch_size 64 --epochs 38 --warmup_epochs 3 --lr 2e-3 --ema_rate 0.99 --attn_dropout 0 --proj_dropout 0"
     )
     run(
         f"main_tokenbridge.py {common} {model} {vae} --evaluate --resume output/demo "
-        f"--num_images {10 * SAMPLES_PER_DIGIT} --eval_bsz 100 --num_iter 16 --cfg 2.0 --temperature 0.95"
+        f"--num_images {10 * SAMPLES_PER_DIGIT} --no_metrics --eval_bsz 100 --num_iter 16 --cfg 2.0 --temperature 0.95"
     )
 
     shutil.copy(next((out / "reconstruction").glob("*/reconstruction.png")), out / "reconstruction.png")

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
 from models import sampling
@@ -214,12 +215,18 @@ class TokenBridge(nn.Module):
         """A random order of the positions for each sample, ``[B, L]``; the first ones are masked."""
         return sampling.random_orders(bsz, self.seq_len, self.device)
 
-    def draw_num_masked(self) -> int:
-        """Masked tokens of a batch: L times a ratio from normal(1, 0.25) on [mask_ratio_min, 1], rounded up."""
-        low = torch.special.ndtr(torch.tensor((self.mask_ratio_min - 1) / 0.25, dtype=torch.float64))
-        quantile = low + (0.5 - low) * torch.rand((), dtype=torch.float64)  # on the host: shapes follow from it
-        ratio = 1 + 0.25 * torch.special.ndtri(quantile).item()
+    def num_masked_at(self, quantile: float) -> int:
+        """Masked tokens at a ``quantile`` in [0, 1] of the mask ratios: L times the ratio, rounded up.
+
+        Ratios are normal(1, 0.25) truncated to [mask_ratio_min, 1].
+        """
+        low = ndtr((self.mask_ratio_min - 1) / 0.25)
+        ratio = 1 + 0.25 * ndtri(low + (0.5 - low) * quantile)
         return math.ceil(self.seq_len * min(max(ratio, self.mask_ratio_min), 1.0))
+
+    def draw_num_masked(self) -> int:
+        """Masked tokens of a batch, drawn on the host: shapes follow from it."""
+        return self.num_masked_at(torch.rand((), dtype=torch.float64).item())
 
     def random_masking(self, x: Tensor, orders: Tensor) -> Tensor:
         """A mask ``[B, L]``, 1 where a token is masked, from ``orders [B, L]``; ``x`` gives the device."""

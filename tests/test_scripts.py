@@ -145,7 +145,7 @@ def test_reconstruction_writes_figures_and_pictures(run, images, vae_path, tmp_p
             assert sorted(os.listdir(folder / part)) == [f"{i:05d}.png" for i in range(12)]
         with Image.open(folder / "reconstruction.png") as picture:
             views = 2 if bits < 0 else 3
-            assert picture.size == (views * (96 + 2) + 2, 8 * (96 + 2) + 2 + 16)
+            assert picture.size == (views * (128 + 2) + 2, 8 * (128 + 2) + 2 + 16)
     assert results[-1]["latent_mse"] == 0 and "levels" not in results[-1]
     assert 0 < results[6]["latent_mse"] < results[3]["latent_mse"]
     assert results[6]["levels"] == 64 and max(results[6]["levels_used"]) <= 64
@@ -216,7 +216,9 @@ def test_uncached_training_and_other_flags(run, images, vae_path, tmp_path, flag
 
 
 def test_evaluation_writes_the_same_pictures_every_time(run, trained, vae_path, tmp_path):
-    common = f"{TINY} --vae_path {vae_path} --evaluate --resume {trained} --num_images 8 --num_iter 4 --cfg 2.0"
+    common = (
+        f"{TINY} --vae_path {vae_path} --evaluate --no_metrics --resume {trained} --num_images 8 --num_iter 4 --cfg 2.0"
+    )
     pictures = []
     for chunk, seed in ((8, 0), (3, 0), (8, 1)):
         out = tmp_path / f"eval{chunk}-{seed}"
@@ -233,7 +235,7 @@ def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_pa
     run(
         "main_tokenbridge",
         f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --vae_path {vae_path} "
-        f"--output_dir {tmp_path}/run --online_eval --eval_freq 1 --num_images 4 --num_iter 2 --cfg 3.0",
+        f"--output_dir {tmp_path}/run --online_eval --no_metrics --eval_freq 1 --num_images 4 --num_iter 2 --cfg 3.0",
     )
     folders = sorted(path.name for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir())
     assert folders == [f"epoch000{epoch}-cfg{cfg}" for epoch in (0, 1) for cfg in (1, 3)]
@@ -258,7 +260,8 @@ def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
     assert {int(s["step"]) for s in content["optimizer"]["state"].values()} == {2}  # 16 images, 4 for each of two
     assert result.stderr.count("whole batch 8") == 1
 
-    out = f"--vae_path {vae_path} --evaluate --resume {tmp_path}/run2 --num_images 8 --num_iter 3 --eval_bsz 3"
+    out = f"--vae_path {vae_path} --evaluate --no_metrics --num_images 8 --num_iter 3 --eval_bsz 3"
+    out += f" --resume {tmp_path}/run2"
     result = torchrun(f"main_tokenbridge.py {TINY} {out} --output_dir {tmp_path}/eval2 --device cpu")
     assert result.returncode == 0, result.stderr
     assert sorted(os.listdir(tmp_path / "eval2" / "samples")) == [f"{i:05d}.png" for i in range(8)]
@@ -293,7 +296,9 @@ def test_missing_files_are_named(refused, images, vae_path, cached, trained, tmp
 
 def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, trained, tmp_path):
     use = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/new"
-    evaluate = f"--evaluate --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/new --num_images 8"
+    evaluate = (
+        f"--evaluate --no_metrics --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/new --num_images 8"
+    )
     small = "--model tokenbridge_tiny --img_size 16 --buffer_size 4 --num_workers 0"
     cases = {
         f"{small} --class_num 5 {use}": "4 class folders, but class_num is 5",
@@ -326,7 +331,7 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(refused, run, trained
     content = torch.load(vae_path, weights_only=True)
     content["config"]["latent_factor"] = 0.6
     torch.save(content, tmp_path / "other.ckpt")
-    command = f"{TINY} --evaluate --resume {trained} --vae_path {tmp_path}/other.ckpt --num_images 4"
+    command = f"{TINY} --evaluate --no_metrics --resume {trained} --vae_path {tmp_path}/other.ckpt --num_images 4"
     assert "latent_factor is 0.5 there, 0.6 here" in refused("main_tokenbridge", command)
 
 

@@ -47,6 +47,16 @@ def add_mirror_arg(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_metrics_args(parser: argparse.ArgumentParser, fid_stats: str | None) -> None:
+    """What FID and its relatives are measured with and against."""
+    parser.add_argument("--fid_stats", default=fid_stats, help=".npz with mu and sigma of the reference, for FID")
+    parser.add_argument(
+        "--reference",
+        help="reference images for precision and recall, and for FID without statistics: a folder, or .npz with arr_0",
+    )
+    parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
+
+
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:
     """Raises UserError unless ``bits`` is 1 to 9, or -1 where ``continuous`` latents make sense."""
     if not (1 <= bits <= 9 or (continuous and bits == -1)):

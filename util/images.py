@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.utils import make_grid
 
 from util.files import written_whole
@@ -47,6 +48,19 @@ def save_grid(images: Tensor, path: str | Path, columns: int, titles: Sequence[s
         ImageDraw.Draw(picture).text((4 + column * (images.shape[-1] + 2), 2), title, fill=(0, 0, 0))
     with written_whole(path) as file:
         picture.save(file, format="png")
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of byte images ``[N, 3, H, W]``, one a pair: ``[N]`` (Wang et al. 2004).
+
+    The Gaussian window has deviation 1.5 and 11 pixels; as in the paper, only places where all of it lies inside the
+    image count (all places in images smaller than the window).
+    """
+    options = {"data_range": 255.0, "reduction": "none", "return_full_image": True}
+    _, similarity = structural_similarity_index_measure(a.double(), b.double(), **options)
+    if min(similarity.shape[2:]) > 10:
+        similarity = similarity[..., 5:-5, 5:-5]
+    return similarity.flatten(1).mean(1)
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -34,6 +34,11 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
+def is_local_main_process() -> bool:
+    """Whether this process is the first on its machine."""
+    return not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if dist.is_initialized():
@@ -47,6 +52,19 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     value = value.clone()
     dist.all_reduce(value)
     return value / get_world_size()
+
+
+def gather_shares(rows: Tensor, total: int) -> Tensor:
+    """All ``total`` rows in order, from each process's own: those ``rank, rank + world_size, ...`` (:class:`Share`)."""
+    world = get_world_size()
+    if world == 1:
+        return rows
+    longest = -(-total // world)
+    padded = rows.new_zeros(longest, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    shares = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(shares, padded)
+    return torch.stack(shares, dim=1).flatten(0, 1)[:total]
 
 
 @contextmanager
@@ -98,6 +116,24 @@ def seed_everything(*seeds: int) -> None:
 
     state = np.random.SeedSequence(seeds).generate_state(1, dtype=np.uint64)[0] if len(seeds) > 1 else seeds[0]
     torch.manual_seed(int(state) % 2**63)
+
+
+class NumberedDraws:
+    """Random numbers for numbered images: each image's follow from ``seed`` and its number alone.
+
+    So results depend neither on the batch size nor on the number of processes.
+    """
+
+    def __init__(self, seed: int, numbers: Iterable[int]):
+        self.generators = [torch.Generator().manual_seed((2**20 * seed + number) % 2**63) for number in numbers]
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal ``[N, *shape]`` on the CPU."""
+        return torch.stack([torch.randn(*shape, generator=generator) for generator in self.generators])
+
+    def uniform(self, shape: Sequence[int]) -> Tensor:
+        """Uniform in [0, 1), ``[N, *shape]``, on the CPU."""
+        return torch.stack([torch.rand(*shape, generator=generator) for generator in self.generators])
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,59 @@
+"""FID, Inception Score, precision and recall of a folder of images; reference statistics (torchrun or plain python)."""
+
+import argparse
+
+from util import errors, misc
+from util.args import add_metrics_args, check_positive, new_parser
+from util.files import write_json
+from util.metrics import Judge, PlainImages, provenance, save_statistics, table, warn_if_few
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--images", default="", help="what to measure: a folder of images, or .npz with arr_0")
+    add_metrics_args(parser, fid_stats=None)
+    parser.add_argument("--save_stats", help=".npz to write the images' statistics (mu, sigma) to")
+    parser.add_argument("--img_size", type=int, help="crop to this size as for training; for --save_stats only")
+    parser.add_argument("--batch_size", type=int, default=64, help="images at once on each device")
+    parser.add_argument("--num_workers", type=int, default=4, help="image reading processes for each device")
+    parser.add_argument("--json", help="file to write the figures to")
+    parser.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that make no sense together."""
+    check_positive(args, "batch_size")
+    if not args.images:
+        raise errors.UserError("--images is missing: name a folder of images, or an .npz with arr_0")
+    if args.img_size is not None and not args.save_stats:
+        raise errors.UserError("--img_size goes with --save_stats only; images to measure are read as they are")
+    if args.img_size is not None:
+        check_positive(args, "img_size")
+
+
+def main() -> None:
+    """Runs the command line."""
+    args = get_args_parser().parse_args()
+    with misc.processes(args.device) as device:
+        check_args(args)
+        images = PlainImages(args.images, args.img_size)
+        judge = Judge(args.inception_weights, args.fid_stats, args.reference, device, args.batch_size, args.num_workers)
+        if args.save_stats:
+            features = judge.features(images)
+            warn_if_few(len(images), "images")
+            if misc.is_main_process():
+                save_statistics(args.save_stats, features)
+            misc.log.info("wrote the statistics of %d images to %s", len(images), args.save_stats)
+            if not (args.fid_stats or args.reference or args.json):
+                return
+        figures = judge.measure(PlainImages(args.images) if args.img_size else images)
+        if misc.is_main_process():
+            print(table(figures))
+            if args.json:
+                write_json(args.json, {**figures, **provenance(), "args": vars(args)})
+
+
+if __name__ == "__main__":
+    errors.run(main)

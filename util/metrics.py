@@ -1,0 +1,299 @@
+"""FID, Inception Score, precision and recall: torch-fidelity's Inception and formulas, shared over processes."""
+
+import importlib.metadata
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from util import checkpoint, misc
+from util.args import Share
+from util.crop import center_crop_arr
+from util.errors import UserError
+from util.files import written_whole
+from util.loader import existing_folder, read_image
+
+#: Inception's layers: pooled features for FID, precision and recall; logits for the Inception Score.
+POOL, LOGITS = "2048", "logits_unbiased"
+IS_SPLITS = 10
+NEIGHBOURS = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+# --------------------------------------------------------------------------------------------------------------------
+# Inception.
+
+
+def find_inception_weights(path: str | None) -> Path:
+    """The file of Inception's weights: ``path``, else where torch-fidelity keeps its download, fetched if need be.
+
+    Raises:
+        UserError: it is not there and cannot be fetched; the message says from where, and where to put it.
+    """
+    name = URL_INCEPTION_V3.rsplit("/", 1)[1]
+    place = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path is None and not place.is_file() and misc.is_local_main_process():
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(place), hash_prefix="6726825d", progress=False)
+        except Exception as error:  # no network has many names
+            misc.log.debug("fetching Inception failed: %s", error)
+    misc.barrier()
+    if not place.is_file():
+        raise UserError(
+            f"no Inception weights at {place}: fetch {URL_INCEPTION_V3} and put it there, "
+            "or name its place with --inception_weights"
+        )
+    return place
+
+
+def load_inception(path: str | None, device: torch.device) -> FeatureExtractorInceptionV3:
+    """torch-fidelity's Inception-v3 (the FID one) on ``device``.
+
+    Raises:
+        UserError: no weights, or a file that does not hold them.
+    """
+    path = find_inception_weights(path)
+    checkpoint.read(path)  # as data: torch-fidelity itself would unpickle whatever the file holds
+    try:
+        inception = FeatureExtractorInceptionV3("inception-v3-compat", [POOL, LOGITS], str(path))
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} does not hold the weights of torch-fidelity's Inception ({URL_INCEPTION_V3})"
+        ) from error
+    return inception.to(device)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images to measure.
+
+
+class PlainImages(Dataset):
+    """Byte images ``[3, H, W]`` of a folder, searched with its subfolders and sorted, or of an npz's ``arr_0``.
+
+    Args:
+        source: a folder, or an ``.npz`` with ``arr_0``, uint8 ``[N, H, W, 3]`` (ADM's layout).
+        img_size: crop and resize to this size as for training; as they are without it.
+
+    Raises:
+        UserError: nothing there, no images, or an npz without them.
+    """
+
+    def __init__(self, source: str | Path, img_size: int | None = None):
+        self.source, self.img_size = Path(source), img_size
+        if self.source.suffix == ".npz":
+            self.items = load_arrays(self.source, "arr_0")["arr_0"]
+            if self.items.dtype != np.uint8 or self.items.ndim != 4 or self.items.shape[3] != 3:
+                found = f"{self.items.dtype} {list(self.items.shape)}"
+                raise UserError(f"{self.source}: arr_0 is {found}, expected uint8 [N, H, W, 3]")
+        else:
+            paths = existing_folder(self.source, "image folder").rglob("*")
+            self.items = sorted(p for p in paths if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+        if not len(self.items):
+            raise UserError(f"{self.source} holds no images")
+        self.size = self._read(0).size  # all must have that of the first
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def _read(self, index: int) -> Image.Image:
+        in_array = isinstance(self.items, np.ndarray)
+        image = Image.fromarray(self.items[index]) if in_array else read_image(str(self.items[index]))
+        return image if self.img_size is None else center_crop_arr(image, self.img_size)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self._read(index)
+        if image.size != self.size:  # in a folder: an array's images are alike
+            raise UserError(
+                f"{self.items[index]} has {image.size[0]}x{image.size[1]} pixels, {self.items[0]} has "
+                f"{self.size[0]}x{self.size[1]}: images to measure must be of one size"
+            )
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def load_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+    """Arrays of an ``.npz``, read as data.
+
+    Raises:
+        UserError: no such file, damaged, or without one of ``names``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file at {path}; check the path")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = [name for name in names if name not in arrays]
+            if not missing:
+                return {name: arrays[name] for name in names}
+    except Exception as error:  # zip, header and array errors have no common class
+        raise UserError(f"{path} is damaged or no .npz of arrays ({str(error).splitlines()[0]})") from error
+    raise UserError(f"{path} has no {' and '.join(missing)}")
+
+
+@torch.no_grad()
+def extract_features(
+    images: Dataset, inception: FeatureExtractorInceptionV3, device: torch.device, batch_size: int, num_workers: int
+) -> dict[str, Tensor]:
+    """Both layers' features of all images, ``[N, 2048]`` and ``[N, 1008]``, in the data set's order, on the CPU.
+
+    Every process reads its share of the images and returns those of all.
+    """
+    share = Share(len(images), misc.get_rank(), misc.get_world_size())
+    if len(images) < misc.get_world_size() and misc.is_main_process():
+        misc.log.warning("%d images for %d processes: some have nothing to do", len(images), misc.get_world_size())
+    loader = DataLoader(images, batch_size=batch_size, sampler=share, num_workers=num_workers)
+    batches = []
+    with misc.progress(total=len(images), unit="img", desc="Inception") as bar:
+        for batch in loader:
+            batches.append(inception(batch.to(device, non_blocking=True)))
+            bar.update(min(len(batch) * misc.get_world_size(), len(images) - bar.n))
+    return gather_features(batches, len(images), device)
+
+
+def gather_features(batches: list[tuple[Tensor, Tensor]], total: int, device: torch.device) -> dict[str, Tensor]:
+    """Features of all ``total`` images by layer, on the CPU, from each process's batches of its share."""
+    features = {}
+    for i, (name, width) in enumerate({POOL: 2048, LOGITS: 1008}.items()):
+        own = torch.cat([torch.zeros(0, width, device=device), *(batch[i].to(device) for batch in batches)])
+        features[name] = misc.gather_shares(own, total).cpu()
+    return features
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Statistics and metrics.
+
+
+def load_statistics(path: str | Path) -> dict[str, np.ndarray]:
+    """``mu [2048]`` and ``sigma [2048, 2048]`` of a reference file, float64.
+
+    Raises:
+        UserError: see :func:`load_arrays`; or they have other shapes.
+    """
+    stats = load_arrays(path, "mu", "sigma")
+    if stats["mu"].shape != (2048,) or stats["sigma"].shape != (2048, 2048):
+        shapes = f"mu {list(stats['mu'].shape)}, sigma {list(stats['sigma'].shape)}"
+        raise UserError(f"{path} has {shapes}; FID needs 2048 Inception features: mu [2048], sigma [2048, 2048]")
+    return {name: value.astype(np.float64) for name, value in stats.items()}
+
+
+def statistics(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Mean and covariance of the pooled features, float64."""
+    return fid_features_to_statistics(features[POOL].double())
+
+
+def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:
+    """Writes ``mu`` and ``sigma`` as :func:`load_statistics` reads them."""
+    with written_whole(path) as file:
+        np.savez(file, **statistics(features))
+
+
+def warn_if_few(count: int, what: str) -> None:
+    """Says that FID is biased where there are fewer images than features."""
+    if count < 2048:
+        misc.log.warning("%d %s are fewer than Inception's 2048 features: FID is biased", count, what)
+
+
+def compute_metrics(
+    features: Mapping[str, Tensor],
+    stats: Mapping[str, np.ndarray] | None = None,
+    reference: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """Metrics of images from their features, under torch-fidelity's names.
+
+    Args:
+        features: of the images measured.
+        stats: reference statistics for FID; those of ``reference`` if not given.
+        reference: features of reference images, for precision and recall.
+
+    Returns:
+        ``inception_score_mean``, ``inception_score_std``; ``frechet_inception_distance`` with statistics or a
+        reference; ``precision``, ``recall``, ``f_score`` with a reference.
+    """
+    figures = dict(isc_features_to_metric(features[LOGITS], splits=min(IS_SPLITS, len(features[LOGITS]))))
+    if stats is None and reference is not None:
+        stats = statistics(reference)
+    if stats is not None:
+        figures |= fid_statistics_to_metric(statistics(features), stats, verbose=False)
+    if reference is not None:
+        options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": 5000, "save_cpu_ram": True, "verbose": False}
+        figures |= prc_features_to_metric(features[POOL], reference[POOL], **options)
+    return figures
+
+
+class Judge:
+    """Everything a measurement needs, checked and loaded before the first image is made.
+
+    Args:
+        inception_weights: see :func:`find_inception_weights`.
+        fid_stats: ``.npz`` of reference statistics, or None.
+        reference: folder or ``.npz`` of reference images, or None.
+
+    Raises:
+        UserError: anything of it is missing or unfit.
+    """
+
+    def __init__(
+        self,
+        inception_weights: str | None,
+        fid_stats: str | None,
+        reference: str | None,
+        device: torch.device,
+        batch_size: int,
+        num_workers: int,
+    ):
+        self.device, self.loading = device, (batch_size, num_workers)
+        self.stats = load_statistics(fid_stats) if fid_stats else None
+        images = PlainImages(reference) if reference else None
+        self.inception = load_inception(inception_weights, device)
+        self.reference = self.features(images) if images else None
+        if images:
+            warn_if_few(len(images), "reference images")
+
+    def features(self, images: Dataset) -> dict[str, Tensor]:
+        """Features of all ``images``; every process has its share of the work."""
+        return extract_features(images, self.inception, self.device, *self.loading)
+
+    def measure(self, images: Dataset) -> dict[str, float]:
+        """Metrics of ``images`` (:func:`compute_metrics`), and their number; empty but on the main process."""
+        features = self.features(images)
+        if not misc.is_main_process():
+            return {}
+        warn_if_few(len(images), "images")
+        return {"images": len(images), **compute_metrics(features, self.stats, self.reference)}
+
+
+#: Names for people, in the order of the papers' tables.
+TITLES = {
+    "frechet_inception_distance": "FID",
+    "inception_score_mean": "Inception Score",
+    "inception_score_std": "Inception Score, deviation over splits",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """The metrics as aligned lines for the terminal."""
+    return "\n".join(f"{title:<40}{figures[name]:>12.4f}" for name, title in TITLES.items() if name in figures)
+
+
+def provenance() -> dict[str, str]:
+    """Versions and the commit that figures were made with."""
+    packages = ("torch", "torchvision", "torch-fidelity", "numpy", "timm")
+    versions = {f"{name}_version": importlib.metadata.version(name) for name in packages}
+    root = Path(__file__).resolve().parent.parent
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # not a checkout
+        commit = "unknown"
+    return {**versions, "commit": commit}

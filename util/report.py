@@ -1,0 +1,72 @@
+"""Tables and plots of figures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from util.files import write_json, written_whole
+from util.metrics import TITLES
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence]) -> str:
+    """A Markdown table; floats with four significant digits, None as a dash."""
+
+    def cell(value) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cell(value) for value in line) + " |\n" for line in lines)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes text, whole or not at all."""
+    with written_whole(path) as file:
+        file.write(text.encode())
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a matplotlib figure as a PNG, whole or not at all; no display is touched."""
+    FigureCanvasAgg(figure)
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def heat_map(rows: Sequence[Mapping[str, float]], metric: str, axes) -> None:
+    """Draws ``metric`` over guidance scale (across) and temperature (up) of ``rows``."""
+    scales = sorted({row["cfg"] for row in rows})
+    temperatures = sorted({row["temperature"] for row in rows})
+    cells = {(row["temperature"], row["cfg"]): row[metric] for row in rows}
+    grid = [[cells.get((t, w), math.nan) for w in scales] for t in temperatures]
+    axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis_r")
+    axes.set_xticks(range(len(scales)), [f"{w:g}" for w in scales])
+    axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
+    axes.set(xlabel="guidance scale", ylabel="temperature", title=TITLES[metric])
+    for y, line in enumerate(grid):
+        for x, value in enumerate(line):
+            box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
+            axes.text(x, y, f"{value:.4g}", ha="center", va="center", fontsize=8, bbox=box)
+
+
+def write_search(rows: Sequence[Mapping[str, float]], out: Path) -> None:
+    """Writes a search over guidance and temperature as ``search.md``, ``search.json`` and ``search.png``.
+
+    Args:
+        rows: ``cfg``, ``temperature`` and the metrics of each pair.
+    """
+    metrics = [name for name in TITLES if all(name in row for row in rows)]
+    header = ["guidance", "temperature", *(TITLES[name] for name in metrics)]
+    write_text(
+        out / "search.md",
+        markdown(header, [[row["cfg"], row["temperature"], *(row[name] for name in metrics)] for row in rows]),
+    )
+    write_json(out / "search.json", list(rows))
+    shown = [name for name in metrics if not name.endswith("_std")]
+    figure = Figure(figsize=(4.2 * len(shown), 3.4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        heat_map(rows, metric, axes)
+    save_figure(figure, out / "search.png")
