@@ -29,7 +29,6 @@ from util.lr_sched import adjust_learning_rate
 from util.metrics import PlainImages
 
 LOG_EVERY = 20  # steps between two looks at the device's numbers
-SAMPLING_NOTE = "sampling.json"  # beside sampled images: the settings they were made with
 
 # --------------------------------------------------------------------------------------------------------------------
 # Training.
@@ -188,22 +187,33 @@ def image_path(folder: Path, number: int) -> Path:
     return folder / f"{number:05d}.png"
 
 
-def prepare_folder(folder: Path, about: dict) -> None:
+def results_path(folder: Path) -> Path:
+    """Beside sampled images: the settings and weights they were made with, and their metrics once there are any."""
+    return folder.with_name(folder.name + ".json")
+
+
+def prepare_folder(folder: Path, about: dict[str, dict]) -> None:
     """Keeps the images that an interrupted run with the same description left in ``folder``, removes others."""
-    note = folder / SAMPLING_NOTE
     if misc.is_main_process():
         try:
-            before = json.loads(note.read_text())
+            before = json.loads(results_path(folder).read_text())
         except (OSError, ValueError):
-            before = None
-        if before != json.loads(json.dumps(about)):
-            if before is not None:
-                changed = [f"{k} {before.get(k)} then, {v} now" for k, v in about.items() if before.get(k) != v]
-                misc.log.info("replacing the images of another run in %s (%s)", folder, "; ".join(changed))
-            for path in folder.glob("*.png"):
+            before = {}
+        about = json.loads(json.dumps(about))  # as it reads back
+        if any(before.get(name) != value for name, value in about.items()):
+            old = list(folder.glob("*.png"))
+            if old:
+                misc.log.info("replacing the images of another run in %s: %s", folder, changes(before, about))
+            for path in old:
                 path.unlink()
-            write_json(note, about)
+            write_json(results_path(folder), about)
     misc.barrier()
+
+
+def changes(before: dict[str, dict], now: dict[str, dict]) -> str:
+    """What differs between two runs' descriptions, for people."""
+    entries = [(key, (before.get(part) or {}).get(key), value) for part in now for key, value in now[part].items()]
+    return ", ".join(f"{key} {old} then, {value} now" for key, old, value in entries if old != value)
 
 
 @torch.no_grad()
@@ -214,7 +224,7 @@ def evaluate(
     folder: str | Path,
     settings: Sampling,
     device: torch.device,
-    weights: dict | None = None,
+    weights: dict,
 ) -> Path:
     """Samples ``settings.num_images``, the same number of each class, into ``folder/NNNNN.png``.
 
@@ -233,7 +243,7 @@ def evaluate(
     """
     check_num_images(settings.num_images, model.class_num)
     folder = Path(folder)
-    prepare_folder(folder, {**asdict(settings), "weights": weights})
+    prepare_folder(folder, {"settings": asdict(settings), "weights": weights})
     per_class, total, size = settings.num_images // model.class_num, settings.num_images, settings.eval_bsz
     chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
     rank, world = misc.get_rank(), misc.get_world_size()

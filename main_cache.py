@@ -6,9 +6,9 @@ from pathlib import Path
 from engine_tokenbridge import cache_latents
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import Share, add_run_args, add_vae_arg, check_positive, make_loader, new_parser
+from util.args import add_run_args, add_vae_arg, check_positive, new_parser
 from util.files import write_json
-from util.loader import CACHE_METADATA, ImageFolderWithFilename, image_transform
+from util.loader import CACHE_METADATA, ImageFolderWithFilename, Share, image_transform, make_loader
 
 
 def get_args_parser() -> argparse.ArgumentParser:

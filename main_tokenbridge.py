@@ -23,6 +23,7 @@ from engine_tokenbridge import (
     export_npz,
     held_out_likelihood,
     latents_from,
+    results_path,
     sampled_images,
     samples_grid,
     steps_per_epoch,
@@ -32,18 +33,16 @@ from models.tokenbridge import MODELS, TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, errors, misc
 from util.args import (
-    Share,
     add_metrics_args,
     add_mirror_arg,
     add_run_args,
     add_vae_arg,
     check_bits,
     check_positive,
-    make_loader,
     new_parser,
 )
 from util.files import write_json
-from util.loader import CachedFolder, ImageFolder, check_classes, image_transform
+from util.loader import CachedFolder, ImageFolder, Share, check_classes, image_transform, make_loader
 from util.metrics import TITLES, Judge, provenance, table
 from util.report import write_search
 
@@ -276,7 +275,7 @@ def sample_and_measure(
         if figures:
             misc.log.info("%s", table(figures))
         about = {"settings": asdict(settings), "weights": weights, "args": vars(args)}
-        write_json(f"{folder}.json", {**figures, "seed": args.gen_seed, **about, **provenance()})
+        write_json(results_path(folder), {**figures, "seed": args.gen_seed, **about, **provenance()})
         if run.judge is not None and not args.keep_images:
             shutil.rmtree(folder)
         misc.log.info("sampled %d images; a grid of them is %s.png", args.num_images, folder)
@@ -398,6 +397,8 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
     peak = misc.matmul_flops(device, args.precision)
     misc.log.info("whole batch %d, learning rate %.3g, matrix products at %.2f TFLOP/s", batch, args.lr, peak / 1e12)
 
+    if args.start_epoch >= args.epochs:
+        misc.log.info("all %d epochs are done: nothing to train", args.epochs)
     steps = steps_per_epoch(loader, args.accum_iter)
     done = args.start_epoch * steps
     writer = SummaryWriter(args.output_dir) if misc.is_main_process() else None

@@ -12,9 +12,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_mirror_arg, add_run_args, check_positive, make_loader, new_parser
+from util.args import add_mirror_arg, add_run_args, check_positive, new_parser
 from util.checkpoint import save_vae
-from util.loader import ImageFolder, image_transform
+from util.loader import ImageFolder, image_transform, make_loader
 from util.lr_sched import adjust_learning_rate
 
 VAE_NAME = "vae.ckpt"

@@ -14,18 +14,10 @@ from torch.utils.data import DataLoader, Subset
 from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import (
-    Share,
-    add_run_args,
-    add_vae_arg,
-    check_bits,
-    check_positive,
-    make_loader,
-    new_parser,
-)
+from util.args import add_run_args, add_vae_arg, check_bits, check_positive, new_parser
 from util.files import write_json
 from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
-from util.loader import ImageFolderWithFilename, existing_folder, image_transform
+from util.loader import ImageFolderWithFilename, Share, existing_folder, image_transform, make_loader
 from util.metrics import Judge, compute_metrics, gather_features, provenance, statistics, warn_if_few
 from util.report import markdown, write_text
 

@@ -1,7 +1,7 @@
 """Generation (section 3.3, inference): planned on the host, run on the device without waiting for it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -128,7 +128,6 @@ def sample_tokens(
     orders: Tensor | None = None,
     first_place: str = "trained",
     seeds: Sequence[int] | None = None,
-    progress: Callable[[], None] | None = None,
 ) -> Tensor:
     """Scaled latents ``[bsz, C, h, w]``; see :meth:`models.tokenbridge.TokenBridge.sample_tokens`.
 
@@ -162,6 +161,4 @@ def sample_tokens(
         )
         new = model.quantizer.dequantize(levels[:, model.from_generation_order])  # [M, C]
         tokens = tokens.scatter(1, wanted[..., None].expand(-1, -1, model.token_dim), new.unflatten(0, (bsz, -1)))
-        if progress is not None:
-            progress()
     return model.unpatchify(tokens)

@@ -329,7 +329,6 @@ class TokenBridge(nn.Module):
         orders: Tensor | None = None,
         first_place: str = "trained",
         seeds: Sequence[int] | None = None,
-        progress: Callable[[], None] | None = None,
     ) -> Tensor:
         """Scaled latents ``[bsz, C, h, w]``, generated in ``num_iter`` steps, without dropout.
 
@@ -342,7 +341,6 @@ class TokenBridge(nn.Module):
             orders: ``[bsz, L]``, tokens are taken from the end; drawn if not given.
             first_place: ``"trained"``, or ``"released"`` for the published sampler's input at the head's first place.
             seeds: one for each image, which then does not depend on the others in the batch.
-            progress: called after each step.
 
         Raises:
             ValueError: labels outside the classes, or arguments outside the ranges above.
@@ -351,7 +349,7 @@ class TokenBridge(nn.Module):
         self.eval()
         try:
             return sampling.sample_tokens(
-                self, bsz, num_iter, cfg, cfg_schedule, labels, temperature, orders, first_place, seeds, progress
+                self, bsz, num_iter, cfg, cfg_schedule, labels, temperature, orders, first_place, seeds
             )
         finally:
             self.train(training)

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from util.checkpoint import matching, read_vae
+from util.errors import UserError
 
 #: Where attention sits is a matter of the level, counted from this nominal resolution, whatever the image's size.
 NOMINAL_RESOLUTION = 256
@@ -254,7 +255,10 @@ class AutoencoderKL(nn.Module):
             UserError: the file is missing, unreadable, or does not hold the weights of such a tokenizer.
         """
         weights, config, latent_factor = read_vae(path)
-        vae = cls(**config)
+        try:
+            vae = cls(**config)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} describes no tokenizer that this code can build: {error}") from error
         vae._load(weights, path)
         return vae.eval().requires_grad_(False), latent_factor
 

@@ -205,13 +205,16 @@ def test_accumulation_makes_one_step_of_several_batches(run, cached, tmp_path):
     assert {int(s["step"]) for s in load(tmp_path / "accumulated")["optimizer"]["state"].values()} == {2}
 
 
-@pytest.mark.parametrize("flags", ["--grad_checkpointing", "--precision fp32 --accum_iter 2", "--lr_schedule constant"])
+@pytest.mark.parametrize(
+    "flags", ["--grad_checkpointing", "--precision fp16", "--precision fp32 --accum_iter 2", "--lr_schedule constant"]
+)
 def test_uncached_training_and_other_flags(run, images, vae_path, tmp_path, flags):
     run(
         "main_tokenbridge",
         f"{TINY} {SHORT} --epochs 1 --data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/run {flags}",
     )
     content = load(tmp_path / "run")
+    assert ("scaler" in content) == ("fp16" in flags)
     assert content["config"]["vae_embed_dim"] == 8 and content["config"]["latent_factor"] == 0.5
 
 
@@ -246,6 +249,13 @@ def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_pa
 
 
 def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
+    small = (
+        "--img_size 16 --ch 8 --ch_mult 1 2 --num_res_blocks 1 --batch_size 4 --epochs 1 --num_workers 0 --device cpu"
+    )
+    result = torchrun(f"main_vae.py {small} --data_path {images} --output_dir {tmp_path}/vae2")
+    assert result.returncode == 0, result.stderr
+    assert AutoencoderKL.from_pretrained(tmp_path / "vae2" / "vae.ckpt")[0].stride == 2
+
     shared = f"--img_size 16 --num_workers 0 --data_path {images} --vae_path {vae_path}"
     result = torchrun(f"main_cache.py {shared} --cached_path {tmp_path}/cache2 --batch_size 3 --device cpu")
     assert result.returncode == 0, result.stderr

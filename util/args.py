@@ -2,9 +2,6 @@
 
 import argparse
 
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-
 from util.errors import UserError
 from util.misc import PRECISIONS
 
@@ -69,23 +66,3 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: it must be above zero")
-
-
-def make_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device, **options) -> DataLoader:
-    """A DataLoader with the run's batch size and workers; ``options`` as torch's (sampler, drop_last, ...)."""
-    options = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0, **options}
-    pin = args.pin_mem and device.type == "cuda"
-    return DataLoader(dataset, num_workers=args.num_workers, pin_memory=pin, **options)
-
-
-class Share(Sampler):
-    """Every ``world_size``-th index from ``rank`` on: all of a dataset once over all processes, none twice."""
-
-    def __init__(self, length: int, rank: int, world_size: int):
-        self.indices = range(rank, length, world_size)
-
-    def __iter__(self):
-        return iter(self.indices)
-
-    def __len__(self):
-        return len(self.indices)

@@ -1,12 +1,15 @@
 """Data: folders of images, folders of cached moments."""
 
+import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets, transforms
 
 from util.crop import center_crop_arr
@@ -40,10 +43,8 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 def image_transform(img_size: int, mirror: bool = False) -> transforms.Compose:
     """ADM's centre crop, a random mirror if asked for, and pixels in [-1, 1]."""
-    steps = [transforms.Lambda(lambda image: center_crop_arr(image, img_size))]
-    if mirror:
-        steps.append(transforms.RandomHorizontalFlip())
-    return transforms.Compose([*steps, transforms.Lambda(to_pixels)])
+    crop = partial(center_crop_arr, image_size=img_size)  # no lambda: workers may have to unpickle it
+    return transforms.Compose([crop, *[transforms.RandomHorizontalFlip()] * mirror, to_pixels])
 
 
 def existing_folder(root: str | Path, what: str) -> Path:
@@ -150,3 +151,27 @@ def check_classes(classes: list[str], class_num: int, root: str | Path) -> None:
         raise UserError(
             f"{root} has {len(classes)} class folders, but class_num is {class_num}: pass --class_num {len(classes)}"
         )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loaders.
+
+
+def make_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device, **options) -> DataLoader:
+    """A DataLoader with the run's batch size and workers; ``options`` as torch's (sampler, drop_last, ...)."""
+    options = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0, **options}
+    pin = args.pin_mem and device.type == "cuda"
+    return DataLoader(dataset, num_workers=args.num_workers, pin_memory=pin, **options)
+
+
+class Share(Sampler):
+    """Every ``world_size``-th index from ``rank`` on: all of a dataset once over all processes, none twice."""
+
+    def __init__(self, length: int, rank: int, world_size: int):
+        self.indices = range(rank, length, world_size)
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self):
+        return len(self.indices)

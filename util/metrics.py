@@ -17,11 +17,10 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from util import checkpoint, misc
-from util.args import Share
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import written_whole
-from util.loader import existing_folder, read_image
+from util.loader import Share, existing_folder, read_image
 
 #: Inception's layers: pooled features for FID, precision and recall; logits for the Inception Score.
 POOL, LOGITS = "2048", "logits_unbiased"

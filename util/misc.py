@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -86,7 +87,8 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if launched:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Others wait while the main process computes metrics and writes checkpoints, longer than NCCL's ten minutes.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     log.handlers = [logging.StreamHandler()]  # to the standard error of now
     log.setLevel(logging.INFO if is_main_process() else logging.WARNING)
     try:
