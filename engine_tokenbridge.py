@@ -102,7 +102,7 @@ def train_one_epoch(
         peak_flops: of a matrix product here, what utilization is measured against.
 
     Returns:
-        means over the epoch: loss, grad_norm; lr at its end; images_per_second.
+        the epoch's mean loss; grad_norm, lr and images_per_second at its end.
 
     Raises:
         UserError: a loss or gradient is not finite. The step is not taken.
@@ -120,7 +120,7 @@ def train_one_epoch(
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
         # After DDP's exchange every process sees the same norm, so all of them stop at the same step. With fp16 an
-        # overflowing gradient is the scaler's business.
+        # overflowing gradient is the scaler's business, and each process watches its own loss.
         watched = loss if scaler.is_enabled() else norm
         if not torch.isfinite(watched):
             raise UserError(
@@ -137,6 +137,8 @@ def train_one_epoch(
             bar.update()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
             mean = misc.all_reduce_mean(torch.stack(losses[logged:]).mean()).item()  # waits for the device
+            recent = torch.stack(norms[logged:])
+            window_norm = recent[recent.isfinite()].mean().item()  # fp16 skips steps whose gradients overflow
             now = time.perf_counter()
             rate = (step + 1 - logged) * args.batch_size * args.accum_iter * world / (now - started)
             utilization = flops * (step + 1 - logged) / (now - started) / peak_flops
@@ -147,7 +149,7 @@ def train_one_epoch(
                 figures = {
                     "train/loss": mean,
                     "train/lr": lr,
-                    "train/grad_norm": torch.stack(norms).mean().item(),
+                    "train/grad_norm": window_norm,
                     "speed/images_per_second": rate,
                     "speed/model_flops_utilization": utilization,
                     "speed/memory_gib": misc.memory_in_use(device),
@@ -155,7 +157,7 @@ def train_one_epoch(
                 for tag, value in figures.items():
                     writer.add_scalar(tag, value, epoch * steps + step + 1)
     loss = misc.all_reduce_mean(torch.stack(losses).mean()).item()
-    return {"loss": loss, "grad_norm": torch.stack(norms).mean().item(), "lr": lr, "images_per_second": rate}
+    return {"loss": loss, "grad_norm": window_norm, "lr": lr, "images_per_second": rate}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -192,20 +194,32 @@ def results_path(folder: Path) -> Path:
     return folder.with_name(folder.name + ".json")
 
 
+def read_results(folder: Path) -> dict:
+    """What :func:`results_path` holds; empty where there is nothing to read."""
+    try:
+        return json.loads(results_path(folder).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def remove_images(folder: Path) -> int:
+    """Removes the numbered images of ``folder``, and the folder if nothing else lies in it; how many there were."""
+    images = [path for path in folder.glob("*.png") if path.stem.isdigit()]
+    for path in images:
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    return len(images)
+
+
 def prepare_folder(folder: Path, about: dict[str, dict]) -> None:
     """Keeps the images that an interrupted run with the same description left in ``folder``, removes others."""
     if misc.is_main_process():
-        try:
-            before = json.loads(results_path(folder).read_text())
-        except (OSError, ValueError):
-            before = {}
+        before = read_results(folder)
         about = json.loads(json.dumps(about))  # as it reads back
         if any(before.get(name) != value for name, value in about.items()):
-            old = list(folder.glob("*.png"))
-            if old:
+            if remove_images(folder):
                 misc.log.info("replacing the images of another run in %s: %s", folder, changes(before, about))
-            for path in old:
-                path.unlink()
             write_json(results_path(folder), about)
     misc.barrier()
 
@@ -249,16 +263,17 @@ def evaluate(
     rank, world = misc.get_rank(), misc.get_world_size()
     if len(chunks) < world and rank == 0:
         misc.log.warning("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
-    missing = [c for c in chunks[rank::world] if not all(image_path(folder, n).exists() for n in c)]
-    kept = len(chunks[rank::world]) - len(missing)
+    # What is missing is dealt anew, so that a process whose images were lost has no more to do than others.
+    missing = [chunk for chunk in chunks if not all(image_path(folder, n).exists() for n in chunk)]
+    missing = misc.from_main_process(missing)
     with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
-        bar.update(min(kept * size * world, total))
-        for chunk in missing:
+        bar.update(total - sum(map(len, missing)))
+        for chunk in missing[rank::world]:
             labels = torch.tensor([number // per_class for number in chunk])
             how = (settings.num_iter, settings.cfg, settings.cfg_schedule, labels, settings.temperature)
             with misc.autocast(device, settings.precision):
                 latents = model.sample_tokens(len(chunk), *how, seeds=image_seeds(settings.gen_seed, chunk))
-                images = to_uint8(vae.decode(latents / latent_factor)).cpu()
+            images = to_uint8(vae.decode(latents.float() / latent_factor)).cpu()  # in float32, as rFID is measured
             for number, image in zip(chunk, images, strict=True):
                 save_png(image, image_path(folder, number))
             bar.update(min(len(chunk) * world, total - bar.n))

@@ -37,11 +37,15 @@ def main() -> None:
         misc.check_told("vae_embed_dim", args.vae_embed_dim, 16, vae.embed_dim, args.vae_path)
         misc.check_stride(args.img_size, vae.stride)
         loader = make_loader(dataset, args, device, sampler=Share(len(dataset), misc.get_rank(), misc.get_world_size()))
-        # Said before the first file: a cache whose run stopped half-way is short of these images, and refused.
         about = {"images": len(dataset), "img_size": args.img_size, "latent_factor": latent_factor, "vae": vae.config}
-        if misc.is_main_process():
-            write_json(Path(args.cached_path) / CACHE_METADATA, about)
+
+        def describe(complete: bool) -> None:
+            if misc.is_main_process():
+                write_json(Path(args.cached_path) / CACHE_METADATA, {**about, "complete": complete})
+
+        describe(complete=False)  # training refuses a cache whose run stopped half-way
         cache_latents(vae.to(device), loader, args.cached_path, device, args.precision)
+        describe(complete=True)
         misc.log.info("cached %d images and their mirror images in %s", len(dataset), args.cached_path)
 
 

@@ -12,7 +12,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
     parser.add_argument("--images", default="", help="what to measure: a folder of images, or .npz with arr_0")
-    add_metrics_args(parser, fid_stats=None)
+    add_metrics_args(parser)
     parser.add_argument("--save_stats", help=".npz to write the images' statistics (mu, sigma) to")
     parser.add_argument("--img_size", type=int, help="crop to this size as for training; for --save_stats only")
     parser.add_argument("--batch_size", type=int, default=64, help="images at once on each device")
@@ -40,15 +40,17 @@ def main() -> None:
         check_args(args)
         images = PlainImages(args.images, args.img_size)
         judge = Judge(args.inception_weights, args.fid_stats, args.reference, device, args.batch_size, args.num_workers)
+        features = judge.features(images)
         if args.save_stats:
-            features = judge.features(images)
-            warn_if_few(len(images), "images")
             if misc.is_main_process():
+                warn_if_few(len(images), "images")
                 save_statistics(args.save_stats, features)
             misc.log.info("wrote the statistics of %d images to %s", len(images), args.save_stats)
             if not (args.fid_stats or args.reference or args.json):
                 return
-        figures = judge.measure(PlainImages(args.images) if args.img_size else images)
+        if args.img_size is not None:  # the crop was for the statistics
+            features = judge.features(PlainImages(args.images))
+        figures = judge.measure(features)
         if misc.is_main_process():
             print(table(figures))
             if args.json:

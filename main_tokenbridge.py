@@ -1,8 +1,8 @@
 """Trains a TokenBridge, or samples from one (torchrun or plain python)."""
 
 import argparse
+import json
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +23,8 @@ from engine_tokenbridge import (
     export_npz,
     held_out_likelihood,
     latents_from,
+    read_results,
+    remove_images,
     results_path,
     sampled_images,
     samples_grid,
@@ -39,6 +41,7 @@ from util.args import (
     add_vae_arg,
     check_bits,
     check_positive,
+    check_range,
     new_parser,
 )
 from util.files import write_json
@@ -107,7 +110,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     sample.add_argument("--no_metrics", action="store_true", help="pictures alone")
     sample.add_argument("--keep_images", action="store_true", help="keep the images once they are measured")
     sample.add_argument("--save_npz", action="store_true", help="also write the images as ADM's evaluator reads them")
-    add_metrics_args(sample, fid_stats="fid_stats/adm_in256_stats.npz")
+    add_metrics_args(sample)
 
     files = parser.add_argument_group("files")
     files.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
@@ -128,6 +131,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_bits(args.quant_bits, "--quant_bits")
     check_positive(args, "img_size", "batch_size", "epochs", "accum_iter", "class_num", "eval_bsz", "num_iter")
     check_positive(args, "save_last_freq", "eval_freq", "vae_embed_dim", "vae_stride", "patch_size")
+    check_range(args, 0, 1, "attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "ema_rate")
+    check_range(args, 0, math.inf, "grad_clip", "weight_decay", "warmup_epochs", "start_epoch", "num_workers", "min_lr")
     args.cfg, args.temperature = (v if isinstance(v, list) else [v] for v in (args.cfg, args.temperature))
     if min(args.temperature) < 0:
         raise errors.UserError(f"--temperature {min(args.temperature)}: it must not be negative")
@@ -197,8 +202,9 @@ def build_model(args: argparse.Namespace, config: dict[str, Any]) -> TokenBridge
     names = "img_size vae_stride patch_size vae_embed_dim mask_ratio_min label_drop_prob class_num attn_dropout"
     names += " proj_dropout buffer_size grad_checkpointing quant_min quant_max"
     kwargs = {name: getattr(args, name) for name in names.split()}
+    kwargs |= {name: config[name] for name in ("channel_order", "std_range") if name in config}
     try:
-        return MODELS[args.model](quant_levels=2**args.quant_bits, channel_order=config.get("channel_order"), **kwargs)
+        return MODELS[args.model](quant_levels=2**args.quant_bits, **kwargs)
     except ValueError as error:
         raise errors.UserError(str(error)) from error
 
@@ -235,6 +241,9 @@ class Run:
 # Evaluation.
 
 
+ADM_STATS = "fid_stats/adm_in256_stats.npz"  # the usual name of ADM's statistics of ImageNet 256
+
+
 def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
     """Everything that metrics need, loaded before the first image is made; None for pictures alone.
 
@@ -243,7 +252,9 @@ def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
     """
     if args.no_metrics or not (args.evaluate or args.online_eval):
         return None
-    if not Path(args.fid_stats).is_file():
+    if args.fid_stats is None and args.reference is None:
+        args.fid_stats = ADM_STATS
+    if args.fid_stats is not None and not Path(args.fid_stats).is_file():
         raise errors.UserError(
             f"no FID statistics at {args.fid_stats}: put ADM's for ImageNet 256 there, make others with "
             "main_metrics.py --save_stats and name them with --fid_stats, or pass --no_metrics for pictures alone"
@@ -251,13 +262,24 @@ def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
     return Judge(args.inception_weights, args.fid_stats, args.reference, device, args.eval_bsz, args.num_workers)
 
 
+def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) -> Sampling:
+    """The flags' settings at one guidance scale and temperature."""
+    names = "num_images eval_bsz num_iter cfg_schedule gen_seed precision"
+    return Sampling(cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names.split()})
+
+
+def file_identity(path: str | Path) -> dict[str, str | int]:
+    """What tells a file from a later one in its place."""
+    file = Path(path).stat()
+    return {"file": str(path), "size": file.st_size, "mtime_ns": file.st_mtime_ns}
+
+
 def sample_and_measure(
     run: Run, model: TokenBridge, folder: Path, cfg: float, temperature: float, weights: dict
 ) -> dict[str, float]:
     """Numbered pictures in ``folder``, a grid of them beside it, and their metrics; those only on the main process."""
     args = run.args
-    names = "num_images eval_bsz num_iter cfg_schedule gen_seed precision"
-    settings = Sampling(cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names.split()})
+    settings = sampling_settings(args, cfg, temperature)
     evaluate(model, run.vae, run.latent_factor, folder, settings, run.device, weights)
     images = sampled_images(folder, args.num_images)
     if misc.is_main_process():
@@ -267,7 +289,7 @@ def sample_and_measure(
     figures = {}
     if run.judge is not None:
         try:
-            figures = run.judge.measure(images)
+            figures = run.judge.measure(run.judge.features(images))
         except BaseException:
             misc.log.error("measuring failed; the images are kept: python main_metrics.py --images %s", folder)
             raise
@@ -277,10 +299,22 @@ def sample_and_measure(
         about = {"settings": asdict(settings), "weights": weights, "args": vars(args)}
         write_json(results_path(folder), {**figures, "seed": args.gen_seed, **about, **provenance()})
         if run.judge is not None and not args.keep_images:
-            shutil.rmtree(folder)
+            remove_images(folder)
         misc.log.info("sampled %d images; a grid of them is %s.png", args.num_images, folder)
     misc.barrier()
     return figures
+
+
+def finished_before(run: Run, folder: Path, cfg: float, temperature: float, weights: dict) -> dict[str, float]:
+    """The metrics that an interrupted search with the same command already has of this pair; empty if none."""
+    about = {"settings": asdict(sampling_settings(run.args, cfg, temperature)), "weights": weights}
+    before = read_results(folder)
+    against = ("fid_stats", "reference")
+    same = all(before.get(name) == json.loads(json.dumps(value)) for name, value in about.items())
+    same = same and all(before.get("args", {}).get(name) == getattr(run.args, name) for name in against)
+    done = same and run.judge is not None
+    misc.barrier()  # all processes have looked before one writes
+    return {name: before[name] for name in ("images", *TITLES) if name in before} if done else {}
 
 
 def search(run: Run, model: TokenBridge, weights: dict) -> None:
@@ -290,7 +324,8 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
     rows = []
     for cfg, temperature in pairs:
         folder = out / ("samples" if len(pairs) == 1 else f"samples-cfg{cfg:g}-t{temperature:g}")
-        figures = sample_and_measure(run, model, folder, cfg, temperature, weights)
+        figures = finished_before(run, folder, cfg, temperature, weights) if len(pairs) > 1 else {}
+        figures = figures or sample_and_measure(run, model, folder, cfg, temperature, weights)
         rows.append({"cfg": cfg, "temperature": temperature, **figures})
     if len(pairs) > 1 and run.judge is not None and misc.is_main_process():
         write_search(rows, out)
@@ -319,7 +354,10 @@ def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWri
     for cfg, temperature in product(dict.fromkeys([1.0, *args.cfg]), args.temperature) if args.online_eval else ():
         name = f"cfg{cfg:g}" + (f"-t{temperature:g}" if len(args.temperature) > 1 else "")
         folder = Path(args.output_dir) / "online_eval" / f"epoch{epoch:04d}-{name}"
-        figures = sample_and_measure(run, model, folder, cfg, temperature, {"epoch": epoch})
+        if misc.is_main_process():
+            remove_images(folder)  # perhaps of another run: a restarted one does not come back to this epoch
+        misc.barrier()
+        figures = sample_and_measure(run, model, folder, cfg, temperature, {"epoch": epoch, "ema": not args.no_ema})
         scalars |= {f"eval/{key}-{name}": value for key, value in figures.items() if key in TITLES}
     if writer is not None:
         for tag, value in scalars.items():
@@ -333,7 +371,9 @@ def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWri
 def make_training_loader(dataset, device: torch.device, args: argparse.Namespace) -> DataLoader:
     """Shuffled whole batches, this process's share."""
     sampler = DistributedSampler(dataset, misc.get_world_size(), misc.get_rank(), shuffle=True, seed=args.seed)
-    loader = make_loader(dataset, args, device, sampler=sampler, drop_last=True)
+    # Workers start anew with each epoch: their draws then follow from its seed, also after a restart.
+    options = {"drop_last": True, "persistent_workers": False}
+    loader = make_loader(dataset, args, device, sampler=sampler, **options)
     if not steps_per_epoch(loader, args.accum_iter):
         whole = args.batch_size * args.accum_iter * misc.get_world_size()
         raise errors.UserError(
@@ -353,6 +393,8 @@ def resume(content: dict, path: Path | None, model, ema, optimizer, scaler, args
     if "optimizer" in content and "epoch" in content:
         try:
             optimizer.load_state_dict(content["optimizer"])
+            for group in optimizer.param_groups:
+                group["fused"] = True  # the release's were not
         except (ValueError, KeyError) as error:
             raise errors.UserError(f"{path}: its optimizer state does not fit this model ({error})") from error
         args.start_epoch = content["epoch"] + 1
@@ -382,6 +424,8 @@ def save(model: TokenBridge, ema, optimizer, scaler, epoch: int, latent_factor: 
 def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path: Path | None) -> None:
     """Trains ``model`` from ``content`` on, saving, and measuring where asked for."""
     args, device = run.args, run.device
+    # The average starts as a copy of the weights that all processes have once DDP has shared those of the first.
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if misc.get_world_size() > 1 else model
     ema = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True)
     batch = args.batch_size * args.accum_iter * misc.get_world_size()
     if args.lr is None:
@@ -391,9 +435,6 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     resume(content, path, model, ema, optimizer, scaler, args)
     content.clear()
-    # Buffers are constant tables: nothing to broadcast.
-    options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    wrapped = DistributedDataParallel(model, **options) if misc.get_world_size() > 1 else model
     peak = misc.matmul_flops(device, args.precision)
     misc.log.info("whole batch %d, learning rate %.3g, matrix products at %.2f TFLOP/s", batch, args.lr, peak / 1e12)
 
@@ -438,6 +479,7 @@ def main() -> None:
             checkpoint.check_config(content.get("config", {}), model, latent_factor, path)
         if measuring:
             checkpoint.load_weights(model, content, path, ema=not args.no_ema)
+            content.clear()
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
         model, vae = model.to(device), None if vae is None else vae.to(device)
         loader = None if measuring else make_training_loader(dataset, device, args)
@@ -451,8 +493,7 @@ def main() -> None:
                     Path(args.output_dir) / "likelihood.json", {**figures, "resume": args.resume, **provenance()}
                 )
         if args.evaluate:
-            file = path.stat()
-            weights = {"file": str(path), "size": file.st_size, "mtime_ns": file.st_mtime_ns, "ema": not args.no_ema}
+            weights = {"ema": not args.no_ema, "model": file_identity(path), "vae": file_identity(args.vae_path)}
             search(run, model, weights)
         if not measuring:
             train(run, model, loader, content, path)

@@ -18,7 +18,7 @@ from util.args import add_run_args, add_vae_arg, check_bits, check_positive, new
 from util.files import write_json
 from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
 from util.loader import ImageFolderWithFilename, Share, existing_folder, image_transform, make_loader
-from util.metrics import Judge, compute_metrics, gather_features, provenance, statistics, warn_if_few
+from util.metrics import Judge, compute_metrics, frechet_distance, gather_features, provenance, statistics, warn_if_few
 from util.report import markdown, write_text
 
 PICTURE_ROWS = 8
@@ -223,15 +223,19 @@ def reconstruct(
     return pictures, features, tallies
 
 
-def measure(tally: Tally, judge: Judge | None, real: dict[str, Tensor] | None, total: int) -> dict[str, Any]:
-    """A setting's figures; with a judge also rFID against ``--fid_stats`` and the originals, and Inception Score."""
+def measure(tally: Tally, judge: Judge | None, real: dict[str, Any] | None, total: int) -> dict[str, Any]:
+    """A setting's figures; with a judge also rFID against ``--fid_stats`` and the originals, and Inception Score.
+
+    Args:
+        real: statistics of the originals, on the main process.
+    """
     figures = {"bits": tally.setting.bits, "range": tally.setting.range, **tally.results()}
     if judge is not None:
         recon = gather_features(tally.features, total, judge.device)
         if misc.is_main_process():
             figures |= compute_metrics(recon, judge.stats)
-            against = compute_metrics(recon, statistics(real))["frechet_inception_distance"]
-            figures["frechet_inception_distance_to_originals"] = against
+            to_originals = frechet_distance(statistics(recon), real)
+            figures["frechet_inception_distance_to_originals"] = to_originals
     return figures
 
 
@@ -327,7 +331,7 @@ def main() -> None:
         if not args.sweep:
             name = f"quant_b{args.bits}_r{args.range}_n{args.images_per_class}"
         folder = Path(args.output_dir) / name
-        for part in ("real", "recon"):
+        for part in ("", "real", "recon"):
             empty_of_images(folder / part)
 
         def save(part: str, number: int, image: Tensor) -> None:
@@ -337,7 +341,10 @@ def main() -> None:
         loader = make_loader(chosen, args, device, sampler=Share(len(chosen), misc.get_rank(), misc.get_world_size()))
         vae = vae.to(device)
         pictures, features, tallies = reconstruct(vae, latent_factor, loader, settings, judge, save, device, args)
-        real = None if judge is None else gather_features(features, len(chosen), device)
+        real = None
+        if judge is not None:
+            gathered = gather_features(features, len(chosen), device)
+            real = statistics(gathered) if misc.is_main_process() else None
         results = [measure(tally, judge, real, len(chosen)) for tally in tallies]
         if misc.is_main_process():
             for tally, figures in zip(tallies, results, strict=True):

@@ -132,7 +132,8 @@ class TokenBridge(nn.Module):
     def _set_channel_order(self, order: Sequence[int] | None) -> None:
         channels = self.token_dim
         if order is None:
-            order = KL16_CHANNEL_ORDER if channels == len(KL16_CHANNEL_ORDER) else range(channels)
+            kl16 = self.vae_embed_dim == len(KL16_CHANNEL_ORDER) and self.patch_size == 1
+            order = KL16_CHANNEL_ORDER if kl16 else range(channels)
         order = [int(channel) for channel in order]
         if sorted(order) != list(range(channels)):
             raise ValueError(f"channel_order must hold each of 0 to {channels - 1} once, got {order}")

@@ -94,6 +94,20 @@ def test_weights_of_another_shape_are_listed_with_the_flags_to_check(small_model
         assert part.rstrip(".") in str(error.value)
 
 
+def test_averages_come_with_the_files_own_tables(small_model):
+    other = filled(TokenBridge(**SMALL, std_range=2.0))
+    content = {"model": other.state_dict(), "model_ema": {n: p.detach() for n, p in other.named_parameters()}}
+    checkpoint.load_weights(small_model, content, "file.pth", ema=True)
+    assert torch.equal(small_model.quantizer.thresholds, other.quantizer.thresholds)
+
+
+def test_a_file_that_tells_nothing_is_taken_for_a_published_one(small_model, caplog):
+    checkpoint.check_config({}, small_model, 0.2325, "published.pth")
+    assert not caplog.text
+    checkpoint.check_config({}, TokenBridge(**SMALL, quant_max=4.0), 0.5, "file.pth")
+    assert "quant_max 5.0, not 4.0" in caplog.text and "latent_factor 0.2325, not 0.5" in caplog.text
+
+
 def test_a_config_that_differs_is_named_on_both_sides(small_model):
     config = {**small_model.config, "latent_factor": 0.3}
     checkpoint.check_config({}, small_model, 0.2325, "published.pth")

@@ -381,6 +381,34 @@ def test_likelihood_as_a_command_and_in_training(run, refused, trained, images, 
     assert "--cached_val_path" in refused("main_tokenbridge", f"{TINY} --use_cached --cached_path x --online_nll")
 
 
+def test_all_processes_average_the_same_weights(run, images, vae_path, tmp_path):
+    cache = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --cached_path {tmp_path}/cache"
+    run("main_cache", cache)
+    data = (
+        f"--use_cached --cached_path {tmp_path}/cache --cached_val_path {tmp_path}/cache --precision fp32 --device cpu"
+    )
+    result = torchrun(f"main_tokenbridge.py {TINY} {data} --epochs 1 --online_nll --output_dir {tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    # Each of the two processes measured half of the images with its own average; the file holds the first one's.
+    online = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("eval/nats_per_dim")[-1].value
+    run("main_tokenbridge", f"{TINY} {data} --evaluate_nll --resume {tmp_path}/run --output_dir {tmp_path}/run")
+    saved = json.loads((tmp_path / "run" / "likelihood.json").read_text())["nats_per_dim"]
+    assert online == pytest.approx(saved, rel=1e-4)
+
+
+def test_an_interrupted_search_keeps_what_it_measured(run, trained, inception, stats, tmp_path, monkeypatch):
+    counted = mock.Mock(side_effect=lambda *_: {"frechet_inception_distance": 5.0, "inception_score_mean": 2.0})
+    monkeypatch.setattr("util.metrics.compute_metrics", counted)
+    common = f"{trained} --evaluate --num_images 4 --num_iter 2 --fid_stats {stats} --inception_weights {inception}"
+    common += f" --output_dir {tmp_path}/out --cfg 1.0 2.0 --temperature 1.0"
+    run("main_tokenbridge", common)
+    (tmp_path / "out" / "samples-cfg2-t1.json").unlink()
+    run("main_tokenbridge", common)
+    assert counted.call_count == 3  # two pairs, then the one whose figures were lost
+    run("main_tokenbridge", f"{common} --num_iter 3")
+    assert counted.call_count == 5
+
+
 def test_online_metrics_go_to_tensorboard(run, images, vae_path, inception, stats, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "util.metrics.compute_metrics", lambda *_: {"frechet_inception_distance": 5.0, "inception_score_mean": 2.0}

@@ -1,6 +1,8 @@
 """The commands as a user types them, on small images; and what they say when something is wrong."""
 
+import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -188,8 +190,10 @@ def test_the_ema_starts_as_a_copy_and_follows(run, cached, tmp_path):
         assert torch.allclose(value, 0.75 * initial[name] + 0.25 * final[name], atol=1e-6), name
 
 
-def test_resuming_gives_what_an_unbroken_run_gives(run, cached, trained, tmp_path):
-    common = f"{TINY} {SHORT} --use_cached --cached_path {cached} --lr_schedule constant"
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_gives_what_an_unbroken_run_gives(run, cached, tmp_path, workers):
+    tiny = TINY.replace("--num_workers 0", f"--num_workers {workers}")
+    common = f"{tiny} {SHORT} --use_cached --cached_path {cached} --lr_schedule constant"
     run("main_tokenbridge", f"{common} --epochs 3 --output_dir {tmp_path}/whole")
     run("main_tokenbridge", f"{common} --epochs 2 --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
     run("main_tokenbridge", f"{common} --epochs 3 --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
@@ -197,6 +201,47 @@ def test_resuming_gives_what_an_unbroken_run_gives(run, cached, trained, tmp_pat
     for key in ("model", "model_ema"):
         assert all(torch.equal(value, parts[key][name]) for name, value in whole[key].items())
     assert whole["epoch"] == parts["epoch"] == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training_continues_from_a_released_checkpoint(run, cached, trained, tmp_path, precision):
+    content = load(trained)
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = None  # as the release's optimizer leaves it
+    released = {name: content[name] for name in ("model", "model_ema", "optimizer", "epoch")}
+    torch.save({**released, "args": argparse.Namespace(model="tokenbridge_large")}, trained / "checkpoint-last.pth")
+    run(
+        "main_tokenbridge",
+        f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached} --precision {precision} "
+        f"--resume {trained} --output_dir {tmp_path}/more",
+    )
+    more = load(tmp_path / "more")
+    assert more["epoch"] == 2
+    # fp16 may skip a first step whose gradients overflow.
+    assert {int(state["step"]) for state in more["optimizer"]["state"].values()} <= set(range(9, 13))
+
+
+def test_learning_rates_follow_the_flags(run, cached, tmp_path):
+    common = f"{TINY} --use_cached --cached_path {cached} --save_last_freq 1 --output_dir {tmp_path}/run"
+    cases = {
+        # 8 images a step: blr x 8 / 256, at 3/4 of the first of two warm-up epochs.
+        "--blr 0.32 --batch_size 4 --accum_iter 2 --warmup_epochs 2 --epochs 1": 0.01 * 0.5 / 2,
+        "--lr 0.02 --warmup_epochs 0 --epochs 1 --min_lr 0.01": 0.01 + 0.01 * (1 + math.cos(math.pi * 0.75)) / 2,
+        "--lr 0.02 --warmup_epochs 0 --epochs 2 --start_epoch 1 --lr_schedule constant": 0.02,
+    }
+    for flags, rate in cases.items():
+        run("main_tokenbridge", f"{common} {flags}")
+        assert load(tmp_path / "run")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate), flags
+
+
+def test_gradients_are_clipped(run, cached, tmp_path):
+    common = f"{TINY} --use_cached --cached_path {cached} --batch_size 16 --epochs 1 --warmup_epochs 0 --lr 1e-3"
+    norms = {}
+    for clip in ("0", "0.01"):
+        run("main_tokenbridge", f"{common} --grad_clip {clip} --output_dir {tmp_path}/{clip}")
+        states = load(tmp_path / clip)["optimizer"]["state"].values()
+        norms[clip] = math.sqrt(sum(state["exp_avg"].norm() ** 2 for state in states)) / 0.1  # of the only gradient
+    assert norms["0.01"] == pytest.approx(0.01, rel=1e-2) and norms["0"] > 0.1
 
 
 def test_accumulation_makes_one_step_of_several_batches(run, cached, tmp_path):
@@ -318,6 +363,8 @@ def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, tr
         f"{TINY} {use} --quant_min 5": "empty",
         f"{TINY} {use} --batch_size 64": "do not fill one step",
         f"{TINY} {use} --batch_size 0": "above zero",
+        f"{TINY} {use} --grad_clip -1": "between 0",
+        f"{TINY} {use} --ema_rate 1.5": "between 0 and 1",
         f"{TINY} {use} --vae_embed_dim 4": "has 8",
         f"{TINY} {use} --precision fp32 --lr 1e30 --warmup_epochs 0 --grad_clip 0 --epochs 3": "not finite",
         f"{TINY} {evaluate} --num_images 10": "cannot be shared evenly by 4 classes",

@@ -120,6 +120,9 @@ def test_damaged_caches_are_named(tmp_path):
     (tmp_path / "cache.json").write_text('{"images": 9}')
     with pytest.raises(UserError, match="incomplete: 3 of 9"):
         loader.CachedFolder(tmp_path)
+    (tmp_path / "cache.json").write_text('{"images": 3, "complete": false}')
+    with pytest.raises(UserError, match="incomplete: 3 of 3"):
+        loader.CachedFolder(tmp_path)
     (tmp_path / "cache.json").write_text("{")
     with pytest.raises(UserError, match=r"cache\.json is damaged"):
         loader.CachedFolder(tmp_path)

@@ -44,9 +44,9 @@ def add_mirror_arg(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_metrics_args(parser: argparse.ArgumentParser, fid_stats: str | None) -> None:
+def add_metrics_args(parser: argparse.ArgumentParser) -> None:
     """What FID and its relatives are measured with and against."""
-    parser.add_argument("--fid_stats", default=fid_stats, help=".npz with mu and sigma of the reference, for FID")
+    parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for FID")
     parser.add_argument(
         "--reference",
         help="reference images for precision and recall, and for FID without statistics: a folder, or .npz with arr_0",
@@ -59,6 +59,13 @@ def check_bits(bits: int, flag: str, continuous: bool = False) -> None:
     if not (1 <= bits <= 9 or (continuous and bits == -1)):
         also = ", or -1 for continuous latents" if continuous else ""
         raise UserError(f"{flag} {bits}: choose 1 to 9 bits, that is 2 to 512 levels{also}")
+
+
+def check_range(args: argparse.Namespace, low: float, high: float, *names: str) -> None:
+    """Raises UserError unless each named flag lies in [low, high]."""
+    for name in names:
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} {getattr(args, name)}: it must lie between {low} and {high}")
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:

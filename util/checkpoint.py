@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}; check the path, or see the README for where to fetch it")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, only what is used is read; the format of old files does not allow it.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is damaged, or holds more than data and was not loaded, since it could run code"
@@ -117,6 +119,16 @@ MEANING = {
     "class_num": "--class_num",
     "buffer_size": "--buffer_size",
 }
+#: What published checkpoints do not say of themselves.
+PUBLISHED = {
+    "vae_embed_dim": 16,
+    "vae_stride": 16,
+    "patch_size": 1,
+    "quant_min": -5.0,
+    "quant_max": 5.0,
+    "std_range": 3.0,
+    "latent_factor": KL16_LATENT_FACTOR,
+}
 SHAPE_HINT = "Check --model, --quant_bits, --class_num, --img_size, --patch_size and --buffer_size"
 
 
@@ -139,6 +151,8 @@ def check_config(config: Mapping[str, Any], model: nn.Module, latent_factor: flo
     Raises:
         UserError: they differ; both sides are named.
     """
+    if not config:
+        warn_if_not_published(model, latent_factor, path)
     differences = [
         f"{name} is {config[name]} there, {model.config[name]} here ({flag})"
         for name, flag in MEANING.items()
@@ -152,20 +166,32 @@ def check_config(config: Mapping[str, Any], model: nn.Module, latent_factor: flo
         raise UserError(f"{path} was trained differently: {'; '.join(differences)}")
 
 
+def warn_if_not_published(model: nn.Module, latent_factor: float | None, path: str | Path) -> None:
+    """Says where a file that tells nothing of itself, and so is taken for a published one, is used otherwise."""
+    here = {**model.config, "latent_factor": latent_factor}
+    other = [
+        f"{name} {value}, not {here[name]}" for name, value in PUBLISHED.items() if here[name] not in (value, None)
+    ]
+    if other:
+        log.warning("%s does not describe itself; published models have %s", path, ", ".join(other))
+
+
 def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path, ema: bool) -> None:
-    """Loads a checkpoint's EMA (or plain) weights into ``model``.
+    """Loads a checkpoint's EMA (or plain) weights into ``model``, and the quantizer's tables where it has them.
 
     Raises:
         UserError: it has none, or they do not fit.
     """
     key = "model_ema" if ema else "model"
-    weights = content.get(key)
+    weights, plain = content.get(key), content.get("model")
     if not isinstance(weights, Mapping):
         raise UserError(f"{path} has no weights under '{key}'")
-    learned = {name for name, _ in model.named_parameters()}
-    expected = {name: value for name, value in model.state_dict().items() if name in learned or not ema}
-    weights = {name: value for name, value in weights.items() if name in learned or not ema}
-    model.load_state_dict(matching(weights, expected, path, SHAPE_HINT), strict=False)
+    expected = model.state_dict()
+    if ema:  # averages are of learned entries only; the tables lie with the plain weights
+        tables = set(expected) - {name for name, _ in model.named_parameters()}
+        plain = plain if isinstance(plain, Mapping) else {}
+        weights = {**weights, **{name: plain.get(name, expected[name]) for name in tables}}
+    model.load_state_dict(matching(weights, expected, path, SHAPE_HINT))
 
 
 def save(path: str | Path, content: dict[str, Any]) -> None:

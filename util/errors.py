@@ -1,5 +1,6 @@
 """Errors for the person at the keyboard: one line that says what was wrong and what to do."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -16,5 +17,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         # One raised in a data loader's worker arrives wrapped in that process's traceback.
         wrapped = re.findall(r"UserError: (.*)", str(error))
-        print(f"error: {wrapped[-1] if wrapped else error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"[process {rank}] "
+        print(f"{where}error: {wrapped[-1] if wrapped else error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -121,10 +121,9 @@ class CachedFolder(datasets.DatasetFolder):
                 raise UserError(
                     f"{root / CACHE_METADATA} is damaged; make the cache anew with main_cache.py"
                 ) from error
-        if len(self.samples) < self.metadata.get("images", 0):
-            raise UserError(
-                f"{root} is incomplete: {len(self.samples)} of {self.metadata['images']} files; run main_cache.py again"
-            )
+        planned = self.metadata.get("images", 0)
+        if len(self.samples) < planned or not self.metadata.get("complete", True):
+            raise UserError(f"{root} is incomplete: {len(self.samples)} of {planned} files; run main_cache.py again")
 
     def read(self, path: str) -> Tensor:
         """The moments ``[2C, h, w]`` in one file.

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -189,6 +189,11 @@ def statistics(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     return fid_features_to_statistics(features[POOL].double())
 
 
+def frechet_distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    """FID between two statistics."""
+    return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
+
+
 def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:
     """Writes ``mu`` and ``sigma`` as :func:`load_statistics` reads them."""
     with written_whole(path) as file:
@@ -221,7 +226,7 @@ def compute_metrics(
     if stats is None and reference is not None:
         stats = statistics(reference)
     if stats is not None:
-        figures |= fid_statistics_to_metric(statistics(features), stats, verbose=False)
+        figures["frechet_inception_distance"] = frechet_distance(statistics(features), stats)
     if reference is not None:
         options = {"prc_neighborhood": NEIGHBOURS, "prc_batch_size": 5000, "save_cpu_ram": True, "verbose": False}
         figures |= prc_features_to_metric(features[POOL], reference[POOL], **options)
@@ -261,13 +266,13 @@ class Judge:
         """Features of all ``images``; every process has its share of the work."""
         return extract_features(images, self.inception, self.device, *self.loading)
 
-    def measure(self, images: Dataset) -> dict[str, float]:
-        """Metrics of ``images`` (:func:`compute_metrics`), and their number; empty but on the main process."""
-        features = self.features(images)
+    def measure(self, features: Mapping[str, Tensor]) -> dict[str, float]:
+        """Metrics from features (:func:`compute_metrics`), and their number; empty but on the main process."""
         if not misc.is_main_process():
             return {}
-        warn_if_few(len(images), "images")
-        return {"images": len(images), **compute_metrics(features, self.stats, self.reference)}
+        count = len(features[POOL])
+        warn_if_few(count, "images")
+        return {"images": count, **compute_metrics(features, self.stats, self.reference)}
 
 
 #: Names for people, in the order of the papers' tables.

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +56,15 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     return value / get_world_size()
 
 
+def from_main_process(value: Any) -> Any:
+    """The main process's ``value`` (plain types), on all processes."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
 def gather_shares(rows: Tensor, total: int) -> Tensor:
     """All ``total`` rows in order, from each process's own: those ``rank, rank + world_size, ...`` (:class:`Share`)."""
     world = get_world_size()
@@ -83,19 +93,18 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
         raise UserError("--device cuda, but this machine has no CUDA device that torch can use; pass --device cpu")
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if device.type == "cuda":
-        if launched:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else device.index or 0)
         torch.cuda.set_device(device)
     if launched:
         # Others wait while the main process computes metrics and writes checkpoints, longer than NCCL's ten minutes.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     log.handlers = [logging.StreamHandler()]  # to the standard error of now
-    log.setLevel(logging.INFO if is_main_process() else logging.WARNING)
-    try:
-        yield device
-    finally:
-        if launched:
-            dist.destroy_process_group()
+    log.setLevel(logging.INFO if is_main_process() else logging.CRITICAL)
+    yield device
+    # After an error the others may wait in a collective, and taking the group down would wait for them: the launcher
+    # ends them when this process ends.
+    if launched:
+        dist.destroy_process_group()
 
 
 def progress(iterable: Iterable | None = None, **options) -> tqdm:
