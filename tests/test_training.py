@@ -1,7 +1,10 @@
 """What training does to a model: gradients over processes, and learning."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,15 +12,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
-from sklearn.datasets import load_sample_images
+from sklearn.datasets import load_digits, load_sample_images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.parallel import DistributedDataParallel
 
 from engine_tokenbridge import backward
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
+from models.vae import AutoencoderKL, DiagonalGaussianDistribution
+from reconstruction import post_training_quantize
 from tests.conftest import ROOT, SMALL, filled
 from tests.fill import deterministic_fill
 from util import checkpoint
+from util.loader import CachedFolder
 
 NO_DROPOUT = {**SMALL, "attn_dropout": 0.0, "proj_dropout": 0.0, "label_drop_prob": 0.0}
 
@@ -97,7 +103,7 @@ def photographs(root, classes: int, each: int, size: int):
     return root
 
 
-def test_loss_falls_when_a_small_model_overfits_eight_photographs(run, tmp_path, capsys):
+def test_loss_falls_when_a_small_model_overfits_eight_photographs(run, tmp_path):
     data = photographs(tmp_path / "data", classes=8, each=1, size=96)
     vae = AutoencoderKL(16, (1, 1, 2, 2, 4), use_variational=False, ch=8)  # without noise that cannot be learned
     checkpoint.save_vae(tmp_path / "vae.ckpt", filled(vae), 0.5)
@@ -109,8 +115,6 @@ def test_loss_falls_when_a_small_model_overfits_eight_photographs(run, tmp_path,
         f"--cached_path {tmp_path}/cache --output_dir {tmp_path}/run --batch_size 8 --epochs 120 --warmup_epochs 10 "
         "--lr 3e-3 --attn_dropout 0 --proj_dropout 0 --label_drop_prob 0 --save_last_freq 1000",
     )
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     losses = [event.value for event in EventAccumulator(str(tmp_path / "run")).Reload().Scalars("train/loss")]
     assert losses[-1] < 0.5 * losses[0]
 
@@ -135,27 +139,66 @@ def test_photographs_through_full_size_kl16_and_base(run, tmp_path):
     assert content["config"]["latent_factor"] == 0.2325 and content["config"]["quant_levels"] == 64
 
 
-@pytest.mark.slow
-def test_the_demo_makes_digits(tmp_path):
-    import json
-    import subprocess
-    import sys
+# --------------------------------------------------------------------------------------------------------------------
+# The demo, run once.
 
+
+@pytest.fixture(scope="module")
+def demo():
+    """The folder that ``make demo`` writes."""
     subprocess.run([sys.executable, "demo/demo.py"], cwd=ROOT, check=True)
-    out = ROOT / "output" / "demo"
-    results = json.loads((out / "results.json").read_text())
+    return ROOT / "output" / "demo"
+
+
+@pytest.mark.slow
+def test_the_demo_makes_digits(demo):
+    results = json.loads((demo / "results.json").read_text())
     assert results["recognized_samples"] >= 0.9 and results["recognized_val"] > 0.95
     for name in ("reconstruction.png", "samples.png", "loss.png"):
-        Image.open(out / name).verify()
+        with Image.open(demo / name) as picture:
+            assert min(picture.size) > 100
     names = [f"{number:05d}.png" for number in range(100)]
-    assert sorted(path.name for path in (out / "samples").iterdir()) == names
+    assert sorted(path.name for path in (demo / "samples").iterdir()) == names
     # The enlarged digits reduce to the originals.
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
-    paths = sorted((out / "data").glob("*/*/*.png"), key=lambda path: path.name)
-    assert len(paths) == len(digits.images)
+    paths = sorted((demo / "data").glob("*/*/*.png"), key=lambda path: path.name)
     for path, original, digit in zip(paths, digits.images, digits.target, strict=True):
         with Image.open(path) as image:
             reduced = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float)
         assert path.parent.name == str(digit) and np.array_equal(np.round(reduced * 16 / 255), original)
+
+
+def lloyd_max_error(values: torch.Tensor, levels: int) -> float:
+    """Mean squared error of the best scalar quantizer of ``values``, by Lloyd's iteration."""
+    values = values.double().sort().values
+    centres = values[torch.linspace(0, len(values) - 1, levels + 2).long()[1:-1]].clone()
+    for _ in range(1000):
+        nearest = torch.bucketize(values, (centres[1:] + centres[:-1]) / 2)
+        sums, counts = (
+            torch.zeros(levels).double().index_add(0, nearest, v) for v in (values, torch.ones_like(values))
+        )
+        centres = torch.where(counts > 0, sums / counts, centres)
+    return (values - centres[nearest]).square().mean().item()
+
+
+@pytest.mark.slow
+def test_quantizing_a_trained_tokenizers_latents(demo, run, tmp_path):
+    run(
+        "reconstruction",
+        f"--sweep --no_metrics --img_size 16 --num_workers 0 --vae_path {demo}/vae.ckpt --image_dir {demo}/data/train "
+        f"--output_dir {tmp_path} --images_per_class 100",
+    )
+    rows = json.loads((tmp_path / "sweep_n100" / "table1.json").read_text())["rows"]
+    errors = {(row["bits"], row["range"]): row["latent_mse"] for row in rows}
+    for worse, better in (((3, 5.0), (4, 5.0)), ((4, 5.0), (5, 5.0)), ((5, 5.0), (6, 5.0))):
+        assert errors[worse] > errors[better]
+    for worse, better in (((6, 2.0), (6, 3.0)), ((6, 3.0), (6, 4.0)), ((6, 4.0), (6, 5.0))):
+        assert errors[worse] > errors[better]
+
+    cache = CachedFolder(demo / "cache", mirror=False)
+    moments = torch.stack([moments for moments, _ in cache])
+    latents = DiagonalGaussianDistribution(moments).sample() * cache.metadata["latent_factor"]
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+    error = (post_training_quantize(latents, 6, -5.0, 5.0)[1] - latents).square().mean().item()
+    best = lloyd_max_error(latents.flatten(), 64)
+    assert best < error < 1.05 * best
