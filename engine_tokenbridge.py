@@ -75,12 +75,71 @@ def steps_per_epoch(loader: DataLoader, accum_iter: int) -> int:
     return len(loader) // accum_iter
 
 
+class Meter:
+    """Losses and gradient norms since they were last looked at; looking waits for the device.
+
+    Args:
+        images: of one step, over all processes.
+        flops: of one step, on this device.
+        peak_flops: of a matrix product here, what utilization is measured against.
+    """
+
+    def __init__(self, images: int, flops: float, peak_flops: float, device: torch.device):
+        self.images, self.flops, self.peak_flops, self.device = images, flops, peak_flops, device
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.started = time.perf_counter()
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """One step's."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+
+    def read(self) -> dict[str, float]:
+        """Means by TensorBoard tag; starts anew."""
+        loss = misc.all_reduce_mean(torch.stack(self.losses).mean()).item()
+        norms = torch.stack(self.norms)
+        seconds = (time.perf_counter() - self.started) / len(self.losses)
+        self.losses, self.norms, self.started = [], [], time.perf_counter()
+        return {
+            "train/loss": loss,
+            "train/grad_norm": norms[norms.isfinite()].mean().item(),  # fp16 skips steps whose gradients overflow
+            "speed/images_per_second": self.images / seconds,
+            "speed/model_flops_utilization": self.flops / seconds / self.peak_flops,
+            "speed/memory_gib": misc.memory_in_use(self.device),
+        }
+
+
+def take_step(
+    loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float, where: str
+) -> Tensor:
+    """Clips the gradients, takes the optimizer's step, and gives the gradient norm before clipping.
+
+    Raises:
+        UserError: loss or gradient is not finite. The step is not taken.
+    """
+    scaler.unscale_(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
+    # After DDP's exchange every process sees the same norm, so all of them stop at the same step. With fp16 an
+    # overflowing gradient is the scaler's business, and each process watches its own loss.
+    if not torch.isfinite(loss if scaler.is_enabled() else norm):
+        raise UserError(
+            f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} at {where}: not finite, training stopped before "
+            f"the step was taken; lower the learning rate ({optimizer.param_groups[0]['lr']:.3g}) or check the data"
+        )
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def train_one_epoch(
     model: nn.Module,
     ema: ModelEmaV3,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    loader: Iterable,
+    loader: DataLoader,
     epoch: int,
     to_latents: Callable[[Tensor], Tensor],
     device: torch.device,
@@ -99,65 +158,40 @@ def train_one_epoch(
         epoch: from 0.
         to_latents: images or moments to scaled latents.
         args: accum_iter, grad_clip, precision, batch_size and the learning rate's (util.lr_sched).
+        bar, writer: shown and written to every :data:`LOG_EVERY` steps and at the end.
         peak_flops: of a matrix product here, what utilization is measured against.
 
     Returns:
-        the epoch's mean loss; grad_norm, lr and images_per_second at its end.
+        the last figures written, by tag.
 
     Raises:
-        UserError: a loss or gradient is not finite. The step is not taken.
+        UserError: see :func:`take_step`.
     """
     model.train()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    steps = steps_per_epoch(loader, args.accum_iter)
-    world = misc.get_world_size()
-    flops = model_core(model).training_flops() * args.batch_size * args.accum_iter
-    losses, norms = [], []
-    iterator, started, logged = iter(loader), time.perf_counter(), 0
+    steps, images = steps_per_epoch(loader, args.accum_iter), args.batch_size * args.accum_iter
+    flops = model_core(model).training_flops() * images
+    meter = Meter(images * misc.get_world_size(), flops, peak_flops, device)
+    iterator = iter(loader)
     for step in range(steps):
         lr = adjust_learning_rate(optimizer, epoch + step / steps, args)
-        loss = backward(model, list(islice(iterator, args.accum_iter)), to_latents, scaler, device, args.precision)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
-        # After DDP's exchange every process sees the same norm, so all of them stop at the same step. With fp16 an
-        # overflowing gradient is the scaler's business, and each process watches its own loss.
-        watched = loss if scaler.is_enabled() else norm
-        if not torch.isfinite(watched):
-            raise UserError(
-                f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} at epoch {epoch}, step {step}: not finite, "
-                f"training stopped before the step was taken; lower the learning rate ({lr:.3g}) or check the data"
-            )
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        batches = list(islice(iterator, args.accum_iter))
+        loss = backward(model, batches, to_latents, scaler, device, args.precision)
+        norm = take_step(loss, optimizer, scaler, args.grad_clip, f"epoch {epoch}, step {step}")
         ema.update(model_core(model))
-        losses.append(loss)
-        norms.append(norm)
+        meter.add(loss, norm)
         if bar is not None:
             bar.update()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            mean = misc.all_reduce_mean(torch.stack(losses[logged:]).mean()).item()  # waits for the device
-            recent = torch.stack(norms[logged:])
-            window_norm = recent[recent.isfinite()].mean().item()  # fp16 skips steps whose gradients overflow
-            now = time.perf_counter()
-            rate = (step + 1 - logged) * args.batch_size * args.accum_iter * world / (now - started)
-            utilization = flops * (step + 1 - logged) / (now - started) / peak_flops
-            started, logged = now, step + 1
+            figures = {**meter.read(), "train/lr": lr}
             if bar is not None:
-                bar.set_postfix_str(f"epoch {epoch} loss {mean:.4f} lr {lr:.2e} {rate:.1f} img/s MFU {utilization:.0%}")
+                bar.set_postfix_str(
+                    f"epoch {epoch} loss {figures['train/loss']:.4f} lr {lr:.2e} "
+                    f"{figures['speed/images_per_second']:.1f} img/s MFU {figures['speed/model_flops_utilization']:.0%}"
+                )
             if writer is not None:
-                figures = {
-                    "train/loss": mean,
-                    "train/lr": lr,
-                    "train/grad_norm": window_norm,
-                    "speed/images_per_second": rate,
-                    "speed/model_flops_utilization": utilization,
-                    "speed/memory_gib": misc.memory_in_use(device),
-                }
                 for tag, value in figures.items():
                     writer.add_scalar(tag, value, epoch * steps + step + 1)
-    loss = misc.all_reduce_mean(torch.stack(losses).mean()).item()
-    return {"loss": loss, "grad_norm": window_norm, "lr": lr, "images_per_second": rate}
+    return figures
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from models.backbone import gather_tokens
+
+if TYPE_CHECKING:
+    from models.channel_head import ChannelHead
+    from models.tokenbridge import TokenBridge
 
 # --------------------------------------------------------------------------------------------------------------------
 # The plan: how many tokens each step takes, at which guidance scale.
@@ -102,7 +106,9 @@ def sample_categorical(logits: Tensor, temperature: float, uniform: Tensor) -> T
 # The loop.
 
 
-def guided_features(model, tokens: Tensor, known: Tensor, classes: Tensor, wanted: Tensor, guidance: float) -> Tensor:
+def guided_features(
+    model: "TokenBridge", tokens: Tensor, known: Tensor, classes: Tensor, wanted: Tensor, guidance: float
+) -> Tensor:
     """Features ``[B, N, D]`` at the ``wanted [B, N]`` positions, guided: z_u + w (z_c - z_u).
 
     ``classes`` is ``[B, D]`` for one pass, or ``[2B, D]``, conditional half first, for both in one batch.
@@ -118,7 +124,7 @@ def guided_features(model, tokens: Tensor, known: Tensor, classes: Tensor, wante
 
 @torch.no_grad()
 def sample_tokens(
-    model,
+    model: "TokenBridge",
     bsz: int,
     num_iter: int = 64,
     cfg: float = 1.0,
@@ -129,36 +135,61 @@ def sample_tokens(
     first_place: str = "trained",
     seeds: Sequence[int] | None = None,
 ) -> Tensor:
-    """Scaled latents ``[bsz, C, h, w]``; see :meth:`models.tokenbridge.TokenBridge.sample_tokens`.
+    """Latents ``[bsz, C, h, w]``, scaled by the latent factor, generated in ``num_iter`` steps, without dropout.
 
-    ``model`` is a :class:`~models.tokenbridge.TokenBridge` in evaluation mode. Autocast is the caller's.
+    A method of :class:`models.tokenbridge.TokenBridge`. Autocast is the caller's.
+
+    Args:
+        num_iter: steps; the number of tokens they take follows a cosine.
+        cfg: guidance scale on features; at 1 the conditional pass runs alone.
+        cfg_schedule: ``"linear"``, growing with the tokens known, or ``"constant"``.
+        labels: classes ``[bsz]``; without them generation is unconditional.
+        temperature: of every channel's distribution; 0 takes the most probable level.
+        orders: ``[bsz, L]``, tokens are taken from the end; drawn if not given.
+        first_place: ``"trained"``, or ``"released"`` for the published sampler's input at the head's first place.
+        seeds: one for each image, which then does not depend on the others in the batch.
+
+    Raises:
+        ValueError: labels outside the classes, or arguments outside the ranges above.
     """
     if temperature < 0:
         raise ValueError(f"the temperature must not be negative, got {temperature}")
-    if labels is not None and len(labels) != bsz:
-        raise ValueError(f"{len(labels)} labels for {bsz} images")
-    if seeds is not None and len(seeds) != bsz:
-        raise ValueError(f"{len(seeds)} seeds for {bsz} images")
-    device, head = model.device, model.head
-    drawn_orders, uniforms = draw_noise(bsz, model.seq_len, head.channels, device, seeds)
-    orders = drawn_orders if orders is None else orders.to(device)
+    for name, given in {"labels": labels, "orders": orders, "seeds": seeds}.items():
+        if given is not None and len(given) != bsz:
+            raise ValueError(f"{len(given)} {name} for {bsz} images")
+    plan = sampling_plan(num_iter, model.seq_len, cfg, cfg_schedule)
+    drawn_orders, uniforms = draw_noise(bsz, model.seq_len, model.token_dim, model.device, seeds)
+    orders = drawn_orders if orders is None else orders.to(model.device)
 
     unconditional = model.backbone.fake_latent.expand(bsz, -1)
-    classes = unconditional if labels is None else model.class_emb(model.check_labels(labels).to(device))
+    classes = unconditional if labels is None else model.class_emb(model.check_labels(labels).to(model.device))
     if labels is not None and cfg != 1.0:  # without labels both halves would be the same
         classes = torch.cat([classes, unconditional])
 
-    tokens = torch.zeros(bsz, model.seq_len, model.token_dim, device=device)
-    for step in sampling_plan(num_iter, model.seq_len, cfg, cfg_schedule):
+    training = model.training
+    model.eval()
+    tokens = torch.zeros(bsz, model.seq_len, model.token_dim, device=model.device)
+    for step in plan:
         known, wanted = orders[:, step.masked :], orders[:, step.left : step.masked]
         features = guided_features(model, tokens, known, classes, wanted, step.guidance).flatten(0, 1)  # [M, D]
         uniform = gather_tokens(uniforms, wanted).flatten(0, 1)  # [M, C]
-        levels = torch.cat(
-            [
-                head.sample(z, lambda logits, i, u=u: sample_categorical(logits, temperature, u[:, i]), first_place)
-                for z, u in zip(features.split(head.rows_at_once()), uniform.split(head.rows_at_once()), strict=True)
-            ]
-        )
+        levels = sample_levels(model.head, features, temperature, uniform, first_place)
         new = model.quantizer.dequantize(levels[:, model.from_generation_order])  # [M, C]
         tokens = tokens.scatter(1, wanted[..., None].expand(-1, -1, model.token_dim), new.unflatten(0, (bsz, -1)))
+    model.train(training)
     return model.unpatchify(tokens)
+
+
+def sample_levels(
+    head: "ChannelHead", features: Tensor, temperature: float, uniform: Tensor, first_place: str
+) -> Tensor:
+    """Levels ``[M, C]`` in generation order, from features ``[M, D]`` and uniforms ``[M, C]``, in parts that fit."""
+    rows = head.rows_at_once()
+    parts = []
+    for z, u in zip(features.split(rows), uniform.split(rows), strict=True):
+
+        def choose(logits: Tensor, place: int, u: Tensor = u) -> Tensor:
+            return sample_categorical(logits, temperature, u[:, place])
+
+        parts.append(head.sample(z, choose, first_place))
+    return torch.cat(parts)

@@ -319,41 +319,7 @@ class TokenBridge(nn.Module):
     # ----------------------------------------------------------------------------------------------------------------
     # Generation (section 3.3).
 
-    def sample_tokens(
-        self,
-        bsz: int,
-        num_iter: int = 64,
-        cfg: float = 1.0,
-        cfg_schedule: str = "linear",
-        labels: Tensor | None = None,
-        temperature: float = 1.0,
-        orders: Tensor | None = None,
-        first_place: str = "trained",
-        seeds: Sequence[int] | None = None,
-    ) -> Tensor:
-        """Scaled latents ``[bsz, C, h, w]``, generated in ``num_iter`` steps, without dropout.
-
-        Args:
-            num_iter: steps; the number of tokens they take follows a cosine.
-            cfg: guidance scale on features; at 1 the conditional pass runs alone.
-            cfg_schedule: ``"linear"``, growing with the tokens known, or ``"constant"``.
-            labels: classes ``[bsz]``; without them generation is unconditional.
-            temperature: of every channel's distribution; 0 takes the most probable level.
-            orders: ``[bsz, L]``, tokens are taken from the end; drawn if not given.
-            first_place: ``"trained"``, or ``"released"`` for the published sampler's input at the head's first place.
-            seeds: one for each image, which then does not depend on the others in the batch.
-
-        Raises:
-            ValueError: labels outside the classes, or arguments outside the ranges above.
-        """
-        training = self.training
-        self.eval()
-        try:
-            return sampling.sample_tokens(
-                self, bsz, num_iter, cfg, cfg_schedule, labels, temperature, orders, first_place, seeds
-            )
-        finally:
-            self.train(training)
+    sample_tokens = sampling.sample_tokens
 
 
 def _to_published(model: TokenBridge, state: dict, prefix: str, metadata: dict) -> None:

@@ -42,7 +42,9 @@ def heat_map(rows: Sequence[Mapping[str, float]], metric: str, axes) -> None:
     temperatures = sorted({row["temperature"] for row in rows})
     cells = {(row["temperature"], row["cfg"]): row[metric] for row in rows}
     grid = [[cells.get((t, w), math.nan) for w in scales] for t in temperatures]
-    axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis_r")
+    # Bright is good: of all metrics FID alone is better when low.
+    colours = "viridis_r" if metric == "frechet_inception_distance" else "viridis"
+    axes.imshow(grid, origin="lower", aspect="auto", cmap=colours)
     axes.set_xticks(range(len(scales)), [f"{w:g}" for w in scales])
     axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
     axes.set(xlabel="guidance scale", ylabel="temperature", title=TITLES[metric])
