@@ -147,8 +147,13 @@ def train_one_epoch(
     bar: tqdm | None = None,
     writer: SummaryWriter | None = None,
     peak_flops: float = math.inf,
+    start_step: int = 0,
+    after_step: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """One pass over ``loader``.
+
+    Everything random in a step follows from ``args.seed``, the process, the epoch and the step: a run that starts in
+    the middle of an epoch draws what an unbroken one would have drawn there.
 
     Args:
         model: a TokenBridge, or one wrapped in DistributedDataParallel.
@@ -157,9 +162,11 @@ def train_one_epoch(
         loader: gives batches of images or moments, and labels.
         epoch: from 0.
         to_latents: images or moments to scaled latents.
-        args: accum_iter, grad_clip, precision, batch_size and the learning rate's (util.lr_sched).
+        args: seed, accum_iter, grad_clip, precision, batch_size and the learning rate's (util.lr_sched).
         bar, writer: shown and written to every :data:`LOG_EVERY` steps and at the end.
         peak_flops: of a matrix product here, what utilization is measured against.
+        start_step: the first step to take; ``loader`` starts with its batches.
+        after_step: called after each step with the number of the epoch's steps taken so far.
 
     Returns:
         the last figures written, by tag.
@@ -171,10 +178,11 @@ def train_one_epoch(
     steps, images = steps_per_epoch(loader, args.accum_iter), args.batch_size * args.accum_iter
     flops = model_core(model).training_flops() * images
     meter = Meter(images * misc.get_world_size(), flops, peak_flops, device)
-    iterator = iter(loader)
-    for step in range(steps):
+    iterator, figures = iter(loader), {}
+    for step in range(start_step, steps):
         lr = adjust_learning_rate(optimizer, epoch + step / steps, args)
         batches = list(islice(iterator, args.accum_iter))
+        misc.seed_everything(args.seed, misc.get_rank(), epoch, step)
         loss = backward(model, batches, to_latents, scaler, device, args.precision)
         norm = take_step(loss, optimizer, scaler, args.grad_clip, f"epoch {epoch}, step {step}")
         ema.update(model_core(model))
@@ -191,6 +199,8 @@ def train_one_epoch(
             if writer is not None:
                 for tag, value in figures.items():
                     writer.add_scalar(tag, value, epoch * steps + step + 1)
+        if after_step is not None:
+            after_step(step + 1)
     return figures
 
 

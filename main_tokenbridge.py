@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import (
@@ -45,7 +45,7 @@ from util.args import (
     new_parser,
 )
 from util.files import write_json
-from util.loader import CachedFolder, ImageFolder, Share, check_classes, image_transform, make_loader
+from util.loader import CachedFolder, ImageFolder, Share, ShuffledShare, check_classes, image_transform, make_loader
 from util.metrics import TITLES, Judge, provenance, table
 from util.report import write_search
 
@@ -92,6 +92,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument("--ema_rate", type=float, default=0.9999)
     train.add_argument("--start_epoch", type=int, default=0, help="set by --resume where the checkpoint tells")
     train.add_argument("--save_last_freq", type=int, default=5, help="epochs between two checkpoints")
+    train.add_argument(
+        "--save_every_steps", type=int, default=0, help="steps between two checkpoints; 0 for epochs only"
+    )
+    train.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, the newest included")
 
     sample = parser.add_argument_group("sampling and evaluation")
     sample.add_argument("--evaluate", action="store_true", help="sample from --resume's weights, measure, and stop")
@@ -130,9 +134,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for values that cannot work, before anything is read or written."""
     check_bits(args.quant_bits, "--quant_bits")
     check_positive(args, "img_size", "batch_size", "epochs", "accum_iter", "class_num", "eval_bsz", "num_iter")
-    check_positive(args, "save_last_freq", "eval_freq", "vae_embed_dim", "vae_stride", "patch_size")
+    check_positive(args, "save_last_freq", "keep_last", "eval_freq", "vae_embed_dim", "vae_stride", "patch_size")
     check_range(args, 0, 1, "attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "ema_rate")
     check_range(args, 0, math.inf, "grad_clip", "weight_decay", "warmup_epochs", "start_epoch", "num_workers", "min_lr")
+    check_range(args, 0, math.inf, "save_every_steps")
     args.cfg, args.temperature = (v if isinstance(v, list) else [v] for v in (args.cfg, args.temperature))
     if min(args.temperature) < 0:
         raise errors.UserError(f"--temperature {min(args.temperature)}: it must not be negative")
@@ -159,7 +164,7 @@ def load_data(args: argparse.Namespace, split: str) -> CachedFolder | ImageFolde
         dataset = CachedFolder(root, mirror=mirror)
     else:
         root = Path(args.data_path) / split
-        dataset = ImageFolder(root, image_transform(args.img_size, mirror=mirror))
+        dataset = ImageFolder(root, image_transform(args.img_size), mirror=mirror)
     check_classes(dataset.classes, args.class_num, root)
     return dataset
 
@@ -222,7 +227,9 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], Path | No
         misc.log.info("no %s in %s: starting afresh", checkpoint.CHECKPOINT_NAME, args.resume)
         return {}, None
     path = checkpoint.find(args.resume)
-    return checkpoint.read(path), path
+    if args.evaluate or args.evaluate_nll:
+        return checkpoint.read(path), path
+    return checkpoint.read_newest_whole(path)
 
 
 @dataclass
@@ -370,8 +377,8 @@ def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWri
 
 def make_training_loader(dataset, device: torch.device, args: argparse.Namespace) -> DataLoader:
     """Shuffled whole batches, this process's share."""
-    sampler = DistributedSampler(dataset, misc.get_world_size(), misc.get_rank(), shuffle=True, seed=args.seed)
-    # Workers start anew with each epoch: their draws then follow from its seed, also after a restart.
+    sampler = ShuffledShare(dataset, misc.get_world_size(), misc.get_rank(), shuffle=True, seed=args.seed)
+    # Workers start anew with each epoch, and so hear of its coins.
     options = {"drop_last": True, "persistent_workers": False}
     loader = make_loader(dataset, args, device, sampler=sampler, **options)
     if not steps_per_epoch(loader, args.accum_iter):
@@ -382,10 +389,20 @@ def make_training_loader(dataset, device: torch.device, args: argparse.Namespace
     return loader
 
 
-def resume(content: dict, path: Path | None, model, ema, optimizer, scaler, args: argparse.Namespace) -> None:
-    """Takes up a checkpoint's weights, and its optimizer and epoch where it has them."""
+def resume(
+    content: dict, path: Path | None, model, ema, optimizer, scaler, steps: int, args: argparse.Namespace
+) -> int:
+    """Takes up a checkpoint's weights, and its optimizer and place where it has them.
+
+    Args:
+        steps: of an epoch of this run.
+
+    Returns:
+        the steps already taken of epoch ``args.start_epoch``.
+    """
     if not content:
-        return
+        return 0
+    start_step = 0
     checkpoint.load_weights(model, content, path, ema=False)
     ema.module.load_state_dict(model.state_dict())
     if "model_ema" in content:
@@ -398,13 +415,28 @@ def resume(content: dict, path: Path | None, model, ema, optimizer, scaler, args
         except (ValueError, KeyError) as error:
             raise errors.UserError(f"{path}: its optimizer state does not fit this model ({error})") from error
         args.start_epoch = content["epoch"] + 1
+        of = content.get("steps_per_epoch", steps)
+        start_step = round(content.get("step", 0) * steps / of)
+        processes = content.get("world_size", misc.get_world_size())
+        if of != steps or processes != misc.get_world_size():
+            misc.log.warning(
+                "%s was written by %d processes with %d steps an epoch, this run has %d with %d: it continues at the "
+                "same place of the epoch, but draws and order of images are not those of an unbroken run",
+                *(path, processes, of, misc.get_world_size(), steps),
+            )
     if scaler.is_enabled() and content.get("scaler"):
         scaler.load_state_dict(content["scaler"])
-    misc.log.info("resumed from %s, continuing at epoch %d", path, args.start_epoch)
+    misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, args.start_epoch, start_step)
+    return start_step
 
 
-def save(model: TokenBridge, ema, optimizer, scaler, epoch: int, latent_factor: float, args) -> None:
-    """Writes ``checkpoint-last.pth`` (README, section Files) from the main process."""
+def save(model: TokenBridge, ema, optimizer, scaler, epoch: int, step: int, steps: int, latent_factor, args) -> None:
+    """Writes ``checkpoint-last.pth`` (README, section Files) from the main process.
+
+    Args:
+        epoch: the last finished.
+        step: steps taken of the next one, of ``steps`` each has.
+    """
     if not misc.is_main_process():
         return
     averaged = ema.module.state_dict()
@@ -413,12 +445,15 @@ def save(model: TokenBridge, ema, optimizer, scaler, epoch: int, latent_factor: 
         "model_ema": {name: averaged[name] for name, _ in model.named_parameters()},
         "optimizer": optimizer.state_dict(),
         "epoch": epoch,
+        "step": step,
+        "steps_per_epoch": steps,
+        "world_size": misc.get_world_size(),
         "config": {**model.config, "model": args.model, "latent_factor": latent_factor},
         "args": vars(args),
     }
     if scaler.is_enabled():
         content["scaler"] = scaler.state_dict()
-    checkpoint.save(Path(args.output_dir) / checkpoint.CHECKPOINT_NAME, content)
+    checkpoint.save(Path(args.output_dir) / checkpoint.CHECKPOINT_NAME, content, args.keep_last)
 
 
 def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path: Path | None) -> None:
@@ -433,27 +468,37 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
     groups = misc.add_weight_decay(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    resume(content, path, model, ema, optimizer, scaler, args)
+    steps = steps_per_epoch(loader, args.accum_iter)
+    start_step = resume(content, path, model, ema, optimizer, scaler, steps, args)
     content.clear()
     peak = misc.matmul_flops(device, args.precision)
     misc.log.info("whole batch %d, learning rate %.3g, matrix products at %.2f TFLOP/s", batch, args.lr, peak / 1e12)
 
     if args.start_epoch >= args.epochs:
         misc.log.info("all %d epochs are done: nothing to train", args.epochs)
-    steps = steps_per_epoch(loader, args.accum_iter)
-    done = args.start_epoch * steps
+    done = args.start_epoch * steps + start_step
     writer = SummaryWriter(args.output_dir) if misc.is_main_process() else None
     vae = None if args.use_cached else run.vae
     to_latents = partial(latents_from, vae=vae, latent_factor=run.latent_factor)
     with misc.progress(total=args.epochs * steps, initial=done, unit="step", desc="training") as bar:
         for epoch in range(args.start_epoch, args.epochs):
             loader.sampler.set_epoch(epoch)
-            # An epoch's draws follow from its number: resuming at one repeats what an unbroken run would have drawn.
-            misc.seed_everything(args.seed, misc.get_rank(), epoch)
-            train_one_epoch(wrapped, ema, optimizer, scaler, loader, epoch, to_latents, device, args, bar, writer, peak)
+            loader.sampler.start = start_step * args.accum_iter * args.batch_size
+            loader.dataset.set_draws(args.seed, epoch)
+
+            def after_step(taken: int, epoch: int = epoch) -> None:
+                if args.save_every_steps and (epoch * steps + taken) % args.save_every_steps == 0 and taken < steps:
+                    save(model, ema, optimizer, scaler, epoch - 1, taken, steps, run.latent_factor, args)
+
+            train_one_epoch(
+                wrapped, ema, optimizer, scaler, loader, epoch, to_latents, device, args, bar, writer, peak,
+                start_step, after_step,
+            )  # fmt: skip
+            start_step = 0
             last = epoch + 1 == args.epochs
-            if last or (epoch + 1) % args.save_last_freq == 0:
-                save(model, ema, optimizer, scaler, epoch, run.latent_factor, args)
+            whole = args.save_every_steps and (epoch + 1) * steps % args.save_every_steps == 0
+            if last or whole or (epoch + 1) % args.save_last_freq == 0:
+                save(model, ema, optimizer, scaler, epoch, 0, steps, run.latent_factor, args)
             if last or (epoch + 1) % args.eval_freq == 0:
                 evaluate_online(run, model if args.no_ema else ema.module, epoch, writer)
     if writer is not None:

@@ -113,7 +113,7 @@ def main() -> None:
         check_positive(args, "img_size", "batch_size", "vae_embed_dim", "ch", "epochs", "num_res_blocks", "lr")
         misc.check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
         misc.seed_everything(args.seed + misc.get_rank())
-        dataset = ImageFolder(Path(args.data_path) / "train", image_transform(args.img_size, mirror=args.mirror))
+        dataset = ImageFolder(Path(args.data_path) / "train", image_transform(args.img_size), mirror=args.mirror)
         sampler = DistributedSampler(dataset, misc.get_world_size(), misc.get_rank(), seed=args.seed)
         loader = make_loader(dataset, args, device, sampler=sampler, drop_last=True)
         if not len(loader):

@@ -43,7 +43,8 @@ def plain_sampler(model, labels, orders, num_iter, cfg):
         targets = torch.zeros(bsz, seq_len, model.token_dim, dtype=torch.long)
         for place in range(model.token_dim):
             logits = model.forward_channel_ar(z, targets, wanted)
-            targets[wanted.bool(), place] = logits[:, place].argmax(-1)
+            known = targets[..., place].masked_scatter(wanted.bool(), logits[:, place].argmax(-1))
+            targets[..., place] = known
         new = model.quantizer.dequantize(targets[..., order.argsort()])
         tokens = torch.where(wanted.bool()[..., None], new, tokens)
         mask, left = mask - wanted, left_after

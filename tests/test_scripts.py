@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine_tokenbridge
 import main_cache
 import main_tokenbridge
 import main_vae
@@ -190,17 +192,95 @@ def test_the_ema_starts_as_a_copy_and_follows(run, cached, tmp_path):
         assert torch.allclose(value, 0.75 * initial[name] + 0.25 * final[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_gives_what_an_unbroken_run_gives(run, cached, tmp_path, workers):
-    tiny = TINY.replace("--num_workers 0", f"--num_workers {workers}")
-    common = f"{tiny} {SHORT} --use_cached --cached_path {cached} --lr_schedule constant"
-    run("main_tokenbridge", f"{common} --epochs 3 --output_dir {tmp_path}/whole")
-    run("main_tokenbridge", f"{common} --epochs 2 --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
-    run("main_tokenbridge", f"{common} --epochs 3 --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
-    whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
-    for key in ("model", "model_ema"):
-        assert all(torch.equal(value, parts[key][name]) for name, value in whole[key].items())
-    assert whole["epoch"] == parts["epoch"] == 2
+def same_weights(a, b) -> bool:
+    a, b = load(a), load(b)
+    return a["epoch"] == b["epoch"] and all(
+        torch.equal(value, b[key][name]) for key in ("model", "model_ema") for name, value in a[key].items()
+    )
+
+
+@pytest.mark.parametrize("data", ["cached, no workers", "cached, 2 workers", "images, 2 workers"])
+def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
+    run, images, vae_path, cached, tmp_path, monkeypatch, data
+):
+    source = (
+        f"--use_cached --cached_path {cached}" if "cached" in data else f"--data_path {images} --vae_path {vae_path}"
+    )
+    tiny = TINY.replace("--num_workers 0", f"--num_workers {2 * ('2' in data)}")
+    tiny = tiny.replace("--batch_size 4", "--batch_size 2")
+    common = f"{tiny} {source} --epochs 2 --warmup_epochs 1 --lr 1e-3 --accum_iter 2 --save_every_steps 3"
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/whole")  # 4 steps an epoch
+
+    def stop_at(step: int) -> None:
+        left = [step]
+
+        def take_step(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(engine_tokenbridge, "take_step", take_step)
+
+    original = engine_tokenbridge.take_step
+    for steps in (4, 3):  # into the second epoch, saved at step 3; from there past the save at step 6
+        stop_at(steps)
+        with pytest.raises(KeyboardInterrupt):
+            run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+    assert (load(tmp_path / "parts")["epoch"], load(tmp_path / "parts")["step"]) == (0, 2)
+    monkeypatch.setattr(engine_tokenbridge, "take_step", original)
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_processes_killed_and_restarted_end_as_if_never_killed(cached, tmp_path):
+    common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 30 --lr 1e-3 --warmup_epochs 1"
+    common += " --batch_size 2 --save_every_steps 5 --device cpu"
+    assert torchrun(f"{common} --output_dir {tmp_path}/whole").returncode == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*launcher, *f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut".split()],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    path = tmp_path / "cut" / "checkpoint-last.pth"
+    while process.poll() is None and not (path.exists() and load(path.parent)["epoch"] >= 3):
+        time.sleep(0.01)
+    # Not the launcher's group alone: it gives each of its processes a session of its own.
+    subprocess.run(["pkill", "-KILL", "-f", f"{tmp_path}/cut"], check=False)
+    process.wait()
+    assert 3 <= load(path.parent)["epoch"] < 29
+    result = torchrun(f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut")
+    assert result.returncode == 0, result.stderr
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, refused, cached, trained, tmp_path, caplog):
+    common = f"{TINY} {SHORT} --use_cached --cached_path {cached}"
+    assert sorted(path.name for path in trained.glob("*.pth")) == ["checkpoint-last.1.pth", "checkpoint-last.pth"]
+    before = torch.load(trained / "checkpoint-last.1.pth", weights_only=True)
+    assert (before["epoch"], load(trained)["epoch"]) == (0, 1)
+    path = trained / "checkpoint-last.pth"
+    path.write_bytes(path.read_bytes()[:-1000])
+    run("main_tokenbridge", f"{common} --epochs 3 --keep_last 3 --output_dir {trained} --resume {trained}")
+    assert "continuing from the one before" in caplog.text and load(trained)["epoch"] == 2
+    names = [f"checkpoint-last{age}.pth" for age in (".1", ".2", "")]
+    assert sorted(path.name for path in trained.glob("*.pth")) == names
+    for name in names:
+        (trained / name).write_bytes(b"damaged")
+    assert "checkpoint-last.pth" in refused("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")
+
+
+def test_another_number_of_steps_continues_at_the_same_place(run, cached, trained, tmp_path, caplog):
+    content = load(trained)
+    content |= {"epoch": 0, "step": 2, "world_size": 4}  # of 4 steps
+    torch.save(content, trained / "checkpoint-last.pth")
+    caplog.set_level("INFO")
+    common = (
+        f"{TINY.replace('--batch_size 4', '--batch_size 2')} {SHORT} --use_cached --cached_path {cached} --epochs 2"
+    )
+    run("main_tokenbridge", f"{common} --resume {trained} --output_dir {tmp_path}/more")
+    assert "written by 4 processes with 4 steps an epoch, this run has 1 with 8" in caplog.text
+    assert "continuing at epoch 1, step 4" in caplog.text
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

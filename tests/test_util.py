@@ -80,7 +80,7 @@ def test_pixels_run_from_minus_one_to_one():
 
 def test_mirrors_only_where_asked(images):
     plain = loader.ImageFolder(images / "train", loader.image_transform(16))
-    mirrored = loader.ImageFolder(images / "train", loader.image_transform(16, mirror=True))
+    mirrored = loader.ImageFolder(images / "train", loader.image_transform(16), mirror=True)
     image = plain[1][0]
     views = [mirrored[1][0] for _ in range(40)]
     same = sum(torch.equal(view, image) for view in views)
@@ -141,6 +141,27 @@ def test_missing_folders_and_unreadable_images_are_named(tmp_path):
         [dataset[i] for i in range(len(dataset))]
     with pytest.raises(UserError, match="4 class folders, but class_num is 5: pass --class_num 4"):
         loader.check_classes(dataset.classes, 5, data)
+
+
+def test_coins_follow_seed_epoch_and_index_once_told(tmp_path):
+    dataset = loader.CachedFolder(write_cache(tmp_path, count=40))
+
+    def views(seed, epoch):
+        dataset.set_draws(seed, epoch)
+        return [dataset[i][0].unique().item() >= 100 for i in range(40)]
+
+    assert views(1, 0) == views(1, 0) and 10 < sum(views(1, 0)) < 30
+    assert views(1, 0) != views(1, 1) and views(1, 0) != views(2, 0)
+
+
+def test_a_share_of_an_epoch_can_start_in_its_middle():
+    shares = [loader.ShuffledShare(range(20), 2, rank, shuffle=True, seed=3) for rank in range(2)]
+    for share in shares:
+        share.set_epoch(5)
+    whole = [list(share) for share in shares]
+    assert sorted(whole[0] + whole[1]) == list(range(20))
+    shares[0].start = 4
+    assert list(shares[0]) == whole[0][4:] and len(shares[0]) == 10
 
 
 def test_shares_cover_everything_once():

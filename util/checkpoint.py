@@ -1,9 +1,12 @@
 """Checkpoints: data that is read as data, checked against the model, and written whole."""
 
 import argparse
+import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,13 @@ PUBLISHED = {
 SHAPE_HINT = "Check --model, --quant_bits, --class_num, --img_size, --patch_size and --buffer_size"
 
 
+def older(path: Path) -> list[Path]:
+    """The checkpoints that were kept when ``path`` took their place, the newest first."""
+    kept = path.parent.glob(f"{path.stem}.*{path.suffix}")
+    numbered = [(int(old.stem.rsplit(".", 1)[1]), old) for old in kept if old.stem.rsplit(".", 1)[1].isdigit()]
+    return [old for _, old in sorted(numbered)]
+
+
 def find(resume: str | Path) -> Path:
     """The checkpoint in folder ``resume``, or ``resume`` itself if it is a file.
 
@@ -143,6 +153,25 @@ def find(resume: str | Path) -> Path:
     if not path.is_file():
         raise UserError(f"no {CHECKPOINT_NAME} in {resume}; --resume takes the folder that holds it")
     return path
+
+
+def read_newest_whole(path: Path) -> tuple[dict[str, Any], Path]:
+    """The checkpoint at ``path`` or, with a warning, the newest one kept before it that can be read; and which.
+
+    Raises:
+        UserError: none of them can be read; the message is of ``path``.
+    """
+    try:
+        return read(path), path
+    except UserError as error:
+        for old in older(path):
+            try:
+                content = read(old)
+            except UserError:
+                continue
+            log.warning("%s; continuing from the one before, %s", error, old)
+            return content, old
+        raise
 
 
 def check_config(config: Mapping[str, Any], model: nn.Module, latent_factor: float | None, path: str | Path) -> None:
@@ -194,7 +223,23 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path,
     model.load_state_dict(matching(weights, expected, path, SHAPE_HINT))
 
 
-def save(path: str | Path, content: dict[str, Any]) -> None:
-    """Writes a checkpoint whole or not at all."""
+def save(path: str | Path, content: dict[str, Any], keep_last: int = 1) -> None:
+    """Writes a checkpoint whole or not at all; ``keep_last - 1`` earlier ones stay beside it, numbered by age.
+
+    At every moment ``path`` is a whole checkpoint, if there was one before.
+    """
+    path = Path(path)
     with written_whole(path) as file:
         torch.save(content, file)
+        if path.exists() and keep_last > 1:
+            names = [path, *(path.with_name(f"{path.stem}.{age}{path.suffix}") for age in range(1, keep_last))]
+            for younger, elder in reversed(list(pairwise(names[1:]))):
+                if younger.exists():
+                    os.replace(younger, elder)
+            names[1].unlink(missing_ok=True)
+            try:
+                os.link(path, names[1])  # a second name: the file is about to lose its first
+            except OSError:  # not every file system has them
+                shutil.copy2(path, names[1])
+    for old in older(path)[keep_last - 1 :]:
+        old.unlink()

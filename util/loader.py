@@ -3,13 +3,14 @@
 import argparse
 import json
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision import datasets, transforms
 
 from util.crop import center_crop_arr
@@ -41,10 +42,10 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def image_transform(img_size: int, mirror: bool = False) -> transforms.Compose:
-    """ADM's centre crop, a random mirror if asked for, and pixels in [-1, 1]."""
-    crop = partial(center_crop_arr, image_size=img_size)  # no lambda: workers may have to unpickle it
-    return transforms.Compose([crop, *[transforms.RandomHorizontalFlip()] * mirror, to_pixels])
+def image_transform(img_size: int) -> transforms.Compose:
+    """ADM's centre crop, and pixels in [-1, 1]."""
+    # No lambda: workers may have to unpickle it.
+    return transforms.Compose([partial(center_crop_arr, image_size=img_size), to_pixels])
 
 
 def existing_folder(root: str | Path, what: str) -> Path:
@@ -59,38 +60,63 @@ def existing_folder(root: str | Path, what: str) -> Path:
     return root
 
 
-class ImageFolder(datasets.ImageFolder):
+class Coins:
+    """Decides which items of a data set are mirrored.
+
+    By default from torch's global generator. Once :meth:`set_draws` has named a seed and an epoch, an item's coin
+    follows from those and its index alone, whichever process or worker throws it, and however often.
+    """
+
+    draws: tuple[int, int] | None = None
+
+    def set_draws(self, seed: int, epoch: int) -> None:
+        """Fixes the coins of one epoch. Workers started before do not hear of it."""
+        self.draws = (seed, epoch)
+
+    def coin(self, index: int) -> bool:
+        """Heads or tails for item ``index``."""
+        if self.draws is None:
+            return bool(torch.rand(()) < 0.5)
+        return bool(np.random.SeedSequence((*self.draws, index)).generate_state(1)[0] & 1)
+
+
+class ImageFolder(Coins, datasets.ImageFolder):
     """torchvision's, with errors for users: ``root/<class>/<image>``, labels numbering the sorted folders.
+
+    Args:
+        transform: makes tensors ``[3, H, W]`` where ``mirror`` is set.
+        mirror: mirror half of the images.
 
     Raises:
         UserError: there is no such folder, it holds no class folders, or one without images.
     """
 
-    def __init__(self, root: str | Path, transform=None):
+    def __init__(self, root: str | Path, transform=None, mirror: bool = False):
         existing_folder(root, "image folder")
+        self.mirror = mirror
         try:
             super().__init__(str(root), transform=transform, loader=read_image)
         except FileNotFoundError as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise UserError(f"{root} is not a folder of class folders with images: {reason}") from error
 
+    def __getitem__(self, index: int):
+        image, label = super().__getitem__(index)
+        return (image.flip(2) if self.mirror and self.coin(index) else image), label
+
 
 class ImageFolderWithFilename(ImageFolder):
     """Items are image, label, and ``class/file``."""
 
     def __getitem__(self, index: int):
-        path, label = self.samples[index]
-        image = self.loader(path)
-        if self.transform is not None:
-            image = self.transform(image)
-        return image, label, str(Path(path).relative_to(self.root))
+        return *super().__getitem__(index), str(Path(self.samples[index][0]).relative_to(self.root))
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Cached moments.
 
 
-class CachedFolder(datasets.DatasetFolder):
+class CachedFolder(Coins, datasets.DatasetFolder):
     """``root/<class>/<image name>.npz`` with ``moments`` and ``moments_flip``, as main_cache.py and MAR write them.
 
     Items are moments ``[2C, h, w]``, float32, not scaled, of the image or (with ``mirror``) of its mirror image with
@@ -106,9 +132,9 @@ class CachedFolder(datasets.DatasetFolder):
 
     def __init__(self, root: str | Path, mirror: bool = True):
         root = existing_folder(root, "cache")
-        self.names = ("moments", "moments_flip") if mirror else ("moments",)
+        self.mirror = mirror
         try:
-            super().__init__(str(root), loader=self.read, extensions=(".npz",))
+            super().__init__(str(root), loader=self.read_moments, extensions=(".npz",))
         except FileNotFoundError as error:
             raise UserError(
                 f"{root} holds no cached moments (<class>/<file>.npz); make them with main_cache.py"
@@ -125,13 +151,17 @@ class CachedFolder(datasets.DatasetFolder):
         if len(self.samples) < planned or not self.metadata.get("complete", True):
             raise UserError(f"{root} is incomplete: {len(self.samples)} of {planned} files; run main_cache.py again")
 
-    def read(self, path: str) -> Tensor:
-        """The moments ``[2C, h, w]`` in one file.
+    def __getitem__(self, index: int):
+        path, label = self.samples[index]
+        return self.read_moments(path, "moments_flip" if self.mirror and self.coin(index) else "moments"), label
+
+    @staticmethod
+    def read_moments(path: str, name: str = "moments") -> Tensor:
+        """``moments`` or ``moments_flip``, ``[2C, h, w]``, of one file.
 
         Raises:
             UserError: the file is damaged, incomplete, or holds values that are not finite.
         """
-        name = self.names[int(torch.randint(len(self.names), ()))]
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 moments = torch.from_numpy(arrays[name].astype(np.float32))
@@ -161,6 +191,19 @@ def make_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device
     options = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0, **options}
     pin = args.pin_mem and device.type == "cuda"
     return DataLoader(dataset, num_workers=args.num_workers, pin_memory=pin, **options)
+
+
+class ShuffledShare(DistributedSampler):
+    """A process's share of a shuffled epoch, which can start in its middle.
+
+    Attributes:
+        start: items of the epoch to leave out, those seen before an interruption.
+    """
+
+    start = 0
+
+    def __iter__(self):
+        return islice(super().__iter__(), self.start, None)
 
 
 class Share(Sampler):
