@@ -96,7 +96,9 @@ class Meter:
         self.norms.append(norm)
 
     def read(self) -> dict[str, float]:
-        """Means by TensorBoard tag; starts anew."""
+        """Means by TensorBoard tag; starts anew. Empty if no step was taken."""
+        if not self.losses:
+            return {}
         loss = misc.all_reduce_mean(torch.stack(self.losses).mean()).item()
         norms = torch.stack(self.norms)
         seconds = (time.perf_counter() - self.started) / len(self.losses)
@@ -110,28 +112,64 @@ class Meter:
         }
 
 
-def take_step(
-    loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float, where: str
-) -> Tensor:
-    """Clips the gradients, takes the optimizer's step, and gives the gradient norm before clipping.
+class BadSteps:
+    """Counts the steps that were not taken because loss or gradient was not finite, and writes down their batches.
 
-    Raises:
-        UserError: loss or gradient is not finite. The step is not taken.
+    Args:
+        limit: how many a run may have.
+        folder: where ``bad_steps-rank<n>.jsonl`` goes.
+    """
+
+    def __init__(self, limit: int, folder: str | Path):
+        self.limit, self.count, self.rank = limit, 0, misc.get_rank()
+        self.path = Path(folder) / f"bad_steps-rank{self.rank}.jsonl"
+
+    def add(self, loss: Tensor, norm: Tensor, lr: float, epoch: int, step: int, files: list[str]) -> None:
+        """One such step.
+
+        Raises:
+            UserError: there have been more than the limit.
+        """
+        self.count += 1
+        figures = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, "epoch": epoch, "step": step}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps({**figures, "rank": self.rank, "files": files}) + "\n")
+        what = f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} at epoch {epoch}, step {step}: not finite"
+        if self.count > self.limit:
+            raise UserError(
+                f"{what}, the step was not taken (learning rate {lr:.3g}, process {self.rank}, bad steps so far "
+                f"{self.count}); its images are listed in {self.path}; lower the learning rate, check the data, or "
+                "allow more with --max_bad_steps"
+            )
+        misc.log.warning("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)
+
+
+def take_step(
+    loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float
+) -> tuple[Tensor, bool]:
+    """Clips the gradients and takes the optimizer's step, unless loss or gradient is not finite.
+
+    Returns:
+        the gradient norm before clipping, and whether loss and gradient were finite; the same on all processes.
     """
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    # After DDP's exchange every process sees the same norm, so all of them stop at the same step. With fp16 an
-    # overflowing gradient is the scaler's business, and each process watches its own loss.
-    if not torch.isfinite(loss if scaler.is_enabled() else norm):
-        raise UserError(
-            f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} at {where}: not finite, training stopped before "
-            f"the step was taken; lower the learning rate ({optimizer.param_groups[0]['lr']:.3g}) or check the data"
-        )
-    scaler.step(optimizer)
+    # After DDP's exchange every process sees the same norm. With fp16 an overflowing gradient is the scaler's
+    # business: it leaves the step out by itself and lowers the scale.
+    finite = bool(torch.isfinite(misc.all_reduce_mean(loss) if scaler.is_enabled() else norm))
+    if finite:
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, finite
+
+
+def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
+    """The files of a step's ``images``, counted from the first batch that ``loader`` gave this epoch."""
+    indices = list(loader.sampler)[step * images : (step + 1) * images]
+    return [loader.dataset.samples[index][0] for index in indices]
 
 
 def train_one_epoch(
@@ -147,6 +185,7 @@ def train_one_epoch(
     bar: tqdm | None = None,
     writer: SummaryWriter | None = None,
     peak_flops: float = math.inf,
+    bad_steps: BadSteps | None = None,
     start_step: int = 0,
     after_step: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
@@ -162,9 +201,10 @@ def train_one_epoch(
         loader: gives batches of images or moments, and labels.
         epoch: from 0.
         to_latents: images or moments to scaled latents.
-        args: seed, accum_iter, grad_clip, precision, batch_size and the learning rate's (util.lr_sched).
+        args: seed, accum_iter, grad_clip, precision, batch_size, output_dir and the learning rate's (util.lr_sched).
         bar, writer: shown and written to every :data:`LOG_EVERY` steps and at the end.
         peak_flops: of a matrix product here, what utilization is measured against.
+        bad_steps: counts steps whose loss or gradient is not finite; by default the first one ends the run.
         start_step: the first step to take; ``loader`` starts with its batches.
         after_step: called after each step with the number of the epoch's steps taken so far.
 
@@ -172,9 +212,10 @@ def train_one_epoch(
         the last figures written, by tag.
 
     Raises:
-        UserError: see :func:`take_step`.
+        UserError: see :class:`BadSteps`.
     """
     model.train()
+    bad_steps = bad_steps or BadSteps(0, args.output_dir)
     steps, images = steps_per_epoch(loader, args.accum_iter), args.batch_size * args.accum_iter
     flops = model_core(model).training_flops() * images
     meter = Meter(images * misc.get_world_size(), flops, peak_flops, device)
@@ -184,14 +225,18 @@ def train_one_epoch(
         batches = list(islice(iterator, args.accum_iter))
         misc.seed_everything(args.seed, misc.get_rank(), epoch, step)
         loss = backward(model, batches, to_latents, scaler, device, args.precision)
-        norm = take_step(loss, optimizer, scaler, args.grad_clip, f"epoch {epoch}, step {step}")
-        ema.update(model_core(model))
-        meter.add(loss, norm)
+        norm, finite = take_step(loss, optimizer, scaler, args.grad_clip)
+        if finite:
+            ema.update(model_core(model))
+            meter.add(loss, norm)
+        else:
+            bad_steps.add(loss, norm, lr, epoch, step, files_of_step(loader, step - start_step, images))
         if bar is not None:
             bar.update()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            figures = {**meter.read(), "train/lr": lr}
-            if bar is not None:
+            figures = meter.read() or figures
+            figures["train/lr"] = lr
+            if bar is not None and "train/loss" in figures:
                 bar.set_postfix_str(
                     f"epoch {epoch} loss {figures['train/loss']:.4f} lr {lr:.2e} "
                     f"{figures['speed/images_per_second']:.1f} img/s MFU {figures['speed/model_flops_utilization']:.0%}"

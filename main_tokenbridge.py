@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import (
+    BadSteps,
     Sampling,
     check_num_images,
     evaluate,
@@ -95,6 +96,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--save_every_steps", type=int, default=0, help="steps between two checkpoints; 0 for epochs only"
     )
+    train.add_argument("--max_bad_steps", type=int, default=0, help="steps that may be left out for not being finite")
     train.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, the newest included")
 
     sample = parser.add_argument_group("sampling and evaluation")
@@ -137,7 +139,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_positive(args, "save_last_freq", "keep_last", "eval_freq", "vae_embed_dim", "vae_stride", "patch_size")
     check_range(args, 0, 1, "attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "ema_rate")
     check_range(args, 0, math.inf, "grad_clip", "weight_decay", "warmup_epochs", "start_epoch", "num_workers", "min_lr")
-    check_range(args, 0, math.inf, "save_every_steps")
+    check_range(args, 0, math.inf, "save_every_steps", "max_bad_steps")
     args.cfg, args.temperature = (v if isinstance(v, list) else [v] for v in (args.cfg, args.temperature))
     if min(args.temperature) < 0:
         raise errors.UserError(f"--temperature {min(args.temperature)}: it must not be negative")
@@ -480,19 +482,30 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
     writer = SummaryWriter(args.output_dir) if misc.is_main_process() else None
     vae = None if args.use_cached else run.vae
     to_latents = partial(latents_from, vae=vae, latent_factor=run.latent_factor)
-    with misc.progress(total=args.epochs * steps, initial=done, unit="step", desc="training") as bar:
+    bar = misc.progress(total=args.epochs * steps, initial=done, unit="step", desc="training")
+    bad_steps = BadSteps(args.max_bad_steps, args.output_dir)
+    with bar, misc.StopSignals() as stop_signals:
         for epoch in range(args.start_epoch, args.epochs):
             loader.sampler.set_epoch(epoch)
             loader.sampler.start = start_step * args.accum_iter * args.batch_size
             loader.dataset.set_draws(args.seed, epoch)
 
             def after_step(taken: int, epoch: int = epoch) -> None:
-                if args.save_every_steps and (epoch * steps + taken) % args.save_every_steps == 0 and taken < steps:
-                    save(model, ema, optimizer, scaler, epoch - 1, taken, steps, run.latent_factor, args)
+                stop = stop_signals.agreed()
+                due = args.save_every_steps and (epoch * steps + taken) % args.save_every_steps == 0
+                if stop or (due and taken < steps):
+                    finished, step = divmod(epoch * steps + taken, steps)
+                    save(model, ema, optimizer, scaler, finished - 1, step, steps, run.latent_factor, args)
+                if stop:
+                    misc.barrier()
+                    raise errors.Preempted(
+                        f"by {stop_signals.heard or 'another process'}, saved after epoch {epoch}, step {taken - 1}; "
+                        f"start the same command with --resume {args.output_dir} to continue"
+                    )
 
             train_one_epoch(
                 wrapped, ema, optimizer, scaler, loader, epoch, to_latents, device, args, bar, writer, peak,
-                start_step, after_step,
+                bad_steps, start_step, after_step,
             )  # fmt: skip
             start_step = 0
             last = epoch + 1 == args.epochs

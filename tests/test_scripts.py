@@ -4,9 +4,11 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -233,6 +235,7 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_restarted_end_as_if_never_killed(cached, tmp_path):
     common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 30 --lr 1e-3 --warmup_epochs 1"
     common += " --batch_size 2 --save_every_steps 5 --device cpu"
@@ -252,6 +255,101 @@ def test_two_processes_killed_and_restarted_end_as_if_never_killed(cached, tmp_p
     result = torchrun(f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut")
     assert result.returncode == 0, result.stderr
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def worker_of(folder) -> int:
+    """The process number of a training process that writes to ``folder``, not its launcher's."""
+    found = subprocess.run(["pgrep", "-f", f"main_tokenbridge.py .*{folder}"], capture_output=True, text=True).stdout
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found.split()}
+    return max(pid for pid, command in commands.items() if b"torch.distributed.run" not in command)
+
+
+def wait_for(path, process) -> None:
+    while process.poll() is None and not path.exists():
+        time.sleep(0.01)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_a_signal_ends_a_run_after_its_step_and_saves(cached, tmp_path, name):
+    common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --lr 1e-3 --warmup_epochs 1 --epochs 100"
+    command = [sys.executable, *f"{common} --save_last_freq 1 --output_dir {tmp_path}/run --device cpu".split()]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "checkpoint-last.pth", process)
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75 and f"stopped: by {name}, saved after epoch" in said
+    content = load(tmp_path / "run")
+    assert 0 <= content["epoch"] < 99
+    steps = {int(state["step"]) for state in content["optimizer"]["state"].values()}
+    assert steps == {4 * (content["epoch"] + 1) + content["step"]}
+
+
+@pytest.mark.slow
+def test_the_launcher_restarts_what_a_signal_to_one_process_stopped(cached, tmp_path):
+    common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 30 --lr 1e-3 --warmup_epochs 1"
+    common += " --batch_size 2 --save_last_freq 3 --device cpu"
+    assert torchrun(f"{common} --output_dir {tmp_path}/whole").returncode == 0
+    # Otherwise the launcher hands the addresses of processes that are gone to those it starts.
+    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    process = subprocess.Popen(
+        [*launcher, *f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut".split()],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **fresh_store}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(tmp_path / "cut" / "checkpoint-last.pth", process)
+    os.kill(worker_of(tmp_path / "cut"), signal.SIGUSR1)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "SIGUSR1, saved after epoch" in said and "another process, saved after epoch" in said
+    assert said.count("resumed from") == 1
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_steps_that_are_not_finite_are_left_out_and_written_down(
+    run, refused, cached, tmp_path, monkeypatch, caplog, precision
+):
+    original, calls = engine_tokenbridge.backward, []
+
+    def backward(model, *args):
+        loss = original(model, *args)
+        calls.append(loss)
+        if len(calls) in (2, 5):
+            next(model.parameters()).grad.fill_(torch.nan)
+            loss = loss * torch.nan
+        return loss
+
+    monkeypatch.setattr(engine_tokenbridge, "backward", backward)
+    common = f"{TINY} {SHORT} --use_cached --cached_path {cached} --epochs 2 --precision {precision}"
+    run("main_tokenbridge", f"{common} --max_bad_steps 2 --output_dir {tmp_path}/allowed")
+    content = load(tmp_path / "allowed")
+    for key in ("model", "model_ema"):
+        assert all(not value.isnan().any() for value in content[key].values())
+    assert len(calls) == 8 and "1 of 2 allowed" in caplog.text and "2 of 2 allowed" in caplog.text
+    if precision == "fp32":  # fp16's scaler may leave out others
+        assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {6}
+    rows = [json.loads(line) for line in (tmp_path / "allowed" / "bad_steps-rank0.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["step"], row["rank"]) for row in rows] == [(0, 1, 0), (1, 0, 0)]
+    assert all(len(row["files"]) == 4 and Path(row["files"][0]).is_file() and row["lr"] >= 0 for row in rows)
+
+    calls.clear()
+    line = refused("main_tokenbridge", f"{common} --output_dir {tmp_path}/stopped")
+    assert "epoch 0, step 1: not finite" in line and "bad_steps-rank0.jsonl" in line
+    assert not (tmp_path / "stopped" / "checkpoint-last.pth").exists()
+
+
+def test_the_files_of_a_step_are_those_the_loader_gave(cached):
+    from util.loader import ShuffledShare
+
+    dataset = CachedFolder(cached)
+    sampler = ShuffledShare(dataset, 1, 0, shuffle=True, seed=1)
+    sampler.start = 4
+    dataset.samples = [(path, index) for index, (path, _) in enumerate(dataset.samples)]  # labels tell the item
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=sampler)
+    labels = [label for _, labels in loader for label in labels.tolist()]
+    expected = [dataset.samples[label][0] for label in labels[4:8]]
+    assert engine_tokenbridge.files_of_step(loader, 1, 4) == expected
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, refused, cached, trained, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -63,6 +64,44 @@ def from_main_process(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+class StopSignals:
+    """Hears SIGTERM, SIGUSR1 and SIGINT, and has all processes agree on the step after which to stop.
+
+    A context manager: signals mean what they did before once it is left. A second SIGINT interrupts at once.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self):
+        self.heard: str | None = None
+        # Asked on the CPU and answered a step later: the device is not waited for.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.answer, self.pending = torch.zeros(()), None
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.signal(number, self._hear) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        self.heard = signal.Signals(number).name
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self) -> bool:
+        """Whether any process had heard a signal when all were last asked; each asks once a step."""
+        if self.group is None:
+            return self.heard is not None
+        if self.pending is not None:
+            self.pending.wait()
+        stop = bool(self.answer)
+        self.answer = torch.tensor(float(self.heard is not None))
+        self.pending = dist.all_reduce(self.answer, group=self.group, async_op=True)
+        return stop
 
 
 def gather_shares(rows: Tensor, total: int) -> Tensor:
