@@ -54,10 +54,8 @@ from util.report import write_search
 # The command line.
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
-    parser = new_parser(__doc__)
-
+def add_model_args(parser: argparse.ArgumentParser) -> None:
+    """What is trained or loaded."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=MODELS, default="tokenbridge_large")
     model.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
@@ -78,6 +76,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument("--quant_min", type=float, default=-5.0, help="lower bound of the latents")
     model.add_argument("--quant_max", type=float, default=5.0, help="upper bound of the latents")
 
+
+def add_training_args(parser: argparse.ArgumentParser) -> None:
+    """How it is trained."""
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=int, default=400)
     train.add_argument("--accum_iter", type=int, default=1, help="batches whose gradients make one step")
@@ -99,6 +100,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument("--max_bad_steps", type=int, default=0, help="steps that may be left out for not being finite")
     train.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, the newest included")
 
+
+def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
+    """How it is sampled and measured."""
     sample = parser.add_argument_group("sampling and evaluation")
     sample.add_argument("--evaluate", action="store_true", help="sample from --resume's weights, measure, and stop")
     sample.add_argument("--online_eval", action="store_true", help="sample and measure during training, too")
@@ -118,6 +122,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     sample.add_argument("--save_npz", action="store_true", help="also write the images as ADM's evaluator reads them")
     add_metrics_args(sample)
 
+
+def add_file_args(parser: argparse.ArgumentParser) -> None:
+    """Where everything lies."""
     files = parser.add_argument_group("files")
     files.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
     files.add_argument(
@@ -128,6 +135,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     files.add_argument("--output_dir", default="./output_dir", help="checkpoints, TensorBoard's logs, samples")
     files.add_argument("--resume", default="", help=f"folder that holds {checkpoint.CHECKPOINT_NAME}")
     add_mirror_arg(files)
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    parser = new_parser(__doc__)
+    add_model_args(parser)
+    add_training_args(parser)
+    add_evaluation_args(parser)
+    add_file_args(parser)
     add_run_args(parser, batch_size=16, seed=1, precision="bf16")
     return parser
 

@@ -1,6 +1,7 @@
 """The commands as a user types them, on small images; and what they say when something is wrong."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -235,6 +236,15 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+def processes_of(folder) -> list[int]:
+    """Process numbers of the training processes that write to ``folder``, not of their launcher, ascending."""
+    commands = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it may have ended meanwhile
+            commands[int(path.parent.name)] = path.read_bytes().decode(errors="replace")
+    return sorted(pid for pid, line in commands.items() if str(folder) in line and "torch.distributed" not in line)
+
+
 @pytest.mark.slow
 def test_two_processes_killed_and_restarted_end_as_if_never_killed(cached, tmp_path):
     common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 30 --lr 1e-3 --warmup_epochs 1"
@@ -248,20 +258,13 @@ def test_two_processes_killed_and_restarted_end_as_if_never_killed(cached, tmp_p
     path = tmp_path / "cut" / "checkpoint-last.pth"
     while process.poll() is None and not (path.exists() and load(path.parent)["epoch"] >= 3):
         time.sleep(0.01)
-    # Not the launcher's group alone: it gives each of its processes a session of its own.
-    subprocess.run(["pkill", "-KILL", "-f", f"{tmp_path}/cut"], check=False)
+    for pid in [process.pid, *processes_of(tmp_path / "cut")]:  # the launcher first, so that it restarts nothing
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     assert 3 <= load(path.parent)["epoch"] < 29
     result = torchrun(f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut")
     assert result.returncode == 0, result.stderr
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
-
-
-def worker_of(folder) -> int:
-    """The process number of a training process that writes to ``folder``, not its launcher's."""
-    found = subprocess.run(["pgrep", "-f", f"main_tokenbridge.py .*{folder}"], capture_output=True, text=True).stdout
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found.split()}
-    return max(pid for pid, command in commands.items() if b"torch.distributed.run" not in command)
 
 
 def wait_for(path, process) -> None:
@@ -298,7 +301,7 @@ def test_the_launcher_restarts_what_a_signal_to_one_process_stopped(cached, tmp_
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **fresh_store}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     wait_for(tmp_path / "cut" / "checkpoint-last.pth", process)
-    os.kill(worker_of(tmp_path / "cut"), signal.SIGUSR1)
+    os.kill(processes_of(tmp_path / "cut")[-1], signal.SIGUSR1)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "SIGUSR1, saved after epoch" in said and "another process, saved after epoch" in said
