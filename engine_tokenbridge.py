@@ -301,12 +301,16 @@ def remove_images(folder: Path) -> int:
     return len(images)
 
 
+def same_run(before: dict, about: dict[str, dict]) -> bool:
+    """Whether results read back are of a run with the settings and weights ``about`` tells."""
+    return all(before.get(name) == value for name, value in json.loads(json.dumps(about)).items())  # as it reads back
+
+
 def prepare_folder(folder: Path, about: dict[str, dict]) -> None:
     """Keeps the images that an interrupted run with the same description left in ``folder``, removes others."""
     if misc.is_main_process():
         before = read_results(folder)
-        about = json.loads(json.dumps(about))  # as it reads back
-        if any(before.get(name) != value for name, value in about.items()):
+        if not same_run(before, about):
             if remove_images(folder):
                 misc.log.info("replacing the images of another run in %s: %s", folder, changes(before, about))
             write_json(results_path(folder), about)

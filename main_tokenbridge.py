@@ -1,7 +1,6 @@
 """Trains a TokenBridge, or samples from one (torchrun or plain python)."""
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from engine_tokenbridge import (
     read_results,
     remove_images,
     results_path,
+    same_run,
     sampled_images,
     samples_grid,
     steps_per_epoch,
@@ -236,18 +236,13 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], Path | No
     """The checkpoint that ``--resume`` names; empty for a fresh start."""
     if not args.resume:
         return {}, None
-    same = Path(args.resume).resolve() == Path(args.output_dir).resolve()
-    if (
-        not (args.evaluate or args.evaluate_nll)
-        and same
-        and not (Path(args.resume) / checkpoint.CHECKPOINT_NAME).exists()
-    ):
+    measuring = args.evaluate or args.evaluate_nll
+    own = Path(args.resume).resolve() == Path(args.output_dir).resolve()
+    if not measuring and own and not (Path(args.resume) / checkpoint.CHECKPOINT_NAME).exists():
         misc.log.info("no %s in %s: starting afresh", checkpoint.CHECKPOINT_NAME, args.resume)
         return {}, None
     path = checkpoint.find(args.resume)
-    if args.evaluate or args.evaluate_nll:
-        return checkpoint.read(path), path
-    return checkpoint.read_newest_whole(path)
+    return (checkpoint.read(path), path) if measuring else checkpoint.read_newest_whole(path)
 
 
 @dataclass
@@ -335,9 +330,8 @@ def finished_before(run: Run, folder: Path, cfg: float, temperature: float, weig
     about = {"settings": asdict(sampling_settings(run.args, cfg, temperature)), "weights": weights}
     before = read_results(folder)
     against = ("fid_stats", "reference")
-    same = all(before.get(name) == json.loads(json.dumps(value)) for name, value in about.items())
-    same = same and all(before.get("args", {}).get(name) == getattr(run.args, name) for name in against)
-    done = same and run.judge is not None
+    same_against = all(before.get("args", {}).get(name) == getattr(run.args, name) for name in against)
+    done = run.judge is not None and same_run(before, about) and same_against
     misc.barrier()  # all processes have looked before one writes
     return {name: before[name] for name in ("images", *TITLES) if name in before} if done else {}
 
