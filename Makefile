@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-slow format lock clean
+.PHONY: demo test test-slow soak format lock clean
 
 demo: $(VENV)/.installed
 	$(RUN) demo/demo.py
@@ -11,11 +11,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" --cov=models --cov=util --cov=engine_tokenbridge --cov-report=term --cov-fail-under=90
 
 # What takes minutes: the demo, full-size models, long trainings.
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -m slow
+
+# Runs killed twenty times, and files damaged three hundred times.
+soak: $(VENV)/.installed
+	$(RUN) -m pytest tests/test_soak.py tests/test_damage.py
 
 format: $(VENV)/.installed
 	$(RUN) -m ruff check --fix .

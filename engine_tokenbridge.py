@@ -25,6 +25,7 @@ from util import misc
 from util.errors import UserError
 from util.files import write_json, written_whole
 from util.images import save_grid, save_png, to_uint8
+from util.loader import cached_file
 from util.lr_sched import adjust_learning_rate
 from util.metrics import PlainImages
 
@@ -464,24 +465,31 @@ def held_out_likelihood(
 @torch.no_grad()
 def cache_latents(
     vae: AutoencoderKL, loader: Iterable, cached_path: str | Path, device: torch.device, precision: str = "fp32"
-) -> int:
+) -> tuple[int, int]:
     """Writes each image's posterior moments, and its mirror image's, to ``cached_path/<class>/<file name>.npz``.
 
     Args:
-        loader: gives images ``[B, 3, H, W]``, labels, and ``class/file`` names.
+        loader: gives images ``[B, 3, H, W]``, labels, and ``class/file`` names, or None for a batch with nothing to do.
 
     Returns:
-        the number of files written by this process.
+        the number of files written, and of those replaced, by all processes.
+
+    Raises:
+        UserError: a name leads out of ``cached_path``, or a file cannot be written.
     """
-    written = 0
+    counts = torch.zeros(2, device=device)  # written, replaced
     with misc.progress(loader, unit="batch", desc="caching") as batches:
-        for images, _, names in batches:
+        for batch in batches:
+            if batch is None:
+                continue
+            images, _, names = batch
             images = images.to(device, non_blocking=True)
             with misc.autocast(device, precision):
                 moments = [vae.encode(view).parameters.float().cpu().numpy() for view in (images, images.flip(3))]
             for name, plain, flipped in zip(names, *moments, strict=True):
-                with written_whole(Path(cached_path) / f"{name}.npz") as file:
+                path = cached_file(cached_path, name)
+                counts += torch.tensor([1.0, float(path.exists())], device=device)
+                with written_whole(path) as file:
                     np.savez(file, moments=plain, moments_flip=flipped)
-                written += 1
-    misc.barrier()
-    return written
+    written, replaced = (misc.all_reduce_mean(counts) * misc.get_world_size()).round().int().tolist()
+    return written, replaced

@@ -6,9 +6,19 @@ from pathlib import Path
 from engine_tokenbridge import cache_latents
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_run_args, add_vae_arg, check_positive, new_parser
-from util.files import write_json
-from util.loader import CACHE_METADATA, ImageFolderWithFilename, Share, image_transform, make_loader
+from util.args import add_run_args, add_skip_arg, add_vae_arg, check_positive, new_parser
+from util.checkpoint import fingerprint
+from util.files import remove_parts, write_json
+from util.loader import (
+    CACHE_METADATA,
+    BadImages,
+    ImagesToCache,
+    Share,
+    collate_present,
+    image_transform,
+    make_loader,
+    read_cache_metadata,
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -20,8 +30,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
     parser.add_argument("--split", choices=["train", "val"], default="train", help="which folder of --data_path")
     parser.add_argument("--cached_path", default="", help="folder to write <class>/<image>.npz to")
+    add_skip_arg(parser)
     add_run_args(parser, batch_size=128, seed=0, precision="fp32")
     return parser
+
+
+def check_same(cached_path: str | Path, about: dict) -> None:
+    """Compares the cache that lies in ``cached_path``, if there is one, with that to be made.
+
+    Raises:
+        UserError: it is another one; continuing would mix the two.
+    """
+    before = read_cache_metadata(cached_path)
+    if before is None:
+        if next(Path(cached_path).glob("*/*.npz"), None) is not None:
+            raise errors.UserError(
+                f"{cached_path} holds moments without {CACHE_METADATA}, of another program; choose another folder"
+            )
+        return
+    differences = [
+        f"{name} {before.get(name)} there, {value} here" for name, value in about.items() if before.get(name) != value
+    ]
+    if differences:
+        raise errors.UserError(
+            f"{cached_path} holds another cache ({'; '.join(differences)}); delete it or choose another folder"
+        )
 
 
 def main() -> None:
@@ -32,21 +65,44 @@ def main() -> None:
         if not args.cached_path:
             raise errors.UserError("--cached_path is missing: name the folder to write the cache to")
         misc.seed_everything(args.seed + misc.get_rank())
-        dataset = ImageFolderWithFilename(Path(args.data_path) / args.split, image_transform(args.img_size))
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         misc.check_told("vae_embed_dim", args.vae_embed_dim, 16, vae.embed_dim, args.vae_path)
         misc.check_stride(args.img_size, vae.stride)
-        loader = make_loader(dataset, args, device, sampler=Share(len(dataset), misc.get_rank(), misc.get_world_size()))
-        about = {"images": len(dataset), "img_size": args.img_size, "latent_factor": latent_factor, "vae": vae.config}
+        about = {
+            "img_size": args.img_size,
+            "latent_factor": latent_factor,
+            "vae": vae.config,
+            "vae_sha256": fingerprint(vae),
+            "precision": args.precision,
+        }
+        check_same(args.cached_path, about)
+        if misc.is_main_process():
+            remove_parts(Path(args.cached_path).rglob(".*.part"))
+        misc.barrier()  # all processes have looked before one writes
+        side = args.img_size // vae.stride
+        bad_images = BadImages(args.cached_path) if args.skip_bad_images else None
+        dataset = ImagesToCache(
+            Path(args.data_path) / args.split,
+            image_transform(args.img_size),
+            bad_images=bad_images,
+            cached_path=args.cached_path,
+            shape=(2 * vae.embed_dim, side, side),
+        )
+        share = Share(len(dataset), misc.get_rank(), misc.get_world_size())
+        loader = make_loader(dataset, args, device, sampler=share, collate_fn=collate_present)
 
-        def describe(complete: bool) -> None:
+        def describe(images: int, complete: bool) -> None:
             if misc.is_main_process():
-                write_json(Path(args.cached_path) / CACHE_METADATA, {**about, "complete": complete})
+                write_json(Path(args.cached_path) / CACHE_METADATA, {"images": images, **about, "complete": complete})
 
-        describe(complete=False)  # training refuses a cache whose run stopped half-way
-        cache_latents(vae.to(device), loader, args.cached_path, device, args.precision)
-        describe(complete=True)
-        misc.log.info("cached %d images and their mirror images in %s", len(dataset), args.cached_path)
+        describe(len(dataset), complete=False)  # training refuses a cache whose run stopped half-way
+        written, replaced = cache_latents(vae.to(device), loader, args.cached_path, device, args.precision)
+        images = len(dataset) - (0 if bad_images is None else bad_images.count())
+        describe(images, complete=True)
+        misc.log.info(
+            "cached %d images and their mirror images in %s: %d were there, %d are new, %d replace damaged ones",
+            *(images, args.cached_path, images - written, written - replaced, replaced),
+        )
 
 
 if __name__ == "__main__":

@@ -39,14 +39,24 @@ from util.args import (
     add_metrics_args,
     add_mirror_arg,
     add_run_args,
+    add_skip_arg,
     add_vae_arg,
     check_bits,
     check_positive,
     check_range,
     new_parser,
 )
-from util.files import write_json
-from util.loader import CachedFolder, ImageFolder, Share, ShuffledShare, check_classes, image_transform, make_loader
+from util.files import remove_parts, write_json
+from util.loader import (
+    BadImages,
+    CachedFolder,
+    ImageFolder,
+    Share,
+    ShuffledShare,
+    check_classes,
+    image_transform,
+    make_loader,
+)
 from util.metrics import TITLES, Judge, provenance, table
 from util.report import write_search
 
@@ -135,6 +145,7 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--output_dir", default="./output_dir", help="checkpoints, TensorBoard's logs, samples")
     files.add_argument("--resume", default="", help=f"folder that holds {checkpoint.CHECKPOINT_NAME}")
     add_mirror_arg(files)
+    add_skip_arg(files)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -182,7 +193,9 @@ def load_data(args: argparse.Namespace, split: str) -> CachedFolder | ImageFolde
         dataset = CachedFolder(root, mirror=mirror)
     else:
         root = Path(args.data_path) / split
-        dataset = ImageFolder(root, image_transform(args.img_size), mirror=mirror)
+        # Measurements are of all images or none.
+        bad_images = BadImages(args.output_dir) if args.skip_bad_images and split == "train" else None
+        dataset = ImageFolder(root, image_transform(args.img_size), mirror=mirror, bad_images=bad_images)
     check_classes(dataset.classes, args.class_num, root)
     return dataset
 
@@ -203,16 +216,18 @@ def load_tokenizer(
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         adopt_tokenizer(args, vae.config, args.vae_path)
     for dataset in datasets if args.use_cached else ():
-        about = {"vae": checkpoint.KL16_CONFIG, "latent_factor": checkpoint.KL16_LATENT_FACTOR, **dataset.metadata}
-        adopt_tokenizer(args, about["vae"], dataset.root)
-        if latent_factor is not None and not math.isclose(latent_factor, about["latent_factor"], rel_tol=1e-6):
+        vae_config, cached_factor = checkpoint.tokenizer_of(dataset.metadata, dataset.root)
+        adopt_tokenizer(args, vae_config, dataset.root)
+        if latent_factor is not None and not math.isclose(latent_factor, cached_factor, rel_tol=1e-6):
             raise errors.UserError(
                 f"{dataset.root} was made with another tokenizer than the run's: latent factors differ"
             )
-        latent_factor = about["latent_factor"]
+        latent_factor = cached_factor
         moments, side = dataset[0][0], args.img_size // args.vae_stride
-        if moments.shape != (2 * args.vae_embed_dim, side, side):
-            made = f"at --img_size {about['img_size']}" if "img_size" in about else f"of shape {list(moments.shape)}"
+        dataset.shape = (2 * args.vae_embed_dim, side, side)
+        if moments.shape != dataset.shape:
+            size = dataset.metadata.get("img_size")
+            made = f"of shape {list(moments.shape)}" if size is None else f"at --img_size {size}"
             raise errors.UserError(
                 f"{dataset.root} holds moments {made}, which --img_size {args.img_size} does not fit"
             )
@@ -228,7 +243,7 @@ def build_model(args: argparse.Namespace, config: dict[str, Any]) -> TokenBridge
     kwargs |= {name: config[name] for name in ("channel_order", "std_range") if name in config}
     try:
         return MODELS[args.model](quant_levels=2**args.quant_bits, **kwargs)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise errors.UserError(str(error)) from error
 
 
@@ -242,7 +257,7 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], Path | No
         misc.log.info("no %s in %s: starting afresh", checkpoint.CHECKPOINT_NAME, args.resume)
         return {}, None
     path = checkpoint.find(args.resume)
-    return (checkpoint.read(path), path) if measuring else checkpoint.read_newest_whole(path)
+    return (checkpoint.read_run(path), path) if measuring else checkpoint.read_newest_whole(path)
 
 
 @dataclass
@@ -420,12 +435,7 @@ def resume(
     if "model_ema" in content:
         checkpoint.load_weights(ema.module, content, path, ema=True)
     if "optimizer" in content and "epoch" in content:
-        try:
-            optimizer.load_state_dict(content["optimizer"])
-            for group in optimizer.param_groups:
-                group["fused"] = True  # the release's were not
-        except (ValueError, KeyError) as error:
-            raise errors.UserError(f"{path}: its optimizer state does not fit this model ({error})") from error
+        checkpoint.load_optimizer(optimizer, content["optimizer"], path)
         args.start_epoch = content["epoch"] + 1
         of = content.get("steps_per_epoch", steps)
         start_step = round(content.get("step", 0) * steps / of)
@@ -437,7 +447,7 @@ def resume(
                 *(path, processes, of, misc.get_world_size(), steps),
             )
     if scaler.is_enabled() and content.get("scaler"):
-        scaler.load_state_dict(content["scaler"])
+        checkpoint.load_scaler(scaler, content["scaler"], path)
     misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, args.start_epoch, start_step)
     return start_step
 
@@ -471,6 +481,8 @@ def save(model: TokenBridge, ema, optimizer, scaler, epoch: int, step: int, step
 def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path: Path | None) -> None:
     """Trains ``model`` from ``content`` on, saving, and measuring where asked for."""
     args, device = run.args, run.device
+    if misc.is_main_process():
+        remove_parts(Path(args.output_dir).glob(".*.part"))
     # The average starts as a copy of the weights that all processes have once DDP has shared those of the first.
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if misc.get_world_size() > 1 else model
     ema = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True)
@@ -518,6 +530,8 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
                 bad_steps, start_step, after_step,
             )  # fmt: skip
             start_step = 0
+            if isinstance(loader.dataset, ImageFolder) and loader.dataset.bad_images is not None:
+                loader.dataset.bad_images.count()
             last = epoch + 1 == args.epochs
             whole = args.save_every_steps and (epoch + 1) * steps % args.save_every_steps == 0
             if last or whole or (epoch + 1) % args.save_last_freq == 0:

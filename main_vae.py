@@ -12,9 +12,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_mirror_arg, add_run_args, check_positive, new_parser
+from util.args import add_mirror_arg, add_run_args, add_skip_arg, check_positive, new_parser
 from util.checkpoint import save_vae
-from util.loader import ImageFolder, image_transform, make_loader
+from util.loader import BadImages, ImageFolder, image_transform, make_loader
 from util.lr_sched import adjust_learning_rate
 
 VAE_NAME = "vae.ckpt"
@@ -46,6 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine")
     parser.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit")
     add_mirror_arg(parser)
+    add_skip_arg(parser)
     add_run_args(parser, batch_size=16, seed=1, precision="bf16")
     return parser
 
@@ -113,7 +114,9 @@ def main() -> None:
         check_positive(args, "img_size", "batch_size", "vae_embed_dim", "ch", "epochs", "num_res_blocks", "lr")
         misc.check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
         misc.seed_everything(args.seed + misc.get_rank())
-        dataset = ImageFolder(Path(args.data_path) / "train", image_transform(args.img_size), mirror=args.mirror)
+        bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
+        folder = Path(args.data_path) / "train"
+        dataset = ImageFolder(folder, image_transform(args.img_size), mirror=args.mirror, bad_images=bad_images)
         sampler = DistributedSampler(dataset, misc.get_world_size(), misc.get_rank(), seed=args.seed)
         loader = make_loader(dataset, args, device, sampler=sampler, drop_last=True)
         if not len(loader):
@@ -127,6 +130,8 @@ def main() -> None:
         train(vae, loader, device, args)
         latent_factor = measure_latent_factor(vae.eval(), loader, device)
         path = Path(args.output_dir) / VAE_NAME
+        if bad_images is not None:
+            bad_images.count()
         if misc.is_main_process():
             save_vae(path, vae, latent_factor)
         misc.log.info("latent factor %.4f; wrote %s", latent_factor, path)

@@ -59,7 +59,7 @@ def nearest_thresholds(values: Tensor) -> Tensor:
     lower_wins, upper_wins = below.clone(), above.clone()
     while True:  # bisection: both distances are monotone in x, rounding included
         middle = lower_wins + (upper_wins - lower_wins) / 2
-        if ((middle <= lower_wins) | (middle >= upper_wins)).all():
+        if (~(middle > lower_wins) | ~(middle < upper_wins)).all():
             return lower_wins
         lower = (middle - below) <= (above - middle)
         lower_wins = torch.where(lower, middle, lower_wins)
@@ -100,6 +100,8 @@ class GaussianQuantizer(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, _: module._update_thresholds())
 
     def _update_thresholds(self) -> None:
+        if not (self.reconstruction_values.diff() > 0).all():
+            raise ValueError("a quantizer's reconstruction values must ascend")
         self.thresholds.copy_(nearest_thresholds(self.reconstruction_values.float().cpu()))
 
     def normalize(self, x: Tensor) -> Tensor:

@@ -134,8 +134,8 @@ class TokenBridge(nn.Module):
         if order is None:
             kl16 = self.vae_embed_dim == len(KL16_CHANNEL_ORDER) and self.patch_size == 1
             order = KL16_CHANNEL_ORDER if kl16 else range(channels)
-        order = [int(channel) for channel in order]
-        if sorted(order) != list(range(channels)):
+        order = list(order)
+        if not all(isinstance(c, int) for c in order) or sorted(order) != list(range(channels)):
             raise ValueError(f"channel_order must hold each of 0 to {channels - 1} once, got {order}")
         self.config["channel_order"] = order
         order = torch.tensor(order)

@@ -257,8 +257,9 @@ class AutoencoderKL(nn.Module):
         weights, config, latent_factor = read_vae(path)
         try:
             vae = cls(**config)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{path} describes no tokenizer that this code can build: {error}") from error
+        except Exception as error:  # sizes that cannot be fail in torch, in many ways
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(f"{path} describes no tokenizer that this code can build: {reason}") from error
         vae._load(weights, path)
         return vae.eval().requires_grad_(False), latent_factor
 

@@ -1,5 +1,6 @@
 """What several test files need: reference vectors, small models, folders of images, scripts run in place."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -127,3 +128,41 @@ def refused(monkeypatch, capsys):
         return lines[0]
 
     return expect
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Small runs.
+
+TINY = (
+    "--model tokenbridge_tiny --img_size 16 --class_num 4 --buffer_size 4 --quant_bits 3 --num_workers 0 --batch_size 4"
+)
+SHORT = "--warmup_epochs 1 --save_last_freq 1 --lr 1e-3"
+
+
+@pytest.fixture
+def cached(run, images, vae_path, tmp_path):
+    """A cache of the images by the small tokenizer."""
+    run(
+        "main_cache",
+        f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/cache "
+        "--batch_size 3 --num_workers 0",
+    )
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def trained(run, cached, tmp_path):
+    """A run of two epochs on the cache."""
+    run(
+        "main_tokenbridge", f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {tmp_path}/run"
+    )
+    return tmp_path / "run"
+
+
+def processes_of(folder) -> list[int]:
+    """Process numbers of the training processes that write to ``folder``, not of their launcher, ascending."""
+    commands = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it may have ended meanwhile
+            commands[int(path.parent.name)] = path.read_bytes().decode(errors="replace")
+    return sorted(pid for pid, line in commands.items() if str(folder) in line and "torch.distributed" not in line)

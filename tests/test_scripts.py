@@ -1,7 +1,6 @@
 """The commands as a user types them, on small images; and what they say when something is wrong."""
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -23,33 +22,8 @@ import main_tokenbridge
 import main_vae
 import reconstruction
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHORT, TINY, processes_of
 from util.loader import CachedFolder
-
-TINY = (
-    "--model tokenbridge_tiny --img_size 16 --class_num 4 --buffer_size 4 --quant_bits 3 --num_workers 0 --batch_size 4"
-)
-SHORT = "--warmup_epochs 1 --save_last_freq 1 --lr 1e-3"
-
-
-@pytest.fixture
-def cached(run, images, vae_path, tmp_path):
-    """A cache of the images by the small tokenizer."""
-    run(
-        "main_cache",
-        f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/cache "
-        "--batch_size 3 --num_workers 0",
-    )
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def trained(run, cached, tmp_path):
-    """A run of two epochs on the cache."""
-    run(
-        "main_tokenbridge", f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {tmp_path}/run"
-    )
-    return tmp_path / "run"
 
 
 def load(folder) -> dict:
@@ -234,37 +208,6 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
     monkeypatch.setattr(engine_tokenbridge, "take_step", original)
     run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
-
-
-def processes_of(folder) -> list[int]:
-    """Process numbers of the training processes that write to ``folder``, not of their launcher, ascending."""
-    commands = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it may have ended meanwhile
-            commands[int(path.parent.name)] = path.read_bytes().decode(errors="replace")
-    return sorted(pid for pid, line in commands.items() if str(folder) in line and "torch.distributed" not in line)
-
-
-@pytest.mark.slow
-def test_two_processes_killed_and_restarted_end_as_if_never_killed(cached, tmp_path):
-    common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 30 --lr 1e-3 --warmup_epochs 1"
-    common += " --batch_size 2 --save_every_steps 5 --device cpu"
-    assert torchrun(f"{common} --output_dir {tmp_path}/whole").returncode == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    process = subprocess.Popen(
-        [*launcher, *f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut".split()],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    path = tmp_path / "cut" / "checkpoint-last.pth"
-    while process.poll() is None and not (path.exists() and load(path.parent)["epoch"] >= 3):
-        time.sleep(0.01)
-    for pid in [process.pid, *processes_of(tmp_path / "cut")]:  # the launcher first, so that it restarts nothing
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    assert 3 <= load(path.parent)["epoch"] < 29
-    result = torchrun(f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut")
-    assert result.returncode == 0, result.stderr
-    assert same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
 def wait_for(path, process) -> None:

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import truncnorm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -124,6 +126,36 @@ def test_masks_follow_the_truncated_normal():
     assert counts.min() >= 0.7 and counts.max() <= 1
     for q in (0.1, 0.5, 0.9):
         assert counts.quantile(q).item() == pytest.approx(expected.ppf(q), abs=0.01)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 5), st.integers(1, 6), st.floats(0, 1), st.integers(0, 2**31))
+def test_orders_are_permutations_and_masks_their_heads(bsz, side, ratio, seed):
+    torch.manual_seed(seed)
+    model = TokenBridge(**{**SMALL, "img_size": 16 * side, "mask_ratio_min": ratio})
+    length = side**2
+    orders = model.sample_orders(bsz)
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(length).expand(bsz, length))
+    mask = model.random_masking(torch.zeros(bsz, length, 16), orders)
+    count = int(mask[0].sum())
+    assert math.ceil(length * ratio) <= count <= length
+    heads = torch.zeros(bsz, length).scatter(1, orders[:, :count], 1.0)
+    assert torch.equal(mask, heads)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 4))
+def test_patches_come_back_from_every_size(bsz, channels, patch_size, side):
+    sizes = {"img_size": 16 * patch_size * side, "patch_size": patch_size, "vae_embed_dim": channels}
+    model = TokenBridge(**{**SMALL, **sizes})
+    size = patch_size * side
+    x = torch.arange(bsz * channels * size**2).view(bsz, channels, size, size)
+    tokens = model.patchify(x)
+    assert torch.equal(model.unpatchify(tokens), x)
+    for row in range(side):
+        for column in range(side):
+            patch = x[:, :, row * patch_size :, column * patch_size :][:, :, :patch_size, :patch_size]
+            assert torch.equal(tokens[:, row * side + column], patch.flatten(1))
 
 
 def test_orders_and_masks(small_model):

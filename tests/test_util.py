@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 from argparse import Namespace
 
 import numpy as np
@@ -11,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import write_images
+from tests.conftest import ROOT, write_images
+from util import checkpoint, loader, misc
 from util import images as pictures
-from util import loader, misc
 from util.crop import center_crop_arr
 from util.errors import UserError, run
 from util.files import written_whole
@@ -203,6 +205,36 @@ def test_files_are_whole_or_untouched(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
     with pytest.raises(UserError, match="cannot write"), written_whole(path / "below a file") as file:
         pass
+
+
+FULL_DISK = """
+import resource, torch
+from util import checkpoint, files
+from util.errors import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # writing on fails, as on a full disk
+def main():
+    {write}
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        'checkpoint.save("checkpoint-last.pth", {"model": torch.zeros(100_000)}, keep_last=2)',
+        'files.write_json("checkpoint-last.pth", "x" * 200_000)',
+    ],
+)
+def test_a_full_disk_is_an_error_that_keeps_the_old_file(tmp_path, write):
+    checkpoint.save(tmp_path / "checkpoint-last.pth", {"model": torch.ones(3)})
+    before = (tmp_path / "checkpoint-last.pth").read_bytes()
+    command = [sys.executable, "-c", FULL_DISK.format(write=write)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: cannot write checkpoint-last.pth: File too large")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-last.pth"]
+    assert (tmp_path / "checkpoint-last.pth").read_bytes() == before
 
 
 def test_user_errors_are_one_line_also_from_workers(capsys):

@@ -44,6 +44,15 @@ def add_mirror_arg(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_skip_arg(parser: argparse.ArgumentParser) -> None:
+    """What to do about images that cannot be read."""
+    parser.add_argument(
+        "--skip_bad_images",
+        action="store_true",
+        help="leave out images that cannot be read, count them, list them in bad_images-rank<n>.txt; by default errors",
+    )
+
+
 def add_metrics_args(parser: argparse.ArgumentParser) -> None:
     """What FID and its relatives are measured with and against."""
     parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for FID")

@@ -1,6 +1,8 @@
 """Checkpoints: data that is read as data, checked against the model, and written whole."""
 
 import argparse
+import hashlib
+import math
 import os
 import pickle
 import shutil
@@ -40,19 +42,58 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}; check the path, or see the README for where to fetch it")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped, only what is used is read; the format of old files does not allow it.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            # Mapped, what is not used takes no memory; the format of old files allows neither that nor checksums.
+            archive = zipfile.is_zipfile(path)
+            if archive:
+                compare_checksums(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} is damaged, or holds more than data and was not loaded, since it could run code"
         ) from error
     except Exception as error:  # zip, tensor and unpickler errors have no common class
-        raise UserError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); it is damaged or no checkpoint"
-        ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}); it is damaged or no checkpoint") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
     return content
+
+
+def compare_checksums(path: Path) -> None:
+    """Raises ValueError unless all records of the archive have the checksums they were written with.
+
+    torch.load does not look at them.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of its record {damaged} is wrong")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's weights and buffers: what tells tokenizers of equal sizes apart."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def described(value: Any, other: Tensor) -> str:
+    """Shape, and where it differs from ``other``'s the type, of what a file has in a tensor's place."""
+    if not isinstance(value, Tensor):
+        return f"no tensor but {type(value).__name__}"
+    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return "no dense tensor"
+    return str(list(value.shape)) + (f" {value.dtype}" if value.dtype != other.dtype else "")
+
+
+def fits(value: Any, other: Tensor) -> bool:
+    """Whether ``value`` can take ``other``'s place: its shape, and its type or one that widens to it exactly."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    narrower = other.dtype == torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
+    return value.shape == other.shape and (value.dtype == other.dtype or narrower)
 
 
 def matching(
@@ -61,23 +102,34 @@ def matching(
     """The entries of ``weights`` that ``expected`` names; others are named in the log and left out.
 
     Raises:
-        UserError: an entry is missing or has another shape: all of them listed, ``hint`` says where to look.
+        UserError: an entry is missing, has another shape or type, or holds values that are not finite: all of them
+            listed, ``hint`` says where to look.
     """
-    missing = [name for name in expected if name not in weights]
-    unexpected = [name for name in weights if name not in expected]
-    other = [
-        f"{name} {list(getattr(weights[name], 'shape', ['no tensor']))} (expected {list(value.shape)})"
-        for name, value in expected.items()
-        if name in weights and getattr(weights[name], "shape", None) != value.shape
-    ]
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "of another shape or type": [
+            f"{name} {described(weights[name], value)} (expected {list(value.shape)})"
+            for name, value in expected.items()
+            if name in weights and not fits(weights[name], value)
+        ],
+        "not finite": [
+            name
+            for name, value in expected.items()
+            if name in weights
+            and fits(weights[name], value)
+            # Tables of masks are infinite where they should be.
+            and not (weights[name].isfinite() | ~value.isfinite().to(weights[name].device)).all()
+        ],
+    }
+    unexpected = [str(name) for name in weights if name not in expected]
 
     def some(names: list[str]) -> str:
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
-    if missing or other:
-        problems = [f"missing: {some(missing)}"] * bool(missing) + [f"of another shape: {some(other)}"] * bool(other)
-        problems += [f"unexpected: {some(unexpected)}"] * bool(unexpected)
-        raise UserError(f"{path} does not fit: {'; '.join(problems)}. {hint}")
+    if any(problems.values()):
+        problems["unexpected"] = unexpected
+        listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
+        raise UserError(f"{path} does not fit: {listed}. {hint}")
     if unexpected:
         log.warning("%s: ignored %d entries that the model does not have: %s", path, len(unexpected), some(unexpected))
     return {name: weights[name] for name in expected}
@@ -96,9 +148,32 @@ def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float
     content = read(path)
     config = content.get("config", {})
     weights = content.get("model", content.get("state_dict", content))
-    if not isinstance(weights, Mapping) or not isinstance(config, Mapping) or not weights:
+    if not isinstance(weights, Mapping) or not weights:
         raise UserError(f"{path} holds no tokenizer: expected its weights under 'model'")
-    return weights, {**KL16_CONFIG, **config.get("vae", {})}, float(config.get("latent_factor", KL16_LATENT_FACTOR))
+    vae_config, latent_factor = tokenizer_of(config, path)
+    return weights, vae_config, latent_factor
+
+
+def tokenizer_of(config: Any, path: str | Path) -> tuple[dict[str, Any], float]:
+    """Constructor arguments and latent factor that ``config``, read from ``path``, tells of a tokenizer; else KL-16's.
+
+    Raises:
+        UserError: it tells something that cannot be.
+    """
+    about = config if isinstance(config, Mapping) else {"vae": None}
+    vae, latent_factor = about.get("vae", {}), about.get("latent_factor", KL16_LATENT_FACTOR)
+    vae = {**KL16_CONFIG, **vae} if isinstance(vae, Mapping) else {}
+    multipliers = vae.get("ch_mult")
+    if not (
+        isinstance(vae.get("embed_dim"), int)
+        and isinstance(multipliers, list)
+        and 1 <= len(multipliers) <= 16
+        and all(isinstance(multiplier, int) for multiplier in multipliers)
+        and isinstance(latent_factor, float | int)
+        and 0 < latent_factor < math.inf
+    ):
+        raise UserError(f"{path} describes no tokenizer that this code can build; it is damaged, or of another program")
+    return vae, float(latent_factor)
 
 
 def save_vae(path: str | Path, vae: nn.Module, latent_factor: float) -> None:
@@ -155,6 +230,38 @@ def find(resume: str | Path) -> Path:
     return path
 
 
+def plain(value: Any) -> bool:
+    """Whether ``value`` is of the types that describe a model: numbers, strings, None, and lists of them."""
+    return value is None or isinstance(value, int | float | str) or (isinstance(value, list) and all(map(plain, value)))
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """A TokenBridge's checkpoint: :func:`read`, with the types and ranges of its entries checked.
+
+    Raises:
+        UserError: see :func:`read`; or an entry cannot be what it should be.
+    """
+    content = read(path)
+    steps = content.get("steps_per_epoch", 1)
+    lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "world_size": 1}
+    wrong = [
+        name
+        for name, least in lowest.items()
+        if name in content and (type(content[name]) is not int or content[name] < least)
+    ]
+    if not wrong and content.get("step", 0) > steps:
+        wrong.append("step")
+    wrong += [name for name in ("optimizer", "scaler", "config") if not isinstance(content.get(name, {}), dict)]
+    if "config" not in wrong:
+        config = content.get("config", {})
+        wrong += [f"config.{name}" for name, value in config.items() if not isinstance(name, str) or not plain(value)]
+        if not isinstance(config.get("latent_factor", 1.0), float | int):
+            wrong.append("config.latent_factor")
+    if wrong:
+        raise UserError(f"{path} is damaged, or of another program: it cannot have such entries as {', '.join(wrong)}")
+    return content
+
+
 def read_newest_whole(path: Path) -> tuple[dict[str, Any], Path]:
     """The checkpoint at ``path`` or, with a warning, the newest one kept before it that can be read; and which.
 
@@ -162,11 +269,11 @@ def read_newest_whole(path: Path) -> tuple[dict[str, Any], Path]:
         UserError: none of them can be read; the message is of ``path``.
     """
     try:
-        return read(path), path
+        return read_run(path), path
     except UserError as error:
         for old in older(path):
             try:
-                content = read(old)
+                content = read_run(old)
             except UserError:
                 continue
             log.warning("%s; continuing from the one before, %s", error, old)
@@ -220,7 +327,54 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path,
         tables = set(expected) - {name for name, _ in model.named_parameters()}
         plain = plain if isinstance(plain, Mapping) else {}
         weights = {**weights, **{name: plain.get(name, expected[name]) for name in tables}}
-    model.load_state_dict(matching(weights, expected, path, SHAPE_HINT))
+    try:
+        model.load_state_dict(matching(weights, expected, path, SHAPE_HINT))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: str | Path) -> None:
+    """Loads an optimizer's moments; rates and other settings stay those of this run's flags.
+
+    Raises:
+        UserError: the state is damaged, or of another model.
+    """
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        # Copies: what was read is mapped from a file that newer ones replace.
+        entries = {
+            number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
+            for number, entry in state["state"].items()
+        }
+        optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(parameters):
+            entry = entries.get(number, {})
+            if entry and set(entry) != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(f"entry {number} has {', '.join(map(str, entry))}")
+            for name, value in entry.items():
+                expected = torch.zeros(()) if name == "step" else parameter
+                if not fits(torch.as_tensor(value, dtype=torch.float32) if name == "step" else value, expected):
+                    raise ValueError(f"{name} of entry {number} is {described(value, expected)}")
+                if not torch.as_tensor(value).isfinite().all():
+                    raise ValueError(f"{name} of entry {number} is not finite")
+    except Exception as error:  # torch looks at little of it, so what is wrong surfaces as almost anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: its optimizer state is damaged, or of another model ({reason})") from error
+    for group, ours in zip(optimizer.param_groups, options, strict=True):
+        group.update(ours)
+
+
+def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any], path: str | Path) -> None:
+    """Loads the scale of fp16's gradients.
+
+    Raises:
+        UserError: the state is damaged.
+    """
+    numbers = [value for value in state.values() if isinstance(value, float | int) and 0 <= value < math.inf]
+    if set(state) != set(scaler.state_dict()) or len(numbers) < len(state) or not state["scale"]:
+        raise UserError(f"{path}: the state of its gradient scaler is damaged")
+    scaler.load_state_dict(dict(state))
 
 
 def save(path: str | Path, content: dict[str, Any], keep_last: int = 1) -> None:

@@ -3,11 +3,20 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
+
+import torch.distributed as dist
 
 
 class UserError(Exception):
     """Something the user can mend. The message is one line; scripts print it and exit with status 2."""
+
+
+def where() -> str:
+    """Which process speaks, if not the main one."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f"[process {rank}] "
 
 
 class Preempted(Exception):
@@ -17,20 +26,32 @@ class Preempted(Exception):
 PREEMPTED_STATUS = 75
 
 
+def lost_process(error: RuntimeError) -> bool:
+    """Whether ``error`` is what a collective operation raises when another process is gone or stays away."""
+    return isinstance(error, dist.DistError) or any(
+        part in str(error) for part in ("gloo", "NCCL", "Connection closed")
+    )
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs a script's ``main``; a :class:`UserError` becomes its one line on standard error and exit status 2.
 
-    :class:`Preempted` likewise, with status 75.
+    :class:`Preempted` likewise, with status 75; the loss of another process with status 1.
     """
     try:
         main()
     except UserError as error:
         # One raised in a data loader's worker arrives wrapped in that process's traceback.
         wrapped = re.findall(r"UserError: (.*)", str(error))
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f"[process {rank}] "
-        print(f"{where}error: {wrapped[-1] if wrapped else error}", file=sys.stderr, flush=True)
+        print(f"{where()}error: {wrapped[-1] if wrapped else error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Preempted as error:
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         sys.exit(PREEMPTED_STATUS)
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        traceback.print_exc()
+        print(f"{where()}error: another process of this run is gone; what it said last tells why", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # taking the process group down would wait for the one that is gone

@@ -1,11 +1,14 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, and renamed."""
+"""Files that are whole or not there: written beside their place, flushed to the disk, and renamed; read as data."""
 
 import json
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from util.errors import UserError
 
@@ -26,16 +29,64 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the file system's error behind one of its own.
+        reason = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+        if not isinstance(reason, OSError):
+            raise
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+            f"cannot write {path}: {reason.strerror or reason}; free space or choose another folder"
         ) from error
     finally:
         with suppress(OSError):
             beside.unlink()
 
 
+def remove_parts(paths: Iterable[Path]) -> None:
+    """Removes, of ``paths``, what :func:`written_whole` could not finish because its process was killed."""
+    for path in paths:
+        if path.name.startswith(".") and path.name.endswith(".part"):
+            path.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, whole or not at all."""
     with written_whole(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """The place of ``name``, a relative path, in ``folder``.
+
+    Raises:
+        UserError: it would lie elsewhere.
+    """
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts or not parts.parts:
+        raise UserError(f"the name {name!r} leads out of {folder}; nothing was written there")
+    return Path(folder) / parts
+
+
+def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+    """Arrays of an ``.npz``, read as data, their checksums compared.
+
+    Raises:
+        UserError: no such file, damaged, or without one of ``names``.
+    """
+    path, arrays = Path(path), {}
+    if not path.is_file():
+        raise UserError(f"no file at {path}; check the path")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            missing = [name for name in names if f"{name}.npy" not in archive.namelist()]
+            for name in names if not missing else ():
+                with archive.open(f"{name}.npy") as file:
+                    arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
+                    if file.read(1):  # also makes sure that all of it went into the checksum
+                        raise ValueError(f"{name} is longer than it says")
+    except Exception as error:  # zip, header and array errors have no common class
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is damaged or no .npz of arrays ({reason})") from error
+    if missing:
+        raise UserError(f"{path} has no {' and '.join(missing)}")
+    return arrays

@@ -3,18 +3,20 @@
 import argparse
 import json
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from torchvision import datasets, transforms
 
 from util.crop import center_crop_arr
 from util.errors import UserError
+from util.files import inside, read_arrays
+from util.misc import get_rank, get_world_size, log
 
 #: Beside the class folders of a cache: what the loaders of its moments need to know.
 CACHE_METADATA = "cache.json"
@@ -24,17 +26,29 @@ CACHE_METADATA = "cache.json"
 
 
 def read_image(path: str) -> Image.Image:
-    """The image in ``path`` as RGB.
+    """The image in ``path`` as RGB, upright (EXIF), whatever its mode.
+
+    Grey, palette, CMYK and 16-bit images are converted; transparency is dropped.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or its values have no known range (floating point).
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"cannot read image {path} ({reason}); replace or remove it") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """``image`` with 8 bits in each of three channels."""
+    if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
+        values = np.asarray(image)
+        if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"values of mode {image.mode} outside 16 bits")
+        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -80,36 +94,130 @@ class Coins:
         return bool(np.random.SeedSequence((*self.draws, index)).generate_state(1)[0] & 1)
 
 
+class BadImages:
+    """The images of a run that could not be read: listed as loaders' workers meet them, counted at the end.
+
+    Each process writes ``folder/bad_images-rank<n>.txt``, a line of path and reason for each; images met again, as in
+    every epoch, count once.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.path = self.folder / f"bad_images-rank{get_rank()}.txt"
+        self.path.unlink(missing_ok=True)
+
+    def add(self, error: UserError) -> None:
+        """One of them, by what was said of it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        line = str(error).encode(errors="surrogateescape").replace(b"\n", b" ") + b"\n"
+        with open(self.path, "ab", buffering=0) as file:  # one write: workers share the file
+            file.write(line)
+
+    def count(self) -> int:
+        """How many there are over all processes so far, said in the log if any."""
+        paths = [self.folder / f"bad_images-rank{rank}.txt" for rank in range(get_world_size())]
+        lines = {line for path in paths if path.exists() for line in path.read_bytes().splitlines()}
+        if lines:
+            log.warning("%d images cannot be read and are left out: %s/bad_images-rank*.txt", len(lines), self.folder)
+        return len(lines)
+
+
 class ImageFolder(Coins, datasets.ImageFolder):
     """torchvision's, with errors for users: ``root/<class>/<image>``, labels numbering the sorted folders.
 
     Args:
         transform: makes tensors ``[3, H, W]`` where ``mirror`` is set.
         mirror: mirror half of the images.
+        bad_images: lists images that cannot be read, and the next one that can takes their place; by default they
+            are errors.
 
     Raises:
         UserError: there is no such folder, it holds no class folders, or one without images.
     """
 
-    def __init__(self, root: str | Path, transform=None, mirror: bool = False):
+    def __init__(self, root: str | Path, transform=None, mirror: bool = False, bad_images: BadImages | None = None):
         existing_folder(root, "image folder")
-        self.mirror = mirror
+        self.mirror, self.bad_images = mirror, bad_images
         try:
             super().__init__(str(root), transform=transform, loader=read_image)
         except FileNotFoundError as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise UserError(f"{root} is not a folder of class folders with images: {reason}") from error
 
+    def read(self, index: int) -> tuple:
+        """Image (transformed) and label of item ``index`` itself.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            return super().__getitem__(index)
+        except (ValueError, MemoryError) as error:  # the crop's
+            raise UserError(f"cannot crop image {self.samples[index][0]} ({error}); replace or remove it") from error
+
     def __getitem__(self, index: int):
-        image, label = super().__getitem__(index)
-        return (image.flip(2) if self.mirror and self.coin(index) else image), label
+        for candidate in chain(range(index, len(self)), range(index)):
+            try:
+                image, label = self.read(candidate)
+            except UserError as error:
+                if self.bad_images is None:
+                    raise
+                self.bad_images.add(error)
+                continue
+            return (image.flip(2) if self.mirror and self.coin(index) else image), label
+        raise UserError(f"none of the images in {self.root} can be read")
 
 
 class ImageFolderWithFilename(ImageFolder):
-    """Items are image, label, and ``class/file``."""
+    """Items are image, label, and ``class/file``; neither mirrored nor replaced."""
 
     def __getitem__(self, index: int):
-        return *super().__getitem__(index), str(Path(self.samples[index][0]).relative_to(self.root))
+        return *self.read(index), self.name(index)
+
+    def name(self, index: int) -> str:
+        """``class/file`` of item ``index``."""
+        return str(Path(self.samples[index][0]).relative_to(self.root))
+
+
+class ImagesToCache(ImageFolderWithFilename):
+    """Items as of :class:`ImageFolderWithFilename`; None where whole moments are in the cache, or the image is bad.
+
+    Args:
+        cached_path: the cache.
+        shape: of its moments, ``[2C, h, w]``.
+    """
+
+    def __init__(self, *args, cached_path: str | Path, shape: tuple[int, ...], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.cached_path, self.shape = cached_path, shape
+
+    def __getitem__(self, index: int):
+        path = cached_file(self.cached_path, self.name(index))
+        try:
+            if path.exists() and all(
+                CachedFolder.read_moments(path, name).shape == self.shape for name in ("moments", "moments_flip")
+            ):
+                return None
+        except UserError:  # damaged: made anew
+            pass
+        try:
+            return *self.read(index), self.name(index)
+        except UserError as error:
+            if self.bad_images is None:
+                raise
+            self.bad_images.add(error)
+            return None
+
+
+def cached_file(cached_path: str | Path, name: str) -> Path:
+    """Where the moments of image ``name``, ``class/file``, lie in a cache."""
+    return inside(cached_path, f"{name}.npz")
+
+
+def collate_present(items: list) -> list | None:
+    """A batch of the items that are not None; None if none is."""
+    items = [item for item in items if item is not None]
+    return default_collate(items) if items else None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -125,6 +233,7 @@ class CachedFolder(Coins, datasets.DatasetFolder):
     Attributes:
         metadata: what main_cache.py stored of the tokenizer (``latent_factor``, ``vae``, ``img_size``); empty for a
             cache without it, which is KL-16's.
+        shape: what all moments must have, once the run has set it.
 
     Raises:
         UserError: there is no such folder, no class folders with cached files, or fewer files than were to be cached.
@@ -139,39 +248,58 @@ class CachedFolder(Coins, datasets.DatasetFolder):
             raise UserError(
                 f"{root} holds no cached moments (<class>/<file>.npz); make them with main_cache.py"
             ) from error
-        self.metadata: dict = {}
-        if (root / CACHE_METADATA).exists():
-            try:
-                self.metadata = json.loads((root / CACHE_METADATA).read_text())
-            except ValueError as error:
-                raise UserError(
-                    f"{root / CACHE_METADATA} is damaged; make the cache anew with main_cache.py"
-                ) from error
+        self.shape: tuple[int, ...] | None = None
+        self.metadata = read_cache_metadata(root) or {}
         planned = self.metadata.get("images", 0)
         if len(self.samples) < planned or not self.metadata.get("complete", True):
             raise UserError(f"{root} is incomplete: {len(self.samples)} of {planned} files; run main_cache.py again")
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
-        return self.read_moments(path, "moments_flip" if self.mirror and self.coin(index) else "moments"), label
+        moments = self.read_moments(path, "moments_flip" if self.mirror and self.coin(index) else "moments")
+        if self.shape is not None and moments.shape != self.shape:
+            raise UserError(
+                f"cached moments {path} are {list(moments.shape)}, others {list(self.shape)}; run main_cache.py again"
+            )
+        return moments, label
 
     @staticmethod
-    def read_moments(path: str, name: str = "moments") -> Tensor:
+    def read_moments(path: str | Path, name: str = "moments") -> Tensor:
         """``moments`` or ``moments_flip``, ``[2C, h, w]``, of one file.
 
         Raises:
-            UserError: the file is damaged, incomplete, or holds values that are not finite.
+            UserError: the file is damaged, incomplete, or holds other values than finite floating-point ones.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                moments = torch.from_numpy(arrays[name].astype(np.float32))
-            if moments.ndim != 3 or not moments.isfinite().all():
-                raise ValueError(f"{name} is not finite, or not [2C, h, w]")
-            return moments
-        except Exception as error:  # zip, header and array errors have no common class
-            raise UserError(
-                f"cannot read cached moments {path} ({error}); delete it and run main_cache.py again"
-            ) from error
+            values = read_arrays(path, name)[name]
+            if values.dtype.kind != "f" or values.ndim != 3 or values.shape[0] % 2 or not values.size:
+                raise UserError(f"{name} is {values.dtype} {list(values.shape)}, not floats [2C, h, w]")
+            with np.errstate(over="ignore"):
+                moments = torch.from_numpy(values.astype(np.float32))
+            if not moments.isfinite().all():
+                raise UserError(f"{name} is not finite")
+        except UserError as error:
+            raise UserError(f"cannot read cached moments {path} ({error}); run main_cache.py again") from error
+        return moments
+
+
+def read_cache_metadata(root: str | Path) -> dict | None:
+    """What main_cache.py stored beside a cache's class folders; None for a cache without it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = Path(root) / CACHE_METADATA
+    if not path.exists():
+        return None
+    try:
+        metadata = json.loads(path.read_bytes())
+        whole = isinstance(metadata, dict) and type(metadata.get("images", 0)) is int
+    except (ValueError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged; delete the cache and make it anew with main_cache.py")
+    return metadata
 
 
 def check_classes(classes: list[str], class_num: int, root: str | Path) -> None:

@@ -19,7 +19,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from util import checkpoint, misc
 from util.crop import center_crop_arr
 from util.errors import UserError
-from util.files import written_whole
+from util.files import read_arrays, written_whole
 from util.loader import Share, existing_folder, read_image
 
 #: Inception's layers: pooled features for FID, precision and recall; logits for the Inception Score.
@@ -90,7 +90,7 @@ class PlainImages(Dataset):
     def __init__(self, source: str | Path, img_size: int | None = None):
         self.source, self.img_size = Path(source), img_size
         if self.source.suffix == ".npz":
-            self.items = load_arrays(self.source, "arr_0")["arr_0"]
+            self.items = read_arrays(self.source, "arr_0")["arr_0"]
             if self.items.dtype != np.uint8 or self.items.ndim != 4 or self.items.shape[3] != 3:
                 found = f"{self.items.dtype} {list(self.items.shape)}"
                 raise UserError(f"{self.source}: arr_0 is {found}, expected uint8 [N, H, W, 3]")
@@ -107,7 +107,10 @@ class PlainImages(Dataset):
     def _read(self, index: int) -> Image.Image:
         in_array = isinstance(self.items, np.ndarray)
         image = Image.fromarray(self.items[index]) if in_array else read_image(str(self.items[index]))
-        return image if self.img_size is None else center_crop_arr(image, self.img_size)
+        try:
+            return image if self.img_size is None else center_crop_arr(image, self.img_size)
+        except ValueError as error:
+            raise UserError(f"cannot crop image {self.items[index]} ({error})") from error
 
     def __getitem__(self, index: int) -> Tensor:
         image = self._read(index)
@@ -117,25 +120,6 @@ class PlainImages(Dataset):
                 f"{self.size[0]}x{self.size[1]}: images to measure must be of one size"
             )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def load_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
-    """Arrays of an ``.npz``, read as data.
-
-    Raises:
-        UserError: no such file, damaged, or without one of ``names``.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file at {path}; check the path")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [name for name in names if name not in arrays]
-            if not missing:
-                return {name: arrays[name] for name in names}
-    except Exception as error:  # zip, header and array errors have no common class
-        raise UserError(f"{path} is damaged or no .npz of arrays ({str(error).splitlines()[0]})") from error
-    raise UserError(f"{path} has no {' and '.join(missing)}")
 
 
 @torch.no_grad()
@@ -175,9 +159,9 @@ def load_statistics(path: str | Path) -> dict[str, np.ndarray]:
     """``mu [2048]`` and ``sigma [2048, 2048]`` of a reference file, float64.
 
     Raises:
-        UserError: see :func:`load_arrays`; or they have other shapes.
+        UserError: see :func:`util.files.read_arrays`; or they have other shapes.
     """
-    stats = load_arrays(path, "mu", "sigma")
+    stats = read_arrays(path, "mu", "sigma")
     if stats["mu"].shape != (2048,) or stats["sigma"].shape != (2048, 2048):
         shapes = f"mu {list(stats['mu'].shape)}, sigma {list(stats['sigma'].shape)}"
         raise UserError(f"{path} has {shapes}; FID needs 2048 Inception features: mu [2048], sigma [2048, 2048]")
