@@ -24,7 +24,7 @@ from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import misc
 from util.errors import UserError
 from util.files import write_json, written_whole
-from util.images import save_grid, save_png, to_uint8
+from util.images import confidence_maps, save_grid, save_png, to_uint8
 from util.loader import cached_file
 from util.lr_sched import adjust_learning_rate
 from util.metrics import PlainImages
@@ -266,6 +266,9 @@ class Sampling:
     temperature: float
     gen_seed: int
     precision: str
+    order: str = "random"
+    confidence_noise: float = 0.0
+    save_confidence: bool = False
 
 
 def image_seeds(gen_seed: int, numbers: Iterable[int]) -> list[int]:
@@ -277,6 +280,11 @@ def image_seeds(gen_seed: int, numbers: Iterable[int]) -> list[int]:
 def image_path(folder: Path, number: int) -> Path:
     """Where image ``number`` of a run lies."""
     return folder / f"{number:05d}.png"
+
+
+def confidence_folder(folder: Path) -> Path:
+    """Where the maps of confidence of a run's images lie."""
+    return folder.with_name(folder.name + "-confidence")
 
 
 def results_path(folder: Path) -> Path:
@@ -312,6 +320,7 @@ def prepare_folder(folder: Path, about: dict[str, dict]) -> None:
     if misc.is_main_process():
         before = read_results(folder)
         if not same_run(before, about):
+            remove_images(confidence_folder(folder))
             if remove_images(folder):
                 misc.log.info("replacing the images of another run in %s: %s", folder, changes(before, about))
             write_json(results_path(folder), about)
@@ -358,18 +367,28 @@ def evaluate(
     if len(chunks) < world and rank == 0:
         misc.log.warning("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
     # What is missing is dealt anew, so that a process whose images were lost has no more to do than others.
-    missing = [chunk for chunk in chunks if not all(image_path(folder, n).exists() for n in chunk)]
+    folders = [folder, confidence_folder(folder)] if settings.save_confidence else [folder]
+    missing = [chunk for chunk in chunks if not all(image_path(f, n).exists() for f in folders for n in chunk)]
     missing = misc.from_main_process(missing)
     with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
         bar.update(total - sum(map(len, missing)))
         for chunk in missing[rank::world]:
             labels = torch.tensor([number // per_class for number in chunk])
             how = (settings.num_iter, settings.cfg, settings.cfg_schedule, labels, settings.temperature)
+            more = {
+                "order": settings.order,
+                "confidence_noise": settings.confidence_noise,
+                "seeds": image_seeds(settings.gen_seed, chunk),
+            }
             with misc.autocast(device, settings.precision):
-                latents = model.sample_tokens(len(chunk), *how, seeds=image_seeds(settings.gen_seed, chunk))
+                latents, confidence = model.sample_tokens(len(chunk), *how, **more, return_confidence=True)
             images = to_uint8(vae.decode(latents.float() / latent_factor)).cpu()  # in float32, as rFID is measured
             for number, image in zip(chunk, images, strict=True):
                 save_png(image, image_path(folder, number))
+            if settings.save_confidence:
+                maps = confidence_maps(confidence.unflatten(1, (model.grid_size, -1)).cpu(), images.shape[-1])
+                for number, picture in zip(chunk, maps, strict=True):
+                    save_png(picture, image_path(confidence_folder(folder), number))
             bar.update(min(len(chunk) * world, total - bar.n))
     misc.barrier()
     return folder
@@ -454,8 +473,40 @@ def held_out_likelihood(
                 sums[0] += model(latents, labels.to(device), mask) * len(batch) / len(counts)
         sums[1] += len(batch)
     model.train(training)
+    sums[0] /= model.channels_per_group  # a group's cross-entropy is that of all its channels
     total, images = (misc.all_reduce_mean(sums) * world).tolist()
     return {"nats_per_dim": total / images, "bits_per_dim": total / images / math.log(2), "images": round(images)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Latents by channel.
+
+
+@torch.no_grad()
+def channel_statistics(
+    vae: AutoencoderKL | None, loader: Iterable, latent_factor: float, device: torch.device, precision: str
+) -> tuple[list[float], list[float]]:
+    """Mean and deviation of each channel's scaled latents, over images and positions, and over all processes.
+
+    Of the posteriors themselves, nothing is drawn: a channel's variance is that of its means plus the mean of its
+    variances.
+
+    Args:
+        loader: gives tuples that start with images, or with moments where ``vae`` is None.
+    """
+    sums = None  # count, mean, mean square of each channel
+    for batch, *_ in loader:
+        batch = batch.to(device, non_blocking=True)
+        with misc.autocast(device, precision):
+            posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
+        mean, deviation = posterior.mean.double(), posterior.std.double()
+        first, second = mean.mean(dim=(0, 2, 3)), (mean**2 + deviation**2).mean(dim=(0, 2, 3))
+        part = len(batch) * torch.stack([torch.ones_like(first), first, second])
+        sums = part if sums is None else sums + part
+    count, first, second = misc.all_reduce_mean(sums)
+    mean = first / count
+    deviation = (second / count - mean**2).clamp(min=0).sqrt()
+    return (mean * latent_factor).tolist(), (deviation * latent_factor).tolist()
 
 
 # --------------------------------------------------------------------------------------------------------------------

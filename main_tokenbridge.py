@@ -1,6 +1,7 @@
 """Trains a TokenBridge, or samples from one (torchrun or plain python)."""
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,13 +13,15 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import (
     BadSteps,
     Sampling,
+    channel_statistics,
     check_num_images,
+    confidence_folder,
     evaluate,
     export_npz,
     held_out_likelihood,
@@ -32,13 +35,15 @@ from engine_tokenbridge import (
     steps_per_epoch,
     train_one_epoch,
 )
-from models.tokenbridge import MODELS, TokenBridge
+from models.tokenbridge import KL16_CHANNEL_ORDER, MODELS, TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, errors, misc
 from util.args import (
     add_metrics_args,
     add_mirror_arg,
+    add_quantizer_args,
     add_run_args,
+    add_sampling_args,
     add_skip_arg,
     add_vae_arg,
     check_bits,
@@ -85,6 +90,17 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--quant_bits", type=int, default=6, help="2^bits levels a channel")
     model.add_argument("--quant_min", type=float, default=-5.0, help="lower bound of the latents")
     model.add_argument("--quant_max", type=float, default=5.0, help="upper bound of the latents")
+    # What follows is by default as in the checkpoint, if there is one, and else the paper's final configuration.
+    add_quantizer_args(model, default=None)
+    model.add_argument("--head", choices=["ar", "parallel"], help="channels one after the other, or independently")
+    model.add_argument(
+        "--channel_order",
+        help="order of predictions: frequency (KL-16's), sequential, 8,1,10,..., or a file of channel_order.py",
+    )
+    model.add_argument("--channels_per_group", type=int, help="channels predicted jointly, levels^group classes")
+    model.add_argument("--head_dim", type=int, help="width of the head; by default the model's")
+    model.add_argument("--head_depth", type=int, help="blocks of the head; by default the model's")
+    model.add_argument("--head_heads", type=int, help="attention heads of the head; by default the model's")
 
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
@@ -121,14 +137,14 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--eval_freq", type=int, default=40, help="epochs between two measurements during training")
     sample.add_argument("--eval_bsz", type=int, default=64, help="images sampled at once on each device")
     sample.add_argument("--num_images", type=int, default=50000, help="over all classes evenly")
-    sample.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
+    add_sampling_args(sample)
     sample.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale, or several to search")
-    sample.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear")
     sample.add_argument("--temperature", type=float, nargs="+", default=1.0, help="or several to search")
     sample.add_argument("--gen_seed", type=int, default=0, help="with an image's number, the seed of that image")
     sample.add_argument("--no_ema", action="store_true", help="evaluate the weights themselves, not their average")
     sample.add_argument("--no_metrics", action="store_true", help="pictures alone")
     sample.add_argument("--keep_images", action="store_true", help="keep the images once they are measured")
+    sample.add_argument("--save_confidence", action="store_true", help="also picture each token's confidence")
     sample.add_argument("--save_npz", action="store_true", help="also write the images as ADM's evaluator reads them")
     add_metrics_args(sample)
 
@@ -168,6 +184,10 @@ def check_args(args: argparse.Namespace) -> None:
     check_range(args, 0, math.inf, "grad_clip", "weight_decay", "warmup_epochs", "start_epoch", "num_workers", "min_lr")
     check_range(args, 0, math.inf, "save_every_steps", "max_bad_steps")
     args.cfg, args.temperature = (v if isinstance(v, list) else [v] for v in (args.cfg, args.temperature))
+    for name in ("channels_per_group", "head_dim", "head_depth", "head_heads"):
+        if getattr(args, name) is not None:
+            check_positive(args, name)
+    check_range(args, 0, math.inf, "confidence_noise")
     if min(args.temperature) < 0:
         raise errors.UserError(f"--temperature {min(args.temperature)}: it must not be negative")
     if args.evaluate or args.online_eval:
@@ -209,12 +229,13 @@ def adopt_tokenizer(args: argparse.Namespace, vae_config: dict, source: str) -> 
 
 def load_tokenizer(
     args: argparse.Namespace, datasets: Sequence[CachedFolder | ImageFolder]
-) -> tuple[AutoencoderKL | None, float]:
-    """The tokenizer, None where the run does not need it, and its latent factor."""
-    vae, latent_factor = None, None
+) -> tuple[AutoencoderKL | None, float, bool]:
+    """The tokenizer, None where the run does not need it; its latent factor; whether it is built as the published."""
+    vae, latent_factor, vae_config = None, None, {}
     if args.evaluate or args.online_eval or not args.use_cached:
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
-        adopt_tokenizer(args, vae.config, args.vae_path)
+        vae_config = vae.config
+        adopt_tokenizer(args, vae_config, args.vae_path)
     for dataset in datasets if args.use_cached else ():
         vae_config, cached_factor = checkpoint.tokenizer_of(dataset.metadata, dataset.root)
         adopt_tokenizer(args, vae_config, dataset.root)
@@ -232,15 +253,71 @@ def load_tokenizer(
                 f"{dataset.root} holds moments {made}, which --img_size {args.img_size} does not fit"
             )
     misc.check_stride(args.img_size, args.vae_stride * args.patch_size)
-    return vae, latent_factor
+    same = {name: vae_config[name] for name in checkpoint.KL16_CONFIG} == checkpoint.KL16_CONFIG
+    kl16 = same and math.isclose(latent_factor, checkpoint.KL16_LATENT_FACTOR, rel_tol=1e-6)
+    return vae, latent_factor, kl16
 
 
-def build_model(args: argparse.Namespace, config: dict[str, Any]) -> TokenBridge:
-    """The model of the flags; a checkpoint's ``config`` adds what has no flag."""
+def read_channel_order(text: str, channels: int, kl16: bool) -> list[int]:
+    """The order that ``--channel_order`` asks for.
+
+    Args:
+        channels: of a token.
+        kl16: whether the latents are the published tokenizer's.
+
+    Raises:
+        UserError: it is no permutation of them, or an order by frequency of latents of which none is known.
+    """
+    if text == "sequential":
+        return list(range(channels))
+    if text == "frequency":
+        if not kl16 or channels != len(KL16_CHANNEL_ORDER):
+            raise errors.UserError(
+                "--channel_order frequency is known for the published KL-16 tokenizer and --patch_size 1 only: measure "
+                "this one's with channel_order.py, and pass the file that it writes"
+            )
+        return list(KL16_CHANNEL_ORDER)
+    try:
+        order = json.loads(Path(text).read_text())["order"] if text.endswith(".json") else text.split(",")
+        order = [int(channel) for channel in order]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise errors.UserError(
+            f"--channel_order {text}: neither frequency, sequential, numbers between commas, nor a file of "
+            f"channel_order.py ({str(error) or type(error).__name__})"
+        ) from error
+    if sorted(order) != list(range(channels)):
+        raise errors.UserError(f"--channel_order {text}: it must hold each of 0 to {channels - 1} once")
+    return order
+
+
+def build_model(args: argparse.Namespace, config: dict[str, Any], kl16: bool, calibration: dict) -> TokenBridge:
+    """The model of the flags; where they leave something open, of a checkpoint's ``config``.
+
+    Args:
+        kl16: whether the latents are the published tokenizer's, or a checkpoint's, whatever they are.
+        calibration: ``channel_mean`` and ``channel_std``, or nothing.
+    """
     names = "img_size vae_stride patch_size vae_embed_dim mask_ratio_min label_drop_prob class_num attn_dropout"
     names += " proj_dropout buffer_size grad_checkpointing quant_min quant_max"
     kwargs = {name: getattr(args, name) for name in names.split()}
-    kwargs |= {name: config[name] for name in ("channel_order", "std_range") if name in config}
+    channels = args.vae_embed_dim * args.patch_size**2
+    if args.channel_order is not None:
+        order = read_channel_order(args.channel_order, channels, kl16)
+    else:
+        order = None if kl16 else list(range(channels))
+    asked = {
+        "head": args.head,
+        "channels_per_group": args.channels_per_group,
+        "channel_embed_dim": args.head_dim,
+        "channel_depth": args.head_depth,
+        "channel_heads": args.head_heads,
+        "quantizer": args.quantizer,
+        "channel_order": order,
+    }
+    adopted = {name: config[name] for name in checkpoint.ADOPTED if name in config}
+    if args.channel_order is None and "channel_order" in adopted:
+        asked.pop("channel_order")
+    kwargs |= adopted | {name: value for name, value in asked.items() if value is not None} | calibration
     try:
         return MODELS[args.model](quant_levels=2**args.quant_bits, **kwargs)
     except (TypeError, ValueError) as error:
@@ -258,6 +335,35 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], Path | No
         return {}, None
     path = checkpoint.find(args.resume)
     return (checkpoint.read_run(path), path) if measuring else checkpoint.read_newest_whole(path)
+
+
+CALIBRATION_IMAGES = 10_000
+
+
+def calibrate(
+    args: argparse.Namespace, config: dict, path: Path | None, dataset, vae, latent_factor: float, device: torch.device
+) -> dict[str, list[float]]:
+    """Means and deviations of the channels for ``--quant_calibrate``; empty without it, or if a checkpoint has them.
+
+    Measured over the training set, or as many of its images as :data:`CALIBRATION_IMAGES`, evenly spaced.
+
+    Raises:
+        UserError: the checkpoint was trained without.
+    """
+    if not args.quant_calibrate or config.get("channel_mean") is not None:
+        return {}
+    if path is not None:
+        raise errors.UserError(
+            f"{path} was trained differently: without calibration there, with --quant_calibrate here"
+        )
+    dataset.set_draws(args.seed, 0)
+    chosen = Subset(dataset, range(0, len(dataset), -(-len(dataset) // CALIBRATION_IMAGES)))
+    share = Share(len(chosen), misc.get_rank(), misc.get_world_size())
+    loader = make_loader(chosen, args, device, sampler=share, persistent_workers=False)
+    vae = None if args.use_cached else vae.to(device)
+    mean, deviation = channel_statistics(vae, loader, latent_factor, device, args.precision)
+    misc.log.info("calibrated: channel deviations from %.3f to %.3f", min(deviation), max(deviation))
+    return {"channel_mean": mean, "channel_std": deviation}
 
 
 @dataclass
@@ -299,7 +405,7 @@ def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
 
 def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) -> Sampling:
     """The flags' settings at one guidance scale and temperature."""
-    names = "num_images eval_bsz num_iter cfg_schedule gen_seed precision"
+    names = "num_images eval_bsz num_iter cfg_schedule gen_seed precision order confidence_noise save_confidence"
     return Sampling(cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names.split()})
 
 
@@ -319,6 +425,9 @@ def sample_and_measure(
     images = sampled_images(folder, args.num_images)
     if misc.is_main_process():
         samples_grid(images, f"{folder}.png")
+        if args.save_confidence:
+            maps = confidence_folder(folder)
+            samples_grid(sampled_images(maps, args.num_images), f"{maps}.png")
         if args.save_npz:
             export_npz(images, f"{folder}.npz")
     figures = {}
@@ -335,6 +444,7 @@ def sample_and_measure(
         write_json(results_path(folder), {**figures, "seed": args.gen_seed, **about, **provenance()})
         if run.judge is not None and not args.keep_images:
             remove_images(folder)
+            remove_images(confidence_folder(folder))
         misc.log.info("sampled %d images; a grid of them is %s.png", args.num_images, folder)
     misc.barrier()
     return figures
@@ -389,7 +499,8 @@ def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWri
         name = f"cfg{cfg:g}" + (f"-t{temperature:g}" if len(args.temperature) > 1 else "")
         folder = Path(args.output_dir) / "online_eval" / f"epoch{epoch:04d}-{name}"
         if misc.is_main_process():
-            remove_images(folder)  # perhaps of another run: a restarted one does not come back to this epoch
+            for stale in (folder, confidence_folder(folder)):  # perhaps of a run that never came back to this epoch
+                remove_images(stale)
         misc.barrier()
         figures = sample_and_measure(run, model, folder, cfg, temperature, {"epoch": epoch, "ema": not args.no_ema})
         scalars |= {f"eval/{key}-{name}": value for key, value in figures.items() if key in TITLES}
@@ -452,12 +563,15 @@ def resume(
     return start_step
 
 
-def save(model: TokenBridge, ema, optimizer, scaler, epoch: int, step: int, steps: int, latent_factor, args) -> None:
+def save(
+    model: TokenBridge, ema, optimizer, scaler, epoch: int, step: int, steps: int, latent_factor, class_names, args
+) -> None:
     """Writes ``checkpoint-last.pth`` (README, section Files) from the main process.
 
     Args:
         epoch: the last finished.
         step: steps taken of the next one, of ``steps`` each has.
+        class_names: of the folders, by label.
     """
     if not misc.is_main_process():
         return
@@ -470,7 +584,12 @@ def save(model: TokenBridge, ema, optimizer, scaler, epoch: int, step: int, step
         "step": step,
         "steps_per_epoch": steps,
         "world_size": misc.get_world_size(),
-        "config": {**model.config, "model": args.model, "latent_factor": latent_factor},
+        "config": {
+            **model.config,
+            "model": args.model,
+            "latent_factor": latent_factor,
+            "class_names": class_names,
+        },
         "args": vars(args),
     }
     if scaler.is_enabled():
@@ -517,7 +636,18 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
                 due = args.save_every_steps and (epoch * steps + taken) % args.save_every_steps == 0
                 if stop or (due and taken < steps):
                     finished, step = divmod(epoch * steps + taken, steps)
-                    save(model, ema, optimizer, scaler, finished - 1, step, steps, run.latent_factor, args)
+                    save(
+                        model,
+                        ema,
+                        optimizer,
+                        scaler,
+                        finished - 1,
+                        step,
+                        steps,
+                        run.latent_factor,
+                        loader.dataset.classes,
+                        args,
+                    )
                 if stop:
                     misc.barrier()
                     raise errors.Preempted(
@@ -535,7 +665,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
             last = epoch + 1 == args.epochs
             whole = args.save_every_steps and (epoch + 1) * steps % args.save_every_steps == 0
             if last or whole or (epoch + 1) % args.save_last_freq == 0:
-                save(model, ema, optimizer, scaler, epoch, 0, steps, run.latent_factor, args)
+                save(model, ema, optimizer, scaler, epoch, 0, steps, run.latent_factor, loader.dataset.classes, args)
             if last or (epoch + 1) % args.eval_freq == 0:
                 evaluate_online(run, model if args.no_ema else ema.module, epoch, writer)
     if writer is not None:
@@ -554,11 +684,13 @@ def main() -> None:
         measuring = args.evaluate or args.evaluate_nll
         dataset = None if measuring else load_data(args, "train")
         val = load_data(args, "val") if args.evaluate_nll or args.online_nll else None
-        vae, latent_factor = load_tokenizer(args, [data for data in (dataset, val) if data is not None])
+        vae, latent_factor, kl16 = load_tokenizer(args, [data for data in (dataset, val) if data is not None])
         misc.seed_everything(args.seed + misc.get_rank())
-        model = build_model(args, content.get("config", {}))
+        config = content.get("config", {})
+        calibration = calibrate(args, config, path, dataset, vae, latent_factor, device)
+        model = build_model(args, config, kl16 or path is not None, calibration)
         if path is not None:
-            checkpoint.check_config(content.get("config", {}), model, latent_factor, path)
+            checkpoint.check_config(config, model, latent_factor, path)
         if measuring:
             checkpoint.load_weights(model, content, path, ema=not args.no_ema)
             content.clear()

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from models.quantizer import GaussianQuantizer
+from engine_tokenbridge import channel_statistics
+from models.quantizer import QUANTIZERS, ScalarQuantizer, calibrated_bounds
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_run_args, add_vae_arg, check_bits, check_positive, new_parser
+from util.args import add_quantizer_args, add_run_args, add_vae_arg, check_bits, check_positive, new_parser
 from util.files import write_json
 from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
 from util.loader import ImageFolderWithFilename, Share, existing_folder, image_transform, make_loader
@@ -37,6 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
     parser.add_argument("--bits", type=int, default=6, help="2^bits levels a channel; -1 for continuous latents")
     parser.add_argument("--range", type=float, default=5.0, help="latents are clipped to [-range, range]")
+    add_quantizer_args(parser, default="gaussian")
     parser.add_argument("--images_per_class", type=int, default=50, help="the first of each class, sorted by name")
     parser.add_argument("--sweep", action="store_true", help="the paper's Table 1: all its levels and ranges")
     parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for rFID against it")
@@ -47,30 +49,44 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 @lru_cache
-def _quantizer(levels: int, min_range: float, max_range: float, std_range: float) -> GaussianQuantizer:
-    return GaussianQuantizer(levels, min_range, max_range, std_range)
+def _quantizer(kind: str, *options) -> ScalarQuantizer:
+    return QUANTIZERS[kind](*options)
 
 
 def post_training_quantize(
-    x: Tensor, bits: int, min_range: float, max_range: float, std_range: float = 3.0
+    x: Tensor,
+    bits: int,
+    min_range: float,
+    max_range: float,
+    std_range: float = 3.0,
+    quantizer: str = "gaussian",
+    channel_mean: Sequence[float] | None = None,
+    channel_std: Sequence[float] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Latents to levels and back (Eq. 1 to 5).
 
     Args:
-        x: scaled latents, any shape.
+        x: scaled latents, any shape; with channels' statistics ``[B, C, h, w]``.
         bits: 1 to 9, for 2^bits levels; negative for continuous latents.
         min_range, max_range: clipped to.
         std_range: half-width of the normalized range.
+        quantizer: ``"gaussian"`` or ``"linear"``.
+        channel_mean, channel_std: calibrate each channel, in place of the bounds.
 
     Returns:
         indices (int64) and dequantized latents (float32), shaped like ``x``; None and ``x`` itself if ``bits < 0``.
 
     Raises:
-        ValueError: bits or ranges outside the above.
+        ValueError: bits, ranges or statistics outside the above.
     """
     if bits < 0:
         return None, x
-    return _quantizer(2**bits, min_range, max_range, std_range).to(x.device)(x)
+    channels = [None if values is None else tuple(values) for values in (channel_mean, channel_std)]
+    levels = _quantizer(quantizer, 2**bits, min_range, max_range, std_range, *channels).to(x.device)
+    if not levels.calibrated:
+        return levels(x)
+    indices, quantized = levels(x.movedim(1, -1))  # its channels come last
+    return indices.movedim(-1, 1), quantized.movedim(-1, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -131,13 +147,21 @@ class Tally:
         self.counts = torch.zeros(channels, setting.levels, dtype=torch.int64, device=device)
         self.features: list[tuple[Tensor, ...]] = []  # Inception's, of the reconstructions
 
-    def add(self, real: Tensor, recon: Tensor, latents: Tensor, indices: Tensor | None, quantized: Tensor) -> None:
-        """One batch: byte images, scaled latents ``[B, C, h, w]`` and what the quantizer made of them."""
+    def add(
+        self,
+        real: Tensor,
+        recon: Tensor,
+        latents: Tensor,
+        indices: Tensor | None,
+        quantized: Tensor,
+        outside: Tensor,
+    ) -> None:
+        """One batch: byte images, scaled latents ``[B, C, h, w]``, what the quantizer makes of them and clips."""
         self.sums["images"] += len(real)
         self.sums["psnr"] += psnr(real, recon).sum()
         self.sums["ssim"] += ssim(real, recon).sum()
         self.sums["elements"] += latents.numel()
-        self.sums["outside"] += (latents.abs() > self.setting.range).sum()
+        self.sums["outside"] += outside.sum()
         self.sums["squared_error"] += ((latents - quantized).double() ** 2).sum()
         if indices is not None:
             levels = self.setting.levels
@@ -177,11 +201,13 @@ def reconstruct(
     save: Callable[[str, int, Tensor], None],
     device: torch.device,
     args: argparse.Namespace,
+    calibration: dict[str, list[float]],
 ) -> tuple[dict[str, list[Tensor]], list[tuple[Tensor, ...]], list[Tally]]:
     """Reconstructs this process's images under every setting, from one posterior sample of each.
 
     Args:
         save: takes ``"real"`` or ``"recon"``, an image's number, and the image.
+        calibration: ``channel_mean`` and ``channel_std``, or nothing.
 
     Returns:
         some pictures to show by title (the original, the continuous reconstruction, every setting's), Inception's
@@ -212,10 +238,14 @@ def reconstruct(
                     pictures["continuous"] += to_uint8(vae.decode(latents[picked] / latent_factor)).cpu()
             for tally in tallies:
                 bits, bound = tally.setting
-                indices, quantized = post_training_quantize(latents, bits, -bound, bound)
+                low, high = -bound, bound
+                if calibration:
+                    low, high = (b.to(device)[:, None, None] for b in calibrated_bounds(**calibration, std_range=3.0))
+                options = {"quantizer": args.quantizer, **calibration}
+                indices, quantized = post_training_quantize(latents, bits, -bound, bound, **options)
                 with misc.autocast(device, args.precision):
                     recon = to_uint8(vae.decode(quantized / latent_factor))
-                tally.add(real, recon, latents, indices, quantized)
+                tally.add(real, recon, latents, indices, quantized, (latents < low) | (latents > high))
                 tally.features += [] if judge is None else [judge.inception(recon)]
                 pictures[tally.setting.title] += recon[picked].cpu()
                 for number, image in zip(numbers, recon, strict=True):
@@ -316,6 +346,8 @@ def main() -> None:
     with misc.processes(args.device) as device:
         check_bits(args.bits, "--bits", continuous=True)
         check_positive(args, "range", "images_per_class", "img_size", "batch_size")
+        if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
+            raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
         image_dir = existing_folder(args.image_dir, "image folder")
         root = image_dir / "train" if (image_dir / "train").is_dir() else image_dir
         dataset = ImageFolderWithFilename(root, image_transform(args.img_size))
@@ -329,7 +361,9 @@ def main() -> None:
         settings = list(TABLE_1) if args.sweep else [Setting(args.bits, args.range)]
         name = f"sweep_n{args.images_per_class}"
         if not args.sweep:
-            name = f"quant_b{args.bits}_r{args.range}_n{args.images_per_class}"
+            bound = "calibrated" if args.quant_calibrate else f"r{args.range}"
+            kind = "quant" if args.quantizer == "gaussian" else args.quantizer
+            name = f"{kind}_b{args.bits}_{bound}_n{args.images_per_class}"
         folder = Path(args.output_dir) / name
         for part in ("", "real", "recon"):
             empty_of_images(folder / part)
@@ -339,8 +373,13 @@ def main() -> None:
                 save_png(image, folder / part / f"{number:05d}.png")
 
         loader = make_loader(chosen, args, device, sampler=Share(len(chosen), misc.get_rank(), misc.get_world_size()))
-        vae = vae.to(device)
-        pictures, features, tallies = reconstruct(vae, latent_factor, loader, settings, judge, save, device, args)
+        vae, calibration = vae.to(device), {}
+        if args.quant_calibrate:
+            measured = channel_statistics(vae, loader, latent_factor, device, args.precision)
+            calibration = dict(zip(("channel_mean", "channel_std"), measured, strict=True))
+        pictures, features, tallies = reconstruct(
+            vae, latent_factor, loader, settings, judge, save, device, args, calibration
+        )
         real = None
         if judge is not None:
             gathered = gather_features(features, len(chosen), device)
@@ -354,7 +393,8 @@ def main() -> None:
             else:
                 write_picture(folder / "reconstruction.png", pictures)
                 write_json(
-                    folder / "results.json", {**results[0], "seed": args.seed, "args": vars(args), **provenance()}
+                    folder / "results.json",
+                    {**results[0], **calibration, "seed": args.seed, "args": vars(args), **provenance()},
                 )
             misc.log.info("wrote %s", folder)
         misc.barrier()

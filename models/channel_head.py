@@ -1,4 +1,4 @@
-"""The channel-autoregressive head (section 3.2, Eq. 6): one token's channels, one after the other."""
+"""The head (section 3.2, Eq. 6): one token's channels, one after the other; or, for comparison, all at once."""
 
 from collections.abc import Callable
 from functools import partial
@@ -119,20 +119,26 @@ class ChannelHead(nn.Module):
     """p(q | z) as a product over channels in generation order (Eq. 6), shared by all positions.
 
     The sequence for one token is the projected feature, then the embeddings of the channels already known; place i
-    gives the logits of channel i. The feature also conditions every place through AdaLN.
+    gives the logits of channel i. The feature also conditions every place through AdaLN. The parallel head (Table 2a)
+    is the same network without knowledge of other channels: the projected feature at every place, and attention
+    among all places.
 
     Args:
         feature_dim: width of the backbone's features.
-        channels: places C, one a channel.
-        levels: classes K of each channel.
+        places: one for each channel, or group of channels (Table 2d): C.
+        classes: of each place: levels K, or levels^group.
         dim, depth, heads: width, blocks, attention heads.
+        autoregressive: False for the parallel head.
+
+    Raises:
+        ValueError: a width that the attention heads do not divide.
     """
 
     def __init__(
         self,
         feature_dim: int,
-        channels: int,
-        levels: int,
+        places: int,
+        classes: int,
         dim: int,
         depth: int,
         heads: int,
@@ -141,29 +147,34 @@ class ChannelHead(nn.Module):
         attn_dropout: float,
         proj_dropout: float,
         grad_checkpointing: bool,
+        autoregressive: bool = True,
     ):
         super().__init__()
-        self.channels, self.levels, self.dim, self.depth = channels, levels, dim, depth
-        self.grad_checkpointing = grad_checkpointing
-        self.channel_embed = nn.Parameter(torch.zeros(1, channels, dim))
-        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, channels, dim))
-        self.register_buffer("channel_mask", torch.full((channels, channels), -torch.inf).triu(1))
+        if dim % heads:
+            raise ValueError(f"the head's width {dim} is not a multiple of its {heads} attention heads")
+        self.places, self.classes, self.dim, self.depth = places, classes, dim, depth
+        self.autoregressive, self.grad_checkpointing = autoregressive, grad_checkpointing
+        self.channel_embed = nn.Parameter(torch.zeros(1, places, dim))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, places, dim))
+        causal = torch.full((places, places), -torch.inf).triu(1)
+        self.register_buffer("channel_mask", causal if autoregressive else None)
         self.condition_proj = nn.Linear(feature_dim, dim)
-        self.token_embeddings = nn.ModuleList(nn.Embedding(levels, dim) for _ in range(channels - 1))
+        known = places - 1 if autoregressive else 0
+        self.token_embeddings = nn.ModuleList(nn.Embedding(classes, dim) for _ in range(known))
         self.channel_blocks = nn.ModuleList(
             ChannelBlock(dim, heads, mlp_ratio, norm_layer, attn_dropout, proj_dropout) for _ in range(depth)
         )
         self.channel_norm = norm_layer(dim)
         self.channel_final = FinalLayer(dim)
-        self.channel_heads = nn.ModuleList(nn.Linear(dim, levels) for _ in range(channels))
+        self.channel_heads = nn.ModuleList(nn.Linear(dim, classes) for _ in range(places))
 
     def embed(self, targets: Tensor) -> Tensor:
-        """Levels of all channels but the last, from ``targets [M, C]``, each in its own embedding: ``[M, C-1, D]``."""
+        """Classes of all places but the last, from ``targets [M, C]``, each in its own embedding: ``[M, C-1, D]``."""
         known = targets[:, :-1]
         if not self.token_embeddings:
             return self.channel_embed.new_zeros(*known.shape, self.dim)
         table = torch.cat([embedding.weight for embedding in self.token_embeddings])  # [(C-1) K, D]
-        return F.embedding(known + self.levels * torch.arange(self.channels - 1, device=known.device), table)
+        return F.embedding(known + self.classes * torch.arange(self.places - 1, device=known.device), table)
 
     def classify(self, x: Tensor) -> Tensor:
         """Each place through its own linear layer, as one batched product: ``[M, C, D]`` to logits ``[M, C, K]``."""
@@ -176,13 +187,16 @@ class ChannelHead(nn.Module):
 
         Args:
             features: ``[M, F]``, one row a token.
-            targets: levels ``[M, C]`` in generation order; place i sees those before i only.
+            targets: classes ``[M, C]`` in generation order; place i sees those before i only, the parallel head none.
 
         Returns:
             logits ``[M, C, K]`` in generation order.
         """
         condition = self.condition_proj(features)[:, None]  # [M, 1, D]
-        x = torch.cat([condition, self.embed(targets).to(condition.dtype)], dim=1) + self.channel_embed  # [M, C, D]
+        x = condition
+        if self.autoregressive:
+            x = torch.cat([condition, self.embed(targets).to(condition.dtype)], dim=1)
+        x = x + self.channel_embed  # [M, C, D]
         conditions = condition + self.timesteps_embeddings  # [M, C, D]
         for block in self.channel_blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -197,16 +211,19 @@ class ChannelHead(nn.Module):
 
         Args:
             features: ``[M, F]``, one row a token.
-            choose: takes the logits ``[M, K]`` (float32) of a place and its number, gives the levels ``[M]``.
+            choose: takes the logits ``[M, K]`` (float32) of a place and its number, gives the classes ``[M]``.
             first_place: ``"trained"`` feeds place 0 as training does; ``"released"`` adds the place's AdaLN embedding
                 to it, as the published sampler does.
 
         Returns:
-            levels ``[M, C]`` in generation order.
+            classes ``[M, C]`` in generation order.
 
         Raises:
             ValueError: another ``first_place``.
         """
+        if not self.autoregressive:
+            logits = self(features, features)  # targets are not looked at
+            return torch.stack([choose(logits[:, place].float(), place) for place in range(self.places)], dim=1)
         if first_place not in ("trained", "released"):
             raise ValueError(f'first_place is "trained" or "released", not {first_place!r}')
         condition = self.condition_proj(features)[:, None]  # [M, 1, D]
@@ -215,21 +232,22 @@ class ChannelHead(nn.Module):
         modulations = [block.adaLN_modulation(conditions) for block in self.channel_blocks]  # [M, C, 6D] each
         final_modulation = self.channel_final.adaLN_modulation(conditions)
         heads = self.channel_blocks[0].attn.heads if self.depth else 1
-        cache = condition.new_empty(self.depth, 2, len(features), heads, self.channels, self.dim // heads)
+        cache = condition.new_empty(self.depth, 2, len(features), heads, self.places, self.dim // heads)
 
         x = conditions[:, :1] if first_place == "released" else condition
-        levels = []
-        for place in range(self.channels):
+        chosen = []
+        for place in range(self.places):
             here = slice(place, place + 1)
             x = x + self.channel_embed[:, here]
             for block, modulation, kept in zip(self.channel_blocks, modulations, cache, strict=True):
                 x = block(x, modulation[:, here], partial(block.attn.step, cache=kept, place=place))
             x = self.channel_final(self.channel_norm(x), final_modulation[:, here])
-            levels.append(choose(self.channel_heads[place](x)[:, 0].float(), place))
-            if place + 1 < self.channels:
-                x = self.token_embeddings[place](levels[-1])[:, None].to(condition.dtype)  # [M, 1, D]
-        return torch.stack(levels, dim=1)
+            chosen.append(choose(self.channel_heads[place](x)[:, 0].float(), place))
+            if place + 1 < self.places:
+                x = self.token_embeddings[place](chosen[-1])[:, None].to(condition.dtype)  # [M, 1, D]
+        return torch.stack(chosen, dim=1)
 
     def rows_at_once(self) -> int:
-        """Tokens whose modulations fit :data:`MODULATION_BUDGET`."""
-        return max(1, MODULATION_BUDGET // (self.channels * self.dim * (6 * self.depth + 2)))
+        """Tokens whose modulations and logits fit :data:`MODULATION_BUDGET`."""
+        logits = self.classes * (1 if self.autoregressive else self.places)
+        return max(1, MODULATION_BUDGET // (self.places * self.dim * (6 * self.depth + 2) + logits))

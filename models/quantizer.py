@@ -1,6 +1,7 @@
 """Post-training quantization of latents, one dimension at a time (section 3.1 of the paper, equations 1 to 5)."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -42,6 +43,21 @@ def gaussian_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor
     return boundaries, values
 
 
+def linear_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor]:
+    """Boundaries and centres of ``levels`` bins of equal width on ``[-std_range, std_range]`` (section 3.1, remark).
+
+    Returns:
+        boundaries ``[K + 1]`` and reconstruction values ``[K]``, float32, ascending.
+
+    Raises:
+        ValueError: fewer than 2 levels.
+    """
+    if levels < 2:
+        raise ValueError(f"a quantizer needs at least 2 levels, got {levels}")
+    boundaries = torch.linspace(-std_range, std_range, levels + 1)
+    return boundaries, (boundaries[:-1] + boundaries[1:]) / 2
+
+
 def nearest_thresholds(values: Tensor) -> Tensor:
     """The largest float32 that is still nearest to each value rather than to the next one, ties to the lower.
 
@@ -70,32 +86,50 @@ def nearest_thresholds(values: Tensor) -> Tensor:
 # The quantizer.
 
 
-class GaussianQuantizer(nn.Module):
+class ScalarQuantizer(nn.Module):
     """Maps each latent dimension to one of K levels and back (Eq. 1, 4 and 5).
 
-    Squeezing ``[quant_min, quant_max]`` into ``[-std_range, std_range]`` spreads the levels as a normal of deviation
+    Squeezing ``[quant_min, quant_max]`` into ``[-std_range, std_range]`` spreads Gaussian levels as one of deviation
     ``(quant_max - quant_min) / (2 std_range)``, 5/3 by default. For unit-variance latents that is close to the sqrt(3)
     which Panter and Dite's rule (density of levels ~ p^(1/3)) gives as optimal, although the levels then do not look
-    equiprobable for the data.
+    equiprobable for the data. The same rule calibrates channels whose mean and deviation are known: the range of each
+    is ``mean +- std_range sqrt(3) deviation``.
 
     Args:
         levels: number of levels K.
         quant_min, quant_max: bounds alpha_min, alpha_max of the latents, clamped to.
         std_range: half-width r of the normalized range, in standard deviations.
+        channel_mean, channel_std: of each channel's latents, in place of the bounds; the channels are then the last
+            dimension of everything that is quantized.
 
     Raises:
-        ValueError: see :func:`gaussian_tables`; or an empty range.
+        ValueError: see the tables; an empty range; or means and deviations that cannot be.
     """
 
-    def __init__(self, levels: int, quant_min: float = -5.0, quant_max: float = 5.0, std_range: float = 3.0):
+    tables: Callable[[int, float], tuple[Tensor, Tensor]]
+
+    def __init__(
+        self,
+        levels: int,
+        quant_min: float = -5.0,
+        quant_max: float = 5.0,
+        std_range: float = 3.0,
+        channel_mean: Sequence[float] | None = None,
+        channel_std: Sequence[float] | None = None,
+    ):
         super().__init__()
         if not quant_min < quant_max:
             raise ValueError(f"the quantizer's range is empty: [{quant_min}, {quant_max}]")
         self.levels, self.quant_min, self.quant_max, self.std_range = levels, quant_min, quant_max, std_range
-        boundaries, values = gaussian_tables(levels, std_range)
+        boundaries, values = self.tables(levels, std_range)
         self.register_buffer("reconstruction_values", values)
         self.register_buffer("boundaries", boundaries)
         self.register_buffer("thresholds", nearest_thresholds(values), persistent=False)
+        self.calibrated = channel_mean is not None or channel_std is not None
+        if self.calibrated:
+            low, high = calibrated_bounds(channel_mean, channel_std, std_range)
+            self.register_buffer("channel_min", low, persistent=False)
+            self.register_buffer("channel_max", high, persistent=False)
         # Thresholds follow whatever table a checkpoint brings.
         self.register_load_state_dict_post_hook(lambda module, _: module._update_thresholds())
 
@@ -104,17 +138,54 @@ class GaussianQuantizer(nn.Module):
             raise ValueError("a quantizer's reconstruction values must ascend")
         self.thresholds.copy_(nearest_thresholds(self.reconstruction_values.float().cpu()))
 
+    def bounds(self) -> tuple[float | Tensor, float | Tensor]:
+        """alpha_min and alpha_max: numbers, or ``[C]`` each where channels are calibrated."""
+        return (self.channel_min, self.channel_max) if self.calibrated else (self.quant_min, self.quant_max)
+
     def normalize(self, x: Tensor) -> Tensor:
         """Eq. 1: latents to ``[-std_range, std_range]``, clamped; any shape."""
-        r = self.std_range
-        return (2 * r * (x.float() - self.quant_min) / (self.quant_max - self.quant_min) - r).clamp(-r, r)
+        r, (low, high) = self.std_range, self.bounds()
+        return (2 * r * (x.float() - low) / (high - low) - r).clamp(-r, r)
 
     def dequantize(self, indices: Tensor) -> Tensor:
         """Eq. 5: indices in ``[0, K)``, any shape, to latents of that shape, float32."""
-        scale = (self.quant_max - self.quant_min) / (2 * self.std_range)
-        return (self.reconstruction_values[indices] + self.std_range) * scale + self.quant_min
+        low, high = self.bounds()
+        return (self.reconstruction_values[indices] + self.std_range) * ((high - low) / (2 * self.std_range)) + low
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of any shape to ``(indices, dequantized)`` of that shape, int64 and float32 (Eq. 4, 5)."""
         indices = torch.bucketize(self.normalize(x).contiguous(), self.thresholds)
         return indices, self.dequantize(indices)
+
+
+def calibrated_bounds(
+    channel_mean: Sequence[float] | None, channel_std: Sequence[float] | None, std_range: float
+) -> tuple[Tensor, Tensor]:
+    """``mean -+ std_range sqrt(3) deviation``, ``[C]`` each.
+
+    Raises:
+        ValueError: one of them is missing, they differ in length, or hold what cannot be.
+    """
+    if channel_mean is None or channel_std is None or len(channel_mean) != len(channel_std):
+        raise ValueError("calibration needs a mean and a deviation for each channel")
+    mean, deviation = (torch.tensor(values, dtype=torch.float32) for values in (channel_mean, channel_std))
+    if not (mean.isfinite() & deviation.isfinite() & (deviation > 0)).all():
+        raise ValueError("means of channels must be finite, deviations above zero")
+    half = std_range * math.sqrt(3) * deviation
+    return mean - half, mean + half
+
+
+class GaussianQuantizer(ScalarQuantizer):
+    """Levels of equal probability under a normal (Eq. 2 and 3)."""
+
+    tables = staticmethod(gaussian_tables)
+
+
+class LinearQuantizer(ScalarQuantizer):
+    """Levels of equal distance (section 3.1, remark)."""
+
+    tables = staticmethod(linear_tables)
+
+
+#: Values of ``--quantizer``.
+QUANTIZERS = {"gaussian": GaussianQuantizer, "linear": LinearQuantizer}

@@ -1,9 +1,13 @@
 """TokenBridge: quantized latents learned by a masked backbone and a channel-autoregressive head (section 3)."""
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -13,10 +17,13 @@ from torch import Tensor, nn
 from models import sampling
 from models.backbone import MaskedBackbone, gather_tokens
 from models.channel_head import ChannelHead
-from models.quantizer import GaussianQuantizer
+from models.quantizer import QUANTIZERS
 
 #: KL-16's channels by share of low-frequency energy, highest first (section 3.2). Published checkpoints do not hold it.
 KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
+
+#: Classes of a place of the head at most: joint vocabularies grow as levels^group.
+MAX_CLASSES = 2**17
 
 
 class TokenBridge(nn.Module):
@@ -39,12 +46,18 @@ class TokenBridge(nn.Module):
         attn_dropout, proj_dropout: dropout of attention weights and of projections, in backbone and head.
         buffer_size: positions in front of the tokens that hold the class embedding.
         grad_checkpointing: recompute blocks in the backward pass.
-        quant_min, quant_max, std_range: see :class:`models.quantizer.GaussianQuantizer`.
+        quant_min, quant_max, std_range: see :class:`models.quantizer.ScalarQuantizer`.
         channel_order: the order in which the head predicts a token's channels, a permutation of
             ``range(vae_embed_dim * patch_size**2)``; by default KL-16's where there are 16, else their own order.
+        head: ``"ar"``, or ``"parallel"`` for channels predicted independently (Table 2a).
+        channels_per_group: consecutive channels of that order predicted jointly, as one of levels^group classes
+            (Table 2d).
+        quantizer: ``"gaussian"`` or ``"linear"`` (section 3.1).
+        channel_mean, channel_std: of each latent channel, to calibrate the quantizer with in place of its bounds.
 
     Raises:
-        ValueError: sizes that do not fit each other, or an order that is not a permutation.
+        ValueError: sizes that do not fit each other, an order that is not a permutation, groups that do not divide
+            the channels or have too many classes.
     """
 
     def __init__(
@@ -76,6 +89,11 @@ class TokenBridge(nn.Module):
         quant_max: float = 5.0,
         std_range: float = 3.0,
         channel_order: Sequence[int] | None = None,
+        head: str = "ar",
+        channels_per_group: int = 1,
+        quantizer: str = "gaussian",
+        channel_mean: Sequence[float] | None = None,
+        channel_std: Sequence[float] | None = None,
     ):
         super().__init__()
         #: Everything that rebuilds this model but ``norm_layer``: plain types, stored in checkpoints.
@@ -92,6 +110,11 @@ class TokenBridge(nn.Module):
         self.seq_len = self.grid_size**2
         self.token_dim = vae_embed_dim * patch_size**2
         self._set_channel_order(channel_order)
+        if head not in ("ar", "parallel") or quantizer not in QUANTIZERS:
+            raise ValueError(
+                f'head is "ar" or "parallel", quantizer one of {list(QUANTIZERS)}: not {head}, {quantizer}'
+            )
+        self._set_groups(channels_per_group, quant_levels, channel_embed_dim, head == "ar")
 
         shared = {
             "mlp_ratio": mlp_ratio,
@@ -116,31 +139,65 @@ class TokenBridge(nn.Module):
         )
         self.head = ChannelHead(
             feature_dim=decoder_embed_dim,
-            channels=self.token_dim,
-            levels=quant_levels,
+            places=self.token_dim // channels_per_group,
+            classes=quant_levels**channels_per_group,
             dim=channel_embed_dim,
             depth=channel_depth,
             heads=channel_heads,
+            autoregressive=head == "ar",
             **shared,
         )
-        self.quantizer = GaussianQuantizer(quant_levels, quant_min, quant_max, std_range)
+        for name, values in {"channel_mean": channel_mean, "channel_std": channel_std}.items():
+            if values is not None:
+                self.config[name] = [float(value) for value in values]
+                if len(values) != vae_embed_dim:
+                    raise ValueError(f"{len(values)} values of {name} for {vae_embed_dim} channels")
+        # A patch's entries of one channel lie beside each other.
+        spread = [None if v is None else np.repeat(v, patch_size**2) for v in (channel_mean, channel_std)]
+        self.quantizer = QUANTIZERS[quantizer](quant_levels, quant_min, quant_max, std_range, *spread)
         self._published = {name.split(".", 1)[1]: name for name in nn.Module.state_dict(self)}
         self.register_state_dict_post_hook(_to_published)
         self.register_load_state_dict_pre_hook(_from_published)
         self.initialize_weights()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "TokenBridge":
+        """The model that ``config``, a model's own or a checkpoint's, describes; entries of other things are ignored.
+
+        Raises:
+            TypeError, ValueError: it describes none.
+        """
+        names = inspect.signature(cls).parameters
+        return cls(**{name: value for name, value in config.items() if name in names})
 
     def _set_channel_order(self, order: Sequence[int] | None) -> None:
         channels = self.token_dim
         if order is None:
             kl16 = self.vae_embed_dim == len(KL16_CHANNEL_ORDER) and self.patch_size == 1
             order = KL16_CHANNEL_ORDER if kl16 else range(channels)
-        order = list(order)
-        if not all(isinstance(c, int) for c in order) or sorted(order) != list(range(channels)):
-            raise ValueError(f"channel_order must hold each of 0 to {channels - 1} once, got {order}")
+        try:
+            order = [operator.index(channel) for channel in order]
+        except TypeError:
+            order = []
+        if sorted(order) != list(range(channels)):
+            raise ValueError(f"channel_order must hold each of 0 to {channels - 1} once, got {order or 'no numbers'}")
         self.config["channel_order"] = order
         order = torch.tensor(order)
         self.register_buffer("generation_order", order, persistent=False)
         self.register_buffer("from_generation_order", order.argsort(), persistent=False)
+
+    def _set_groups(self, size: int, levels: int, dim: int, autoregressive: bool) -> None:
+        if size < 1 or self.token_dim % size:
+            raise ValueError(f"groups of {size} do not divide the {self.token_dim} channels of a token")
+        classes, places = levels**size, self.token_dim // size
+        if classes > MAX_CLASSES:
+            parameters = classes * dim * (places + (places - 1) * autoregressive)
+            raise ValueError(
+                f"{size} channels of {levels} levels have {classes:,} joint classes, {MAX_CLASSES:,} are the most: the "
+                f"head would hold {parameters:,} parameters for them ({4 * parameters / 2**30:,.0f} GiB in fp32)"
+            )
+        self.channels_per_group = size
+        self.register_buffer("group_weights", levels ** torch.arange(size - 1, -1, -1), persistent=False)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -193,6 +250,18 @@ class TokenBridge(nn.Module):
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens ``[B, L, C]`` to levels, in the latents' own channel order, and their values (Eq. 1, 4, 5)."""
         return self.quantizer(x)
+
+    def to_classes(self, levels: Tensor) -> Tensor:
+        """Levels ``[..., C]`` in generation order to the classes ``[..., C / group]`` of the head's places."""
+        if self.channels_per_group == 1:
+            return levels
+        return (levels.unflatten(-1, (-1, self.channels_per_group)) * self.group_weights).sum(-1)
+
+    def to_levels(self, classes: Tensor) -> Tensor:
+        """The inverse of :meth:`to_classes`."""
+        if self.channels_per_group == 1:
+            return classes
+        return (classes[..., None] // self.group_weights % self.quantizer.levels).flatten(-2)
 
     def check_labels(self, labels: Tensor) -> Tensor:
         """``labels`` themselves.
@@ -260,13 +329,14 @@ class TokenBridge(nn.Module):
             mask: ``[B, L]``, 1 where a token is masked.
 
         Returns:
-            logits ``[masked, C, K]`` in generation order, rows by sample, then position.
+            logits ``[masked, C, K]`` in generation order, rows by sample, then position; for groups of channels
+            ``[masked, C / group, K^group]``.
         """
         masked = mask.bool()
-        return self.head(features[masked], channel_targets[masked])
+        return self.head(features[masked], self.to_classes(channel_targets[masked]))
 
     def forward(self, latents: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats over masked tokens and all channels.
+        """Mean cross-entropy in nats over masked tokens and all channels (or groups of channels).
 
         Args:
             latents: ``[B, C, h, w]``, scaled by the latent factor.
@@ -287,6 +357,7 @@ class TokenBridge(nn.Module):
             known, masked = self._split(mask)
         features = self.backbone(tokens, known, self.class_emb(self.check_labels(labels)))  # [B, L, D]
         targets = gather_tokens(indices[..., self.generation_order], masked).flatten(0, 1)  # [M, C]
+        targets = self.to_classes(targets)
         logits = self.head(gather_tokens(features, masked).flatten(0, 1), targets)  # [M, C, K]
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -295,7 +366,7 @@ class TokenBridge(nn.Module):
 
         Counted are the matrix products, 2 operations a multiply-add: in a block of width D on S places
         2 S (4 + 2 mlp_ratio) D^2 + 4 S^2 D, in the head 2 S 6 D^2 more for AdaLN, on ``num_masked`` sequences of C
-        places. ``num_masked`` defaults to the expected number.
+        places (or groups). ``num_masked`` defaults to the expected number.
         """
         c = self.config
         if num_masked is None:
@@ -309,8 +380,8 @@ class TokenBridge(nn.Module):
 
         known, everything = c["buffer_size"] + self.seq_len - num_masked, c["buffer_size"] + self.seq_len
         enc, dec, head = c["encoder_embed_dim"], c["decoder_embed_dim"], c["channel_embed_dim"]
-        token = blocks(c["channel_depth"], head, self.token_dim, extra=6)
-        token += 2 * dec * head + 2 * self.token_dim * (2 * head**2 + head * c["quant_levels"])
+        token = blocks(c["channel_depth"], head, self.head.places, extra=6)
+        token += 2 * dec * head + 2 * self.head.places * (2 * head**2 + head * self.head.classes)
         forward = blocks(c["encoder_depth"], enc, known) + 2 * known * enc * dec
         forward += 2 * (self.seq_len - num_masked) * self.token_dim * enc
         forward += blocks(c["decoder_depth"], dec, everything) + num_masked * token

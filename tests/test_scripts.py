@@ -218,11 +218,12 @@ def wait_for(path, process) -> None:
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_ends_a_run_after_its_step_and_saves(cached, tmp_path, name):
-    common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --lr 1e-3 --warmup_epochs 1 --epochs 100"
+    tiny = TINY.replace("--num_workers 0", "--num_workers 2")
+    common = f"main_tokenbridge.py {tiny} --use_cached --cached_path {cached} --lr 1e-3 --warmup_epochs 1 --epochs 100"
     command = [sys.executable, *f"{common} --save_last_freq 1 --output_dir {tmp_path}/run --device cpu".split()]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(tmp_path / "run" / "checkpoint-last.pth", process)
-    process.send_signal(getattr(signal, name))
+    os.killpg(process.pid, getattr(signal, name))  # to the loader's workers, too, as schedulers do
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75 and f"stopped: by {name}, saved after epoch" in said
     content = load(tmp_path / "run")

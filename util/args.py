@@ -63,6 +63,32 @@ def add_metrics_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
 
 
+def add_quantizer_args(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Which levels."""
+    text = "levels of equal probability under a normal, or of equal distance"
+    parser.add_argument("--quantizer", choices=["gaussian", "linear"], default=default, help=text)
+    parser.add_argument(
+        "--quant_calibrate",
+        action="store_true",
+        help="range of each channel from its latents' own mean and deviation, 3 sqrt(3) deviations, not the bounds",
+    )
+
+
+def add_sampling_args(parser: argparse.ArgumentParser) -> None:
+    """In which order, and how, tokens are sampled."""
+    parser.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
+    parser.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear")
+    parser.add_argument(
+        "--order",
+        choices=["random", "raster", "confidence"],
+        default="random",
+        help="of tokens: random, row by row, or the most confident of all unknown ones first (Figure 8)",
+    )
+    parser.add_argument(
+        "--confidence_noise", type=float, default=0.0, help="Gumbel noise on confidences, falling to 0 over the steps"
+    )
+
+
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:
     """Raises UserError unless ``bits`` is 1 to 9, or -1 where ``continuous`` latents make sense."""
     if not (1 <= bits <= 9 or (continuous and bits == -1)):

@@ -196,7 +196,19 @@ MEANING = {
     "quant_max": "--quant_max",
     "class_num": "--class_num",
     "buffer_size": "--buffer_size",
+    "head": "--head",
+    "channels_per_group": "--channels_per_group",
+    "channel_embed_dim": "--head_dim, --model",
+    "channel_depth": "--head_depth, --model",
+    "channel_heads": "--head_heads, --model",
+    "channel_order": "--channel_order",
+    "quantizer": "--quantizer",
 }
+#: Entries of ``config`` that a run takes over where its flags leave them open.
+ADOPTED = (
+    "head", "channels_per_group", "channel_embed_dim", "channel_depth", "channel_heads", "channel_order", "quantizer",
+    "channel_mean", "channel_std", "std_range",
+)  # fmt: skip
 #: What published checkpoints do not say of themselves.
 PUBLISHED = {
     "vae_embed_dim": 16,
@@ -206,7 +218,13 @@ PUBLISHED = {
     "quant_max": 5.0,
     "std_range": 3.0,
     "latent_factor": KL16_LATENT_FACTOR,
+    "head": "ar",
+    "channels_per_group": 1,
+    "channel_order": [8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5],
+    "quantizer": "gaussian",
 }
+#: Of those, what weights do not fit otherwise, or would mean something else: differences are refused.
+FIXED = ("head", "channels_per_group", "channel_order", "quantizer")
 SHAPE_HINT = "Check --model, --quant_bits, --class_num, --img_size, --patch_size and --buffer_size"
 
 
@@ -289,10 +307,13 @@ def check_config(config: Mapping[str, Any], model: nn.Module, latent_factor: flo
     """
     if not config:
         warn_if_not_published(model, latent_factor, path)
+    # Files without these entries are of before there was a choice.
+    same_channels = len(model.config["channel_order"]) == len(PUBLISHED["channel_order"])
+    told = {name: PUBLISHED[name] for name in FIXED if name != "channel_order" or same_channels} | dict(config)
     differences = [
-        f"{name} is {config[name]} there, {model.config[name]} here ({flag})"
+        f"{name} is {told[name]} there, {model.config[name]} here ({flag})"
         for name, flag in MEANING.items()
-        if name in config and config[name] != model.config[name]
+        if name in told and told[name] != model.config[name]
     ]
     if latent_factor is not None and abs(config.get("latent_factor", latent_factor) - latent_factor) > 1e-6:
         differences.append(
@@ -306,7 +327,9 @@ def warn_if_not_published(model: nn.Module, latent_factor: float | None, path: s
     """Says where a file that tells nothing of itself, and so is taken for a published one, is used otherwise."""
     here = {**model.config, "latent_factor": latent_factor}
     other = [
-        f"{name} {value}, not {here[name]}" for name, value in PUBLISHED.items() if here[name] not in (value, None)
+        f"{name} {value}, not {here[name]}"
+        for name, value in PUBLISHED.items()
+        if name not in FIXED and here[name] not in (value, None)
     ]
     if other:
         log.warning("%s does not describe itself; published models have %s", path, ", ".join(other))

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -48,6 +49,14 @@ def save_grid(images: Tensor, path: str | Path, columns: int, titles: Sequence[s
         ImageDraw.Draw(picture).text((4 + column * (images.shape[-1] + 2), 2), title, fill=(0, 0, 0))
     with written_whole(path) as file:
         picture.save(file, format="png")
+
+
+def confidence_maps(values: Tensor, size: int) -> Tensor:
+    """Maps ``[N, h, w]`` as bytes ``[N, 3, size, size]``: each from its lowest value, dark, to its highest, bright."""
+    low, high = values.amin(dim=(1, 2), keepdim=True), values.amax(dim=(1, 2), keepdim=True)
+    shares = ((values - low) / (high - low).clamp(min=1e-12)).numpy()
+    colours = torch.from_numpy(matplotlib.colormaps["viridis"](shares, bytes=True)[..., :3].copy()).permute(0, 3, 1, 2)
+    return torch.nn.functional.interpolate(colours, size=(size, size), mode="nearest")
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from torchvision import datasets, transforms
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import inside, read_arrays
-from util.misc import get_rank, get_world_size, log
+from util.misc import StopSignals, get_rank, get_world_size, log
 
 #: Beside the class folders of a cache: what the loaders of its moments need to know.
 CACHE_METADATA = "cache.json"
@@ -314,9 +315,16 @@ def check_classes(classes: list[str], class_num: int, root: str | Path) -> None:
 # Loaders.
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """Schedulers signal every process of a job: workers must live until the step they feed is taken and saved."""
+    for number in StopSignals.NUMBERS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device, **options) -> DataLoader:
     """A DataLoader with the run's batch size and workers; ``options`` as torch's (sampler, drop_last, ...)."""
     options = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0, **options}
+    options["worker_init_fn"] = leave_signals_to_parent
     pin = args.pin_mem and device.type == "cuda"
     return DataLoader(dataset, num_workers=args.num_workers, pin_memory=pin, **options)
 

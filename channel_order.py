@@ -1,0 +1,123 @@
+"""Orders the channels of cached latents by their share of low-frequency energy (section 3.2; torchrun or python)."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import Subset
+
+from models.vae import DiagonalGaussianDistribution
+from util import errors, misc
+from util.args import add_run_args, check_positive, check_range, new_parser
+from util.checkpoint import tokenizer_of
+from util.files import write_json
+from util.loader import CachedFolder, Share, make_loader
+from util.metrics import provenance
+from util.report import markdown, save_figure
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    parser = new_parser(__doc__)
+    parser.add_argument("--cached_path", default="", help="what main_cache.py wrote")
+    parser.add_argument("--patch_size", type=int, default=1, help="latent positions a token covers, each way")
+    parser.add_argument(
+        "--cutoff", type=float, default=0.5, help="low frequencies end here, as a share of the highest (Nyquist's)"
+    )
+    parser.add_argument("--num_images", type=int, default=10000, help="at most, evenly spaced")
+    parser.add_argument("--output_dir", default="./output_dir", help="for channel_order.json and channel_order.png")
+    add_run_args(parser, batch_size=64, seed=0, precision="fp32")
+    return parser
+
+
+def low_frequencies(height: int, width: int, cutoff: float) -> Tensor:
+    """Which coefficients of ``fft2`` lie within ``cutoff`` times Nyquist's frequency of zero: bool ``[h, w]``."""
+    rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)  # in cycles a position, Nyquist's is 1/2
+    return (rows[:, None] ** 2 + columns**2).sqrt() <= cutoff / 2
+
+
+def energies(maps: Tensor, low: Tensor) -> Tensor:
+    """Sums over maps ``[N, C, h, w]`` that :func:`low_shares` makes shares of, ``[4, C]``.
+
+    Energy at the ``low [h, w]`` frequencies but zero, energy at all but zero, and first and second moment of the
+    coefficients at zero.
+    """
+    spectrum = torch.fft.fft2(maps.double())
+    zero = spectrum[..., 0, 0].real
+    energy = spectrum.abs() ** 2
+    energy[..., 0, 0] = 0
+    low_energy = (energy * low.to(maps.device)).sum(dim=(0, 2, 3))
+    return torch.stack([low_energy, energy.sum(dim=(0, 2, 3)), zero.sum(dim=0), (zero**2).sum(dim=0)])
+
+
+def low_shares(sums: Tensor, images: int) -> Tensor:
+    """Shares ``[C]`` of energy at low frequencies, from :func:`energies` summed over all images.
+
+    At frequency zero what varies from image to image counts; an offset that all share is no information.
+    """
+    low, total, first, second = sums
+    zero = (second - first**2 / images).clamp(min=0)
+    return (low + zero) / (total + zero).clamp(min=1e-300)
+
+
+def frequency_order(shares: Tensor) -> list[int]:
+    """Channels by their ``shares [C]`` of low-frequency energy, the highest first; equal ones by number."""
+    return shares.argsort(descending=True, stable=True).tolist()
+
+
+def plot(shares: Tensor, order: list[int], cutoff: float) -> Figure:
+    """Bars of the shares, in order."""
+    figure = Figure(figsize=(max(4.0, 0.45 * len(order)), 3.5), layout="constrained")
+    axes = figure.subplots()
+    axes.bar(range(len(order)), shares[order].tolist())
+    axes.set_xticks(range(len(order)), order)
+    axes.set(xlabel="channel, in generation order", ylabel=f"energy below {cutoff:g} of Nyquist", ylim=(0, 1))
+    axes.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    """Runs the command line."""
+    args = get_args_parser().parse_args()
+    with misc.processes(args.device) as device:
+        check_positive(args, "patch_size", "num_images", "batch_size", "cutoff")
+        check_range(args, 0, 1, "cutoff")
+        if not args.cached_path:
+            raise errors.UserError("--cached_path is missing: name the folder that main_cache.py wrote")
+        cache = CachedFolder(args.cached_path, mirror=False)
+        tokenizer_of(cache.metadata, args.cached_path)
+        cache.shape = tuple(cache[0][0].shape)
+        channels, height, width = cache.shape
+        p = args.patch_size
+        if height % p or width % p or height // p < 4 or width // p < 4:
+            raise errors.UserError(
+                f"{args.cached_path} holds latents of {height}x{width}: with --patch_size {p} too few for frequencies"
+            )
+        chosen = Subset(cache, range(0, len(cache), -(-len(cache) // args.num_images)))
+        share = Share(len(chosen), misc.get_rank(), misc.get_world_size())
+        loader = make_loader(chosen, args, device, sampler=share)
+        low = low_frequencies(height // p, width // p, args.cutoff)
+        sums = torch.zeros(4, channels // 2 * p * p, dtype=torch.float64, device=device)
+        with misc.progress(loader, unit="batch", desc="measuring") as batches:
+            for moments, _ in batches:
+                latents = DiagonalGaussianDistribution(moments.to(device)).mode()
+                # One map for each channel of a token, ordered as patchify orders them.
+                sums += energies(torch.nn.functional.pixel_unshuffle(latents, p), low)
+        shares = low_shares(misc.all_reduce_mean(sums).cpu() * misc.get_world_size(), len(chosen))
+        order = frequency_order(shares)
+        if misc.is_main_process():
+            misc.log.info("%s", markdown(["channel", "low-frequency share"], [[c, shares[c].item()] for c in order]))
+            misc.log.info("--channel_order %s", ",".join(map(str, order)))
+            out = Path(args.output_dir)
+            about = {"images": len(chosen), "cutoff": args.cutoff, "patch_size": p, "cached_path": args.cached_path}
+            figures = {"order": order, "shares": shares.tolist(), **about, **provenance()}
+            write_json(out / "channel_order.json", figures)
+            save_figure(plot(shares, order, args.cutoff), out / "channel_order.png")
+            misc.log.info("wrote %s/channel_order.json and channel_order.png", out)
+        misc.barrier()
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,278 @@
+"""The paper's figures: levels over latents (3), samples by class (2, 9), parallel heads (7), confidence (8)."""
+
+import argparse
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy.stats import norm
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torch.utils.data import Subset
+
+from engine_tokenbridge import channel_statistics, image_seeds
+from models.quantizer import QUANTIZERS, ScalarQuantizer
+from models.tokenbridge import MODELS, TokenBridge
+from models.vae import AutoencoderKL, DiagonalGaussianDistribution
+from util import checkpoint, errors, misc
+from util.args import (
+    add_quantizer_args,
+    add_run_args,
+    add_sampling_args,
+    add_vae_arg,
+    check_bits,
+    check_positive,
+    new_parser,
+)
+from util.images import confidence_maps, save_grid, to_uint8
+from util.loader import CachedFolder, make_loader
+from util.report import save_figure
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    parser = new_parser(__doc__)
+    figures = parser.add_subparsers(dest="figure", required=True)
+    options = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
+
+    levels = figures.add_parser("levels", help="Figure 3: latents, their levels, and what quantizing leaves", **options)
+    levels.add_argument("--cached_path", default="", help="what main_cache.py wrote")
+    levels.add_argument("--quant_bits", type=int, default=6, help="2^bits levels a channel")
+    levels.add_argument("--quant_min", type=float, default=-5.0, help="lower bound of the latents")
+    levels.add_argument("--quant_max", type=float, default=5.0, help="upper bound of the latents")
+    levels.add_argument("--num_images", type=int, default=1000, help="at most, evenly spaced")
+    add_quantizer_args(levels, default="gaussian")
+
+    samples = figures.add_parser("samples", help="Figures 2 and 9: samples by class", **options)
+    samples.add_argument("--per_class", type=int, default=4, help="samples of each class")
+    parallel = figures.add_parser("parallel", help="Figure 7: a parallel head above an autoregressive one", **options)
+    parallel.add_argument("--resume_parallel", default="", help="folder of the checkpoint trained with --head parallel")
+    confidence = figures.add_parser(
+        "confidence", help="Figure 8: random order, order by confidence, and its map", **options
+    )
+    for command in (samples, parallel, confidence):
+        command.add_argument("--resume", default="", help=f"folder that holds {checkpoint.CHECKPOINT_NAME}")
+        command.add_argument(
+            "--model", choices=MODELS, default="tokenbridge_large", help="of a file that does not tell"
+        )
+        command.add_argument(
+            "--classes", nargs="+", help="names or numbers; names are the class folders' or ImageNet's; default: some"
+        )
+        command.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
+        command.add_argument("--temperature", type=float, default=1.0)
+        command.add_argument("--gen_seed", type=int, default=0, help="with a sample's number, its seed")
+        command.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
+        add_sampling_args(command)
+        add_vae_arg(command)
+    for command in (levels, samples, parallel, confidence):
+        command.add_argument("--output", default="", help="the picture; by default <figure>.png")
+        add_run_args(command, batch_size=16, seed=0, precision="bf16")
+    return parser
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Figure 3.
+
+
+def level_density(values: Tensor, levels: ScalarQuantizer) -> tuple[np.ndarray, np.ndarray]:
+    """Edges between levels, and the density of ``values`` that fall to each: what quantizing leaves of a histogram."""
+    indices, _ = levels(values)
+    shares = torch.bincount(indices.flatten(), minlength=levels.levels).double() / indices.numel()
+    centres = levels.dequantize(torch.arange(levels.levels)).double()
+    edges = torch.cat([2 * centres[:1] - centres[1:2], centres, 2 * centres[-1:] - centres[-2:-1]])
+    edges = (edges[1:] + edges[:-1]) / 2
+    return edges.numpy(), (shares / edges.diff()).numpy()
+
+
+def plot_levels(latents: Tensor, levels: ScalarQuantizer, unit: str) -> Figure:
+    """Histograms of ``latents [C, N]`` before and after quantizing, the levels below; then each channel's own."""
+    channels = len(latents)
+    columns = min(8, channels)
+    rows = math.ceil(channels / columns)
+    figure = Figure(figsize=(12, 4.5 + 1.3 * rows), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, columns, height_ratios=[4.0 / 1.3, *[1] * rows])
+    axes = figure.add_subplot(grid[0, :])
+    span = float(latents.abs().quantile(0.9995) if latents.numel() < 10**7 else latents.abs().max())
+    x = np.linspace(-span, span, 400)
+    axes.hist(latents.flatten().numpy(), bins=x[::2], density=True, color="tab:gray", alpha=0.4, label="latents")
+    edges, density = level_density(latents, levels)
+    axes.stairs(density, edges, color="tab:purple", label=f"quantized to {levels.levels} levels")
+    axes.plot(x, norm.pdf(x, float(latents.mean()), float(latents.std())), color="black", lw=1, label="normal")
+    centres = levels.dequantize(torch.arange(levels.levels)).numpy()
+    axes.plot(centres, np.full(len(centres), -0.012), "|", color="tab:purple", ms=8, label="levels")
+    axes.set(xlim=(-span, span), xlabel=f"latent ({unit})", ylabel="density")
+    axes.legend(loc="upper right")
+    for channel, values in enumerate(latents):
+        small = figure.add_subplot(grid[1 + channel // columns, channel % columns])
+        small.hist(values.numpy(), bins=x[::8], density=True, color="tab:purple", alpha=0.6)
+        small.plot(x, norm.pdf(x), color="black", lw=0.5)
+        small.set_title(f"channel {channel}: {values.mean():.2f} +- {values.std():.2f}", fontsize=7)
+        small.set(xlim=(-span, span), yticks=[])
+        small.tick_params(labelsize=6)
+    return figure
+
+
+def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
+    """Figure 3, from a cache."""
+    check_bits(args.quant_bits, "--quant_bits")
+    check_positive(args, "num_images")
+    if not args.cached_path:
+        raise errors.UserError("--cached_path is missing: name the folder that main_cache.py wrote")
+    cache = CachedFolder(args.cached_path, mirror=False)
+    _, latent_factor = checkpoint.tokenizer_of(cache.metadata, args.cached_path)
+    cache.shape = tuple(cache[0][0].shape)
+    chosen = Subset(cache, range(0, len(cache), -(-len(cache) // args.num_images)))
+    loader = make_loader(chosen, args, device)
+    misc.seed_everything(args.seed)
+    latents = [DiagonalGaussianDistribution(moments).sample() * latent_factor for moments, _ in loader]
+    latents = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, N]
+    bounds, unit = (args.quant_min, args.quant_max), "scaled by the latent factor"
+    if args.quant_calibrate:  # in each channel's own deviations the levels of all are the same
+        mean, deviation = channel_statistics(None, loader, latent_factor, torch.device("cpu"), "fp32")
+        latents = (latents - torch.tensor(mean)[:, None]) / torch.tensor(deviation)[:, None]
+        bounds, unit = (-3 * math.sqrt(3), 3 * math.sqrt(3)), "in each channel's deviations"
+    try:
+        levels = QUANTIZERS[args.quantizer](2**args.quant_bits, *bounds)
+    except ValueError as error:
+        raise errors.UserError(str(error)) from error
+    save_figure(plot_levels(latents, levels, unit), args.output)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Figures 2, 7, 8 and 9.
+
+
+@dataclass
+class Sampler:
+    """A model from a checkpoint, its tokenizer, and how to sample from it."""
+
+    model: TokenBridge
+    class_names: list[str]
+    vae: AutoencoderKL
+    latent_factor: float
+    device: torch.device
+    args: argparse.Namespace
+
+    @classmethod
+    def load(cls, resume: str, flag: str, args: argparse.Namespace, device: torch.device) -> "Sampler":
+        """From the checkpoint in folder ``resume``, which ``flag`` named.
+
+        Raises:
+            UserError: no such checkpoint, or a damaged one, or of another tokenizer.
+        """
+        if not resume:
+            raise errors.UserError(f"{flag} is missing: name the folder that holds {checkpoint.CHECKPOINT_NAME}")
+        path = checkpoint.find(resume)
+        content = checkpoint.read_run(path)
+        config = content.get("config", {})
+        vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
+        try:
+            model = TokenBridge.from_config(config) if config else MODELS[args.model](quant_levels=64)
+        except (TypeError, ValueError) as error:
+            raise errors.UserError(f"{path} describes no model that this code can build: {error}") from error
+        checkpoint.check_config(config, model, latent_factor, path)
+        checkpoint.load_weights(model, content, path, ema=not args.no_ema)
+        names = config.get("class_names") or [str(label) for label in range(model.class_num)]
+        return cls(model.to(device), readable(names), vae.to(device), latent_factor, device, args)
+
+    @torch.no_grad()
+    def sample(self, labels: Sequence[int], seeds: Sequence[int], order: str) -> tuple[Tensor, Tensor]:
+        """Images as bytes ``[N, 3, H, W]``, and maps of the confidence of their tokens, likewise."""
+        images, maps = [], []
+        args, size = self.args, self.args.batch_size
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            with misc.autocast(self.device, args.precision):
+                latents, confidence = self.model.sample_tokens(
+                    len(labels[part]), args.num_iter, args.cfg, args.cfg_schedule, torch.tensor(labels[part]),
+                    args.temperature, seeds=seeds[part], order=order, confidence_noise=args.confidence_noise,
+                    return_confidence=True,
+                )  # fmt: skip
+            images.append(to_uint8(self.vae.decode(latents.float() / self.latent_factor)).cpu())
+            maps.append(
+                confidence_maps(confidence.unflatten(1, (self.model.grid_size, -1)).cpu(), images[-1].shape[-1])
+            )
+        return torch.cat(images), torch.cat(maps)
+
+
+def readable(names: Sequence[str]) -> list[str]:
+    """ImageNet's descriptions for names of its folders (n01440764); others as they are."""
+    info = ImageNetInfo("imagenet-1k")
+    if len(names) == 1000 and names[0] == "0":  # a published checkpoint names none
+        return [info.index_to_description(label) for label in range(1000)]
+    known = set(info.label_names())
+    return [info.label_name_to_description(name) if name in known else name for name in names]
+
+
+def find_classes(asked: Sequence[str] | None, names: Sequence[str]) -> list[int]:
+    """Labels of classes ``asked`` for by name, or a part of it between commas, or by number; by default eight.
+
+    Raises:
+        UserError: no such class; close names are suggested.
+    """
+    if asked is None:
+        count = min(8, len(names))
+        return [i * len(names) // count for i in range(count)]
+    parts: dict[str, int] = {}
+    for label, name in enumerate(names):
+        for part in (name, *name.split(",")):
+            parts.setdefault(part.strip().lower(), label)
+    labels = []
+    for name in asked:
+        label = parts.get(name.strip().lower())
+        if label is None and name.isdigit() and int(name) < len(names):
+            label = int(name)
+        if label is None:
+            close = difflib.get_close_matches(name.lower(), parts, n=4)
+            hint = f"did you mean {', '.join(close)}?" if close else f"there are {len(names)}, numbered from 0"
+            raise errors.UserError(f"no class {name!r}: {hint}")
+        labels.append(label)
+    return labels
+
+
+def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
+    """Figures 2, 7, 8 and 9: a column for each class."""
+    check_positive(args, "num_iter", "batch_size")
+    sampler = Sampler.load(args.resume, "--resume", args, device)
+    labels = find_classes(args.classes, sampler.class_names)
+    if args.figure == "samples":
+        check_positive(args, "per_class")
+        labels_drawn = labels * args.per_class
+        rows = [sampler.sample(labels_drawn, image_seeds(args.gen_seed, range(len(labels_drawn))), args.order)[0]]
+    else:
+        seeds = image_seeds(args.gen_seed, range(len(labels)))
+        if args.figure == "parallel":
+            other = Sampler.load(args.resume_parallel, "--resume_parallel", args, device)
+            for each, head, flag in ((sampler, "ar", "--resume"), (other, "parallel", "--resume_parallel")):
+                if each.model.config["head"] != head:
+                    raise errors.UserError(
+                        f"{flag} needs a model of --head {head}; this one's is {each.model.config['head']}"
+                    )
+            rows = [each.sample(labels, seeds, args.order)[0] for each in (other, sampler)]
+        else:
+            rows = [sampler.sample(labels, seeds, "random")[0], *sampler.sample(labels, seeds, "confidence")]
+    titles = [sampler.class_names[label].split(",")[0] for label in labels]
+    save_grid(torch.cat(rows), args.output, columns=len(labels), titles=titles, min_size=128)
+
+
+def main() -> None:
+    """Runs the command line."""
+    args = get_args_parser().parse_args()
+    with misc.processes(args.device) as device:
+        args.output = args.output or f"{args.figure}.png"
+        if Path(args.output).suffix.lower() != ".png":
+            raise errors.UserError(f"--output {args.output}: the picture is a .png")
+        draw_levels(args, device) if args.figure == "levels" else draw_samples(args, device)
+        misc.log.info("wrote %s", args.output)
+
+
+if __name__ == "__main__":
+    errors.run(main)
