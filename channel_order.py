@@ -13,8 +13,9 @@ from util import errors, misc
 from util.args import add_run_args, check_positive, check_range, new_parser
 from util.checkpoint import tokenizer_of
 from util.files import write_json
-from util.loader import CachedFolder, Share, make_loader
+from util.loader import Share, make_loader
 from util.metrics import provenance
+from util.packed import open_cache
 from util.report import markdown, save_figure
 
 
@@ -86,7 +87,7 @@ def main() -> None:
         check_range(args, 0, 1, "cutoff")
         if not args.cached_path:
             raise errors.UserError("--cached_path is missing: name the folder that main_cache.py wrote")
-        cache = CachedFolder(args.cached_path, mirror=False)
+        cache = open_cache(args.cached_path, mirror=False)
         tokenizer_of(cache.metadata, args.cached_path)
         cache.shape = tuple(cache[0][0].shape)
         channels, height, width = cache.shape

@@ -148,23 +148,69 @@ class BadSteps:
 
 def take_step(
     loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float
-) -> tuple[Tensor, bool]:
+) -> tuple[Tensor, Tensor]:
     """Clips the gradients and takes the optimizer's step, unless loss or gradient is not finite.
 
+    Nothing is waited for: the fused optimizer looks at the flag on the device.
+
     Returns:
-        the gradient norm before clipping, and whether loss and gradient were finite; the same on all processes.
+        the gradient norm before clipping, and whether loss and gradient were finite, on the device; the same on all
+        processes.
     """
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
     # After DDP's exchange every process sees the same norm. With fp16 an overflowing gradient is the scaler's
     # business: it leaves the step out by itself and lowers the scale.
-    finite = bool(torch.isfinite(misc.all_reduce_mean(loss) if scaler.is_enabled() else norm))
-    if finite:
+    finite = torch.isfinite(misc.all_reduce_mean(loss) if scaler.is_enabled() else norm)
+    if scaler.is_enabled():
         scaler.step(optimizer)
-    scaler.update()
+        scaler.update()
+    elif optimizer.defaults.get("fused"):
+        optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None  # as a gradient scaler would tell it
+        optimizer.step()
+        del optimizer.found_inf, optimizer.grad_scale
+    elif finite:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm, finite
+
+
+class LastStep:
+    """What follows a step once it is known to be finite: asked for a step later, when the device has long answered.
+
+    So neither weights' average nor figures see a bad step, and the device never waits for the host.
+    """
+
+    def __init__(self, model: nn.Module, ema: ModelEmaV3, meter: Meter, bad_steps: BadSteps):
+        self.model, self.ema, self.meter, self.bad_steps = model, ema, meter, bad_steps
+        self.pending: tuple | None = None
+
+    def put(self, loss: Tensor, norm: Tensor, finite: Tensor, about: Callable[[], dict]) -> None:
+        """Remembers a step; ``about`` tells what is to be written down of a bad one."""
+        answer, event = finite, None
+        if finite.is_cuda:
+            answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending = loss, norm, answer, event, about
+
+    def settle(self) -> None:
+        """Updates the average and the figures by the step that is pending, if any, or counts it as bad.
+
+        Raises:
+            UserError: see :class:`BadSteps`.
+        """
+        if self.pending is None:
+            return
+        (loss, norm, answer, event, about), self.pending = self.pending, None
+        if event is not None:
+            event.synchronize()
+        if answer:
+            self.ema.update(model_core(self.model))
+            self.meter.add(loss, norm)
+        else:
+            self.bad_steps.add(loss, norm, **about())
 
 
 def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
@@ -188,7 +234,7 @@ def train_one_epoch(
     peak_flops: float = math.inf,
     bad_steps: BadSteps | None = None,
     start_step: int = 0,
-    after_step: Callable[[int], None] | None = None,
+    after_step: Callable[[int, Callable[[], None]], None] | None = None,
 ) -> dict[str, float]:
     """One pass over ``loader``.
 
@@ -207,7 +253,8 @@ def train_one_epoch(
         peak_flops: of a matrix product here, what utilization is measured against.
         bad_steps: counts steps whose loss or gradient is not finite; by default the first one ends the run.
         start_step: the first step to take; ``loader`` starts with its batches.
-        after_step: called after each step with the number of the epoch's steps taken so far.
+        after_step: called after each step with the number of the epoch's steps taken so far, and what to call before
+            weights and average are read.
 
     Returns:
         the last figures written, by tag.
@@ -220,21 +267,25 @@ def train_one_epoch(
     steps, images = steps_per_epoch(loader, args.accum_iter), args.batch_size * args.accum_iter
     flops = model_core(model).training_flops() * images
     meter = Meter(images * misc.get_world_size(), flops, peak_flops, device)
+    last = LastStep(model, ema, meter, bad_steps)
     iterator, figures = iter(loader), {}
     for step in range(start_step, steps):
         lr = adjust_learning_rate(optimizer, epoch + step / steps, args)
         batches = list(islice(iterator, args.accum_iter))
         misc.seed_everything(args.seed, misc.get_rank(), epoch, step)
         loss = backward(model, batches, to_latents, scaler, device, args.precision)
+        last.settle()  # before the weights move on
         norm, finite = take_step(loss, optimizer, scaler, args.grad_clip)
-        if finite:
-            ema.update(model_core(model))
-            meter.add(loss, norm)
-        else:
-            bad_steps.add(loss, norm, lr, epoch, step, files_of_step(loader, step - start_step, images))
+
+        def about(lr: float = lr, step: int = step) -> dict:
+            files = files_of_step(loader, step - start_step, images)
+            return {"lr": lr, "epoch": epoch, "step": step, "files": files}
+
+        last.put(loss, norm, finite, about)
         if bar is not None:
             bar.update()
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+            last.settle()
             figures = meter.read() or figures
             figures["train/lr"] = lr
             if bar is not None and "train/loss" in figures:
@@ -246,7 +297,7 @@ def train_one_epoch(
                 for tag, value in figures.items():
                     writer.add_scalar(tag, value, epoch * steps + step + 1)
         if after_step is not None:
-            after_step(step + 1)
+            after_step(step + 1, last.settle)
     return figures
 
 

@@ -30,7 +30,8 @@ from util.args import (
     new_parser,
 )
 from util.images import confidence_maps, save_grid, to_uint8
-from util.loader import CachedFolder, make_loader
+from util.loader import make_loader
+from util.packed import open_cache
 from util.report import save_figure
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
     check_positive(args, "num_images")
     if not args.cached_path:
         raise errors.UserError("--cached_path is missing: name the folder that main_cache.py wrote")
-    cache = CachedFolder(args.cached_path, mirror=False)
+    cache = open_cache(args.cached_path, mirror=False)
     _, latent_factor = checkpoint.tokenizer_of(cache.metadata, args.cached_path)
     cache.shape = tuple(cache[0][0].shape)
     chosen = Subset(cache, range(0, len(cache), -(-len(cache) // args.num_images)))

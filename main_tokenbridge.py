@@ -3,7 +3,7 @@
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -35,7 +35,7 @@ from engine_tokenbridge import (
     steps_per_epoch,
     train_one_epoch,
 )
-from models.tokenbridge import KL16_CHANNEL_ORDER, MODELS, TokenBridge
+from models.tokenbridge import CHECKPOINTED, KL16_CHANNEL_ORDER, MODELS, TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, errors, misc
 from util.args import (
@@ -63,6 +63,7 @@ from util.loader import (
     make_loader,
 )
 from util.metrics import TITLES, Judge, provenance, table
+from util.packed import PackedCache, open_cache
 from util.report import write_search
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -87,6 +88,12 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--label_drop_prob", type=float, default=0.1, help="for classifier-free guidance")
     model.add_argument("--mask_ratio_min", type=float, default=0.7, help="lower end of the mask ratios")
     model.add_argument("--grad_checkpointing", action="store_true", help="recompute blocks to save memory")
+    model.add_argument(
+        "--checkpoint_blocks",
+        nargs="+",
+        choices=CHECKPOINTED,
+        help="which of them --grad_checkpointing recomputes; by default all",
+    )
     model.add_argument("--quant_bits", type=int, default=6, help="2^bits levels a channel")
     model.add_argument("--quant_min", type=float, default=-5.0, help="lower bound of the latents")
     model.add_argument("--quant_max", type=float, default=5.0, help="upper bound of the latents")
@@ -113,6 +120,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--min_lr", type=float, default=0.0, help="learning rate at the end of the cosine")
     train.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine")
     train.add_argument("--warmup_epochs", type=float, default=100)
+    train.add_argument("--compile", action="store_true", help="torch.compile the blocks; minutes before the first step")
     train.add_argument("--weight_decay", type=float, default=0.02)
     train.add_argument(
         "--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit (release: 3.0)"
@@ -156,7 +164,7 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--use_cached", action="store_true", help="train on cached moments; needs no images, no tokenizer"
     )
-    files.add_argument("--cached_path", default="", help="what main_cache.py wrote")
+    files.add_argument("--cached_path", default="", help="what main_cache.py or util.packed wrote")
     files.add_argument("--cached_val_path", default="", help="what main_cache.py --split val wrote, for likelihoods")
     files.add_argument("--output_dir", default="./output_dir", help="checkpoints, TensorBoard's logs, samples")
     files.add_argument("--resume", default="", help=f"folder that holds {checkpoint.CHECKPOINT_NAME}")
@@ -205,12 +213,12 @@ def check_args(args: argparse.Namespace) -> None:
 # What a run is made of.
 
 
-def load_data(args: argparse.Namespace, split: str) -> CachedFolder | ImageFolder:
+def load_data(args: argparse.Namespace, split: str) -> CachedFolder | PackedCache | ImageFolder:
     """Cached moments or images of ``train`` or ``val``, as the flags say, checked against ``--class_num``."""
     mirror = args.mirror and split == "train"
     if args.use_cached:
         root = args.cached_path if split == "train" else args.cached_val_path
-        dataset = CachedFolder(root, mirror=mirror)
+        dataset = open_cache(root, mirror=mirror)
     else:
         root = Path(args.data_path) / split
         # Measurements are of all images or none.
@@ -228,7 +236,7 @@ def adopt_tokenizer(args: argparse.Namespace, vae_config: dict, source: str) -> 
 
 
 def load_tokenizer(
-    args: argparse.Namespace, datasets: Sequence[CachedFolder | ImageFolder]
+    args: argparse.Namespace, datasets: Sequence[CachedFolder | PackedCache | ImageFolder]
 ) -> tuple[AutoencoderKL | None, float, bool]:
     """The tokenizer, None where the run does not need it; its latent factor; whether it is built as the published."""
     vae, latent_factor, vae_config = None, None, {}
@@ -298,8 +306,9 @@ def build_model(args: argparse.Namespace, config: dict[str, Any], kl16: bool, ca
         calibration: ``channel_mean`` and ``channel_std``, or nothing.
     """
     names = "img_size vae_stride patch_size vae_embed_dim mask_ratio_min label_drop_prob class_num attn_dropout"
-    names += " proj_dropout buffer_size grad_checkpointing quant_min quant_max"
+    names += " proj_dropout buffer_size quant_min quant_max"
     kwargs = {name: getattr(args, name) for name in names.split()}
+    kwargs["grad_checkpointing"] = args.checkpoint_blocks or args.grad_checkpointing
     channels = args.vae_embed_dim * args.patch_size**2
     if args.channel_order is not None:
         order = read_channel_order(args.channel_order, channels, kl16)
@@ -605,6 +614,8 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
     # The average starts as a copy of the weights that all processes have once DDP has shared those of the first.
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if misc.get_world_size() > 1 else model
     ema = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True)
+    if args.compile:
+        model.compile_blocks()
     batch = args.batch_size * args.accum_iter * misc.get_world_size()
     if args.lr is None:
         args.lr = args.blr * batch / 256
@@ -631,10 +642,11 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
             loader.sampler.start = start_step * args.accum_iter * args.batch_size
             loader.dataset.set_draws(args.seed, epoch)
 
-            def after_step(taken: int, epoch: int = epoch) -> None:
+            def after_step(taken: int, settle: Callable[[], None], epoch: int = epoch) -> None:
                 stop = stop_signals.agreed()
                 due = args.save_every_steps and (epoch * steps + taken) % args.save_every_steps == 0
                 if stop or (due and taken < steps):
+                    settle()
                     finished, step = divmod(epoch * steps + taken, steps)
                     save(
                         model,

@@ -10,8 +10,13 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import attend
+from models.dropout import Dropout, with_fast_dropout
+
 #: Elements of AdaLN modulations held at once in sampling; more tokens than that allows go through in turn.
 MODULATION_BUDGET = 2**28
+#: Elements of the sequence (tokens x places x width) that train at once, by device; see :class:`LossInParts`.
+TRAINING_BUDGET = {"cpu": 2**22, "cuda": 2**25}
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -22,20 +27,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def ada_ln(dim: int, parts: int) -> nn.Sequential:
     """SiLU and the Linear that gives ``parts`` modulations of width ``dim`` from a condition of width ``dim``."""
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    """Softmax attention ``[M, H, N, d]`` with scale 1/sqrt(d); ``mask [N, N]`` is added to the scores.
-
-    On the CPU as plain products: PyTorch's fused kernel is 2 to 8 times slower there on sequences this short, most of
-    all its bf16 backward pass.
-    """
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=mask is not None)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if mask is not None:
-        scores = scores + mask.to(scores.dtype)
-    return F.dropout(scores.softmax(dim=-1), dropout) @ v
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -53,7 +44,7 @@ class ChannelAttention(nn.Module):
         self.k_norm = norm_layer(dim // heads)
         self.attn_dropout = attn_dropout
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_dropout)
+        self.proj_drop = Dropout(proj_dropout)
 
     def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(x), "m c (three h d) -> three m h c d", three=3, h=self.heads)
@@ -83,7 +74,7 @@ class ChannelBlock(nn.Module):
         self.norm1 = norm_layer(dim)
         self.attn = ChannelAttention(dim, heads, norm_layer, attn_dropout, proj_dropout)
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout)
+        self.mlp = with_fast_dropout(Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout))
         self.adaLN_modulation = ada_ln(dim, 6)
 
     def forward(self, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
@@ -205,6 +196,25 @@ class ChannelHead(nn.Module):
                 x = block.all_places(x, conditions, self.channel_mask)
         return self.classify(self.channel_final(self.channel_norm(x), self.channel_final.adaLN_modulation(conditions)))
 
+    def loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of ``targets [M, C]`` given ``features [M, F]``, over tokens and places.
+
+        In training, more tokens than :data:`TRAINING_BUDGET` allows go through in parts, each forward and backward.
+        """
+        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        rows = max(1, TRAINING_BUDGET.get(features.device.type, 2**25) // (self.places * self.dim))
+        # In fp16, gradients need the scale that the loss only gets later.
+        fp16 = torch.is_autocast_enabled(features.device.type) and (
+            torch.get_autocast_dtype(features.device.type) == torch.float16
+        )
+        if len(features) > rows and torch.is_grad_enabled() and features.requires_grad and learned and not fp16:
+            return LossInParts.apply(self, rows, features, targets, *learned)
+        return self._loss_sum(features, targets) / targets.numel()
+
+    def _loss_sum(self, features: Tensor, targets: Tensor) -> Tensor:
+        logits = self(features, targets)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+
     @torch.no_grad()
     def sample(self, features: Tensor, choose: Callable[[Tensor, int], Tensor], first_place: str = "trained") -> Tensor:
         """Channels one after the other, with keys and values kept: C steps of one place each.
@@ -251,3 +261,35 @@ class ChannelHead(nn.Module):
         """Tokens whose modulations and logits fit :data:`MODULATION_BUDGET`."""
         logits = self.classes * (1 if self.autoregressive else self.places)
         return max(1, MODULATION_BUDGET // (self.places * self.dim * (6 * self.depth + 2) + logits))
+
+
+class LossInParts(torch.autograd.Function):
+    """The head's loss, part by part of the tokens, gradients included: activations of one part are held at a time.
+
+    The head's activations are most of a training step's memory, 16 places for each token. Nothing is computed twice:
+    gradients of features and weights are taken while a part's activations are there, and scaled when they are asked
+    for.
+    """
+
+    @staticmethod
+    def forward(ctx, head: ChannelHead, rows: int, features: Tensor, targets: Tensor, *learned: Tensor) -> Tensor:
+        total = torch.zeros((), device=features.device)
+        feature_grads, sums = [], None
+        for z, part in zip(features.split(rows), targets.split(rows), strict=True):
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                loss = head._loss_sum(z, part) / targets.numel()
+                grad, *grads = torch.autograd.grad(loss, [z, *learned], materialize_grads=True)
+            total += loss.detach()
+            feature_grads.append(grad)
+            if sums is None:
+                sums = grads
+            else:
+                torch._foreach_add_(sums, grads)
+        ctx.save_for_backward(torch.cat(feature_grads), *sums)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        features, *learned = ctx.saved_tensors
+        return None, None, features * scale, None, *torch._foreach_mul(learned, scale)

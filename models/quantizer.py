@@ -125,11 +125,13 @@ class ScalarQuantizer(nn.Module):
         self.register_buffer("reconstruction_values", values)
         self.register_buffer("boundaries", boundaries)
         self.register_buffer("thresholds", nearest_thresholds(values), persistent=False)
+        self.register_buffer("latent_thresholds", torch.zeros(levels - 1), persistent=False)
         self.calibrated = channel_mean is not None or channel_std is not None
         if self.calibrated:
             low, high = calibrated_bounds(channel_mean, channel_std, std_range)
             self.register_buffer("channel_min", low, persistent=False)
             self.register_buffer("channel_max", high, persistent=False)
+        self._update_latent_thresholds()
         # Thresholds follow whatever table a checkpoint brings.
         self.register_load_state_dict_post_hook(lambda module, _: module._update_thresholds())
 
@@ -137,6 +139,23 @@ class ScalarQuantizer(nn.Module):
         if not (self.reconstruction_values.diff() > 0).all():
             raise ValueError("a quantizer's reconstruction values must ascend")
         self.thresholds.copy_(nearest_thresholds(self.reconstruction_values.float().cpu()))
+        self._update_latent_thresholds()
+
+    def _update_latent_thresholds(self) -> None:
+        """The largest latents that Eq. 1 maps to a threshold or below: comparing with these saves Eq. 1 itself."""
+        if self.calibrated or self.thresholds.is_meta:
+            return
+        limits = self.thresholds.cpu()
+        margin = 1.0 + abs(self.quant_min) + abs(self.quant_max)
+        below = torch.full_like(limits, self.quant_min - margin)
+        above = torch.full_like(limits, self.quant_max + margin)
+        while True:  # bisection: Eq. 1 is monotone, rounding included
+            middle = below + (above - below) / 2
+            if (~(middle > below) | ~(middle < above)).all():
+                break
+            inside = self.normalize(middle) <= limits
+            below, above = torch.where(inside, middle, below), torch.where(inside, above, middle)
+        self.latent_thresholds.copy_(below)
 
     def bounds(self) -> tuple[float | Tensor, float | Tensor]:
         """alpha_min and alpha_max: numbers, or ``[C]`` each where channels are calibrated."""
@@ -154,8 +173,11 @@ class ScalarQuantizer(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of any shape to ``(indices, dequantized)`` of that shape, int64 and float32 (Eq. 4, 5)."""
-        indices = torch.bucketize(self.normalize(x).contiguous(), self.thresholds)
-        return indices, self.dequantize(indices)
+        if self.calibrated:
+            indices = torch.bucketize(self.normalize(x).contiguous(), self.thresholds)
+            return indices, self.dequantize(indices)
+        indices = torch.bucketize(x.float().contiguous(), self.latent_thresholds)
+        return indices, self.dequantize(torch.arange(self.levels, device=x.device))[indices]
 
 
 def calibrated_bounds(

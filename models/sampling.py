@@ -1,7 +1,8 @@
 """Generation (section 3.3, inference): planned on the host, run on the device without waiting for it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -129,12 +130,28 @@ def guided_features(
     ``classes`` is ``[B, D]`` for one pass, or ``[2B, D]``, conditional half first, for both in one batch.
     """
     halves = len(classes) // len(tokens)
-    features = model.backbone(tokens.repeat(halves, 1, 1), known.repeat(halves, 1), classes)
-    features = gather_tokens(features, wanted.repeat(halves, 1))
+    repeated = (tokens.repeat(halves, 1, 1), known.repeat(halves, 1), classes, wanted.repeat(halves, 1))
+    features = model.backbone(*repeated)
     if halves == 1:
         return features
     conditional, unconditional = features.chunk(2)
     return unconditional + guidance * (conditional - unconditional)
+
+
+@contextmanager
+def weights_cast_once(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Within the block, autocast keeps the low-precision copies of frozen weights instead of making them each time.
+
+    By itself it keeps those of weights that may need gradients.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad and torch.is_autocast_enabled(device.type)]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -190,23 +207,30 @@ def sample_tokens(
     }  # fmt: skip
     training = model.training
     model.eval()
-    if known_mask is None:
-        tokens, confidence = generate(model, bsz, **per_image, **shared)
-    else:
-        # Images with equally many known tokens make a batch: all its shapes follow from their number.
-        given = model.quantize(model.patchify(known_latents.to(model.device)))[1]
-        known_mask = known_mask.to(model.device).bool()
-        counts = known_mask.sum(dim=1).tolist()
-        tokens, confidence = torch.empty_like(given), given.new_empty(bsz, model.seq_len)
-        for count in sorted(set(counts)):
-            rows = [row for row in range(bsz) if counts[row] == count]
-            part = {
-                name: None if value is None else [value[r] for r in rows] if name == "seeds" else value[rows]
-                for name, value in per_image.items()
-            }
-            tokens[rows], confidence[rows] = generate(
-                model, len(rows), **part, **shared, given=given[rows], known_mask=known_mask[rows], known_count=count
-            )
+    with weights_cast_once(model, model.device):
+        if known_mask is None:
+            tokens, confidence = generate(model, bsz, **per_image, **shared)
+        else:
+            # Images with equally many known tokens make a batch: all its shapes follow from their number.
+            given = model.quantize(model.patchify(known_latents.to(model.device)))[1]
+            known_mask = known_mask.to(model.device).bool()
+            counts = known_mask.sum(dim=1).tolist()
+            tokens, confidence = torch.empty_like(given), given.new_empty(bsz, model.seq_len)
+            for count in sorted(set(counts)):
+                rows = [row for row in range(bsz) if counts[row] == count]
+                part = {
+                    name: None if value is None else [value[r] for r in rows] if name == "seeds" else value[rows]
+                    for name, value in per_image.items()
+                }
+                tokens[rows], confidence[rows] = generate(
+                    model,
+                    len(rows),
+                    **part,
+                    **shared,
+                    given=given[rows],
+                    known_mask=known_mask[rows],
+                    known_count=count,
+                )
     model.train(training)
     latents = model.unpatchify(tokens)
     return (latents, confidence) if return_confidence else latents

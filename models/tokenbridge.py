@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
@@ -21,6 +20,9 @@ from models.quantizer import QUANTIZERS
 
 #: KL-16's channels by share of low-frequency energy, highest first (section 3.2). Published checkpoints do not hold it.
 KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
+
+#: What can be recomputed in the backward pass.
+CHECKPOINTED = ("encoder", "decoder", "head")
 
 #: Classes of a place of the head at most: joint vocabularies grow as levels^group.
 MAX_CLASSES = 2**17
@@ -45,7 +47,8 @@ class TokenBridge(nn.Module):
         class_num: number of classes.
         attn_dropout, proj_dropout: dropout of attention weights and of projections, in backbone and head.
         buffer_size: positions in front of the tokens that hold the class embedding.
-        grad_checkpointing: recompute blocks in the backward pass.
+        grad_checkpointing: recompute blocks in the backward pass: all, or those of ``"encoder"``, ``"decoder"``,
+            ``"head"``.
         quant_min, quant_max, std_range: see :class:`models.quantizer.ScalarQuantizer`.
         channel_order: the order in which the head predicts a token's channels, a permutation of
             ``range(vae_embed_dim * patch_size**2)``; by default KL-16's where there are 16, else their own order.
@@ -84,7 +87,7 @@ class TokenBridge(nn.Module):
         attn_dropout: float = 0.1,
         proj_dropout: float = 0.1,
         buffer_size: int = 64,
-        grad_checkpointing: bool = False,
+        grad_checkpointing: bool | Sequence[str] = False,
         quant_min: float = -5.0,
         quant_max: float = 5.0,
         std_range: float = 3.0,
@@ -121,8 +124,12 @@ class TokenBridge(nn.Module):
             "norm_layer": norm_layer,
             "attn_dropout": attn_dropout,
             "proj_dropout": proj_dropout,
-            "grad_checkpointing": grad_checkpointing,
         }
+        parts = grad_checkpointing
+        if isinstance(parts, bool):
+            parts = CHECKPOINTED if grad_checkpointing else ()
+        if not set(parts) <= set(CHECKPOINTED):
+            raise ValueError(f"grad_checkpointing takes {', '.join(CHECKPOINTED)}, not {parts}")
         self.backbone = MaskedBackbone(
             token_dim=self.token_dim,
             seq_len=self.seq_len,
@@ -135,6 +142,7 @@ class TokenBridge(nn.Module):
             decoder_depth=decoder_depth,
             decoder_num_heads=decoder_num_heads,
             label_drop_prob=label_drop_prob,
+            checkpointed=[part for part in parts if part != "head"],
             **shared,
         )
         self.head = ChannelHead(
@@ -145,6 +153,7 @@ class TokenBridge(nn.Module):
             depth=channel_depth,
             heads=channel_heads,
             autoregressive=head == "ar",
+            grad_checkpointing="head" in parts,
             **shared,
         )
         for name, values in {"channel_mean": channel_mean, "channel_std": channel_std}.items():
@@ -358,8 +367,7 @@ class TokenBridge(nn.Module):
         features = self.backbone(tokens, known, self.class_emb(self.check_labels(labels)))  # [B, L, D]
         targets = gather_tokens(indices[..., self.generation_order], masked).flatten(0, 1)  # [M, C]
         targets = self.to_classes(targets)
-        logits = self.head(gather_tokens(features, masked).flatten(0, 1), targets)  # [M, C, K]
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return self.head.loss(gather_tokens(features, masked).flatten(0, 1), targets)
 
     def training_flops(self, num_masked: float | None = None) -> float:
         """Floating-point operations of a training step for one image: three times those of the forward pass.
@@ -386,6 +394,17 @@ class TokenBridge(nn.Module):
         forward += 2 * (self.seq_len - num_masked) * self.token_dim * enc
         forward += blocks(c["decoder_depth"], dec, everything) + num_masked * token
         return 3 * forward
+
+    def compile_blocks(self) -> None:
+        """Has ``torch.compile`` fuse what lies between the blocks' matrix products, in training.
+
+        Blocks of a kind share one program, made for any number of tokens: each step masks another one. Copies of the
+        model made before stay as they are.
+        """
+        for block in (*self.backbone.encoder_blocks, *self.backbone.decoder_blocks):
+            block.compile(dynamic=True)
+        for block in self.head.channel_blocks:
+            block.all_places = torch.compile(block.all_places, dynamic=True)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Generation (section 3.3).

@@ -44,6 +44,17 @@ def test_bucketized_indices_are_the_argmin(levels, bound):
     assert torch.allclose(dequantized, (values[indices] + 3) / 6 * 2 * bound - bound, atol=1e-6)
 
 
+@pytest.mark.parametrize("bounds", [(-5.0, 5.0), (-3.0, 3.0), (-1.5, 4.25)])
+def test_comparing_latents_is_comparing_normalized_ones(bounds):
+    quantizer = GaussianQuantizer(64, *bounds)
+    edges = quantizer.latent_thresholds
+    beside = [torch.nextafter(edges, torch.full_like(edges, side)) for side in (-torch.inf, torch.inf)]
+    x = torch.cat([edges, *beside, torch.tensor([-100.0, 100.0, *bounds]), 3 * torch.randn(100_000)])
+    distance = (quantizer.normalize(x)[:, None] - quantizer.reconstruction_values).abs()
+    indices, values = quantizer(x)
+    assert torch.equal(indices, distance.argmin(dim=1)) and torch.equal(values, quantizer.dequantize(indices))
+
+
 def test_ties_go_to_the_lower_level():
     quantizer = GaussianQuantizer(2, -3, 3)  # values -a and a: zero is exactly between
     assert quantizer(torch.tensor([0.0]))[0].item() == 0

@@ -49,10 +49,23 @@ def remove_parts(paths: Iterable[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON, whole or not at all."""
+def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
+    """Writes ``value`` as JSON, whole or not at all."""
     with written_whole(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+        file.write((json.dumps(value, indent=indent) + "\n").encode())
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise UserError(f"cannot read {path}: {reason}") from error
 
 
 def inside(folder: str | Path, name: str) -> Path:

@@ -258,11 +258,19 @@ class CachedFolder(Coins, datasets.DatasetFolder):
     def __getitem__(self, index: int):
         path, label = self.samples[index]
         moments = self.read_moments(path, "moments_flip" if self.mirror and self.coin(index) else "moments")
+        return self.checked(moments, path), label
+
+    def checked(self, moments: Tensor, path: str) -> Tensor:
+        """``moments`` themselves.
+
+        Raises:
+            UserError: their shape is not that of the others.
+        """
         if self.shape is not None and moments.shape != self.shape:
             raise UserError(
                 f"cached moments {path} are {list(moments.shape)}, others {list(self.shape)}; run main_cache.py again"
             )
-        return moments, label
+        return moments
 
     @staticmethod
     def read_moments(path: str | Path, name: str = "moments") -> Tensor:

@@ -1,11 +1,12 @@
 """Processes, seeds, logging, precision, and the optimizer's parameter groups."""
 
+import ctypes
 import logging
 import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -117,6 +118,19 @@ def gather_shares(rows: Tensor, total: int) -> Tensor:
     return torch.stack(shares, dim=1).flatten(0, 1)[:total]
 
 
+def keep_freed_memory() -> None:
+    """Has the C library keep what is freed for what is allocated next, on the CPU (glibc; elsewhere nothing happens).
+
+    By default every large tensor is a fresh mapping, whose pages the kernel has to find and clear: half of a training
+    step's time on the CPU.
+    """
+    never_map, never_trim = (-4, 0), (-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    with suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        for option in (never_map, never_trim):
+            libc.mallopt(*option)
+
+
 @contextmanager
 def processes(device: str | None = None) -> Iterator[torch.device]:
     """Joins torchrun's process group, if there is one (nccl on CUDA, gloo on the CPU), and gives this process's device.
@@ -130,6 +144,8 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but this machine has no CUDA device that torch can use; pass --device cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else device.index or 0)

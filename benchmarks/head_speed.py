@@ -1,0 +1,84 @@
+"""The paper's Table 5: the channel head, with and without cache and with 4 channels, against MAR's diffusion head."""
+
+from functools import partial
+
+import torch
+
+from benchmarks.common import alternating, finish, machine, parse, spread
+from benchmarks.other_ways import DiffusionHead, plain_kernels, sample_recomputing
+from models.channel_head import ChannelHead
+from models.sampling import sample_categorical
+from models.tokenbridge import MODELS
+from util import misc
+
+
+def head_of(model: str, channels: int) -> ChannelHead:
+    """The head of a model, without its backbone."""
+    with torch.device("meta"):
+        whole = MODELS[model](vae_embed_dim=channels, quant_levels=64)
+    config, norm = whole.config, type(whole.head.channel_norm)
+    return ChannelHead(
+        config["decoder_embed_dim"], channels, 64, config["channel_embed_dim"], config["channel_depth"],
+        config["channel_heads"], 4.0, partial(norm, eps=1e-6), 0.0, 0.0, False,
+    )  # fmt: skip
+
+
+def flops(head: ChannelHead, tokens: int) -> float:
+    """Of sampling ``tokens``: 2 operations a multiply-add of all matrix products, attention left out (it is small)."""
+    places = head.places * (head.depth * 2 * 18 * head.dim**2 + 2 * (2 * head.dim**2 + head.dim * head.classes))
+    return tokens * (places + 2 * head.condition_proj.in_features * head.dim)
+
+
+def main() -> None:
+    """Runs the command line."""
+
+    def add(parser) -> None:
+        parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
+        parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="of one call")
+        parser.add_argument("--precision", choices=misc.PRECISIONS, nargs="+", default=["fp32", "bf16"])
+
+    args = parse(__doc__, 5, add)
+    about = machine(args.device)
+    ours, few = (head_of(args.model, channels).to(args.device).eval() for channels in (16, 4))
+    diffusion = DiffusionHead(ours.condition_proj.in_features).to(args.device).eval()
+    rows = []
+    for precision in args.precision:
+        for tokens in args.tokens:
+            features = torch.randn(tokens, ours.condition_proj.in_features, device=args.device)
+            uniform = torch.rand(tokens, 16, device=args.device)
+
+            def choose(logits, place, uniform=uniform):
+                return sample_categorical(logits, 1.0, uniform[:, place])
+
+            def recompute(features=features, choose=choose):
+                with plain_kernels():
+                    return sample_recomputing(ours, features, choose)
+
+            works = {
+                "diffusion head (MAR), 100 steps": lambda f=features: diffusion.sample(f),
+                "diffusion head (MAR), guidance": lambda f=features: diffusion.sample(torch.cat([f, f]), 3.0),
+                "channel head, prefix recomputed": recompute,
+                "channel head": lambda f=features, c=choose: ours.sample(f, c),
+                "channel head, 4 channels": lambda f=features, c=choose: few.sample(f, c),
+            }
+
+            def inside(work, precision=precision):
+                with torch.no_grad(), misc.autocast(args.device, precision):
+                    return work()
+
+            works = {name: partial(inside, work) for name, work in works.items()}
+            times = {name: spread(taken) for name, taken in alternating(works, args.repeats, args.device).items()}
+            recomputed, mar = (times[name]["median_s"] for name in list(works)[2::-2])
+            for name, figures in times.items():
+                row = {"way": name, "precision": precision, "tokens": tokens, **figures}
+                row["times faster than recomputing"] = recomputed / figures["median_s"]
+                row["times faster than diffusion"] = mar / figures["median_s"]
+                if name == "channel head":
+                    peak = about["matmul_tflops"].get(precision)
+                    row["utilization"] = flops(ours, tokens) / figures["median_s"] / peak / 1e12 if peak else None
+                rows.append(row)
+    finish("head_speed", rows, about, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Every fast path equals the plain one: in float32 to rounding, in bfloat16 to bfloat16's own distance."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import channel_head
+from models.dropout import Dropout, dropout
+from models.sampling import sample_classes
+from models.tokenbridge import TokenBridge
+from tests.conftest import SMALL, filled
+
+HEADS = {
+    "ar": {},
+    "parallel": {"head": "parallel"},
+    "pairs": {"channels_per_group": 2, "quant_levels": 4},
+    "parallel fours": {"head": "parallel", "channels_per_group": 4, "quant_levels": 4},
+    "patches": {"vae_stride": 8, "patch_size": 2, "vae_embed_dim": 4},
+}
+NO_DROPOUT = {"attn_dropout": 0.0, "proj_dropout": 0.0, "label_drop_prob": 0.0}
+
+
+def small(head: str, **options) -> TokenBridge:
+    return filled(TokenBridge(**{**SMALL, **HEADS[head], **options}))
+
+
+def batch(model: TokenBridge, size: int = 4) -> tuple[torch.Tensor, ...]:
+    side = model.grid_size * model.patch_size
+    mask = (torch.rand(size, 16).argsort(dim=1) < 13).float()
+    return torch.randn(size, model.vae_embed_dim, side, side), torch.arange(size) % 4, mask
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_loss_in_parts_is_the_loss(head, monkeypatch):
+    model = small(head, **NO_DROPOUT).train()
+    given, results = batch(model), []
+    for budget in (2**30, 7 * model.head.places * model.head.dim):  # all 52 tokens; 7 at once, the last part smaller
+        monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", budget)
+        model.zero_grad()
+        loss = 3 * model(*given)  # scaled, as accumulation does
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (whole, expected), (parts, found) = results
+    assert torch.allclose(whole, parts, atol=1e-5)
+    for name, grad in expected.items():
+        assert torch.allclose(grad, found[name], atol=1e-4 * max(1.0, grad.abs().max().item())), name
+
+
+def test_frozen_parts_of_the_head_and_of_the_backbone_get_no_gradients(monkeypatch):
+    model = small("ar", **NO_DROPOUT).train()
+    monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", 7 * 16 * 32)
+    model.head.channel_blocks.requires_grad_(False)
+    model(*batch(model)).backward()
+    assert model.head.channel_blocks[0].mlp.fc1.weight.grad is None
+    assert model.head.condition_proj.weight.grad.any() and model.backbone.z_proj.weight.grad.any()
+    model.zero_grad()
+    model.head.requires_grad_(True)
+    model.backbone.requires_grad_(False)
+    model(*batch(model)).backward()
+    assert model.head.condition_proj.weight.grad.any() and model.backbone.z_proj.weight.grad is None
+
+
+@pytest.mark.parametrize("budget", [2**30, 7 * 16 * 32])
+def test_bf16_gradients_stay_as_near_to_fp32_whatever_the_parts(monkeypatch, budget):
+    model = small("ar", **NO_DROPOUT).train()
+    given, grads = batch(model), {}
+    for precision, size in (("fp32", 2**30), ("plain", 2**30), ("fast", budget)):
+        monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", size)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
+            loss = model(*given)
+        loss.backward()
+        grads[precision] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert distance(grads["fast"], grads["fp32"]) < 1.2 * distance(grads["plain"], grads["fp32"]) < 0.1
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_drops_what_it_should_and_scales_the_rest(p):
+    x = torch.ones(300_001, requires_grad=True)
+    torch.manual_seed(0)
+    y = dropout(x, p)
+    assert (y == 0).float().mean().item() == pytest.approx(p, abs=4 * (p * (1 - p) / len(x)) ** 0.5)
+    assert y.mean().item() == pytest.approx(1, abs=0.01)
+    assert y[y != 0].unique().item() == pytest.approx(1 / (1 - p), rel=1e-4)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())  # gradients pass where values did
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, p), y) and not torch.equal(dropout(x, p), y)
+    # Neighbours, which share random words, do not drop together.
+    dropped = (y == 0).float()
+    for lag in (1, 2, 3, 4):
+        together = (dropped[lag:] * dropped[:-lag]).mean().item()
+        assert together == pytest.approx(p * p, abs=4 * p / len(x) ** 0.5)
+    module = Dropout(p)
+    assert (module(x) == 0).any() and torch.equal(module.eval()(x), x)
+
+
+def test_every_dropout_of_the_model_is_the_fast_one():
+    model = TokenBridge(**SMALL)
+    kinds = [type(module) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert set(kinds) == {Dropout} and len(kinds) >= 12
+
+
+@pytest.mark.parametrize("parts", [True, ["head"], ["encoder", "decoder"]])
+def test_checkpointed_blocks_give_the_same_gradients_dropout_included(parts):
+    grads = []
+    for checkpointing in (False, parts):
+        model = small("ar", grad_checkpointing=checkpointing).train()
+        torch.manual_seed(3)
+        model(*[torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(1)), torch.arange(4)]).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(grads[0], grads[1], atol=1e-5)
+    with pytest.raises(ValueError, match="grad_checkpointing takes encoder, decoder, head"):
+        TokenBridge(**SMALL, grad_checkpointing=["tail"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("head", ["ar", "parallel"])
+def test_compiled_blocks_give_the_same_gradients_for_every_number_of_tokens(head, monkeypatch):
+    model = small(head, **NO_DROPOUT).train()
+    given = [batch(model)[:2] for _ in range(3)]
+    masks = [(torch.rand(4, 16).argsort(dim=1) < count).float() for count in (12, 14, 16)]
+    monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", 20 * 16 * 32)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile_blocks()
+        for (latents, labels), mask in zip(given, masks, strict=True):
+            model.zero_grad()
+            model(latents, labels, mask).backward()
+            results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    for plain, fast in zip(results[:3], results[3:], strict=True):
+        assert torch.allclose(plain, fast, atol=1e-4 * plain.abs().max().item())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sampling.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_features_of_wanted_positions_are_those_of_all(head):
+    model = small(head)
+    tokens, positions = torch.randn(3, 16, model.token_dim), torch.rand(3, 16).argsort(dim=1)
+    known, wanted = positions[:, :5], positions[:, 9:]
+    classes = model.class_emb(torch.tensor([0, 1, 2]))
+    every = model.backbone(tokens, known, classes)
+    some = model.backbone(tokens, known, classes, wanted)
+    assert torch.allclose(some, every.gather(1, wanted[..., None].expand(-1, -1, 32)), atol=1e-5)
+    bf16 = []
+    for positions in (None, wanted):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.backbone(tokens, known, classes, positions)
+        bf16.append(found if positions is not None else found.gather(1, wanted[..., None].expand(-1, -1, 32)))
+    assert distance(bf16[1], some) < 1.2 * distance(bf16[0], some) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_sampled_confidences_are_teacher_forcings(head):
+    model = small(head)
+    features = torch.randn(20, 32)
+    chosen, confidence = sample_classes(model.head, features, 1.0, torch.rand(20, model.head.places), "trained")
+    forced = F.log_softmax(model.head(features, chosen), dim=-1).gather(-1, chosen[..., None]).sum(dim=(1, 2))
+    assert torch.allclose(forced, confidence, atol=1e-4 * model.head.places)
+
+
+def test_autocast_keeps_copies_of_frozen_weights_for_the_length_of_a_call():
+    model = small("ar").requires_grad_(False)
+    seen = []
+    hook = model.head.condition_proj.register_forward_pre_hook(
+        lambda module, _: seen.append(module.weight.requires_grad)
+    )
+    options = {"bsz": 2, "num_iter": 3, "seeds": [1, 2], "temperature": 0}
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = model.sample_tokens(**options)
+    assert seen == [True] * 3 and not any(p.requires_grad for p in model.parameters())
+    plain = small("ar")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain.sample_tokens(**options), fast)
+    seen.clear()
+    model.sample_tokens(**options)
+    assert seen == [False] * 3
+    hook.remove()
