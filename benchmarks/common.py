@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -67,6 +68,12 @@ def alternating(works: dict[str, Callable[[], Any]], repeats: int, device: torch
             synchronize(device)
             times[name].append(time.perf_counter() - start)
     return times
+
+
+def in_own_process(work: Callable[..., Any], *args) -> Any:
+    """What ``work(*args)`` returns in a process of its own: its memory, its allocator, no traces of others."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, args)
 
 
 def spread(times: list[float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import channel_head
+from models import channel_head, dropout
 from models.backbone import MaskedBackbone, gather_tokens
 from models.channel_head import ChannelHead
 from models.quantizer import ScalarQuantizer
@@ -77,7 +77,7 @@ def sample_tokens_plainly(model: TokenBridge, labels: Tensor, num_iter: int, cfg
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Within the block, attention is PyTorch's kernel everywhere, as in the release, whatever the device."""
+    """Within the block everything is as PyTorch has it, as in the release: attention, dropout, the loss in one part."""
 
     def run_fused(self: MaskedBackbone, part: str, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         for block in blocks:
@@ -85,12 +85,20 @@ def plain_kernels() -> Iterator[None]:
             x = block(x)
         return x
 
-    ours = MaskedBackbone._run, channel_head.attend
-    MaskedBackbone._run, channel_head.attend = run_fused, fused_attention
+    plain = [
+        (MaskedBackbone, "_run", run_fused),
+        (channel_head, "attend", fused_attention),
+        (channel_head, "TRAINING_BUDGET", {"cpu": 2**62, "cuda": 2**62}),
+        (dropout, "dropout", F.dropout),
+    ]
+    ours = [getattr(where, name) for where, name, _ in plain]
+    for where, name, value in plain:
+        setattr(where, name, value)
     try:
         yield
     finally:
-        MaskedBackbone._run, channel_head.attend = ours
+        for (where, name, _), value in zip(plain, ours, strict=True):
+            setattr(where, name, value)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -4,27 +4,30 @@ Each way runs in a process of its own, so that its peak memory is its own.
 """
 
 import argparse
-import multiprocessing
 from functools import partial
 
 import torch
 from timm.utils import ModelEmaV3
 
-from benchmarks.common import finish, machine, parse, seconds, spread
+from benchmarks.common import finish, in_own_process, machine, parse, seconds, spread
 from benchmarks.other_ways import plain_kernels
 from engine_tokenbridge import take_step
 from models.tokenbridge import MODELS
 from util import misc
 
 
-def steps(args: argparse.Namespace, way: str, results) -> None:
-    """Measures one way, and puts times, peak memory, matrix peak and operations into the queue ``results``."""
+def steps(args: argparse.Namespace, way: str) -> tuple[list[float], float, float, float]:
+    """Times of one way, peak memory in GiB, operations, and the matrix peak."""
     if args.threads:
         torch.set_num_threads(args.threads)
     device, precision = args.device, "fp32" if way == "release" else way
+    if way != "release" and device.type == "cpu":
+        misc.keep_freed_memory()  # as every script does
     torch.manual_seed(0)
     model = MODELS[args.model](quant_levels=64, grad_checkpointing=args.grad_checkpointing).to(device)
     ema = ModelEmaV3(model, decay=0.9999, exclude_buffers=True)
+    if args.compile and way != "release":
+        model.compile_blocks()
     groups = misc.add_weight_decay(model, 0.02)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=way != "release")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -53,7 +56,7 @@ def steps(args: argparse.Namespace, way: str, results) -> None:
         times = seconds(step, args.repeats, device)
     memory = misc.memory_in_use(device)
     work = model.training_flops(model.num_masked_at(0.5)) * args.batch
-    results.put((times, memory, work, misc.matmul_flops(device, precision)))
+    return times, memory, work, misc.matmul_flops(device, precision)
 
 
 def main() -> None:
@@ -63,19 +66,15 @@ def main() -> None:
         parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
         parser.add_argument("--batch", type=int, default=4, help="images of a step")
         parser.add_argument("--grad_checkpointing", action="store_true")
+        parser.add_argument("--compile", action="store_true", help="of our ways")
         parser.add_argument(
             "--ways", nargs="+", default=["release", "fp32", "bf16"], help="of release, fp32, bf16, fp16"
         )
 
     args = parse(__doc__, 3, add)
     about, rows, slow = machine(args.device), [], None
-    spawn = multiprocessing.get_context("spawn")
     for way in args.ways:
-        results = spawn.Queue()
-        process = spawn.Process(target=steps, args=(args, way, results))
-        process.start()
-        times, memory, work, peak = results.get()
-        process.join()
+        times, memory, work, peak = in_own_process(steps, args, way)
         figures = spread(times)
         slow = figures["median_s"] if way == "release" else slow
         row = {"way": "the release's, fp32" if way == "release" else f"ours, {way}", "model": args.model}

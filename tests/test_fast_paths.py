@@ -1,16 +1,21 @@
 """Every fast path equals the plain one: in float32 to rounding, in bfloat16 to bfloat16's own distance."""
 
+import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.other_ways import DiffusionHead, argmin_over_levels, plain_kernels, sample_recomputing
 from models import channel_head
 from models.dropout import Dropout, dropout
-from models.sampling import sample_classes
+from models.quantizer import GaussianQuantizer
+from models.sampling import sample_categorical, sample_classes
 from models.tokenbridge import TokenBridge
-from tests.conftest import SMALL, filled
+from tests.conftest import ROOT, SMALL, filled
 
 HEADS = {
     "ar": {},
@@ -101,6 +106,7 @@ def test_dropout_drops_what_it_should_and_scales_the_rest(p):
     for lag in (1, 2, 3, 4):
         together = (dropped[lag:] * dropped[:-lag]).mean().item()
         assert together == pytest.approx(p * p, abs=4 * p / len(x) ** 0.5)
+    assert not dropout(x, 1.0).any() and not dropout(x, 1 - 1e-9).any()
     module = Dropout(p)
     assert (module(x) == 0).any() and torch.equal(module.eval()(x), x)
 
@@ -193,3 +199,69 @@ def test_autocast_keeps_copies_of_frozen_weights_for_the_length_of_a_call():
     model.sample_tokens(**options)
     assert seen == [False] * 3
     hook.remove()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What benchmarks compare with does the same.
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["ar", "pairs", "patches"])
+def test_the_head_that_recomputes_gives_the_same(head):
+    model = small(head)
+    features, uniform = torch.randn(9, 32), torch.rand(9, model.head.places)
+
+    def choose(logits, place):
+        return sample_categorical(logits, 1.0, uniform[:, place])
+
+    with plain_kernels():
+        recomputed = sample_recomputing(model.head, features, choose)
+    assert torch.equal(recomputed, model.head.sample(features, choose))
+
+
+def test_the_argmin_over_all_levels_gives_the_same():
+    quantizer, x = GaussianQuantizer(64), 3 * torch.randn(4, 256, 16)
+    assert all(torch.equal(a, b) for a, b in zip(argmin_over_levels(quantizer, x), quantizer(x), strict=True))
+
+
+def test_the_releases_way_trains_the_same():
+    model = small("ar", **NO_DROPOUT).train()
+    given, losses = batch(model), []
+    losses.append(model(*given).item())
+    with plain_kernels():
+        losses.append(model(*given).item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_the_diffusion_head_samples_what_it_should():
+    # A head whose noise estimate is exact for data of one value gives that value back.
+    head = DiffusionHead(8, channels=3, width=16, depth=1)
+    value = torch.tensor([0.5, -1.0, 2.0])
+
+    def exact(x, t, feature):
+        alpha = head.alphas[head.kept == t].item()
+        return (x - alpha**0.5 * value) / (1 - alpha) ** 0.5, torch.zeros_like(x)
+
+    head.forward = exact
+    for features, guidance in ((torch.randn(5, 8), 1.0), (torch.randn(10, 8), 3.0)):
+        assert torch.allclose(head.sample(features, guidance), value.expand(5, -1), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("quantizer", ""),
+        ("head_speed", "--model tokenbridge_tiny --tokens 2 --precision fp32"),
+        ("sampling", "--model tokenbridge_tiny --num_iter 2 --ways release bf16"),
+        ("training", "--model tokenbridge_tiny --ways release bf16"),
+        ("loader", "--images 40 --workers 0"),
+    ],
+)
+def test_benchmarks_run(name, flags, tmp_path):
+    path = tmp_path / "results.json"
+    command = f"-m benchmarks.{name} --device cpu --repeats 1 --json {path} {flags}"
+    subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, capture_output=True)
+    content = json.loads(path.read_text())
+    assert content["benchmark"] == name and content["machine"]["matmul_tflops"]["fp32"] > 0
+    assert all(row["median_s"] > 0 for row in content["rows"])

@@ -1,0 +1,78 @@
+"""Writes the tables of ``benchmarks/README.md`` from the files in ``benchmarks/results``."""
+
+import re
+from pathlib import Path
+
+from util.files import read_json
+from util.report import markdown, write_text
+
+HERE = Path(__file__).parent
+COMMANDS = {
+    "quantizer": "python -m benchmarks.quantizer",
+    "head_speed": "python -m benchmarks.head_speed --model tokenbridge_large --tokens 1 4 16 64",
+    "sampling": "python -m benchmarks.sampling --model tokenbridge_large --batch 256 --num_iter 64 --ways bf16",
+    "training": "python -m benchmarks.training --model tokenbridge_large --batch 64 --compile --ways bf16",
+    "loader": "python -m benchmarks.loader --workers 0 8",
+}
+
+
+def tables(device: str) -> str:
+    """All results of ``device``, cpu or cuda; of those that are missing, the command that would give them."""
+    parts = []
+    for name, command in COMMANDS.items():
+        path = HERE / "results" / f"{device}-{name}.json"
+        parts.append(f"### {name}, {device}\n")
+        if not path.exists():
+            parts.append(f"Not measured. `{command} --device {device} --json benchmarks/results/{path.name}`\n")
+            continue
+        content = read_json(path)
+        about, rows = content["machine"], content["rows"]
+        header = list(dict.fromkeys(key for row in rows for key in row))
+        parts.append(markdown(header, [[row.get(key) for key in header] for row in rows]))
+        peaks = ", ".join(f"{value} TFLOP/s {precision}" for precision, value in about["matmul_tflops"].items())
+        versions = f"torch {about['torch_version']}, commit {about['commit'][:12]}."
+        parts.append(
+            f"{about['device']}, {about['threads']} threads; matrix products {peaks}; copies "
+            f"{about['copy_gb_per_s']} GB/s. {versions}\n"
+        )
+    return "\n".join(parts)
+
+
+def reached() -> dict[str, str]:
+    """The measured ratios that README's first table asks for."""
+
+    def rows(name: str) -> list[dict]:
+        return read_json(HERE / "results" / f"cpu-{name}.json")["rows"]
+
+    quantizer = [row["ratio"] for row in rows("quantizer") if row["way"] == "bucketize" and row["levels"] == 64]
+    head = next(
+        row["times faster than recomputing"]
+        for row in rows("head_speed")
+        if (row["way"], row["precision"], row["tokens"]) == ("channel head", "fp32", 64)
+    )
+    sampling, training = ({row["way"]: row for row in rows(name)} for name in ("sampling", "training"))
+    loader = {(row["cache"], row["workers"]): row["ratio"] for row in rows("loader")}
+    memory = training["ours, bf16"]["peak_memory_gib"] * 2**30 / 1e9
+    return {
+        "quantizer": " and ".join(f"{ratio:.1f}" for ratio in quantizer),
+        "head": f"{head:.1f}",
+        "sampling": f"{sampling['ours, bf16']['ratio']:.1f} (bf16), {sampling['ours, fp32']['ratio']:.1f} (fp32)",
+        "training": f"{training['ours, bf16']['ratio']:.1f} (bf16), {memory:.1f} GB",
+        "loader": f"{loader['packed, fp32', 0]:.1f} in one process, {loader['packed, fp32', 2]:.1f} with 2 workers",
+    }
+
+
+def main() -> None:
+    """Fills in the tables."""
+    path = HERE / "README.md"
+    text = path.read_text()
+    for name, value in reached().items():
+        text = re.sub(rf"(<!-- {name} -->).*?(<!-- end -->)", rf"\g<1>{value}\g<2>", text)
+    for device in ("cpu", "cuda"):
+        pattern = rf"(<!-- {device} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda match: match[1] + tables(device) + match[2], text, flags=re.DOTALL)  # noqa: B023
+    write_text(path, text)
+
+
+if __name__ == "__main__":
+    main()
