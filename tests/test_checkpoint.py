@@ -3,11 +3,15 @@
 import argparse
 import os
 import pickle
+import random
+from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
 from tests.conftest import SMALL, filled
 from tests.fill import deterministic_fill
 from util import checkpoint
@@ -116,3 +120,117 @@ def test_a_config_that_differs_is_named_on_both_sides(small_model):
         checkpoint.check_config({**config, "quant_max": 4.0}, small_model, 0.3, "file.pth")
     with pytest.raises(UserError, match=r"latent_factor is 0.3 there, 0.2325 here"):
         checkpoint.check_config(config, small_model, 0.2325, "file.pth")
+
+
+def test_step_counts_go_where_this_runs_optimizer_wants_them(small_model, tmp_path):
+    state = released(small_model.train())["optimizer"]  # of an optimizer that is not fused, as the release's
+    with torch.device("meta"):  # as a CUDA device: another one than the file's
+        model = TokenBridge(**SMALL)
+    optimizer = torch.optim.AdamW(add_weight_decay(model, 0.02), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    before = torch.optim.Optimizer.load_state_dict
+    seen = []
+
+    def load_state_dict(self, content):
+        before(self, content)
+        seen.extend(str(entry["step"].device) for entry in self.state.values())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Optimizer, "load_state_dict", load_state_dict)
+        checkpoint.load_optimizer(optimizer, state, "file.pth")
+    assert set(seen) == {"meta"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Safetensors.
+
+
+def same(a, b) -> bool:
+    """Whether two nested values are equal, types included."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and a == b
+
+
+def test_checkpoints_become_safetensors_and_come_back_without_loss(tmp_path, small_model, capsys):
+    paths = [tmp_path / name for name in ("a.pth", "b.safetensors", "c.pth")]
+    content = released(small_model.train())
+    content |= {
+        "config": {**small_model.config, "latent_factor": 0.2325},
+        "more": (1, [2.5, None], {"a.b": True, 3: "x"}),
+    }
+    content |= {"half": torch.ones(3, dtype=torch.bfloat16), "a": {"b.c": torch.ones(1)}, "a.b": {"c": torch.zeros(1)}}
+    content["shared"] = [content["half"], content["half"][1:]]
+    torch.save(content, paths[0])
+    for source, target in pairwise(paths):
+        checkpoint.main(["convert", str(source), str(target)])
+    before, after = (checkpoint.read(paths[i]) for i in (0, 2))
+    assert same({**before, "args": vars(before["args"])}, {**after, "args": vars(after["args"])})
+    assert list(after["model"]) == list(small_model.state_dict())
+
+    checkpoint.main(["show", str(paths[1])])
+    shown = capsys.readouterr().out
+    assert "model: " in shown and "epoch: 3" in shown and "quant_levels: 16" in shown and "0.2325" in shown
+    checkpoint.main(["show", str(paths[1]), "--tensors"])
+    assert "mask_token [1, 1, 32] torch.float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_averages_alone_take_the_weights_place(tmp_path, small_model, suffix):
+    torch.save(released(small_model.train()), tmp_path / "a.pth")
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    checkpoint.convert(tmp_path / "a.pth", folder / f"checkpoint-last.{suffix}", "model_ema")
+    path = checkpoint.find(folder)
+    content = checkpoint.read_run(path)
+    model = TokenBridge(**SMALL)
+    checkpoint.load_weights(model, content, path, ema=True)
+    for name, value in small_model.named_parameters():
+        assert torch.equal(model.state_dict()[name], 2 * value)
+    assert torch.equal(model.quantizer.thresholds, small_model.quantizer.thresholds)
+
+
+def test_damaged_safetensors_are_refused(tmp_path, small_model):
+    path = tmp_path / "checkpoint-last.safetensors"
+    content = {"model": small_model.state_dict()}
+    checkpoint.safe.write(path, content)
+    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(40):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged[: draw.choice([len(whole), draw.randrange(len(whole))])])
+        try:
+            assert same(dict(checkpoint.read(path)["model"]), dict(content["model"]))
+        except UserError as error:
+            assert len(str(error).splitlines()) == 1
+            refused += 1
+    assert refused > 30
+
+
+def test_what_cannot_be_converted_is_named(tmp_path, small_model):
+    path = tmp_path / "a.pth"
+    torch.save({"model": small_model.state_dict(), "what": {1, 2}}, path)
+    for target, weights, message in (
+        ("b.zip", None, "choose a name"),
+        ("a.pth", None, "is there already"),
+        ("b.safetensors", "model_ema", "no weights under 'model_ema'"),
+        ("b.safetensors", None, "what is a set"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checkpoint.convert(path, tmp_path / target, weights)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_tokenizers_of_any_program_as_safetensors(tmp_path):
+    vae = filled(AutoencoderKL(16, (1, 1, 2, 2, 4)))
+    save_file(vae.state_dict(), tmp_path / "kl16.safetensors")  # nothing but tensors: taken for KL-16
+    loaded, latent_factor = AutoencoderKL.from_pretrained(tmp_path / "kl16.safetensors")
+    assert latent_factor == 0.2325 and torch.equal(loaded.quant_conv.weight, vae.quant_conv.weight)
+    small = filled(AutoencoderKL(4, (1, 2), ch=32, num_res_blocks=1))
+    checkpoint.save_vae(tmp_path / "vae.ckpt", small, 0.7)
+    checkpoint.convert(tmp_path / "vae.ckpt", tmp_path / "vae.safetensors")
+    loaded, latent_factor = AutoencoderKL.from_pretrained(tmp_path / "vae.safetensors")
+    assert latent_factor == 0.7 and loaded.config == small.config

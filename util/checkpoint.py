@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from util import errors, safe
+from util.args import new_parser
 from util.errors import UserError
 from util.files import written_whole
 from util.misc import log
 
 CHECKPOINT_NAME = "checkpoint-last.pth"
+SAFE_NAME = "checkpoint-last.safetensors"
 
 #: What the published VAE is, for files that say nothing of themselves.
 KL16_CONFIG = {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}
@@ -30,7 +33,7 @@ KL16_LATENT_FACTOR = 0.2325
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The dictionary in a ``torch.save`` file, on the CPU, read as data (``weights_only=True``).
+    """The dictionary in a ``torch.save`` or safetensors file, on the CPU, read as data (``weights_only=True``).
 
     Published files may hold the run's ``argparse.Namespace``: that one class is allowed by name.
 
@@ -41,6 +44,11 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; check the path, or see the README for where to fetch it")
     try:
+        if path.suffix == safe.SUFFIX:
+            content = safe.read(path)
+            if not isinstance(content, dict):
+                raise ValueError(f"a {type(content).__name__}, not a dictionary")
+            return content
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Mapped, what is not used takes no memory; the format of old files allows neither that nor checksums.
             archive = zipfile.is_zipfile(path)
@@ -242,7 +250,9 @@ def find(resume: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(resume)
-    path = path / CHECKPOINT_NAME if path.is_dir() else path
+    if path.is_dir():
+        names = (CHECKPOINT_NAME, SAFE_NAME)
+        path = next((path / name for name in names if (path / name).is_file()), path / CHECKPOINT_NAME)
     if not path.is_file():
         raise UserError(f"no {CHECKPOINT_NAME} in {resume}; --resume takes the folder that holds it")
     return path
@@ -341,10 +351,12 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path,
     Raises:
         UserError: it has none, or they do not fit.
     """
+    ema = ema and content.get("averaged") is not True  # a file of averages alone has them in the weights' place
     key = "model_ema" if ema else "model"
     weights, plain = content.get(key), content.get("model")
     if not isinstance(weights, Mapping):
-        raise UserError(f"{path} has no weights under '{key}'")
+        hint = "; --no_ema takes those that it has" if ema and isinstance(plain, Mapping) else ""
+        raise UserError(f"{path} has no weights under '{key}'{hint}")
     expected = model.state_dict()
     if ema:  # averages are of learned entries only; the tables lie with the plain weights
         tables = set(expected) - {name for name, _ in model.named_parameters()}
@@ -369,7 +381,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], p
             number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
             for number, entry in state["state"].items()
         }
-        optimizer.load_state_dict({"state": entries, "param_groups": state["param_groups"]})
+        # Where torch puts the counts of steps follows from how the optimizer works: as here, not as in the file.
+        groups = [dict(group) for group in state["param_groups"]]
+        for group, ours in zip(groups, options, strict=False):
+            group |= {name: ours[name] for name in ("fused", "capturable", "foreach") if name in ours}
+        optimizer.load_state_dict({"state": entries, "param_groups": groups})
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for number, parameter in enumerate(parameters):
             entry = entries.get(number, {})
@@ -420,3 +436,99 @@ def save(path: str | Path, content: dict[str, Any], keep_last: int = 1) -> None:
                 shutil.copy2(path, names[1])
     for old in older(path)[keep_last - 1 :]:
         old.unlink()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# As a command: python -m util.checkpoint show|convert.
+
+
+def convert(source: str | Path, target: str | Path, weights: str | None = None) -> None:
+    """Writes a checkpoint in the other format, or its weights alone, by their names.
+
+    Args:
+        target: ``.safetensors`` or ``.pth``.
+        weights: ``"model"`` or ``"model_ema"`` for those weights alone (with the tables of ``model``), else everything.
+
+    Raises:
+        UserError: see :func:`read`; the target has another suffix or is there; or there are no such weights.
+    """
+    target = Path(target)
+    if target.suffix not in (safe.SUFFIX, ".pth", ".ckpt"):
+        raise UserError(f"{target}: choose a name that ends in {safe.SUFFIX} or .pth")
+    if target.exists():
+        raise UserError(f"{target} is there already; choose another name")
+    content = read(source)
+    if weights is not None:
+        if not isinstance(content.get(weights), Mapping):
+            raise UserError(f"{source} has no weights under '{weights}'")
+        tables = content.get("model")
+        content = {
+            "model": {**(tables if isinstance(tables, Mapping) else {}), **content[weights]},
+            **{name: content[name] for name in ("config", "args", "epoch") if name in content},
+            "averaged": weights == "model_ema",
+        }
+    try:
+        if target.suffix == safe.SUFFIX:
+            safe.write(target, content)
+        else:
+            with written_whole(target) as file:
+                torch.save(content, file)
+    except ValueError as error:
+        raise UserError(f"{source} cannot be converted: {error}") from error
+
+
+def summary(path: str | Path, tensors: bool = False) -> list[str]:
+    """What is in a checkpoint, in lines.
+
+    Args:
+        tensors: also list every tensor.
+    """
+    content = read(path)
+    lines = [f"{path}: {Path(path).stat().st_size / 2**20:,.1f} MiB"]
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
+            count = sum(each.numel() for each in value.values())
+            kinds = ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in value.values()}))
+            lines.append(f"{name}: {len(value)} tensors, {count / 1e6:,.2f}M values, {kinds}")
+            lines += [f"    {each} {list(tensor.shape)} {tensor.dtype}" for each, tensor in value.items() if tensors]
+        elif name == "optimizer" and isinstance(value, Mapping):
+            lines.append(f"{name}: moments of {len(value.get('state', {}))} parameters")
+        elif isinstance(value, Mapping | argparse.Namespace):
+            entries = value if isinstance(value, Mapping) else vars(value)
+            lines += [f"{name}:", *(f"    {key}: {shortened(each)}" for key, each in entries.items())]
+        else:
+            lines.append(f"{name}: {shortened(value)}")
+    return lines
+
+
+def shortened(value: Any) -> str:
+    """A value on a line of its own."""
+    text = f"tensor {list(value.shape)}" if isinstance(value, Tensor) else str(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of this module."""
+    parser = new_parser("Shows what is in a checkpoint, or converts between .pth and .safetensors without loss.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="what is in a file")
+    show.add_argument("file")
+    show.add_argument("--tensors", action="store_true", help="every tensor, too")
+    change = commands.add_parser("convert", help="from .pth to .safetensors, or back")
+    change.add_argument("source")
+    change.add_argument("target")
+    change.add_argument("--weights", choices=["model", "model_ema"], help="these alone; by default everything")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    args = get_args_parser().parse_args(argv)
+    if args.command == "show":
+        print("\n".join(summary(args.file, args.tensors)))
+    else:
+        convert(args.source, args.target, args.weights)
+
+
+if __name__ == "__main__":
+    errors.run(main)
