@@ -1,6 +1,7 @@
 """Orders the channels of cached latents by their share of low-frequency energy (section 3.2; torchrun or python)."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
@@ -85,6 +86,7 @@ def main() -> None:
     with misc.processes(args.device) as device:
         check_positive(args, "patch_size", "num_images", "batch_size", "cutoff")
         check_range(args, 0, 1, "cutoff")
+        check_range(args, 0, math.inf, "num_workers", "seed")
         if not args.cached_path:
             raise errors.UserError("--cached_path is missing: name the folder that main_cache.py wrote")
         cache = open_cache(args.cached_path, mirror=False)

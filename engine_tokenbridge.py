@@ -320,6 +320,7 @@ class Sampling:
     order: str = "random"
     confidence_noise: float = 0.0
     save_confidence: bool = False
+    vae_precision: str | None = None  # by default that of the model
 
 
 def image_seeds(gen_seed: int, numbers: Iterable[int]) -> list[int]:
@@ -433,7 +434,7 @@ def evaluate(
             }
             with misc.autocast(device, settings.precision):
                 latents, confidence = model.sample_tokens(len(chunk), *how, **more, return_confidence=True)
-            images = to_uint8(vae.decode(latents.float() / latent_factor)).cpu()  # in float32, as rFID is measured
+            images = decode_images(vae, latents / latent_factor, settings.vae_precision or settings.precision)
             for number, image in zip(chunk, images, strict=True):
                 save_png(image, image_path(folder, number))
             if settings.save_confidence:
@@ -443,6 +444,22 @@ def evaluate(
             bar.update(min(len(chunk) * world, total - bar.n))
     misc.barrier()
     return folder
+
+
+#: Pixels decoded at once, by device.
+DECODING_BUDGET = {"cpu": 2**19, "cuda": 2**22}
+
+
+@torch.no_grad()
+def decode_images(vae: AutoencoderKL, latents: Tensor, precision: str) -> Tensor:
+    """Unscaled latents ``[N, C, h, w]`` to images as bytes ``[N, 3, H, W]`` on the CPU, in parts that fit memory."""
+    pixels = latents.shape[2] * latents.shape[3] * vae.stride**2
+    size = max(1, DECODING_BUDGET.get(latents.device.type, 2**22) // pixels)
+    parts = []
+    for part in latents.float().split(size):
+        with misc.autocast(latents.device, precision):
+            parts.append(to_uint8(vae.decode(part.contiguous(memory_format=torch.channels_last))))
+    return torch.cat([part.cpu() for part in parts])  # the host waits once
 
 
 def check_num_images(num_images: int, class_num: int) -> None:
@@ -535,7 +552,12 @@ def held_out_likelihood(
 
 @torch.no_grad()
 def channel_statistics(
-    vae: AutoencoderKL | None, loader: Iterable, latent_factor: float, device: torch.device, precision: str
+    vae: AutoencoderKL | None,
+    loader: Iterable,
+    channels: int,
+    latent_factor: float,
+    device: torch.device,
+    precision: str,
 ) -> tuple[list[float], list[float]]:
     """Mean and deviation of each channel's scaled latents, over images and positions, and over all processes.
 
@@ -545,15 +567,14 @@ def channel_statistics(
     Args:
         loader: gives tuples that start with images, or with moments where ``vae`` is None.
     """
-    sums = None  # count, mean, mean square of each channel
+    sums = torch.zeros(3, channels, dtype=torch.float64, device=device)  # count, mean, mean square
     for batch, *_ in loader:
         batch = batch.to(device, non_blocking=True)
         with misc.autocast(device, precision):
             posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
         mean, deviation = posterior.mean.double(), posterior.std.double()
         first, second = mean.mean(dim=(0, 2, 3)), (mean**2 + deviation**2).mean(dim=(0, 2, 3))
-        part = len(batch) * torch.stack([torch.ones_like(first), first, second])
-        sums = part if sums is None else sums + part
+        sums += len(batch) * torch.stack([torch.ones_like(first), first, second])
     count, first, second = misc.all_reduce_mean(sums)
     mean = first / count
     deviation = (second / count - mean**2).clamp(min=0).sqrt()

@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import Subset
 
-from engine_tokenbridge import channel_statistics, image_seeds
+from engine_tokenbridge import channel_statistics, decode_images, image_seeds
 from models.quantizer import QUANTIZERS, ScalarQuantizer
 from models.tokenbridge import MODELS, TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
@@ -27,9 +27,10 @@ from util.args import (
     add_vae_arg,
     check_bits,
     check_positive,
+    check_range,
     new_parser,
 )
-from util.images import confidence_maps, save_grid, to_uint8
+from util.images import confidence_maps, save_grid
 from util.loader import make_loader
 from util.packed import open_cache
 from util.report import save_figure
@@ -137,7 +138,7 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
     latents = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, N]
     bounds, unit = (args.quant_min, args.quant_max), "scaled by the latent factor"
     if args.quant_calibrate:  # in each channel's own deviations the levels of all are the same
-        mean, deviation = channel_statistics(None, loader, latent_factor, torch.device("cpu"), "fp32")
+        mean, deviation = channel_statistics(None, loader, len(latents), latent_factor, torch.device("cpu"), "fp32")
         latents = (latents - torch.tensor(mean)[:, None]) / torch.tensor(deviation)[:, None]
         bounds, unit = (-3 * math.sqrt(3), 3 * math.sqrt(3)), "in each channel's deviations"
     try:
@@ -177,12 +178,20 @@ class Sampler:
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         try:
             model = TokenBridge.from_config(config) if config else MODELS[args.model](quant_levels=64)
-        except (TypeError, ValueError) as error:
-            raise errors.UserError(f"{path} describes no model that this code can build: {error}") from error
+        except Exception as error:  # sizes that cannot be fail in many ways
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise errors.UserError(f"{path} describes no model that this code can build: {reason}") from error
         checkpoint.check_config(config, model, latent_factor, path)
         checkpoint.load_weights(model, content, path, ema=not args.no_ema)
         names = config.get("class_names") or [str(label) for label in range(model.class_num)]
-        return cls(model.to(device), readable(names), vae.to(device), latent_factor, device, args)
+        return cls(
+            model.to(device),
+            readable(names),
+            vae.to(device, memory_format=torch.channels_last),
+            latent_factor,
+            device,
+            args,
+        )
 
     @torch.no_grad()
     def sample(self, labels: Sequence[int], seeds: Sequence[int], order: str) -> tuple[Tensor, Tensor]:
@@ -197,7 +206,7 @@ class Sampler:
                     args.temperature, seeds=seeds[part], order=order, confidence_noise=args.confidence_noise,
                     return_confidence=True,
                 )  # fmt: skip
-            images.append(to_uint8(self.vae.decode(latents.float() / self.latent_factor)).cpu())
+            images.append(decode_images(self.vae, latents / self.latent_factor, args.precision))
             maps.append(
                 confidence_maps(confidence.unflatten(1, (self.model.grid_size, -1)).cpu(), images[-1].shape[-1])
             )
@@ -242,6 +251,7 @@ def find_classes(asked: Sequence[str] | None, names: Sequence[str]) -> list[int]
 def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     """Figures 2, 7, 8 and 9: a column for each class."""
     check_positive(args, "num_iter", "batch_size")
+    check_range(args, 0, math.inf, "temperature", "confidence_noise", "gen_seed")
     sampler = Sampler.load(args.resume, "--resume", args, device)
     labels = find_classes(args.classes, sampler.class_names)
     if args.figure == "samples":
@@ -268,6 +278,7 @@ def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
     with misc.processes(args.device) as device:
+        check_range(args, 0, math.inf, "num_workers", "seed")
         args.output = args.output or f"{args.figure}.png"
         if Path(args.output).suffix.lower() != ".png":
             raise errors.UserError(f"--output {args.output}: the picture is a .png")

@@ -11,6 +11,7 @@ from util.checkpoint import fingerprint
 from util.files import remove_parts, write_json
 from util.loader import (
     CACHE_METADATA,
+    PACKED_METADATA,
     BadImages,
     ImagesToCache,
     Share,
@@ -41,6 +42,8 @@ def check_same(cached_path: str | Path, about: dict) -> None:
     Raises:
         UserError: it is another one; continuing would mix the two.
     """
+    if (Path(cached_path) / PACKED_METADATA).exists():
+        raise errors.UserError(f"{cached_path} holds a packed cache; choose another folder")
     before = read_cache_metadata(cached_path)
     if before is None:
         if next(Path(cached_path).glob("*/*.npz"), None) is not None:
@@ -74,6 +77,7 @@ def main() -> None:
             "vae": vae.config,
             "vae_sha256": fingerprint(vae),
             "precision": args.precision,
+            "split": args.split,
         }
         check_same(args.cached_path, about)
         if misc.is_main_process():

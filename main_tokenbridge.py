@@ -152,6 +152,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--no_ema", action="store_true", help="evaluate the weights themselves, not their average")
     sample.add_argument("--no_metrics", action="store_true", help="pictures alone")
     sample.add_argument("--keep_images", action="store_true", help="keep the images once they are measured")
+    sample.add_argument("--vae_precision", choices=misc.PRECISIONS, help="of decoding; by default --precision")
     sample.add_argument("--save_confidence", action="store_true", help="also picture each token's confidence")
     sample.add_argument("--save_npz", action="store_true", help="also write the images as ADM's evaluator reads them")
     add_metrics_args(sample)
@@ -195,7 +196,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("channels_per_group", "head_dim", "head_depth", "head_heads"):
         if getattr(args, name) is not None:
             check_positive(args, name)
-    check_range(args, 0, math.inf, "confidence_noise")
+    check_range(args, 0, math.inf, "confidence_noise", "gen_seed", "seed")
     if min(args.temperature) < 0:
         raise errors.UserError(f"--temperature {min(args.temperature)}: it must not be negative")
     if args.evaluate or args.online_eval:
@@ -323,14 +324,20 @@ def build_model(args: argparse.Namespace, config: dict[str, Any], kl16: bool, ca
         "quantizer": args.quantizer,
         "channel_order": order,
     }
+    levels = 2**args.quant_bits
+    if config.get("quant_levels", levels) != levels:  # before groups of so many levels are found to be too large
+        raise errors.UserError(
+            f"{args.resume} was trained differently: quant_levels is {config['quant_levels']} there, {levels} here "
+            "(--quant_bits)"
+        )
     adopted = {name: config[name] for name in checkpoint.ADOPTED if name in config}
     if args.channel_order is None and "channel_order" in adopted:
         asked.pop("channel_order")
     kwargs |= adopted | {name: value for name, value in asked.items() if value is not None} | calibration
     try:
-        return MODELS[args.model](quant_levels=2**args.quant_bits, **kwargs)
-    except (TypeError, ValueError) as error:
-        raise errors.UserError(str(error)) from error
+        return MODELS[args.model](quant_levels=levels, **kwargs)
+    except Exception as error:  # sizes that cannot be, of flags or of a checkpoint, fail in many ways
+        raise errors.UserError((str(error) or type(error).__name__).splitlines()[0]) from error
 
 
 def open_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
@@ -370,7 +377,7 @@ def calibrate(
     share = Share(len(chosen), misc.get_rank(), misc.get_world_size())
     loader = make_loader(chosen, args, device, sampler=share, persistent_workers=False)
     vae = None if args.use_cached else vae.to(device)
-    mean, deviation = channel_statistics(vae, loader, latent_factor, device, args.precision)
+    mean, deviation = channel_statistics(vae, loader, args.vae_embed_dim, latent_factor, device, args.precision)
     misc.log.info("calibrated: channel deviations from %.3f to %.3f", min(deviation), max(deviation))
     return {"channel_mean": mean, "channel_std": deviation}
 
@@ -415,6 +422,7 @@ def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
 def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) -> Sampling:
     """The flags' settings at one guidance scale and temperature."""
     names = "num_images eval_bsz num_iter cfg_schedule gen_seed precision order confidence_noise save_confidence"
+    names += " vae_precision"
     return Sampling(cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names.split()})
 
 
@@ -706,8 +714,10 @@ def main() -> None:
         if measuring:
             checkpoint.load_weights(model, content, path, ema=not args.no_ema)
             content.clear()
+            if args.compile:
+                model.compile_blocks()
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
-        model, vae = model.to(device), None if vae is None else vae.to(device)
+        model, vae = model.to(device), None if vae is None else vae.to(device, memory_format=torch.channels_last)
         loader = None if measuring else make_training_loader(dataset, device, args)
         share = None if val is None else Share(len(val), misc.get_rank(), misc.get_world_size())
         held_out = None if val is None else make_loader(val, args, device, sampler=share)

@@ -375,7 +375,7 @@ def main() -> None:
         loader = make_loader(chosen, args, device, sampler=Share(len(chosen), misc.get_rank(), misc.get_world_size()))
         vae, calibration = vae.to(device), {}
         if args.quant_calibrate:
-            measured = channel_statistics(vae, loader, latent_factor, device, args.precision)
+            measured = channel_statistics(vae, loader, vae.embed_dim, latent_factor, device, args.precision)
             calibration = dict(zip(("channel_mean", "channel_std"), measured, strict=True))
         pictures, features, tallies = reconstruct(
             vae, latent_factor, loader, settings, judge, save, device, args, calibration

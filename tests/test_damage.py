@@ -281,7 +281,7 @@ def test_damaged_caches_are_refused_or_loaded_as_they_are(tmp_path, kind):
     assert refused >= {"flip": 5, "dtype": 3, "metadata": 4}.get(kind, 8)
 
 
-@pytest.mark.parametrize("kind", ["cut", "nan", "type", "trap"])
+@pytest.mark.parametrize("kind", ["cut", "nan", "type", "size", "trap"])
 def test_the_command_says_in_one_line_what_is_wrong(refused, cached, trained, vae_path, tmp_path, kind):
     draw = random.Random(kind)
     good = torch.load(trained / "checkpoint-last.pth", weights_only=True)
@@ -291,6 +291,8 @@ def test_the_command_says_in_one_line_what_is_wrong(refused, cached, trained, va
         torch.save({**good, "model": {name: with_nan(v) for name, v in good["model"].items()}}, path)
     elif kind == "type":
         torch.save({**good, "config": {**good["config"], "channel_order": "abc"}}, path)
+    elif kind == "size":
+        torch.save({**good, "config": {**good["config"], "channel_heads": 0}}, path)
     elif kind == "trap":
         torch.save({**good, "optimizer": Trap(tmp_path / "trace")}, path)
     line = refused(
@@ -299,5 +301,5 @@ def test_the_command_says_in_one_line_what_is_wrong(refused, cached, trained, va
         f"--num_workers 0 --epochs 3 --use_cached --cached_path {cached} --output_dir {tmp_path}/out "
         f"--resume {tmp_path}/bad",
     )
-    assert str(path) in line or "channel_order" in line
+    assert str(path) in line or "channel_order" in line or "zero" in line
     assert not (tmp_path / "trace").exists() and not (tmp_path / "out" / "checkpoint-last.pth").exists()

@@ -183,11 +183,25 @@ def test_two_caches_are_never_mixed(refused, images, cached, vae_path, tmp_path)
     command = f"--vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
     assert "img_size 16 there, 32 here" in refused("main_cache", f"{command} --img_size 32")
     assert "precision fp32 there, bf16 here" in refused("main_cache", f"{command} --img_size 16 --precision bf16")
+    (images / "val").symlink_to(images / "train")
+    assert "split train there, val here" in refused("main_cache", f"{command} --img_size 16 --split val")
     torch.manual_seed(5)
     checkpoint.save_vae(vae_path, AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1), 0.5)
     assert "vae_sha256" in refused("main_cache", f"{command} --img_size 16")
+    (cached / "packed.json").write_text("{}")
+    assert "holds a packed cache" in refused("main_cache", f"{command} --img_size 16")
+    (cached / "packed.json").unlink()
     (cached / "cache.json").unlink()
     assert "without cache.json" in refused("main_cache", f"{command} --img_size 16")
+
+
+def test_files_of_images_that_are_gone_are_named(run, refused, images, cached, vae_path, tmp_path):
+    (images / "train" / "class1" / "1.png").unlink()
+    run(
+        "main_cache", f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
+    )
+    line = refused("main_tokenbridge", f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run")
+    assert "holds 16 files, but was made of 15 images" in line
 
 
 def test_moments_of_another_shape_are_named(refused, cached, tmp_path):

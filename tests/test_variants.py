@@ -422,7 +422,13 @@ def test_another_variant_than_the_checkpoints_is_refused(run, refused, cached, t
         "--quant_calibrate": "without calibration there, with --quant_calibrate here",
     }.items():
         assert sides in refused("main_tokenbridge", f"{resume} --resume {trained} {flags}")
+    run("main_tokenbridge", f"{TINY} {SHORT} --epochs 1 --use_cached --cached_path {cached} --channels_per_group 4 "
+        f"--output_dir {tmp_path}/fours")  # fmt: skip
+    fours = resume.replace("--quant_bits 3", "--quant_bits 6") + f" --resume {tmp_path}/fours"
+    assert "quant_levels is 8 there, 64 here (--quant_bits)" in refused("main_tokenbridge", fours)
     for flags, message in {
+        "--seed -1": "--seed -1",
+        "--num_workers -1": "--num_workers -1",
         "--channels_per_group 3": "groups of 3 do not divide",
         "--channels_per_group 8 --quant_bits 6": "joint classes",
         "--head_heads 7": "not a multiple",
@@ -485,6 +491,8 @@ def test_figures_are_commands(run, refused, cached, trained, vae_path, tmp_path)
         f"parallel {common} --resume_parallel {trained}": "--resume_parallel needs a model of --head parallel",
         f"samples {common} --output x.jpg": ".png",
         "levels": "--cached_path is missing",
+        f"samples {common} --temperature -1": "--temperature -1",
+        f"samples {common} --gen_seed -1": "--gen_seed -1",
     }.items():
         assert message in refused("figures", bad)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import signal
 from functools import partial
 from itertools import chain, islice
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
 from torchvision import datasets, transforms
 
+from util.args import check_range
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import inside, read_arrays
@@ -21,6 +23,8 @@ from util.misc import StopSignals, get_rank, get_world_size, log
 
 #: Beside the class folders of a cache: what the loaders of its moments need to know.
 CACHE_METADATA = "cache.json"
+#: In a packed cache, likewise.
+PACKED_METADATA = "packed.json"
 
 # --------------------------------------------------------------------------------------------------------------------
 # Images.
@@ -251,9 +255,14 @@ class CachedFolder(Coins, datasets.DatasetFolder):
             ) from error
         self.shape: tuple[int, ...] | None = None
         self.metadata = read_cache_metadata(root) or {}
-        planned = self.metadata.get("images", 0)
+        planned = self.metadata.get("images", len(self.samples))
         if len(self.samples) < planned or not self.metadata.get("complete", True):
             raise UserError(f"{root} is incomplete: {len(self.samples)} of {planned} files; run main_cache.py again")
+        if len(self.samples) > planned:
+            raise UserError(
+                f"{root} holds {len(self.samples)} files, but was made of {planned} images: some are of images that "
+                "are gone, or of other data; make it anew in another folder"
+            )
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
@@ -331,6 +340,7 @@ def leave_signals_to_parent(worker: int) -> None:
 
 def make_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device, **options) -> DataLoader:
     """A DataLoader with the run's batch size and workers; ``options`` as torch's (sampler, drop_last, ...)."""
+    check_range(args, 0, math.inf, *(name for name in ("num_workers", "seed") if hasattr(args, name)))
     options = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0, **options}
     options["worker_init_fn"] = leave_signals_to_parent
     pin = args.pin_mem and device.type == "cuda"

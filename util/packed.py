@@ -6,6 +6,7 @@ and ``shard-NNNNN.npy``, ``[n, 2, 2C, h, w]``: moments of the image and of its m
 """
 
 import argparse
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,12 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from util import errors, misc
-from util.args import check_positive, new_parser
+from util.args import check_positive, check_range, new_parser
 from util.errors import UserError
 from util.files import inside, read_json, write_json, written_whole
-from util.loader import CACHE_METADATA, CachedFolder, Coins, existing_folder
+from util.loader import CACHE_METADATA, PACKED_METADATA, CachedFolder, Coins, existing_folder
 
-PACKED_METADATA = "packed.json"
 #: Values of ``--cache_dtype``, and what NumPy, which has no bfloat16, stores of them.
 DTYPES = {
     "fp32": (torch.float32, np.float32),
@@ -224,6 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = get_args_parser().parse_args(argv)
     with misc.processes("cpu"):
         check_positive(args, "shard_images")
+        check_range(args, 0, math.inf, "num_workers")
         if not args.cached_path or not args.output_dir:
             raise UserError("--cached_path and --output_dir are needed: the cache to read, the folder to write to")
         cache = open_cache(args.cached_path, mirror=False)
