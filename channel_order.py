@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils.data import Subset
 
 from models.vae import DiagonalGaussianDistribution
 from util import errors, misc
 from util.args import add_run_args, check_positive, check_range, new_parser
 from util.checkpoint import tokenizer_of
 from util.files import write_json
-from util.loader import Share, make_loader
+from util.loader import Share, evenly_spaced, make_loader
 from util.metrics import provenance
 from util.packed import open_cache
 from util.report import markdown, save_figure
@@ -98,7 +97,7 @@ def main() -> None:
             raise errors.UserError(
                 f"{args.cached_path} holds latents of {height}x{width}: with --patch_size {p} too few for frequencies"
             )
-        chosen = Subset(cache, range(0, len(cache), -(-len(cache) // args.num_images)))
+        chosen = evenly_spaced(cache, args.num_images)
         share = Share(len(chosen), misc.get_rank(), misc.get_world_size())
         loader = make_loader(chosen, args, device, sampler=share)
         low = low_frequencies(height // p, width // p, args.cutoff)

@@ -353,12 +353,16 @@ def read_results(folder: Path) -> dict:
 
 
 def remove_images(folder: Path) -> int:
-    """Removes the numbered images of ``folder``, and the folder if nothing else lies in it; how many there were."""
-    images = [path for path in folder.glob("*.png") if path.stem.isdigit()]
-    for path in images:
-        path.unlink()
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Removes the numbered images of ``folder`` and their maps of confidence; how many images there were.
+
+    Folders in which nothing else lies are removed, too.
+    """
+    for part in (confidence_folder(folder), folder):
+        images = [path for path in part.glob("*.png") if path.stem.isdigit()]
+        for path in images:
+            path.unlink()
+        if part.is_dir() and not any(part.iterdir()):
+            part.rmdir()
     return len(images)
 
 
@@ -372,7 +376,6 @@ def prepare_folder(folder: Path, about: dict[str, dict]) -> None:
     if misc.is_main_process():
         before = read_results(folder)
         if not same_run(before, about):
-            remove_images(confidence_folder(folder))
             if remove_images(folder):
                 misc.log.info("replacing the images of another run in %s: %s", folder, changes(before, about))
             write_json(results_path(folder), about)

@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from scipy.stats import norm
 from timm.data import ImageNetInfo
 from torch import Tensor
-from torch.utils.data import Subset
 
 from engine_tokenbridge import channel_statistics, decode_images, image_seeds
 from models.quantizer import QUANTIZERS, ScalarQuantizer
@@ -31,7 +30,7 @@ from util.args import (
     new_parser,
 )
 from util.images import confidence_maps, save_grid
-from util.loader import make_loader
+from util.loader import evenly_spaced, make_loader
 from util.packed import open_cache
 from util.report import save_figure
 
@@ -131,8 +130,7 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
     cache = open_cache(args.cached_path, mirror=False)
     _, latent_factor = checkpoint.tokenizer_of(cache.metadata, args.cached_path)
     cache.shape = tuple(cache[0][0].shape)
-    chosen = Subset(cache, range(0, len(cache), -(-len(cache) // args.num_images)))
-    loader = make_loader(chosen, args, device)
+    loader = make_loader(evenly_spaced(cache, args.num_images), args, device)
     misc.seed_everything(args.seed)
     latents = [DiagonalGaussianDistribution(moments).sample() * latent_factor for moments, _ in loader]
     latents = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, N]
@@ -160,12 +158,13 @@ class Sampler:
     class_names: list[str]
     vae: AutoencoderKL
     latent_factor: float
-    device: torch.device
     args: argparse.Namespace
 
     @classmethod
-    def load(cls, resume: str, flag: str, args: argparse.Namespace, device: torch.device) -> "Sampler":
-        """From the checkpoint in folder ``resume``, which ``flag`` named.
+    def load(
+        cls, resume: str, flag: str, vae: AutoencoderKL, latent_factor: float, args: argparse.Namespace
+    ) -> "Sampler":
+        """From the checkpoint in folder ``resume``, which ``flag`` named, beside a tokenizer on its device.
 
         Raises:
             UserError: no such checkpoint, or a damaged one, or of another tokenizer.
@@ -175,23 +174,16 @@ class Sampler:
         path = checkpoint.find(resume)
         content = checkpoint.read_run(path)
         config = content.get("config", {})
-        vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         try:
             model = TokenBridge.from_config(config) if config else MODELS[args.model](quant_levels=64)
         except Exception as error:  # sizes that cannot be fail in many ways
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise errors.UserError(f"{path} describes no model that this code can build: {reason}") from error
+            raise errors.UserError(
+                f"{path} describes no model that this code can build: {errors.reason(error)}"
+            ) from error
         checkpoint.check_config(config, model, latent_factor, path)
         checkpoint.load_weights(model, content, path, ema=not args.no_ema)
         names = config.get("class_names") or [str(label) for label in range(model.class_num)]
-        return cls(
-            model.to(device),
-            readable(names),
-            vae.to(device, memory_format=torch.channels_last),
-            latent_factor,
-            device,
-            args,
-        )
+        return cls(model.to(next(vae.parameters()).device), readable(names), vae, latent_factor, args)
 
     @torch.no_grad()
     def sample(self, labels: Sequence[int], seeds: Sequence[int], order: str) -> tuple[Tensor, Tensor]:
@@ -200,7 +192,7 @@ class Sampler:
         args, size = self.args, self.args.batch_size
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
-            with misc.autocast(self.device, args.precision):
+            with misc.autocast(self.model.device, args.precision):
                 latents, confidence = self.model.sample_tokens(
                     len(labels[part]), args.num_iter, args.cfg, args.cfg_schedule, torch.tensor(labels[part]),
                     args.temperature, seeds=seeds[part], order=order, confidence_noise=args.confidence_noise,
@@ -252,7 +244,9 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     """Figures 2, 7, 8 and 9: a column for each class."""
     check_positive(args, "num_iter", "batch_size")
     check_range(args, 0, math.inf, "temperature", "confidence_noise", "gen_seed")
-    sampler = Sampler.load(args.resume, "--resume", args, device)
+    vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
+    tokenizer = vae.to(device, memory_format=torch.channels_last), latent_factor
+    sampler = Sampler.load(args.resume, "--resume", *tokenizer, args)
     labels = find_classes(args.classes, sampler.class_names)
     if args.figure == "samples":
         check_positive(args, "per_class")
@@ -261,7 +255,7 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     else:
         seeds = image_seeds(args.gen_seed, range(len(labels)))
         if args.figure == "parallel":
-            other = Sampler.load(args.resume_parallel, "--resume_parallel", args, device)
+            other = Sampler.load(args.resume_parallel, "--resume_parallel", *tokenizer, args)
             for each, head, flag in ((sampler, "ar", "--resume"), (other, "parallel", "--resume_parallel")):
                 if each.model.config["head"] != head:
                     raise errors.UserError(

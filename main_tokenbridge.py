@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import (
@@ -59,6 +59,7 @@ from util.loader import (
     Share,
     ShuffledShare,
     check_classes,
+    evenly_spaced,
     image_transform,
     make_loader,
 )
@@ -331,13 +332,11 @@ def build_model(args: argparse.Namespace, config: dict[str, Any], kl16: bool, ca
             "(--quant_bits)"
         )
     adopted = {name: config[name] for name in checkpoint.ADOPTED if name in config}
-    if args.channel_order is None and "channel_order" in adopted:
-        asked.pop("channel_order")
     kwargs |= adopted | {name: value for name, value in asked.items() if value is not None} | calibration
     try:
         return MODELS[args.model](quant_levels=levels, **kwargs)
     except Exception as error:  # sizes that cannot be, of flags or of a checkpoint, fail in many ways
-        raise errors.UserError((str(error) or type(error).__name__).splitlines()[0]) from error
+        raise errors.UserError(errors.reason(error)) from error
 
 
 def open_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
@@ -345,11 +344,13 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], Path | No
     if not args.resume:
         return {}, None
     measuring = args.evaluate or args.evaluate_nll
-    own = Path(args.resume).resolve() == Path(args.output_dir).resolve()
-    if not measuring and own and not (Path(args.resume) / checkpoint.CHECKPOINT_NAME).exists():
+    try:
+        path = checkpoint.find(args.resume)
+    except errors.UserError:
+        if measuring or Path(args.resume).resolve() != Path(args.output_dir).resolve():
+            raise
         misc.log.info("no %s in %s: starting afresh", checkpoint.CHECKPOINT_NAME, args.resume)
         return {}, None
-    path = checkpoint.find(args.resume)
     return (checkpoint.read_run(path), path) if measuring else checkpoint.read_newest_whole(path)
 
 
@@ -373,7 +374,7 @@ def calibrate(
             f"{path} was trained differently: without calibration there, with --quant_calibrate here"
         )
     dataset.set_draws(args.seed, 0)
-    chosen = Subset(dataset, range(0, len(dataset), -(-len(dataset) // CALIBRATION_IMAGES)))
+    chosen = evenly_spaced(dataset, CALIBRATION_IMAGES)
     share = Share(len(chosen), misc.get_rank(), misc.get_world_size())
     loader = make_loader(chosen, args, device, sampler=share, persistent_workers=False)
     vae = None if args.use_cached else vae.to(device)
@@ -461,7 +462,6 @@ def sample_and_measure(
         write_json(results_path(folder), {**figures, "seed": args.gen_seed, **about, **provenance()})
         if run.judge is not None and not args.keep_images:
             remove_images(folder)
-            remove_images(confidence_folder(folder))
         misc.log.info("sampled %d images; a grid of them is %s.png", args.num_images, folder)
     misc.barrier()
     return figures
@@ -516,8 +516,7 @@ def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWri
         name = f"cfg{cfg:g}" + (f"-t{temperature:g}" if len(args.temperature) > 1 else "")
         folder = Path(args.output_dir) / "online_eval" / f"epoch{epoch:04d}-{name}"
         if misc.is_main_process():
-            for stale in (folder, confidence_folder(folder)):  # perhaps of a run that never came back to this epoch
-                remove_images(stale)
+            remove_images(folder)  # perhaps of another run: a restarted one does not come back to this epoch
         misc.barrier()
         figures = sample_and_measure(run, model, folder, cfg, temperature, {"epoch": epoch, "ema": not args.no_ema})
         scalars |= {f"eval/{key}-{name}": value for key, value in figures.items() if key in TITLES}

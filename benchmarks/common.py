@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from models.tokenbridge import MODELS
 from util import misc
 from util.args import new_parser
 from util.files import write_json
@@ -44,15 +45,7 @@ def synchronize(device: torch.device) -> None:
 
 def seconds(work: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
     """Times of ``repeats`` runs, after one that warms up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        work()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return times
+    return alternating({"": work}, repeats, device)[""]
 
 
 def alternating(works: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -74,6 +67,43 @@ def in_own_process(work: Callable[..., Any], *args) -> Any:
     """What ``work(*args)`` returns in a process of its own: its memory, its allocator, no traces of others."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, args)
+
+
+def add_ways(parser: argparse.ArgumentParser, batch: int, what: str) -> None:
+    """What :func:`compare_ways` needs: model, batch, ways."""
+    parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
+    parser.add_argument("--batch", type=int, default=batch, help=what)
+    parser.add_argument("--ways", nargs="+", default=["release", "fp32", "bf16"], help="or fp16")
+
+
+def prepare_way(args: argparse.Namespace, way: str) -> str:
+    """Sets up a process for one way, ``release`` or a precision of ours; the precision of its autocast."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if way == "release":
+        return "fp32"
+    if args.device.type == "cpu":
+        misc.keep_freed_memory()  # as every script does
+    return way
+
+
+def compare_ways(name: str, measure: Callable[..., tuple], args: argparse.Namespace, **columns: Any) -> None:
+    """Measures each of ``args.ways`` in a process of its own, and finishes with a row for each.
+
+    Args:
+        measure: takes the arguments and a way; gives times, peak memory in GiB, operations, and the matrix peak.
+        columns: shown in every row.
+    """
+    about, rows, slow = machine(args.device), [], None
+    for way in args.ways:
+        times, memory, work, peak = in_own_process(measure, args, way)
+        figures = spread(times)
+        slow = figures["median_s"] if way == "release" else slow
+        row = {"way": "the release's, fp32" if way == "release" else f"ours, {way}", "model": args.model}
+        row |= {"batch": args.batch, **columns, **figures, "images_per_s": args.batch / figures["median_s"]}
+        row |= {"tflop": work / 1e12, "utilization": work / figures["median_s"] / peak, "peak_memory_gib": memory}
+        rows.append({**row, "ratio": slow / figures["median_s"] if slow and way != "release" else None})
+    finish(name, rows, about, args.json)
 
 
 def spread(times: list[float]) -> dict[str, float]:

@@ -12,21 +12,16 @@ from models.tokenbridge import MODELS
 from util import misc
 
 
-def head_of(model: str, channels: int) -> ChannelHead:
-    """The head of a model, without its backbone."""
+def head_of(model: str, channels: int) -> tuple[ChannelHead, float]:
+    """The head of a model, without its backbone, and its operations for one token."""
     with torch.device("meta"):
         whole = MODELS[model](vae_embed_dim=channels, quant_levels=64)
     config, norm = whole.config, type(whole.head.channel_norm)
-    return ChannelHead(
+    head = ChannelHead(
         config["decoder_embed_dim"], channels, 64, config["channel_embed_dim"], config["channel_depth"],
         config["channel_heads"], 4.0, partial(norm, eps=1e-6), 0.0, 0.0, False,
     )  # fmt: skip
-
-
-def flops(head: ChannelHead, tokens: int) -> float:
-    """Of sampling ``tokens``: 2 operations a multiply-add of all matrix products, attention left out (it is small)."""
-    places = head.places * (head.depth * 2 * 18 * head.dim**2 + 2 * (2 * head.dim**2 + head.dim * head.classes))
-    return tokens * (places + 2 * head.condition_proj.in_features * head.dim)
+    return head, whole.token_flops()
 
 
 def main() -> None:
@@ -39,7 +34,8 @@ def main() -> None:
 
     args = parse(__doc__, 5, add)
     about = machine(args.device)
-    ours, few = (head_of(args.model, channels).to(args.device).eval() for channels in (16, 4))
+    (ours, token_flops), (few, _) = (head_of(args.model, channels) for channels in (16, 4))
+    ours, few = ours.to(args.device).eval(), few.to(args.device).eval()
     diffusion = DiffusionHead(ours.condition_proj.in_features).to(args.device).eval()
     rows = []
     for precision in args.precision:
@@ -68,14 +64,15 @@ def main() -> None:
 
             works = {name: partial(inside, work) for name, work in works.items()}
             times = {name: spread(taken) for name, taken in alternating(works, args.repeats, args.device).items()}
-            recomputed, mar = (times[name]["median_s"] for name in list(works)[2::-2])
+            recomputed = times["channel head, prefix recomputed"]["median_s"]
+            mar = times["diffusion head (MAR), 100 steps"]["median_s"]
             for name, figures in times.items():
                 row = {"way": name, "precision": precision, "tokens": tokens, **figures}
                 row["times faster than recomputing"] = recomputed / figures["median_s"]
                 row["times faster than diffusion"] = mar / figures["median_s"]
                 if name == "channel head":
                     peak = about["matmul_tflops"].get(precision)
-                    row["utilization"] = flops(ours, tokens) / figures["median_s"] / peak / 1e12 if peak else None
+                    row["utilization"] = token_flops * tokens / figures["median_s"] / peak / 1e12 if peak else None
                 rows.append(row)
     finish("head_speed", rows, about, args.json)
 

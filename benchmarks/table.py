@@ -69,8 +69,8 @@ def main() -> None:
     for name, value in reached().items():
         text = re.sub(rf"(<!-- {name} -->).*?(<!-- end -->)", rf"\g<1>{value}\g<2>", text)
     for device in ("cpu", "cuda"):
-        pattern = rf"(<!-- {device} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda match: match[1] + tables(device) + match[2], text, flags=re.DOTALL)  # noqa: B023
+        before, _, rest = text.partition(f"<!-- {device} -->\n")
+        text = f"{before}<!-- {device} -->\n{tables(device)}<!-- end -->{rest.partition('<!-- end -->')[2]}"
     write_text(path, text)
 
 

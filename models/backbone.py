@@ -117,14 +117,11 @@ class MaskedBackbone(nn.Module):
         tokens = tokens.scatter(1, known[..., None].expand(-1, -1, x.shape[-1]), x)  # [B, L, D]
         x = torch.cat([buffer, tokens], dim=1) + self.decoder_pos_embed_learned
         if wanted is None or self.training or not len(self.decoder_blocks):
-            x = (
-                self.decoder_norm(self._run("decoder", self.decoder_blocks, x))[:, self.buffer_size :]
-                + self.output_pos_embed
-            )
+            x = self._run("decoder", self.decoder_blocks, x)
+            x = self.decoder_norm(x)[:, self.buffer_size :] + self.output_pos_embed
             return x if wanted is None else gather_tokens(x, wanted)
-        x = block_at(
-            self.decoder_blocks[-1], self._run("decoder", self.decoder_blocks[:-1], x), self.buffer_size + wanted
-        )
+        x = self._run("decoder", self.decoder_blocks[:-1], x)
+        x = block_at(self.decoder_blocks[-1], x, self.buffer_size + wanted)
         return self.decoder_norm(x) + gather_tokens(self.output_pos_embed.expand(len(x), -1, -1), wanted)
 
     def forward(self, tokens: Tensor, known: Tensor, class_embedding: Tensor, wanted: Tensor | None = None) -> Tensor:

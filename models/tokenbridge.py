@@ -376,24 +376,30 @@ class TokenBridge(nn.Module):
         2 S (4 + 2 mlp_ratio) D^2 + 4 S^2 D, in the head 2 S 6 D^2 more for AdaLN, on ``num_masked`` sequences of C
         places (or groups). ``num_masked`` defaults to the expected number.
         """
-        c = self.config
         if num_masked is None:
             a = (self.mask_ratio_min - 1) / 0.25
             density = (math.exp(-a * a / 2) - 1) / math.sqrt(2 * math.pi)
             mean = density / (0.5 * math.erf(-a / math.sqrt(2))) if a else 0.0
             num_masked = self.seq_len * (1 + 0.25 * mean)
 
-        def blocks(depth: int, dim: int, places: float, extra: float = 0.0) -> float:
-            return depth * (2 * places * (4 + 2 * c["mlp_ratio"] + extra) * dim**2 + 4 * places**2 * dim)
+        return 3 * (self.backbone_flops(num_masked) + num_masked * self.token_flops())
 
-        known, everything = c["buffer_size"] + self.seq_len - num_masked, c["buffer_size"] + self.seq_len
-        enc, dec, head = c["encoder_embed_dim"], c["decoder_embed_dim"], c["channel_embed_dim"]
-        token = blocks(c["channel_depth"], head, self.head.places, extra=6)
-        token += 2 * dec * head + 2 * self.head.places * (2 * head**2 + head * self.head.classes)
-        forward = blocks(c["encoder_depth"], enc, known) + 2 * known * enc * dec
-        forward += 2 * (self.seq_len - num_masked) * self.token_dim * enc
-        forward += blocks(c["decoder_depth"], dec, everything) + num_masked * token
-        return 3 * forward
+    def _block_flops(self, depth: int, dim: int, places: float, extra: float = 0.0) -> float:
+        return depth * (2 * places * (4 + 2 * self.config["mlp_ratio"] + extra) * dim**2 + 4 * places**2 * dim)
+
+    def backbone_flops(self, num_masked: float) -> float:
+        """Of the backbone's forward pass for one image, counted as in :meth:`training_flops`."""
+        c, everything = self.config, self.config["buffer_size"] + self.seq_len
+        enc, dec, known = c["encoder_embed_dim"], c["decoder_embed_dim"], everything - num_masked
+        flops = self._block_flops(c["encoder_depth"], enc, known) + 2 * known * enc * dec
+        flops += 2 * (self.seq_len - num_masked) * self.token_dim * enc
+        return flops + self._block_flops(c["decoder_depth"], dec, everything)
+
+    def token_flops(self) -> float:
+        """Of the head's forward pass for one token, counted as in :meth:`training_flops`."""
+        dim, places = self.head.dim, self.head.places
+        flops = self._block_flops(self.head.depth, dim, places, extra=6) + 2 * self.config["decoder_embed_dim"] * dim
+        return flops + 2 * places * (2 * dim**2 + dim * self.head.classes)
 
     def compile_blocks(self) -> None:
         """Has ``torch.compile`` fuse what lies between the blocks' matrix products, in training.

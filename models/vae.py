@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from util.checkpoint import matching, read_vae
-from util.errors import UserError
+from util.errors import UserError, reason
 
 #: Where attention sits is a matter of the level, counted from this nominal resolution, whatever the image's size.
 NOMINAL_RESOLUTION = 256
@@ -258,8 +258,7 @@ class AutoencoderKL(nn.Module):
         try:
             vae = cls(**config)
         except Exception as error:  # sizes that cannot be fail in torch, in many ways
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(f"{path} describes no tokenizer that this code can build: {reason}") from error
+            raise UserError(f"{path} describes no tokenizer that this code can build: {reason(error)}") from error
         vae._load(weights, path)
         return vae.eval().requires_grad_(False), latent_factor
 

@@ -14,7 +14,7 @@ from tests.conftest import TINY, filled
 from util import checkpoint
 from util.errors import UserError
 from util.files import inside, read_arrays
-from util.loader import CachedFolder, ImageFolder, image_transform, read_image
+from util.loader import BadImages, CachedFolder, ImageFolder, image_transform, read_image
 
 # --------------------------------------------------------------------------------------------------------------------
 # Images.
@@ -142,8 +142,6 @@ def test_bad_images_are_left_out_counted_and_listed(run, images, vae_path, tmp_p
 
 
 def test_the_next_image_takes_a_bad_ones_place(images, tmp_path):
-    from util.loader import BadImages
-
     damaged(images / "train" / "class3" / "3.png")
     data = ImageFolder(images / "train", image_transform(16), bad_images=BadImages(tmp_path))
     assert torch.equal(data[15][0], data[0][0]) and data[15][1] == 0

@@ -23,6 +23,7 @@ import main_vae
 import reconstruction
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import ROOT, SHORT, TINY, processes_of
+from util import checkpoint
 from util.loader import CachedFolder
 
 
@@ -313,6 +314,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, refused, cached, 
     for name in names:
         (trained / name).write_bytes(b"damaged")
     assert "checkpoint-last.pth" in refused("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")
+
+
+def test_a_runs_own_folder_may_hold_safetensors(run, cached, trained, caplog):
+    caplog.set_level("INFO")
+    checkpoint.convert(trained / "checkpoint-last.pth", trained / "checkpoint-last.safetensors")
+    (trained / "checkpoint-last.pth").unlink()
+    common = f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached}"
+    run("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")
+    assert "checkpoint-last.safetensors, continuing at epoch 2, step 0" in caplog.text
+    assert load(trained)["epoch"] == 2
 
 
 def test_another_number_of_steps_continues_at_the_same_place(run, cached, trained, tmp_path, caplog):

@@ -17,6 +17,7 @@ from models.vae import AutoencoderKL
 from reconstruction import post_training_quantize
 from tests.conftest import SHORT, SMALL, TINY, filled
 from util import checkpoint
+from util.errors import UserError
 from util.loader import CachedFolder
 
 FEW = {"vae_embed_dim": 4, "quant_levels": 3}  # 81 tokens: all can be enumerated
@@ -439,8 +440,6 @@ def test_another_variant_than_the_checkpoints_is_refused(run, refused, cached, t
 
 def test_a_published_checkpoint_is_what_it_is(small_model):
     parallel = TokenBridge(**SMALL, head="parallel")
-    from util.errors import UserError
-
     with pytest.raises(UserError, match="head is ar there, parallel here"):
         checkpoint.check_config({}, parallel, 0.2325, "published.pth")
     with pytest.raises(UserError, match="channel_order is"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from util import errors, safe
 from util.args import new_parser
-from util.errors import UserError
+from util.errors import UserError, reason
 from util.files import written_whole
 from util.misc import log
 
@@ -60,8 +60,7 @@ def read(path: str | Path) -> dict[str, Any]:
             f"{path} is damaged, or holds more than data and was not loaded, since it could run code"
         ) from error
     except Exception as error:  # zip, tensor and unpickler errors have no common class
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}); it is damaged or no checkpoint") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}); it is damaged or no checkpoint") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
     return content
@@ -83,22 +82,25 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(memoryview(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        digest.update(safe.tensor_bytes(value.detach().cpu()))
     return digest.hexdigest()
+
+
+def dense(value: Any) -> bool:
+    """Whether ``value`` is a tensor that holds all its values."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_quantized
 
 
 def described(value: Any, other: Tensor) -> str:
     """Shape, and where it differs from ``other``'s the type, of what a file has in a tensor's place."""
-    if not isinstance(value, Tensor):
-        return f"no tensor but {type(value).__name__}"
-    if value.layout != torch.strided or value.is_meta or value.is_quantized:
-        return "no dense tensor"
+    if not dense(value):
+        return "no dense tensor" if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
     return str(list(value.shape)) + (f" {value.dtype}" if value.dtype != other.dtype else "")
 
 
 def fits(value: Any, other: Tensor) -> bool:
     """Whether ``value`` can take ``other``'s place: its shape, and its type or one that widens to it exactly."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
+    if not dense(value):
         return False
     narrower = other.dtype == torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
     return value.shape == other.shape and (value.dtype == other.dtype or narrower)
@@ -398,8 +400,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], p
                 if not torch.as_tensor(value).isfinite().all():
                     raise ValueError(f"{name} of entry {number} is not finite")
     except Exception as error:  # torch looks at little of it, so what is wrong surfaces as almost anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: its optimizer state is damaged, or of another model ({reason})") from error
+        what = reason(error)
+        raise UserError(f"{path}: its optimizer state is damaged, or of another model ({what})") from error
     for group, ours in zip(optimizer.param_groups, options, strict=True):
         group.update(ours)
 

@@ -13,6 +13,11 @@ class UserError(Exception):
     """Something the user can mend. The message is one line; scripts print it and exit with status 2."""
 
 
+def reason(error: BaseException) -> str:
+    """What an error of any library says, in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def where() -> str:
     """Which process speaks, if not the main one."""
     rank = os.environ.get("RANK", "0")

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from util.errors import UserError
+from util.errors import UserError, reason
 
 
 @contextmanager
@@ -31,11 +31,11 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
         # torch.save hides the file system's error behind one of its own.
-        reason = error if isinstance(error, OSError) else error.__cause__ or error.__context__
-        if not isinstance(reason, OSError):
+        cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
+        if not isinstance(cause, OSError):
             raise
         raise UserError(
-            f"cannot write {path}: {reason.strerror or reason}; free space or choose another folder"
+            f"cannot write {path}: {cause.strerror or cause}; free space or choose another folder"
         ) from error
     finally:
         with suppress(OSError):
@@ -64,8 +64,8 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
-        raise UserError(f"cannot read {path}: {reason}") from error
+        what = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise UserError(f"cannot read {path}: {what}") from error
 
 
 def inside(folder: str | Path, name: str) -> Path:
@@ -98,8 +98,7 @@ def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
                     if file.read(1):  # also makes sure that all of it went into the checksum
                         raise ValueError(f"{name} is longer than it says")
     except Exception as error:  # zip, header and array errors have no common class
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged or no .npz of arrays ({reason})") from error
+        raise UserError(f"{path} is damaged or no .npz of arrays ({reason(error)})") from error
     if missing:
         raise UserError(f"{path} has no {' and '.join(missing)}")
     return arrays

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, default_collate
 from torchvision import datasets, transforms
 
 from util.args import check_range
 from util.crop import center_crop_arr
-from util.errors import UserError
+from util.errors import UserError, reason
 from util.files import inside, read_arrays
 from util.misc import StopSignals, get_rank, get_world_size, log
 
@@ -42,8 +42,7 @@ def read_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read image {path} ({reason}); replace or remove it") from error
+        raise UserError(f"cannot read image {path} ({reason(error)}); replace or remove it") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -146,8 +145,8 @@ class ImageFolder(Coins, datasets.ImageFolder):
         try:
             super().__init__(str(root), transform=transform, loader=read_image)
         except FileNotFoundError as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise UserError(f"{root} is not a folder of class folders with images: {reason}") from error
+            what = reason(error).rstrip(".")
+            raise UserError(f"{root} is not a folder of class folders with images: {what}") from error
 
     def read(self, index: int) -> tuple:
         """Image (transformed) and label of item ``index`` itself.
@@ -345,6 +344,11 @@ def make_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device
     options["worker_init_fn"] = leave_signals_to_parent
     pin = args.pin_mem and device.type == "cuda"
     return DataLoader(dataset, num_workers=args.num_workers, pin_memory=pin, **options)
+
+
+def evenly_spaced(dataset: Dataset, limit: int) -> Subset:
+    """At most ``limit`` items of ``dataset``, from its first on at equal distances."""
+    return Subset(dataset, range(0, len(dataset), -(-len(dataset) // limit)))
 
 
 class ShuffledShare(DistributedSampler):

@@ -19,9 +19,14 @@ SUFFIX = ".safetensors"
 TREE, CHECKSUMS = "tree", "crc32"
 
 
+def tensor_bytes(value: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU, of any type."""
+    return memoryview(value.contiguous().flatten().view(torch.uint8).numpy())
+
+
 def checksum(value: Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(memoryview(value.contiguous().flatten().view(torch.uint8).numpy()))
+    return zlib.crc32(tensor_bytes(value))
 
 
 def take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
