@@ -233,6 +233,21 @@ def test_a_signal_ends_a_run_after_its_step_and_saves(cached, tmp_path, name):
     assert steps == {4 * (content["epoch"] + 1) + content["step"]}
 
 
+def test_a_process_that_ends_amid_its_batches_ends_its_workers(tmp_path):
+    (tmp_path / "ends.py").write_text(
+        "import argparse, torch; from util.loader import make_loader\n"
+        "args = argparse.Namespace(num_workers=2, batch_size=1, pin_mem=False)\n"
+        "batches = iter(make_loader(torch.utils.data.TensorDataset(torch.zeros(9)), args, torch.device('cpu')))\n"
+        "next(batches)\n"
+        "raise RuntimeError('amid its batches')"
+    )
+    # Left alone, Python waits for the workers at its end: this would run into the time limit.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tmp_path / "ends.py"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "amid its batches" in ended.stderr
+
+
 @pytest.mark.slow
 def test_the_launcher_restarts_what_a_signal_to_one_process_stopped(cached, tmp_path):
     common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 30 --lr 1e-3 --warmup_epochs 1"

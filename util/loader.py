@@ -3,7 +3,9 @@
 import argparse
 import json
 import math
+import os
 import signal
+import threading
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -19,7 +21,7 @@ from util.args import check_range
 from util.crop import center_crop_arr
 from util.errors import UserError, reason
 from util.files import inside, read_arrays
-from util.misc import StopSignals, get_rank, get_world_size, log
+from util.misc import get_rank, get_world_size, log
 
 #: Beside the class folders of a cache: what the loaders of its moments need to know.
 CACHE_METADATA = "cache.json"
@@ -332,9 +334,22 @@ def check_classes(classes: list[str], class_num: int, root: str | Path) -> None:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Schedulers signal every process of a job: workers must live until the step they feed is taken and saved."""
-    for number in StopSignals.NUMBERS:
-        signal.signal(number, signal.SIG_IGN)
+    """Schedulers signal every process of a job: workers must live until the step they feed is taken and saved.
+
+    Only the SIGTERM by which the parent ends its workers as it exits itself is obeyed: it waits for them.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # else (macOS) nothing tells who sent a signal: any SIGTERM ends the worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends a worker as soon as its parent asks for it by SIGTERM; anybody else's passes unheard."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def make_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device, **options) -> DataLoader:
