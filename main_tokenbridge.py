@@ -713,10 +713,10 @@ def main() -> None:
         if measuring:
             checkpoint.load_weights(model, content, path, ema=not args.no_ema)
             content.clear()
-            if args.compile:
-                model.compile_blocks()
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
         model, vae = model.to(device), None if vae is None else vae.to(device, memory_format=torch.channels_last)
+        if measuring and args.compile:
+            model.compile_blocks()
         loader = None if measuring else make_training_loader(dataset, device, args)
         share = None if val is None else Share(len(val), misc.get_rank(), misc.get_world_size())
         held_out = None if val is None else make_loader(val, args, device, sampler=share)

@@ -1,5 +1,6 @@
 """The paper's Table 5: the channel head, with and without cache and with 4 channels, against MAR's diffusion head."""
 
+import copy
 from functools import partial
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from benchmarks.common import alternating, finish, machine, parse, spread
 from benchmarks.other_ways import DiffusionHead, plain_kernels, sample_recomputing
 from models.channel_head import ChannelHead
-from models.sampling import sample_categorical
+from models.sampling import sample_categorical, sample_classes
 from models.tokenbridge import MODELS
 from util import misc
 
@@ -30,12 +31,16 @@ def main() -> None:
     def add(parser) -> None:
         parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
         parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="of one call")
+        parser.add_argument("--compile", action="store_true", help="also measure our head compiled")
         parser.add_argument("--precision", choices=misc.PRECISIONS, nargs="+", default=["fp32", "bf16"])
 
     args = parse(__doc__, 5, add)
     about = machine(args.device)
     (ours, token_flops), (few, _) = (head_of(args.model, channels) for channels in (16, 4))
     ours, few = ours.to(args.device).eval(), few.to(args.device).eval()
+    compiled = copy.deepcopy(ours)
+    if args.compile:
+        compiled.compile_blocks()
     diffusion = DiffusionHead(ours.condition_proj.in_features).to(args.device).eval()
     rows = []
     for precision in args.precision:
@@ -57,6 +62,8 @@ def main() -> None:
                 "channel head": lambda f=features, c=choose: ours.sample(f, c),
                 "channel head, 4 channels": lambda f=features, c=choose: few.sample(f, c),
             }
+            if args.compile:
+                works["channel head, compiled"] = partial(sample_classes, compiled, features, 1.0, uniform, "trained")
 
             def inside(work, precision=precision):
                 with torch.no_grad(), misc.autocast(args.device, precision):
@@ -70,7 +77,7 @@ def main() -> None:
                 row = {"way": name, "precision": precision, "tokens": tokens, **figures}
                 row["times faster than recomputing"] = recomputed / figures["median_s"]
                 row["times faster than diffusion"] = mar / figures["median_s"]
-                if name == "channel head":
+                if name in ("channel head", "channel head, compiled"):
                     peak = about["matmul_tflops"].get(precision)
                     row["utilization"] = token_flops * tokens / figures["median_s"] / peak / 1e12 if peak else None
                 rows.append(row)

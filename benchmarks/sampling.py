@@ -22,6 +22,8 @@ def sample(args: argparse.Namespace, way: str) -> tuple[list[float], float, floa
     precision = prepare_way(args, way)
     torch.manual_seed(0)
     model = MODELS[args.model](quant_levels=64).to(args.device).eval().requires_grad_(False)
+    if args.compile and way != "release":
+        model.compile_blocks()
     labels = torch.arange(args.batch, device=args.device)
 
     def work():
@@ -43,6 +45,7 @@ def main() -> None:
         add_ways(parser, 1, "images at once")
         parser.add_argument("--num_iter", type=int, default=16)
         parser.add_argument("--cfg", type=float, default=3.0)
+        parser.add_argument("--compile", action="store_true", help="of our ways")
 
     args = parse(__doc__, 3, add)
     compare_ways("sampling", sample, args, steps=args.num_iter)

@@ -9,7 +9,7 @@ from util.report import markdown, write_text
 HERE = Path(__file__).parent
 COMMANDS = {
     "quantizer": "python -m benchmarks.quantizer",
-    "head_speed": "python -m benchmarks.head_speed --model tokenbridge_large --tokens 1 4 16 64",
+    "head_speed": "python -m benchmarks.head_speed --model tokenbridge_large --tokens 1 4 16 64 --compile",
     "sampling": "python -m benchmarks.sampling --model tokenbridge_large --batch 256 --num_iter 64 --ways bf16",
     "training": "python -m benchmarks.training --model tokenbridge_large --batch 64 --compile --ways bf16",
     "loader": "python -m benchmarks.loader --workers 0 8",

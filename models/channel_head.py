@@ -1,7 +1,6 @@
 """The head (section 3.2, Eq. 6): one token's channels, one after the other; or, for comparison, all at once."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import attend
 from models.dropout import Dropout, with_fast_dropout
+from models.graphs import Recordings
 
 #: Elements of AdaLN modulations held at once in sampling; more tokens than that allows go through in turn.
 MODULATION_BUDGET = 2**28
@@ -87,6 +87,10 @@ class ChannelBlock(nn.Module):
         """``x [M, C, D]`` under its ``conditions [M, C, D]`` and the causal ``mask [C, C]``."""
         return self(x, self.adaLN_modulation(conditions), lambda y: self.attn(y, mask))
 
+    def one_place(self, x: Tensor, modulation: Tensor, cache: Tensor, place: int) -> Tensor:
+        """``x [M, 1, D]`` at ``place`` under ``modulation [M, 1, 6D]``; ``cache`` as in ``ChannelAttention.step``."""
+        return self(x, modulation, lambda y: self.attn.step(y, cache, place))
+
 
 class FinalLayer(nn.Module):
     """The last modulated norm, without gate; scale comes before shift here, as in the published weights."""
@@ -158,6 +162,8 @@ class ChannelHead(nn.Module):
         self.channel_norm = norm_layer(dim)
         self.channel_final = FinalLayer(dim)
         self.channel_heads = nn.ModuleList(nn.Linear(dim, classes) for _ in range(places))
+        #: Of sampling, on CUDA; see :meth:`compile_blocks`.
+        self.recordings: Recordings | None = None
 
     def embed(self, targets: Tensor) -> Tensor:
         """Classes of all places but the last, from ``targets [M, C]``, each in its own embedding: ``[M, C-1, D]``."""
@@ -250,12 +256,20 @@ class ChannelHead(nn.Module):
             here = slice(place, place + 1)
             x = x + self.channel_embed[:, here]
             for block, modulation, kept in zip(self.channel_blocks, modulations, cache, strict=True):
-                x = block(x, modulation[:, here], partial(block.attn.step, cache=kept, place=place))
+                x = block.one_place(x, modulation[:, here], kept, place)
             x = self.channel_final(self.channel_norm(x), final_modulation[:, here])
             chosen.append(choose(self.channel_heads[place](x)[:, 0].float(), place))
             if place + 1 < self.places:
                 x = self.token_embeddings[place](chosen[-1])[:, None].to(condition.dtype)  # [M, 1, D]
         return torch.stack(chosen, dim=1)
+
+    def compile_blocks(self) -> None:
+        """Has ``torch.compile`` fuse the blocks; on CUDA, the sampling of few tokens becomes one launch."""
+        for block in self.channel_blocks:
+            block.all_places = torch.compile(block.all_places, dynamic=True)
+            block.one_place = torch.compile(block.one_place, dynamic=True)
+        if self.channel_embed.is_cuda:
+            self.recordings = Recordings()
 
     def rows_at_once(self) -> int:
         """Tokens whose modulations and logits fit :data:`MODULATION_BUDGET`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.backbone import gather_tokens
+from models.graphs import RECORDED_ROWS
 
 if TYPE_CHECKING:
     from models.channel_head import ChannelHead
@@ -339,16 +340,20 @@ def sample_classes(
         features: ``[M, D]``.
         uniform: one number a place, ``[M, places]``.
     """
-    rows = head.rows_at_once()
-    classes, log_probs = [], []
-    for z, u in zip(features.split(rows), uniform.split(rows), strict=True):
-        sums = torch.zeros(len(z), device=z.device)
 
-        def choose(logits: Tensor, place: int, u: Tensor = u, sums: Tensor = sums) -> Tensor:
+    def sample(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs = torch.zeros(len(z), device=z.device)
+
+        def choose(logits: Tensor, place: int) -> Tensor:
             chosen = sample_categorical(logits, temperature, u[:, place])
-            sums += logits.log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
+            log_probs.add_(logits.log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0])
             return chosen
 
-        classes.append(head.sample(z, choose, first_place))
-        log_probs.append(sums)
-    return torch.cat(classes), torch.cat(log_probs)
+        return head.sample(z, choose, first_place), log_probs
+
+    rows = head.rows_at_once()
+    if head.recordings is not None and len(features) <= min(rows, RECORDED_ROWS):
+        weights = head.condition_proj.weight.data_ptr()  # a recording reads them where they lay
+        return head.recordings(sample, features, uniform, key=(weights, temperature, first_place))
+    parts = [sample(z, u) for z, u in zip(features.split(rows), uniform.split(rows), strict=True)]
+    return tuple(torch.cat(results) for results in zip(*parts, strict=True))

@@ -402,15 +402,14 @@ class TokenBridge(nn.Module):
         return flops + 2 * places * (2 * dim**2 + dim * self.head.classes)
 
     def compile_blocks(self) -> None:
-        """Has ``torch.compile`` fuse what lies between the blocks' matrix products, in training.
+        """Has ``torch.compile`` fuse what lies between the blocks' matrix products, in training and in sampling.
 
-        Blocks of a kind share one program, made for any number of tokens: each step masks another one. Copies of the
-        model made before stay as they are.
+        Blocks of a kind share one program, made for any number of tokens: each training step masks another one, each
+        sampling step takes another one. To be called on the model's device; copies made before stay as they are.
         """
         for block in (*self.backbone.encoder_blocks, *self.backbone.decoder_blocks):
             block.compile(dynamic=True)
-        for block in self.head.channel_blocks:
-            block.all_places = torch.compile(block.all_places, dynamic=True)
+        self.head.compile_blocks()
 
     # ----------------------------------------------------------------------------------------------------------------
     # Generation (section 3.3).

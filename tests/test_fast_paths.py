@@ -1,5 +1,6 @@
 """Every fast path equals the plain one: in float32 to rounding, in bfloat16 to bfloat16's own distance."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from benchmarks.other_ways import DiffusionHead, argmin_over_levels, plain_kernels, sample_recomputing
 from models import channel_head
 from models.dropout import Dropout, dropout
+from models.graphs import Recordings
 from models.quantizer import GaussianQuantizer
 from models.sampling import sample_categorical, sample_classes
 from models.tokenbridge import TokenBridge
@@ -133,12 +135,12 @@ def test_checkpointed_blocks_give_the_same_gradients_dropout_included(parts):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("head", ["ar", "parallel"])
-def test_compiled_blocks_give_the_same_gradients_for_every_number_of_tokens(head, monkeypatch):
+def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_tokens(head, monkeypatch):
     model = small(head, **NO_DROPOUT).train()
     given = [batch(model)[:2] for _ in range(3)]
     masks = [(torch.rand(4, 16).argsort(dim=1) < count).float() for count in (12, 14, 16)]
     monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", 20 * 16 * 32)
-    results = []
+    results, sampled = [], []
     for compiled in (False, True):
         if compiled:
             model.compile_blocks()
@@ -146,6 +148,8 @@ def test_compiled_blocks_give_the_same_gradients_for_every_number_of_tokens(head
             model.zero_grad()
             model(latents, labels, mask).backward()
             results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        sampled.append(model.sample_tokens(2, num_iter=5, cfg=2.0, labels=torch.arange(2), seeds=[1, 2]))
+    assert torch.equal(*sampled)
     for plain, fast in zip(results[:3], results[3:], strict=True):
         assert torch.allclose(plain, fast, atol=1e-4 * plain.abs().max().item())
 
@@ -180,6 +184,46 @@ def test_sampled_confidences_are_teacher_forcings(head):
     chosen, confidence = sample_classes(model.head, features, 1.0, torch.rand(20, model.head.places), "trained")
     forced = F.log_softmax(model.head(features, chosen), dim=-1).gather(-1, chosen[..., None]).sum(dim=(1, 2))
     assert torch.allclose(forced, confidence, atol=1e-4 * model.head.places)
+
+
+def rerun(work):
+    """Stands in for a CUDA graph where there is none: a replay reads the same inputs, writes the same outputs."""
+    outputs = work()
+
+    def replay():
+        for output, new in zip(outputs, work(), strict=True):
+            output.copy_(new)
+
+    return replay, outputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", HEADS)
+def test_recorded_sampling_is_sampling(head):
+    model = small(head)
+    options = {"num_iter": 5, "cfg": 2.0, "labels": torch.arange(3), "seeds": [1, 2, 3], "return_confidence": True}
+    plain = [model.sample_tokens(3, **options, temperature=temperature) for temperature in (1.0, 0.7)]
+    recordings = model.head.recordings = Recordings(rerun)
+    for temperature, (latents, confidence) in zip((1.0, 0.7, 1.0), [*plain, plain[0]], strict=True):
+        found = model.sample_tokens(3, **options, temperature=temperature)
+        assert torch.equal(found[0], latents) and torch.allclose(found[1], confidence, atol=1e-4)
+    # Steps of 3, 9, 12, 12 and 12 tokens: powers of two, at each temperature.
+    assert sorted(key[0] for key in recordings.kept) == [4, 4, 16, 16]
+    assert not copy.deepcopy(model).head.recordings.kept
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_graphs_on_cuda_sample_what_kernels_do(head, precision):
+    model = small(head).cuda().requires_grad_(False)
+    options = {"num_iter": 5, "cfg": 2.0, "labels": torch.arange(3), "seeds": [1, 2, 3], "return_confidence": True}
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
+        latents, confidence = model.sample_tokens(3, **options)
+        model.head.recordings = Recordings()
+        for _ in range(2):
+            found = model.sample_tokens(3, **options)
+            assert (found[0] != latents).float().mean() < 0.01 and distance(found[1], confidence) < 0.05
 
 
 def test_autocast_keeps_copies_of_frozen_weights_for_the_length_of_a_call():
