@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine_tokenbridge import channel_statistics, decode_images, image_seeds
 from models.quantizer import QUANTIZERS, ScalarQuantizer
-from models.tokenbridge import MODELS, TokenBridge
+from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import checkpoint, errors, misc
 from util.args import (
@@ -61,9 +61,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     for command in (samples, parallel, confidence):
         command.add_argument("--resume", default="", help=f"folder that holds {checkpoint.CHECKPOINT_NAME}")
-        command.add_argument(
-            "--model", choices=MODELS, default="tokenbridge_large", help="of a file that does not tell"
-        )
         command.add_argument(
             "--classes", nargs="+", help="names or numbers; names are the class folders' or ImageNet's; default: some"
         )
@@ -173,16 +170,9 @@ class Sampler:
             raise errors.UserError(f"{flag} is missing: name the folder that holds {checkpoint.CHECKPOINT_NAME}")
         path = checkpoint.find(resume)
         content = checkpoint.read_run(path)
-        config = content.get("config", {})
-        try:
-            model = TokenBridge.from_config(config) if config else MODELS[args.model](quant_levels=64)
-        except Exception as error:  # sizes that cannot be fail in many ways
-            raise errors.UserError(
-                f"{path} describes no model that this code can build: {errors.reason(error)}"
-            ) from error
-        checkpoint.check_config(config, model, latent_factor, path)
-        checkpoint.load_weights(model, content, path, ema=not args.no_ema)
-        names = config.get("class_names") or [str(label) for label in range(model.class_num)]
+        model = TokenBridge.from_content(content, path, ema=not args.no_ema)
+        checkpoint.check_config(content.get("config", {}), model, latent_factor, path)
+        names = model.about.get("class_names") or [str(label) for label in range(model.class_num)]
         return cls(model.to(next(vae.parameters()).device), readable(names), vae, latent_factor, args)
 
     @torch.no_grad()

@@ -37,7 +37,7 @@ from engine_tokenbridge import (
 )
 from models.tokenbridge import CHECKPOINTED, KL16_CHANNEL_ORDER, MODELS, TokenBridge
 from models.vae import AutoencoderKL
-from util import checkpoint, errors, misc
+from util import checkpoint, errors, finetune, misc
 from util.args import (
     add_metrics_args,
     add_mirror_arg,
@@ -114,6 +114,14 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
 def add_training_args(parser: argparse.ArgumentParser) -> None:
     """How it is trained."""
     train = parser.add_argument_group("training")
+    train.add_argument(
+        "--finetune",
+        default="",
+        help="start from these weights (file, folder, hf://owner/repo/path) as far as they fit",
+    )
+    train.add_argument(
+        "--freeze", nargs="+", default=[], metavar="PATTERN", help="parameters that stay: encoder_blocks.*, class_emb.*"
+    )
     train.add_argument("--epochs", type=int, default=400)
     train.add_argument("--accum_iter", type=int, default=1, help="batches whose gradients make one step")
     train.add_argument("--lr", type=float, help="peak learning rate; by default blr x whole batch / 256")
@@ -205,6 +213,8 @@ def check_args(args: argparse.Namespace) -> None:
     if (args.evaluate or args.evaluate_nll) and not args.resume:
         flag = "--evaluate" if args.evaluate else "--evaluate_nll"
         raise errors.UserError(f"{flag} needs --resume, the folder that holds the weights to measure")
+    if args.finetune and (args.evaluate or args.evaluate_nll):
+        raise errors.UserError("--finetune is for training: name the weights to measure with --resume")
     if args.use_cached and not args.cached_path and not args.evaluate and not args.evaluate_nll:
         raise errors.UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
     if args.use_cached and not args.cached_val_path and (args.evaluate_nll or args.online_nll):
@@ -326,11 +336,13 @@ def build_model(args: argparse.Namespace, config: dict[str, Any], kl16: bool, ca
         "channel_order": order,
     }
     levels = 2**args.quant_bits
-    if config.get("quant_levels", levels) != levels:  # before groups of so many levels are found to be too large
-        raise errors.UserError(
-            f"{args.resume} was trained differently: quant_levels is {config['quant_levels']} there, {levels} here "
-            "(--quant_bits)"
-        )
+    # Before what follows from these is found to be impossible: groups too large, an order of too few channels.
+    for name, value in {"quant_levels": levels, **{n: kwargs[n] for n in ("vae_embed_dim", "patch_size")}}.items():
+        if config.get(name, value) != value:
+            raise errors.UserError(
+                f"{args.resume} was trained differently: {name} is {config[name]} there, {value} here "
+                f"({checkpoint.MEANING[name]})"
+            )
     adopted = {name: config[name] for name in checkpoint.ADOPTED if name in config}
     kwargs |= adopted | {name: value for name, value in asked.items() if value is not None} | calibration
     try:
@@ -352,6 +364,13 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], Path | No
         misc.log.info("no %s in %s: starting afresh", checkpoint.CHECKPOINT_NAME, args.resume)
         return {}, None
     return (checkpoint.read_run(path), path) if measuring else checkpoint.read_newest_whole(path)
+
+
+def open_start(finetune_from: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
+    """The checkpoint that ``--finetune`` names; what it, or else its weights' shapes, tell of its model; its file."""
+    path = checkpoint.find(finetune_from)
+    content = checkpoint.read_run(path)
+    return content, content.get("config") or TokenBridge.published_config(content.get("model"), path), path
 
 
 CALIBRATION_IMAGES = 10_000
@@ -562,6 +581,14 @@ def resume(
     if "model_ema" in content:
         checkpoint.load_weights(ema.module, content, path, ema=True)
     if "optimizer" in content and "epoch" in content:
+        before = content.get("args")
+        before = vars(before) if isinstance(before, argparse.Namespace) else before
+        frozen = before.get("freeze", []) if isinstance(before, dict) else []
+        if frozen != args.freeze:
+            raise errors.UserError(
+                f"{path} was trained with --freeze {frozen or 'nothing'}, not {args.freeze or 'nothing'}: to go on "
+                "differently, start anew from it with --finetune and another --output_dir"
+            )
         checkpoint.load_optimizer(optimizer, content["optimizer"], path)
         args.start_epoch = content["epoch"] + 1
         of = content.get("steps_per_epoch", steps)
@@ -579,15 +606,12 @@ def resume(
     return start_step
 
 
-def save(
-    model: TokenBridge, ema, optimizer, scaler, epoch: int, step: int, steps: int, latent_factor, class_names, args
-) -> None:
+def save(model: TokenBridge, ema, optimizer, scaler, epoch: int, step: int, steps: int, args) -> None:
     """Writes ``checkpoint-last.pth`` (README, section Files) from the main process.
 
     Args:
         epoch: the last finished.
         step: steps taken of the next one, of ``steps`` each has.
-        class_names: of the folders, by label.
     """
     if not misc.is_main_process():
         return
@@ -600,12 +624,7 @@ def save(
         "step": step,
         "steps_per_epoch": steps,
         "world_size": misc.get_world_size(),
-        "config": {
-            **model.config,
-            "model": args.model,
-            "latent_factor": latent_factor,
-            "class_names": class_names,
-        },
+        "config": {**model.config, **model.about},
         "args": vars(args),
     }
     if scaler.is_enabled():
@@ -655,18 +674,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
                 if stop or (due and taken < steps):
                     settle()
                     finished, step = divmod(epoch * steps + taken, steps)
-                    save(
-                        model,
-                        ema,
-                        optimizer,
-                        scaler,
-                        finished - 1,
-                        step,
-                        steps,
-                        run.latent_factor,
-                        loader.dataset.classes,
-                        args,
-                    )
+                    save(model, ema, optimizer, scaler, finished - 1, step, steps, args)
                 if stop:
                     misc.barrier()
                     raise errors.Preempted(
@@ -684,7 +692,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, content: dict, path:
             last = epoch + 1 == args.epochs
             whole = args.save_every_steps and (epoch + 1) * steps % args.save_every_steps == 0
             if last or whole or (epoch + 1) % args.save_last_freq == 0:
-                save(model, ema, optimizer, scaler, epoch, 0, steps, run.latent_factor, loader.dataset.classes, args)
+                save(model, ema, optimizer, scaler, epoch, 0, steps, args)
             if last or (epoch + 1) % args.eval_freq == 0:
                 evaluate_online(run, model if args.no_ema else ema.module, epoch, writer)
     if writer is not None:
@@ -705,14 +713,23 @@ def main() -> None:
         val = load_data(args, "val") if args.evaluate_nll or args.online_nll else None
         vae, latent_factor, kl16 = load_tokenizer(args, [data for data in (dataset, val) if data is not None])
         misc.seed_everything(args.seed + misc.get_rank())
-        config = content.get("config", {})
+        config, start = content.get("config", {}), None
+        if args.finetune and path is None:
+            start = open_start(args.finetune)
+            config = finetune.adopted_config(start[1], args, latent_factor)
         calibration = calibrate(args, config, path, dataset, vae, latent_factor, device)
-        model = build_model(args, config, kl16 or path is not None, calibration)
+        model = build_model(args, config, kl16 or path is not None or "channel_order" in config, calibration)
         if path is not None:
             checkpoint.check_config(config, model, latent_factor, path)
+        if start is not None:
+            finetune.start_from(model, *start, ema=not args.no_ema)
+        model.about = {"model": args.model, "latent_factor": latent_factor}
         if measuring:
             checkpoint.load_weights(model, content, path, ema=not args.no_ema)
             content.clear()
+        else:
+            model.about["class_names"] = dataset.classes
+            finetune.freeze(model, args.freeze)
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
         model, vae = model.to(device), None if vae is None else vae.to(device, memory_format=torch.channels_last)
         if measuring and args.compile:
@@ -728,7 +745,8 @@ def main() -> None:
                     Path(args.output_dir) / "likelihood.json", {**figures, "resume": args.resume, **provenance()}
                 )
         if args.evaluate:
-            weights = {"ema": not args.no_ema, "model": file_identity(path), "vae": file_identity(args.vae_path)}
+            vae_file = checkpoint.located(args.vae_path, checkpoint.VAE_NAMES)
+            weights = {"ema": not args.no_ema, "model": file_identity(path), "vae": file_identity(vae_file)}
             search(run, model, weights)
         if not measuring:
             train(run, model, loader, content, path)

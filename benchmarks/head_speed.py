@@ -44,6 +44,7 @@ def main() -> None:
     diffusion = DiffusionHead(ours.condition_proj.in_features).to(args.device).eval()
     rows = []
     for precision in args.precision:
+        torch.compiler.reset()  # which keeps but few programs of a function
         for tokens in args.tokens:
             features = torch.randn(tokens, ours.condition_proj.in_features, device=args.device)
             uniform = torch.rand(tokens, 16, device=args.device)

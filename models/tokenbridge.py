@@ -5,6 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from models import sampling
 from models.backbone import MaskedBackbone, gather_tokens
 from models.channel_head import ChannelHead
+from models.hub import HubModel
 from models.quantizer import QUANTIZERS
+from util import checkpoint
+from util.errors import UserError
 
 #: KL-16's channels by share of low-frequency energy, highest first (section 3.2). Published checkpoints do not hold it.
 KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
@@ -28,7 +32,7 @@ CHECKPOINTED = ("encoder", "decoder", "head")
 MAX_CLASSES = 2**17
 
 
-class TokenBridge(nn.Module):
+class TokenBridge(nn.Module, HubModel):
     """Masked autoregressive generation over post-training-quantized latents.
 
     Args:
@@ -178,6 +182,31 @@ class TokenBridge(nn.Module):
         """
         names = inspect.signature(cls).parameters
         return cls(**{name: value for name, value in config.items() if name in names})
+
+    @staticmethod
+    def published_config(weights: Any, path: str | Path) -> dict[str, Any]:
+        """What the shapes of published weights, which do not describe themselves, tell of their model.
+
+        Raises:
+            UserError: they are of none of the :data:`MODELS`.
+        """
+        shapes = {name: list(value.shape) for name, value in weights.items()} if isinstance(weights, Mapping) else {}
+        try:
+            length = shapes["output_pos_embed"][1]
+            kwargs = {
+                "class_num": shapes["class_emb.weight"][0],
+                "quant_levels": shapes["channel_heads.0.weight"][0],
+                "buffer_size": shapes["encoder_pos_embed_learned"][1] - length,
+                "img_size": 16 * math.isqrt(length),
+            }
+            for factory in MODELS.values():
+                with torch.device("meta"):
+                    model = factory(**kwargs)
+                if all(shapes.get(name) == list(value.shape) for name, value in model.named_parameters()):
+                    return {**model.config, "latent_factor": checkpoint.KL16_LATENT_FACTOR}
+        except (KeyError, IndexError, ValueError):
+            pass
+        raise UserError(f"{path} does not say of what model it is, and its weights are of no published one")
 
     def _set_channel_order(self, order: Sequence[int] | None) -> None:
         channels = self.token_dim

@@ -3,14 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from util.checkpoint import matching, read_vae
+from util.checkpoint import HUB_CONFIG, HUB_NAME, VAE_NAMES, config_beside, located, matching, read_vae
 from util.errors import UserError, reason
+from util.files import write_json
+from util.safe import write_tensors
 
 #: Where attention sits is a matter of the level, counted from this nominal resolution, whatever the image's size.
 NOMINAL_RESOLUTION = 256
@@ -247,13 +250,24 @@ class AutoencoderKL(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str) -> tuple["AutoencoderKL", float]:
-        """The tokenizer in file ``path``, built as the file says, frozen, and its latent factor.
+        """The tokenizer at ``path``, built as its file says, frozen, and its latent factor.
 
         A file that says nothing of itself is the published KL-16, factor 0.2325.
+
+        Args:
+            path: a file; a folder of :meth:`save_pretrained` or of diffusers (then the tokenizer is a
+                :class:`models.diffusers_vae.DiffusersVAE`); or an address on the Hub, ``hf://owner/repo[/path]``.
 
         Raises:
             UserError: the file is missing, unreadable, or does not hold the weights of such a tokenizer.
         """
+        path = located(path, VAE_NAMES)
+        about = config_beside(path)
+        if isinstance(about, dict) and "_class_name" in about:
+            from models.diffusers_vae import DiffusersVAE  # an optional extra, and slow to import
+
+            vae = DiffusersVAE(path, about)
+            return vae, vae.latent_factor
         weights, config, latent_factor = read_vae(path)
         try:
             vae = cls(**config)
@@ -261,6 +275,15 @@ class AutoencoderKL(nn.Module):
             raise UserError(f"{path} describes no tokenizer that this code can build: {reason(error)}") from error
         vae._load(weights, path)
         return vae.eval().requires_grad_(False), latent_factor
+
+    def save_pretrained(self, folder: str | Path, latent_factor: float) -> None:
+        """Writes ``model.safetensors`` and ``config.json``, which :meth:`from_pretrained` reads.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written.
+        """
+        write_tensors(Path(folder) / HUB_NAME, self.state_dict())
+        write_json(Path(folder) / HUB_CONFIG, {"vae": self.config, "latent_factor": latent_factor})
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Images ``[B, 3, H, W]`` in [-1, 1] to the posterior of latents ``[B, C, H / stride, W / stride]``."""

@@ -15,6 +15,7 @@ from models.vae import AutoencoderKL
 from tests.conftest import SMALL, filled
 from tests.fill import deterministic_fill
 from util import checkpoint
+from util.checkpoint import __main__ as commands
 from util.errors import UserError
 from util.misc import add_weight_decay
 
@@ -166,15 +167,15 @@ def test_checkpoints_become_safetensors_and_come_back_without_loss(tmp_path, sma
     content["shared"] = [content["half"], content["half"][1:]]
     torch.save(content, paths[0])
     for source, target in pairwise(paths):
-        checkpoint.main(["convert", str(source), str(target)])
+        commands.main(["convert", str(source), str(target)])
     before, after = (checkpoint.read(paths[i]) for i in (0, 2))
     assert same({**before, "args": vars(before["args"])}, {**after, "args": vars(after["args"])})
     assert list(after["model"]) == list(small_model.state_dict())
 
-    checkpoint.main(["show", str(paths[1])])
+    commands.main(["show", str(paths[1])])
     shown = capsys.readouterr().out
     assert "model: " in shown and "epoch: 3" in shown and "quant_levels: 16" in shown and "0.2325" in shown
-    checkpoint.main(["show", str(paths[1]), "--tensors"])
+    commands.main(["show", str(paths[1]), "--tensors"])
     assert "mask_token [1, 1, 32] torch.float32" in capsys.readouterr().out
 
 
@@ -183,7 +184,7 @@ def test_averages_alone_take_the_weights_place(tmp_path, small_model, suffix):
     torch.save(released(small_model.train()), tmp_path / "a.pth")
     folder = tmp_path / "alone"
     folder.mkdir()
-    checkpoint.convert(tmp_path / "a.pth", folder / f"checkpoint-last.{suffix}", "model_ema")
+    commands.convert(tmp_path / "a.pth", folder / f"checkpoint-last.{suffix}", "model_ema")
     path = checkpoint.find(folder)
     content = checkpoint.read_run(path)
     model = TokenBridge(**SMALL)
@@ -220,7 +221,7 @@ def test_what_cannot_be_converted_is_named(tmp_path, small_model):
         ("b.safetensors", None, "what is a set"),
     ):
         with pytest.raises(UserError, match=message):
-            checkpoint.convert(path, tmp_path / target, weights)
+            commands.convert(path, tmp_path / target, weights)
     assert [each.name for each in tmp_path.iterdir()] == ["a.pth"]
 
 
@@ -231,6 +232,6 @@ def test_tokenizers_of_any_program_as_safetensors(tmp_path):
     assert latent_factor == 0.2325 and torch.equal(loaded.quant_conv.weight, vae.quant_conv.weight)
     small = filled(AutoencoderKL(4, (1, 2), ch=32, num_res_blocks=1))
     checkpoint.save_vae(tmp_path / "vae.ckpt", small, 0.7)
-    checkpoint.convert(tmp_path / "vae.ckpt", tmp_path / "vae.safetensors")
+    commands.convert(tmp_path / "vae.ckpt", tmp_path / "vae.safetensors")
     loaded, latent_factor = AutoencoderKL.from_pretrained(tmp_path / "vae.safetensors")
     assert latent_factor == 0.7 and loaded.config == small.config

@@ -144,7 +144,7 @@ def resumed(path: Path) -> tuple[TokenBridge, ModelEmaV3, torch.optim.AdamW]:
     model, ema, optimizer, scaler = parts_of_a_run()
     content, found = checkpoint.read_newest_whole(path)
     checkpoint.check_config(content.get("config", {}), model, 0.5, found)
-    main_tokenbridge.resume(content, found, model, ema, optimizer, scaler, 4, Namespace(start_epoch=0))
+    main_tokenbridge.resume(content, found, model, ema, optimizer, scaler, 4, Namespace(start_epoch=0, freeze=[]))
     return model, ema, optimizer
 
 
@@ -158,7 +158,8 @@ def content(tmp_path_factory) -> dict:
     ema.update(model)
     folder = tmp_path_factory.mktemp("run")
     args = Namespace(output_dir=str(folder), model="tokenbridge_tiny", keep_last=1)
-    main_tokenbridge.save(model, ema, optimizer, scaler, 0, 2, 4, 0.5, ["a", "b"], args)
+    model.about = {"latent_factor": 0.5, "class_names": ["a", "b"]}
+    main_tokenbridge.save(model, ema, optimizer, scaler, 0, 2, 4, args)
     return torch.load(folder / "checkpoint-last.pth", weights_only=True)
 
 

@@ -23,7 +23,7 @@ import main_vae
 import reconstruction
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import ROOT, SHORT, TINY, processes_of
-from util import checkpoint
+from util.checkpoint import __main__ as commands
 from util.loader import CachedFolder
 
 
@@ -333,7 +333,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, refused, cached, 
 
 def test_a_runs_own_folder_may_hold_safetensors(run, cached, trained, caplog):
     caplog.set_level("INFO")
-    checkpoint.convert(trained / "checkpoint-last.pth", trained / "checkpoint-last.safetensors")
+    commands.convert(trained / "checkpoint-last.pth", trained / "checkpoint-last.safetensors")
     (trained / "checkpoint-last.pth").unlink()
     common = f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached}"
     run("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")

@@ -30,7 +30,8 @@ def add_vae_arg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae_path",
         default="pretrained_models/vae/kl16.ckpt",
-        help="tokenizer: the published KL-16, or one of main_vae.py, which brings its own sizes and latent factor",
+        help="tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring their own sizes "
+        "and latent factor; or hf://owner/repo[/path]",
     )
 
 

@@ -131,6 +131,12 @@ def keep_freed_memory() -> None:
             libc.mallopt(*option)
 
 
+def start_log() -> None:
+    """Has the main process say on standard error what it does."""
+    log.handlers = [logging.StreamHandler()]  # to the standard error of now
+    log.setLevel(logging.INFO if is_main_process() else logging.CRITICAL)
+
+
 @contextmanager
 def processes(device: str | None = None) -> Iterator[torch.device]:
     """Joins torchrun's process group, if there is one (nccl on CUDA, gloo on the CPU), and gives this process's device.
@@ -153,8 +159,7 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
     if launched:
         # Others wait while the main process computes metrics and writes checkpoints, longer than NCCL's ten minutes.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    log.handlers = [logging.StreamHandler()]  # to the standard error of now
-    log.setLevel(logging.INFO if is_main_process() else logging.CRITICAL)
+    start_log()
     yield device
     # After an error the others may wait in a collective, and taking the group down would wait for them: the launcher
     # ends them when this process ends.

@@ -88,6 +88,14 @@ def write(path: str | Path, content: Mapping[str, Any]) -> None:
         save_file(tensors, file.name, {"format": "pt", TREE: tree, CHECKSUMS: checksums})
 
 
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors alone, by their names, as every program reads them; whole or not at all."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    checksums = json.dumps({name: checksum(value) for name, value in tensors.items()})
+    with written_whole(path) as file:
+        save_file(tensors, file.name, {"format": "pt", CHECKSUMS: checksums})
+
+
 def with_sharing(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, bool]]:
     """Names, tensors, and whether one before has the same memory, which a file cannot hold twice."""
     seen = set()
@@ -106,10 +114,9 @@ def read(path: str | Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if TREE not in about:
-        return {"model": tensors}
-    sums = json.loads(about[CHECKSUMS])
-    wrong = [name for name, value in tensors.items() if sums.get(name) != checksum(value)]
-    if wrong:
-        raise ValueError(f"the checksum of {wrong[0]} is wrong")
-    return put_tensors(json.loads(about[TREE]), tensors)
+    if CHECKSUMS in about:  # other programs write none
+        sums = json.loads(about[CHECKSUMS])
+        wrong = [name for name, value in tensors.items() if sums.get(name) != checksum(value)]
+        if wrong:
+            raise ValueError(f"the checksum of {wrong[0]} is wrong")
+    return put_tensors(json.loads(about[TREE]), tensors) if TREE in about else {"model": tensors}

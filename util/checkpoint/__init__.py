@@ -8,6 +8,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util import errors, safe
-from util.args import new_parser
+from util import hub, safe
 from util.errors import UserError, reason
-from util.files import written_whole
+from util.files import read_json, written_whole
 from util.misc import log
 
 CHECKPOINT_NAME = "checkpoint-last.pth"
 SAFE_NAME = "checkpoint-last.safetensors"
+#: A folder that ``save_pretrained`` wrote: weights, and beside them what they are of.
+HUB_NAME, HUB_CONFIG = "model.safetensors", "config.json"
+#: What a folder of a tokenizer may hold; the last is of diffusers.
+VAE_NAMES = (HUB_NAME, "vae.ckpt", "kl16.ckpt", "diffusion_pytorch_model.safetensors")
 
 #: What the published VAE is, for files that say nothing of themselves.
 KL16_CONFIG = {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}
@@ -40,9 +44,9 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, it is damaged, holds something else, or would run code.
     """
-    path = Path(path)
+    path = hub.local(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; check the path, or see the README for where to fetch it")
+        raise UserError(f"no checkpoint at {path}; check the path, or fetch what is published: python -m util.download")
     try:
         if path.suffix == safe.SUFFIX:
             content = safe.read(path)
@@ -145,6 +149,34 @@ def matching(
     return {name: weights[name] for name in expected}
 
 
+def located(path: str | Path | hub.Address, names: Sequence[str], **options) -> Path:
+    """The first of ``names`` that is in folder ``path``, or ``path`` itself; fetched, with its config, from the Hub.
+
+    Raises:
+        UserError: the Hub does not have it, or cannot be reached.
+    """
+    if hub.is_address(path):
+        found = hub.fetch(path, names, **options)
+        if found.suffix == safe.SUFFIX and not found.with_name(HUB_CONFIG).exists():
+            with suppress(UserError):  # what describes itself needs none
+                hub.fetch(hub.neighbour(path, found, HUB_CONFIG), **options)
+        return found
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in names if (path / name).is_file()), path / names[0])
+
+
+def config_beside(path: Path) -> Any:
+    """What ``config.json`` beside weights of another program's, or ``save_pretrained``'s, layout holds; else None.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    beside = path.with_name(HUB_CONFIG)
+    return read_json(beside) if path.suffix == safe.SUFFIX and beside.is_file() else None
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The tokenizer.
 
@@ -156,7 +188,7 @@ def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float
         UserError: see :func:`read`; or the file holds no weights.
     """
     content = read(path)
-    config = content.get("config", {})
+    config = content.get("config", config_beside(Path(path)) or {})
     weights = content.get("model", content.get("state_dict", content))
     if not isinstance(weights, Mapping) or not weights:
         raise UserError(f"{path} holds no tokenizer: expected its weights under 'model'")
@@ -245,16 +277,16 @@ def older(path: Path) -> list[Path]:
     return [old for _, old in sorted(numbered)]
 
 
-def find(resume: str | Path) -> Path:
-    """The checkpoint in folder ``resume``, or ``resume`` itself if it is a file.
+def find(resume: str | Path | hub.Address, **options) -> Path:
+    """The checkpoint in folder ``resume``, or ``resume`` itself if it is a file; either may be an address on the Hub.
+
+    Args:
+        options: see :func:`util.hub.fetch`.
 
     Raises:
         UserError: there is none.
     """
-    path = Path(resume)
-    if path.is_dir():
-        names = (CHECKPOINT_NAME, SAFE_NAME)
-        path = next((path / name for name in names if (path / name).is_file()), path / CHECKPOINT_NAME)
+    path = located(resume, (CHECKPOINT_NAME, SAFE_NAME, HUB_NAME), **options)
     if not path.is_file():
         raise UserError(f"no {CHECKPOINT_NAME} in {resume}; --resume takes the folder that holds it")
     return path
@@ -271,7 +303,10 @@ def read_run(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: see :func:`read`; or an entry cannot be what it should be.
     """
+    path = Path(path)
     content = read(path)
+    if "config" not in content and (about := config_beside(path)):
+        content |= {"config": about, "averaged": True}  # they were saved to be used
     steps = content.get("steps_per_epoch", 1)
     lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "world_size": 1}
     wrong = [
@@ -438,99 +473,3 @@ def save(path: str | Path, content: dict[str, Any], keep_last: int = 1) -> None:
                 shutil.copy2(path, names[1])
     for old in older(path)[keep_last - 1 :]:
         old.unlink()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# As a command: python -m util.checkpoint show|convert.
-
-
-def convert(source: str | Path, target: str | Path, weights: str | None = None) -> None:
-    """Writes a checkpoint in the other format, or its weights alone, by their names.
-
-    Args:
-        target: ``.safetensors`` or ``.pth``.
-        weights: ``"model"`` or ``"model_ema"`` for those weights alone (with the tables of ``model``), else everything.
-
-    Raises:
-        UserError: see :func:`read`; the target has another suffix or is there; or there are no such weights.
-    """
-    target = Path(target)
-    if target.suffix not in (safe.SUFFIX, ".pth", ".ckpt"):
-        raise UserError(f"{target}: choose a name that ends in {safe.SUFFIX} or .pth")
-    if target.exists():
-        raise UserError(f"{target} is there already; choose another name")
-    content = read(source)
-    if weights is not None:
-        if not isinstance(content.get(weights), Mapping):
-            raise UserError(f"{source} has no weights under '{weights}'")
-        tables = content.get("model")
-        content = {
-            "model": {**(tables if isinstance(tables, Mapping) else {}), **content[weights]},
-            **{name: content[name] for name in ("config", "args", "epoch") if name in content},
-            "averaged": weights == "model_ema",
-        }
-    try:
-        if target.suffix == safe.SUFFIX:
-            safe.write(target, content)
-        else:
-            with written_whole(target) as file:
-                torch.save(content, file)
-    except ValueError as error:
-        raise UserError(f"{source} cannot be converted: {error}") from error
-
-
-def summary(path: str | Path, tensors: bool = False) -> list[str]:
-    """What is in a checkpoint, in lines.
-
-    Args:
-        tensors: also list every tensor.
-    """
-    content = read(path)
-    lines = [f"{path}: {Path(path).stat().st_size / 2**20:,.1f} MiB"]
-    for name, value in content.items():
-        if isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
-            count = sum(each.numel() for each in value.values())
-            kinds = ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in value.values()}))
-            lines.append(f"{name}: {len(value)} tensors, {count / 1e6:,.2f}M values, {kinds}")
-            lines += [f"    {each} {list(tensor.shape)} {tensor.dtype}" for each, tensor in value.items() if tensors]
-        elif name == "optimizer" and isinstance(value, Mapping):
-            lines.append(f"{name}: moments of {len(value.get('state', {}))} parameters")
-        elif isinstance(value, Mapping | argparse.Namespace):
-            entries = value if isinstance(value, Mapping) else vars(value)
-            lines += [f"{name}:", *(f"    {key}: {shortened(each)}" for key, each in entries.items())]
-        else:
-            lines.append(f"{name}: {shortened(value)}")
-    return lines
-
-
-def shortened(value: Any) -> str:
-    """A value on a line of its own."""
-    text = f"tensor {list(value.shape)}" if isinstance(value, Tensor) else str(value)
-    return text if len(text) <= 100 else text[:97] + "..."
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this module."""
-    parser = new_parser("Shows what is in a checkpoint, or converts between .pth and .safetensors without loss.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="what is in a file")
-    show.add_argument("file")
-    show.add_argument("--tensors", action="store_true", help="every tensor, too")
-    change = commands.add_parser("convert", help="from .pth to .safetensors, or back")
-    change.add_argument("source")
-    change.add_argument("target")
-    change.add_argument("--weights", choices=["model", "model_ema"], help="these alone; by default everything")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
-    args = get_args_parser().parse_args(argv)
-    if args.command == "show":
-        print("\n".join(summary(args.file, args.tensors)))
-    else:
-        convert(args.source, args.target, args.weights)
-
-
-if __name__ == "__main__":
-    errors.run(main)

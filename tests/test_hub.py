@@ -1,0 +1,345 @@
+"""Weights that travel: through folders, and through a server that speaks the Hub's routes, with the real client."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file
+
+from models.tokenbridge import TokenBridge, tokenbridge_base, tokenbridge_large
+from models.vae import AutoencoderKL
+from tests.conftest import ROOT, SMALL, TINY, filled
+from tests.hub_server import COMMIT, serving
+from util import download, hub
+from util.checkpoint import __main__ as commands
+from util.errors import UserError
+
+OWN = "owner/repo"
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """A Hub of the test's own, an empty cache, and no token."""
+    with serving() as server:
+        point_to(monkeypatch, server.endpoint, tmp_path / "hf")
+        yield server
+
+
+def point_to(monkeypatch, endpoint: str, home: Path) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what less has arrived is lost with the connection
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    states = model.state_dict(), other.state_dict()
+    return list(states[0]) == list(states[1]) and all(map(torch.equal, states[0].values(), states[1].values()))
+
+
+def small(**options) -> TokenBridge:
+    model = filled(TokenBridge(**{**SMALL, **options}))
+    model.about = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Folders.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"head": "parallel"},
+        {"channels_per_group": 2, "quant_levels": 4, "quantizer": "linear"},
+        {"channel_mean": [0.1] * 16, "channel_std": [2.0] * 16, "channel_order": list(range(16))},
+    ],
+    ids=["ar", "parallel", "linear pairs", "calibrated"],
+)
+def test_a_model_travels_through_a_folder(tmp_path, options):
+    model = small(**options)
+    model.save_pretrained(tmp_path / "saved", config={"note": "kept"})
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    again = TokenBridge.from_pretrained(tmp_path / "saved")
+    assert same(model, again) and again.config == model.config and not again.training
+    assert again.about == {**model.about, "note": "kept"}
+    sampling = {"bsz": 2, "num_iter": 3, "seeds": [1, 2]}
+    assert torch.equal(model.sample_tokens(**sampling), again.sample_tokens(**sampling))
+    # Under the published names, as every program reads them.
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(model.state_dict())
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "saved" / "config.json").read_bytes()
+    assert TokenBridge.from_pretrained(tmp_path / "saved", attn_dropout=0.3).config["attn_dropout"] == 0.3
+
+
+def test_the_model_card_has_figures_usage_and_licence(tmp_path):
+    figures = {"frechet_inception_distance": 1.5512, "recall": 0.63, "settings": {"cfg": 3.1, "num_iter": 256}}
+    card = {"figures": figures, "licence": "mit", "repo_id": OWN}
+    small().save_pretrained(tmp_path, model_card_kwargs=card)
+    text = (tmp_path / "README.md").read_text()
+    assert huggingface_hub.ModelCard(text).data.license == "mit"
+    for part in ("| FID | 1.551 |", "| recall | 0.63 |", "| cfg | 3.1 |", f'from_pretrained("{OWN}")', "arxiv.org/abs"):
+        assert part in text
+    other = str(small().generate_model_card())
+    assert "## Figures" not in other and "Not stated" in other
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factory", [tokenbridge_base, tokenbridge_large])
+def test_published_weights_tell_by_their_shapes_what_they_are(tmp_path, factory):
+    model = filled(factory(quant_levels=64))
+    averages = {name: value + 1 for name, value in model.named_parameters()}
+    torch.save({"model": model.state_dict(), "model_ema": averages, "epoch": 399}, tmp_path / "checkpoint-last.pth")
+    commands.main(["convert", f"{tmp_path}/checkpoint-last.pth", f"{tmp_path}/only.safetensors", "--weights", "model"])
+    assert same(TokenBridge.from_pretrained(tmp_path / "only.safetensors"), model)
+    found = TokenBridge.from_pretrained(tmp_path)
+    assert found.config == model.config and found.about == {"latent_factor": 0.2325}
+    assert torch.equal(found.class_emb.weight, averages["class_emb.weight"])
+    assert torch.equal(TokenBridge.from_pretrained(tmp_path, ema=False).class_emb.weight, model.class_emb.weight)
+
+
+def test_a_run_exports_and_its_export_is_a_checkpoint_again(run, trained, vae_path, images, tmp_path):
+    figures = tmp_path / "samples.json"
+    figures.write_text(json.dumps({"frechet_inception_distance": 12.5}))
+    commands.main(["export", str(trained), f"{tmp_path}/model", "--figures", str(figures), "--licence", "cc0-1.0"])
+    content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in content["model_ema"].items())
+    assert json.loads((tmp_path / "model" / "config.json").read_text()) == content["config"]
+    assert "12.5" in (tmp_path / "model" / "README.md").read_text()
+    commands.main(["export", str(vae_path), f"{tmp_path}/vae"])
+    assert AutoencoderKL.from_pretrained(tmp_path / "vae")[1] == AutoencoderKL.from_pretrained(vae_path)[1]
+    common = f"{TINY} --evaluate --no_metrics --num_images 4 --num_iter 3 --eval_bsz 4 --device cpu --keep_images"
+    run("main_tokenbridge", f"{common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/a")
+    exported = f"--resume {tmp_path}/model --vae_path {tmp_path}/vae"
+    run("main_tokenbridge", f"{common} {exported} --output_dir {tmp_path}/b")
+    for number in range(4):
+        name = f"samples/{number:05d}.png"
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    with pytest.raises(UserError, match="is there already"):
+        commands.main(["export", str(trained), f"{tmp_path}/model"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The Hub.
+
+
+def test_a_model_goes_to_the_hub_and_comes_back_also_without_a_network(served, monkeypatch, tmp_path):
+    model = small()
+    address = model.push_to_hub(OWN, token="hf_right", private=True)
+    assert address.endswith(f"{OWN}/commit/{COMMIT}")
+    assert set(served.repos[OWN]) == {"model.safetensors", "config.json", "README.md"}
+    assert f'from_pretrained("{OWN}")' in served.repos[OWN]["README.md"].decode()
+    with pytest.raises(UserError, match=r"there is no repository owner/repo at .*, or it is private: .*hf auth login"):
+        TokenBridge.from_pretrained(OWN)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    assert same(TokenBridge.from_pretrained(OWN), model)
+    assert same(TokenBridge.from_pretrained(OWN, revision=COMMIT), model)
+    assert same(TokenBridge.from_pretrained(f"hf://{OWN}@main"), model)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again, later and later
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    assert same(TokenBridge.from_pretrained(OWN), model)
+    assert same(TokenBridge.from_pretrained(OWN, local_files_only=True), model)
+    with pytest.raises(UserError, match=r"cannot fetch hf://owner/other/.*: .* cannot be reached .* not in the cache"):
+        TokenBridge.from_pretrained("owner/other")
+
+
+def test_commands_take_addresses_on_the_hub(served, run, trained, vae_path, tmp_path, capsys):
+    served.add(OWN, {"run/checkpoint-last.pth": trained / "checkpoint-last.pth", "vae/own.ckpt": Path(vae_path)})
+    common = f"{TINY} --evaluate --no_metrics --num_images 4 --num_iter 3 --eval_bsz 4 --device cpu --keep_images"
+    run("main_tokenbridge", f"{common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/a")
+    hf = f"--resume hf://{OWN}/run --vae_path hf://{OWN}/vae/own.ckpt"
+    for _ in range(2):
+        run("main_tokenbridge", f"{common} {hf} --output_dir {tmp_path}/b")
+    assert (tmp_path / "a/samples/00003.png").read_bytes() == (tmp_path / "b/samples/00003.png").read_bytes()
+    fetched = [path for method, path, _ in served.asked if method == "GET" and path.startswith("/large")]
+    assert len(fetched) == len(set(fetched)) == 2
+    capsys.readouterr()
+    commands.main(["show", f"hf://{OWN}/run/checkpoint-last.pth"])
+    assert "model_ema:" in capsys.readouterr().out
+    commands.main(["export", f"hf://{OWN}/run", f"{tmp_path}/exported"])
+    assert (tmp_path / "exported" / "model.safetensors").exists()
+
+
+def test_a_tokenizer_goes_to_the_hub_by_the_export_command(served, vae_path, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    commands.main(["export", str(vae_path), f"{tmp_path}/vae", "--push_to_hub", OWN])
+    assert COMMIT in capsys.readouterr().out
+    vae, factor = AutoencoderKL.from_pretrained(f"hf://{OWN}")
+    expected, expected_factor = AutoencoderKL.from_pretrained(vae_path)
+    assert same(vae, expected) and factor == expected_factor
+
+
+@pytest.mark.parametrize(
+    "address, says",
+    [
+        ("hf://owner", "is no address on the Hub: write hf://owner/repo/path"),
+        ("hf://owner/none/a.pth", "there is no repository owner/none"),
+        ("hf://owner/repo/b.pth", r"owner/repo has no file b.pth: see .*/owner/repo/tree/main"),
+        ("hf://owner/repo@v2/a.pth", r"owner/repo has no revision v2: see .*/branches"),
+        ("hf://owner/repo", "owner/repo has no file model.safetensors"),
+        (
+            "hf://owner/gated/a.pth",
+            r"owner/gated is gated: accept its terms at .*/owner/gated, then type hf auth",
+        ),
+        ("hf://own..er/repo/a.pth", "cannot be a name on the Hub"),
+    ],
+)
+def test_what_cannot_be_fetched_says_why_and_what_to_type(served, address, says):
+    served.add(OWN, {"a.pth": b"weights"})
+    served.add("owner/gated", {"a.pth": b"weights"})
+    served.gated.add("owner/gated")
+    with pytest.raises(UserError, match=says):
+        TokenBridge.from_pretrained(address)
+
+
+def test_names_that_are_neither_here_nor_on_the_hub(served, tmp_path):
+    with pytest.raises(UserError, match="no/such/folder is no file or folder here, nor owner/repo"):
+        TokenBridge.from_pretrained("no/such/folder")
+    with pytest.raises(UserError, match="cannot write to hf://owner/repo"):
+        small().push_to_hub(OWN, token="hf_wrong")
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "model.safetensors").write_bytes(b"half a fi")
+    with pytest.raises(UserError, match="cannot be read"):
+        TokenBridge.from_pretrained(tmp_path)
+    torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="does not say of what model it is, and its weights are of no published one"):
+        TokenBridge.from_pretrained(tmp_path / "other.pth")
+
+
+def test_a_connection_cut_half_way_goes_on_where_it_stopped(served):
+    data = torch.randn(200_000).numpy().tobytes()
+    served.add(OWN, {"a.pth": data})
+    served.cut["a.pth"] = 2
+    assert hub.fetch(f"hf://{OWN}/a.pth").read_bytes() == data
+    ranges = [asked for method, path, asked in served.asked if method == "GET" and path.startswith("/large")]
+    assert ranges == [None, f"bytes={len(data) // 2}-", f"bytes={len(data) * 3 // 4}-"]
+
+
+def test_what_arrives_damaged_is_never_used(served):
+    served.add(OWN, {"a.pth": b"weights", "config.json": b"{}"})
+    served.damage = {"a.pth", "config.json"}
+    for name in ("a.pth", "config.json"):
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"hf://owner/repo/{name} arrived damaged"):
+                hub.fetch(f"hf://{OWN}/{name}")
+    served.damage.clear()
+    assert hub.fetch(f"hf://{OWN}/a.pth").read_bytes() == b"weights"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# python -m util.download
+
+
+@pytest.fixture
+def published(served, monkeypatch):
+    """The published files under their names, small."""
+    models = {
+        "README.md": b"card",
+        "tokenbridge/tokenbridge_large/checkpoint-last.pth": b"large" * 1000,
+        "tokenbridge/tokenbridge_huge/checkpoint-last.pth": b"huge" * 1000,
+    }
+    served.add(hub.MODELS_REPO, models)
+    served.add(hub.VAE_REPO, {"kl16.ckpt": b"tokenizer" * 1000})
+    served.licence = "mit"
+    statistics = make_statistics()
+    for name, file in (("fid_stats", "stats.npz"), ("reference", "reference.npz")):
+        served.elsewhere[f"/{file}"] = statistics
+        monkeypatch.setitem(download.ELSEWHERE, name, f"{served.endpoint}/{file}")
+    return served
+
+
+def make_statistics() -> bytes:
+    import io
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez(buffer, mu=np.zeros(2048), sigma=np.random.default_rng(0).random((64, 64)))
+    return buffer.getvalue()
+
+
+def test_download_fills_the_folders_that_the_commands_expect(published, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    download.main(["--output_dir", str(tmp_path)])
+    for name, ending in (("large", b"large"), ("huge", b"huge")):
+        path = tmp_path / f"pretrained_models/tokenbridge/tokenbridge_{name}/checkpoint-last.pth"
+        assert path.read_bytes() == ending * 1000
+    assert (tmp_path / "pretrained_models/vae/kl16.ckpt").read_bytes() == b"tokenizer" * 1000
+    assert (tmp_path / "fid_stats/adm_in256_stats.npz").read_bytes() == published.elsewhere["/stats.npz"]
+    assert not (tmp_path / "fid_stats/VIRTUAL_imagenet256_labeled.npz").exists()
+    assert "its licence: mit" in caplog.text and COMMIT in caplog.text
+    caplog.clear()
+    before = len([path for method, path, _ in published.asked if method == "GET" and path.startswith("/large")])
+    download.main(["--output_dir", str(tmp_path), "--revision", "main"])
+    after = len([path for method, path, _ in published.asked if method == "GET" and path.startswith("/large")])
+    assert caplog.text.count("is there already, and whole") == 4 and before == after
+    # What is there but not whole is fetched again.
+    (tmp_path / "pretrained_models/vae/kl16.ckpt").write_bytes(b"tokenizes" * 1000)
+    download.main(["vae", "reference", "--output_dir", str(tmp_path)])
+    assert (tmp_path / "pretrained_models/vae/kl16.ckpt").read_bytes() == b"tokenizer" * 1000
+    assert (tmp_path / "fid_stats/VIRTUAL_imagenet256_labeled.npz").exists()
+
+
+@pytest.mark.parametrize("name", ["vae", "fid_stats"])
+def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published, tmp_path, name):
+    target = tmp_path / download.TARGETS[name]
+    file = "kl16.ckpt" if name == "vae" else "/stats.npz"
+    published.damage.add(file)
+    with pytest.raises(UserError, match=r"arrived damaged.*start again"):
+        download.main([name, "--output_dir", str(tmp_path)])
+    assert not target.exists()
+    published.damage.clear()
+    published.cut[file] = 1
+    download.main([name, "--output_dir", str(tmp_path)])
+    assert any(asked for _, _, asked in published.asked)
+    assert [path.name for path in target.parent.iterdir() if path.suffix == ".incomplete"] == []
+    expected = b"tokenizer" * 1000 if name == "vae" else published.elsewhere["/stats.npz"]
+    assert target.read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("nothing", "nothing published is called nothing: choose from tokenbridge_large"),
+        ("tokenbridge_large --revision v9", "Epiphqny/TokenBridge has no revision v9"),
+        ("tokenbridge_huge", r"no file .../tokenbridge_huge/checkpoint-last.pth in Epiphqny/TokenBridge: see .*save"),
+        ("fid_stats", "cannot fetch"),
+    ],
+)
+def test_download_says_what_it_cannot_find(published, tmp_path, arguments, says):
+    published.repos[hub.MODELS_REPO].pop("tokenbridge/tokenbridge_huge/checkpoint-last.pth")
+    published.elsewhere.clear()
+    with pytest.raises(UserError, match=says):
+        download.main([*arguments.split(), "--output_dir", str(tmp_path)])
+
+
+def test_download_without_a_network(monkeypatch, tmp_path):
+    point_to(monkeypatch, "http://127.0.0.1:9", tmp_path / "hf")
+    with pytest.raises(UserError, match=r"cannot look into hf://Epiphqny/TokenBridge/.*start again"):
+        download.main(["--output_dir", str(tmp_path)])
+
+
+def test_download_onto_a_full_disk(published, tmp_path):
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "from util import download, errors\n"
+        f"errors.run(lambda: download.main(['vae', '--output_dir', {str(tmp_path)!r}]))"
+    )
+    # What Python compiled would be cut off, too.
+    environment = {"HF_ENDPOINT": published.endpoint, "HF_HOME": str(tmp_path / "hf"), "PYTHONDONTWRITEBYTECODE": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and "the disk is full; free space" in ended.stderr, ended.stderr
+    assert not (tmp_path / "pretrained_models/vae/kl16.ckpt").exists()

@@ -1,0 +1,151 @@
+"""As a command: python -m util.checkpoint show|convert|export."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor
+
+from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
+from util import errors, hub, safe
+from util.args import new_parser
+from util.checkpoint import CHECKPOINT_NAME, SAFE_NAME, VAE_NAMES, located, read, read_run
+from util.errors import UserError
+from util.files import read_json, written_whole
+from util.misc import start_log
+
+
+def convert(source: str | Path, target: str | Path, weights: str | None = None) -> None:
+    """Writes a checkpoint in the other format, or its weights alone, by their names.
+
+    Args:
+        target: ``.safetensors`` or ``.pth``.
+        weights: ``"model"`` or ``"model_ema"`` for those weights alone (with the tables of ``model``), else everything.
+
+    Raises:
+        UserError: see :func:`read`; the target has another suffix or is there; or there are no such weights.
+    """
+    target = Path(target)
+    if target.suffix not in (safe.SUFFIX, ".pth", ".ckpt"):
+        raise UserError(f"{target}: choose a name that ends in {safe.SUFFIX} or .pth")
+    if target.exists():
+        raise UserError(f"{target} is there already; choose another name")
+    content = read(source)
+    if weights is not None:
+        if not isinstance(content.get(weights), Mapping):
+            raise UserError(f"{source} has no weights under '{weights}'")
+        tables = content.get("model")
+        content = {
+            "model": {**(tables if isinstance(tables, Mapping) else {}), **content[weights]},
+            **{name: content[name] for name in ("config", "args", "epoch") if name in content},
+            "averaged": weights == "model_ema",
+        }
+    try:
+        if target.suffix == safe.SUFFIX:
+            safe.write(target, content)
+        else:
+            with written_whole(target) as file:
+                torch.save(content, file)
+    except ValueError as error:
+        raise UserError(f"{source} cannot be converted: {error}") from error
+
+
+def summary(path: str | Path, tensors: bool = False) -> list[str]:
+    """What is in a checkpoint, in lines.
+
+    Args:
+        tensors: also list every tensor.
+    """
+    path = hub.local(path)
+    content = read(path)
+    lines = [f"{path}: {path.stat().st_size / 2**20:,.1f} MiB"]
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
+            count = sum(each.numel() for each in value.values())
+            kinds = ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in value.values()}))
+            lines.append(f"{name}: {len(value)} tensors, {count / 1e6:,.2f}M values, {kinds}")
+            lines += [f"    {each} {list(tensor.shape)} {tensor.dtype}" for each, tensor in value.items() if tensors]
+        elif name == "optimizer" and isinstance(value, Mapping):
+            lines.append(f"{name}: moments of {len(value.get('state', {}))} parameters")
+        elif isinstance(value, Mapping | argparse.Namespace):
+            entries = value if isinstance(value, Mapping) else vars(value)
+            lines += [f"{name}:", *(f"    {key}: {shortened(each)}" for key, each in entries.items())]
+        else:
+            lines.append(f"{name}: {shortened(value)}")
+    return lines
+
+
+def shortened(value: Any) -> str:
+    """A value on a line of its own."""
+    text = f"tensor {list(value.shape)}" if isinstance(value, Tensor) else str(value)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of this module."""
+    parser = new_parser("Shows what is in a checkpoint, or converts between .pth and .safetensors without loss.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="what is in a file")
+    show.add_argument("file")
+    show.add_argument("--tensors", action="store_true", help="every tensor, too")
+    change = commands.add_parser("convert", help="from .pth to .safetensors, or back")
+    change.add_argument("source")
+    change.add_argument("target")
+    change.add_argument("--weights", choices=["model", "model_ema"], help="these alone; by default everything")
+    export = commands.add_parser(
+        "export", help="a model or tokenizer to a folder that from_pretrained reads, or the Hub"
+    )
+    export.add_argument("source", help="a checkpoint, its folder, a tokenizer, or an address on the Hub")
+    export.add_argument("folder", help="of model.safetensors, config.json and a model card")
+    export.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
+    export.add_argument("--figures", help="samples.json of an evaluation, for the model card")
+    export.add_argument("--licence", help="of the weights, for the model card, such as mit")
+    export.add_argument("--push_to_hub", metavar="OWNER/REPO", help="also put it there; made if there is none")
+    export.add_argument("--private", action="store_true", help="make that repository a private one")
+    return parser
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes a folder that ``from_pretrained`` reads, and puts it on the Hub where that is asked for.
+
+    Raises:
+        UserError: the source cannot be read, the folder not be written, or the Hub not be reached.
+    """
+    folder = Path(args.folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; choose another folder")
+    source = located(args.source, (CHECKPOINT_NAME, SAFE_NAME, *VAE_NAMES))
+    content = read(source)
+    if any("post_quant_conv.weight" in (content.get(name) or content) for name in ("model", "state_dict")):
+        vae, latent_factor = AutoencoderKL.from_pretrained(source)
+        vae.save_pretrained(folder, latent_factor)
+    else:
+        figures = read_json(args.figures) if args.figures else None
+        card = {"figures": figures, "licence": args.licence, "repo_id": args.push_to_hub or str(folder)}
+        model = TokenBridge.from_content(read_run(source), source, False if args.no_ema else None)
+        model.save_pretrained(folder, model_card_kwargs=card)
+    if args.push_to_hub:
+        with hub.explained(hub.Address(args.push_to_hub, None, ""), "write to"):
+            api = HfApi()
+            api.create_repo(args.push_to_hub, private=args.private, exist_ok=True)
+            print(api.upload_folder(repo_id=args.push_to_hub, folder_path=folder))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    args = get_args_parser().parse_args(argv)
+    start_log()
+    if args.command == "show":
+        print("\n".join(summary(args.file, args.tensors)))
+    elif args.command == "export":
+        export(args)
+    else:
+        convert(args.source, args.target, args.weights)
+
+
+if __name__ == "__main__":
+    errors.run(main)

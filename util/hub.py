@@ -1,0 +1,184 @@
+"""Files of the Hugging Face Hub, fetched into its cache, hashes compared; errors say what to type next."""
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from util.errors import UserError, reason
+
+#: Where the paper's models are, and MAR's copy of the KL-16 tokenizer.
+MODELS_REPO, VAE_REPO = "Epiphqny/TokenBridge", "xwen99/mar-vae-kl16"
+
+CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub")
+
+#: ``hf://owner/repo[@revision]/path``; pathlib makes one slash of two.
+ADDRESS = re.compile(r"hf:/+(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.*))?")
+
+
+class Address(NamedTuple):
+    """Where a file lies on the Hub; ``revision`` is a branch, tag or commit, None for the newest."""
+
+    repo: str
+    revision: str | None
+    path: str
+
+    def __str__(self) -> str:
+        if "://" in self.repo:
+            return self.repo
+        revision = f"@{self.revision}" if self.revision else ""
+        return f"hf://{self.repo}{revision}/{self.path}"
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether ``path`` names something on the Hub."""
+    return str(path).startswith("hf:/")
+
+
+def parse(address: str | Path) -> Address:
+    """The parts of ``hf://owner/repo[@revision]/path``.
+
+    Raises:
+        UserError: it has another form.
+    """
+    found = ADDRESS.fullmatch(str(address))
+    if found is None:
+        raise UserError(
+            f"{address} is no address on the Hub: write hf://owner/repo/path or hf://owner/repo@revision/path"
+        )
+    return Address(found["repo"], found["revision"], (found["path"] or "").strip("/"))
+
+
+@contextmanager
+def explained(what: Address | str, doing: str = "fetch") -> Iterator[None]:
+    """Raises UserError, with what to type next, for what the Hub's client raises inside.
+
+    Args:
+        what: on the Hub, or the address of something elsewhere.
+    """
+    if not isinstance(what, Address):
+        what = Address(what, None, "")
+    here = f"{constants.ENDPOINT}/{what.repo}"
+    try:
+        yield
+    except UserError:
+        raise
+    except GatedRepoError as error:
+        raise UserError(f"{what.repo} is gated: accept its terms at {here}, then type hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"there is no repository {what.repo} at {constants.ENDPOINT}, or it is private: check the name, or type "
+            "hf auth login (or set HF_TOKEN) for an account that may read it"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{what.repo} has no revision {what.revision}: see {here}/branches") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"cannot {doing} {what}: {constants.ENDPOINT} cannot be reached (or HF_HUB_OFFLINE is set), and the file "
+            f"is not in the cache {constants.HF_HUB_CACHE}; check the network and start again: what was fetched is kept"
+        ) from error
+    except EntryNotFoundError as error:
+        tree = f"{here}/tree/{what.revision or 'main'}"
+        raise UserError(f"{what.repo} has no file {what.path}: see {tree}") from error
+    except HFValidationError as error:
+        raise UserError(f"{what} cannot be a name on the Hub: {reason(error)}") from error
+    except HfHubHTTPError as error:
+        raise UserError(f"cannot {doing} {what}: {reason(error)}; check the account's rights, start again") from error
+    except Exception as error:
+        # The client's connections fail in the ways of the library beneath, which is not always the same.
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in CLIENTS:
+            raise
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"cannot {doing} {what}: the disk is full; free space, or set HF_HOME, and start again: what was "
+                "fetched is kept"
+            ) from error
+        raise UserError(f"cannot {doing} {what} ({reason(error)}); start again: what was fetched is kept") from error
+
+
+def digest(path: str | Path, git: bool = False) -> str:
+    """SHA-256 of a file, or with ``git`` the SHA-1 that git names its content by; in hexadecimal."""
+    with open(path, "rb") as file:
+        if not git:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        sha1 = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size)
+        while block := file.read(2**20):
+            sha1.update(block)
+    return sha1.hexdigest()
+
+
+def fetch(address: str | Path | Address, names: Sequence[str] = (), **options) -> Path:
+    """The file at an address of the Hub, in the client's cache; if it is not there, fetched, its hash compared.
+
+    Without a network, what the cache has is taken.
+
+    Args:
+        names: files to look for, in this order, where the address is of a folder or of the whole repository.
+        options: of ``hf_hub_download``: ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
+
+    Raises:
+        UserError: it cannot be had; the message says why, and what to type next.
+    """
+    place = parse(address)
+    folder = not place.path.rpartition("/")[2].rpartition(".")[1]
+    files = [f"{place.path}/{name}".lstrip("/") for name in names] if folder and names else [place.path]
+    # Those in the cache first: without a network the client tries for long before it takes them.
+    with explained(place):
+        places = sorted((place._replace(path=file) for file in files), key=lambda file: cached(file, **options) is None)
+    for file in places[:-1]:
+        try:
+            return fetch_file(file, **options)
+        except UserError as error:
+            missing = isinstance(error.__cause__, EntryNotFoundError)
+            if not missing or isinstance(error.__cause__, LocalEntryNotFoundError):
+                raise
+    return fetch_file(places[-1], **options)
+
+
+def cached(place: Address, cache_dir: str | Path | None = None, **_) -> str | None:
+    """The path of a file in the client's cache, if it is there."""
+    found = try_to_load_from_cache(place.repo, place.path, cache_dir, place.revision) if place.path else None
+    return found if isinstance(found, str) else None
+
+
+def fetch_file(place: Address, **options) -> Path:
+    """:func:`fetch` of one file."""
+    if not place.path:
+        raise UserError(f"{place} names no file: write hf://owner/repo/path")
+    with explained(place):
+        before = cached(place, **options)
+        path = Path(hf_hub_download(place.repo, place.path, revision=place.revision, **options))
+    blob = path.resolve()  # the client names content by the hash that the Hub tells
+    if str(path) != before and len(blob.name) in (40, 64) and digest(blob, git=len(blob.name) == 40) != blob.name:
+        blob.unlink()
+        path.unlink(missing_ok=True)
+        raise UserError(f"{place} arrived damaged: its hash is not what the Hub tells; start again to fetch it anew")
+    return path
+
+
+def neighbour(address: str | Path | Address, found: Path, name: str) -> Address:
+    """Where ``name`` lies beside the file ``found`` that was fetched from an address, of the same commit."""
+    place = parse(address)
+    commit, _, path = str(found).partition("/snapshots/")[2].partition("/")
+    return place._replace(revision=commit, path=str(Path(path).with_name(name)))
+
+
+def local(path: str | Path, names: Sequence[str] = ()) -> Path:
+    """``path`` itself, or :func:`fetch` of an address on the Hub."""
+    return fetch(path, names) if is_address(path) else Path(path)
