@@ -723,6 +723,7 @@ def main() -> None:
             checkpoint.check_config(config, model, latent_factor, path)
         if start is not None:
             finetune.start_from(model, *start, ema=not args.no_ema)
+            start = None  # it may lie in memory
         model.about = {"model": args.model, "latent_factor": latent_factor}
         if measuring:
             checkpoint.load_weights(model, content, path, ema=not args.no_ema)

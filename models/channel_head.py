@@ -87,6 +87,10 @@ class ChannelBlock(nn.Module):
         """``x [M, C, D]`` under its ``conditions [M, C, D]`` and the causal ``mask [C, C]``."""
         return self(x, self.adaLN_modulation(conditions), lambda y: self.attn(y, mask))
 
+    def __getstate__(self) -> dict:
+        """Without what was compiled, which holds this block's own weights: copies have others."""
+        return {k: v for k, v in super().__getstate__().items() if k not in ("all_places", "one_place")}
+
     def one_place(self, x: Tensor, modulation: Tensor, cache: Tensor, place: int) -> Tensor:
         """``x [M, 1, D]`` at ``place`` under ``modulation [M, 1, 6D]``; ``cache`` as in ``ChannelAttention.step``."""
         return self(x, modulation, lambda y: self.attn.step(y, cache, place))
@@ -213,7 +217,7 @@ class ChannelHead(nn.Module):
         fp16 = torch.is_autocast_enabled(features.device.type) and (
             torch.get_autocast_dtype(features.device.type) == torch.float16
         )
-        if len(features) > rows and torch.is_grad_enabled() and features.requires_grad and learned and not fp16:
+        if len(features) > rows and torch.is_grad_enabled() and (features.requires_grad or learned) and not fp16:
             return LossInParts.apply(self, rows, features, targets, *learned)
         return self._loss_sum(features, targets) / targets.numel()
 
@@ -271,6 +275,11 @@ class ChannelHead(nn.Module):
         if self.channel_embed.is_cuda:
             self.recordings = Recordings()
 
+    def _apply(self, *args, **kwargs) -> "ChannelHead":
+        if self.recordings is not None:
+            self.recordings.kept.clear()  # weights may move, and recordings read them where they lay
+        return super()._apply(*args, **kwargs)
+
     def rows_at_once(self) -> int:
         """Tokens whose modulations and logits fit :data:`MODULATION_BUDGET`."""
         logits = self.classes * (1 if self.autoregressive else self.places)
@@ -288,22 +297,25 @@ class LossInParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, head: ChannelHead, rows: int, features: Tensor, targets: Tensor, *learned: Tensor) -> Tensor:
         total = torch.zeros((), device=features.device)
-        feature_grads, sums = [], None
+        wanted = ctx.needs_input_grad[2]  # not if the backbone is frozen
+        feature_grads, sums = [], []
         for z, part in zip(features.split(rows), targets.split(rows), strict=True):
             with torch.enable_grad():
-                z = z.detach().requires_grad_()
+                z = z.detach().requires_grad_(wanted)
                 loss = head._loss_sum(z, part) / targets.numel()
-                grad, *grads = torch.autograd.grad(loss, [z, *learned], materialize_grads=True)
+                grads = list(torch.autograd.grad(loss, [*[z] * wanted, *learned], materialize_grads=True))
             total += loss.detach()
-            feature_grads.append(grad)
-            if sums is None:
+            if wanted:
+                feature_grads.append(grads.pop(0))
+            if not sums:
                 sums = grads
-            else:
+            elif learned:
                 torch._foreach_add_(sums, grads)
-        ctx.save_for_backward(torch.cat(feature_grads), *sums)
+        ctx.save_for_backward(torch.cat(feature_grads) if wanted else None, *sums)
         return total
 
     @staticmethod
     def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
         features, *learned = ctx.saved_tensors
-        return None, None, features * scale, None, *torch._foreach_mul(learned, scale)
+        scaled = torch._foreach_mul(learned, scale) if learned else ()
+        return None, None, None if features is None else features * scale, None, *scaled

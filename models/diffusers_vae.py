@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.vae import DiagonalGaussianDistribution
+from util.checkpoint import VAE_NAMES
 from util.errors import UserError, reason
 
 
@@ -25,9 +26,11 @@ class DiffusersVAE(nn.Module):
 
     def __init__(self, path: Path, config: Mapping[str, Any]):
         super().__init__()
+        if path.name != VAE_NAMES[-1]:  # diffusers would read another file of the folder
+            raise UserError(f"{path}: tokenizers of diffusers are read from {VAE_NAMES[-1]}; name their folder")
         try:
             from diffusers import AutoencoderKL
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise UserError(f"{path} is a tokenizer of diffusers, which is missing: pip install diffusers") from error
         try:
             self.vae, loaded = AutoencoderKL.from_pretrained(

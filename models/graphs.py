@@ -1,6 +1,7 @@
 """CUDA graphs: what takes thousands of small kernels, recorded once for each size and replayed with one launch."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,12 @@ from torch import Tensor
 RECORDED_ROWS = 256
 
 
-def cuda_graph(work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """Records ``work``, which must not wait for the device: what replays it, and the outputs each replay writes."""
+def cuda_graph(work: Callable[[], tuple[Tensor, ...]], pool: Any) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    """Records ``work``, which must not wait for the device: what replays it, and the outputs each replay writes.
+
+    Args:
+        pool: memory that recordings share, each of which is done with it before another starts.
+    """
     # Copies that autocast keeps must be of the graph's own memory, and live in no other.
     torch.clear_autocast_cache()
     aside = torch.cuda.Stream()
@@ -23,7 +28,8 @@ def cuda_graph(work: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], Non
     torch.cuda.current_stream().wait_stream(aside)
     torch.clear_autocast_cache()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads, of loaders and collectives, may go on meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         outputs = work()
     torch.clear_autocast_cache()
     return graph.replay, outputs
@@ -39,6 +45,7 @@ class Recordings:
     def __init__(self, record: Callable = cuda_graph):
         self.record = record
         self.kept: dict[tuple, tuple] = {}
+        self.pool = torch.cuda.graph_pool_handle() if record is cuda_graph else None
 
     def __deepcopy__(self, memo: dict) -> "Recordings":
         return Recordings(self.record)  # a copy has weights of its own
@@ -55,8 +62,11 @@ class Recordings:
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
         key = (size, autocast, *(given.dtype for given in inputs), *key)
         if key not in self.kept:
-            places = [given.new_zeros(size, *given.shape[1:]) for given in inputs]
-            self.kept[key] = places, *self.record(partial(work, *places))
+            on_device = torch.cuda.device(inputs[0].device) if kind == "cuda" else nullcontext()
+            # What is kept is written again and again, within inference mode and without.
+            with on_device, torch.inference_mode(False), torch.no_grad():
+                places = [torch.zeros(size, *each.shape[1:], dtype=each.dtype, device=each.device) for each in inputs]
+                self.kept[key] = places, *self.record(partial(work, *places), self.pool)
         places, replay, outputs = self.kept[key]
         for place, given in zip(places, inputs, strict=True):
             place[:rows].copy_(given)

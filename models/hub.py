@@ -1,6 +1,7 @@
 """TokenBridges that travel: to a folder of safetensors, config and model card, to the Hugging Face Hub, and back."""
 
 import copy
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -10,8 +11,9 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
 from util import checkpoint, hub, safe
 from util.errors import UserError, reason
+from util.files import write_json
 from util.metrics import TITLES
-from util.report import markdown
+from util.report import markdown, write_text
 
 PAPER = "https://arxiv.org/abs/2503.16430"
 
@@ -85,12 +87,21 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
 
         Raises:
             UserError: there is no such model; it is damaged; it says not of what model it is, and is no published one.
+            TypeError: an argument that the model does not have.
         """
+        unknown = set(model_kwargs) - set(inspect.signature(cls).parameters)
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no arguments {', '.join(sorted(unknown))}")
         name = pretrained_model_name_or_path
         if not hub.is_address(name) and not Path(name).exists():
             if str(name).count("/") != 1:
                 raise UserError(f"{name} is no file or folder here, nor owner/repo, a repository on the Hub")
-            name = hub.Address(str(name), revision, "")
+            name = f"hf://{name}"
+        if hub.is_address(name) and revision is not None:
+            place = hub.parse(name)
+            if place.revision not in (None, revision):
+                raise UserError(f"{name} names another revision than {revision}: name one")
+            name = place._replace(revision=revision)
         options = {
             "token": token, "cache_dir": cache_dir, "force_download": force_download,
             "local_files_only": local_files_only,
@@ -112,23 +123,38 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
         model.about = {name: value for name, value in config.items() if name not in model.config}
         return model.eval()
 
-    def save_pretrained(self, save_directory: str | Path, *, config: Mapping | None = None, **kwargs) -> str | None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: Mapping | None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        **push_to_hub_kwargs,
+    ) -> str | None:
         """Writes ``model.safetensors``, ``config.json`` and, where there is none, the model card ``README.md``.
 
         Args:
             save_directory: made if it is not there.
-            config: more entries of ``config.json``, such as ``latent_factor``; those of :attr:`about` are there anyway.
-            kwargs: ``model_card_kwargs``, see :meth:`generate_model_card`; ``push_to_hub``, ``repo_id`` and more.
+            config: more entries of ``config.json``; those of :attr:`about` are there anyway.
+            repo_id, push_to_hub, push_to_hub_kwargs: also :meth:`push_to_hub`; by default under the folder's name.
+            model_card_kwargs: see :meth:`generate_model_card`.
 
         Raises:
-            UserError: the disk is full, or the folder cannot be written.
+            UserError: the disk is full, or the folder cannot be written; or see :meth:`push_to_hub`.
         """
-        card = {"repo_id": str(save_directory), **(kwargs.pop("model_card_kwargs", None) or {})}
-        everything = {**self.config, **self.about, **(config or {})}
-        return super().save_pretrained(save_directory, config=everything, model_card_kwargs=card, **kwargs)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        safe.write_tensors(save_directory / checkpoint.HUB_NAME, self.state_dict())
+        folder = Path(save_directory)
+        write_json(folder / checkpoint.HUB_CONFIG, {**self.config, **self.about, **(config or {})})
+        safe.write_tensors(folder / checkpoint.HUB_NAME, self.state_dict())
+        card = {"repo_id": repo_id or str(folder), **(model_card_kwargs or {})}
+        if not (folder / "README.md").exists():
+            write_text(folder / "README.md", str(self.generate_model_card(**card)))
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(
+            repo_id or folder.name, config=config, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs
+        )
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         """Makes the repository if there is none, and puts there what :meth:`save_pretrained` writes.
@@ -145,12 +171,13 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
         """
         card = {"repo_id": repo_id, **(kwargs.pop("model_card_kwargs", None) or {})}
         with hub.explained(hub.Address(repo_id, kwargs.get("branch"), ""), "write to"):
+            hub.make_repo(repo_id, kwargs.get("private"), kwargs.get("token"))
             return super().push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
 
     def generate_model_card(
         self,
         repo_id: str = "owner/repo",
-        tokenizer: str = f"hf://{hub.VAE_REPO}/kl16.ckpt",
+        tokenizer: str | None = None,
         figures: Mapping[str, Any] | None = None,
         licence: str | None = None,
     ) -> ModelCard:
@@ -158,7 +185,7 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
 
         Args:
             repo_id: what its usage loads.
-            tokenizer: the tokenizer its usage loads.
+            tokenizer: what its usage loads; by default the published KL-16, if the model's latents are scaled as there.
             figures: a ``samples.json`` of ``main_tokenbridge.py``: its metrics, and the settings they were measured at.
             licence: of the weights, by the Hub's short name, such as ``mit``.
         """
@@ -167,14 +194,17 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
         metrics = [[title, figures[name]] for name, title in TITLES.items() if name in figures] if figures else []
         settings = (figures or {}).get("settings", {})
         names = ("num_images", "num_iter", "cfg", "cfg_schedule", "temperature", "order", "precision")
-        c = self.config
+        c, factor = self.config, self.about.get("latent_factor")
+        if tokenizer is None:
+            kl16 = c["vae_embed_dim"] == 16 and factor == checkpoint.KL16_LATENT_FACTOR
+            tokenizer = f"hf://{hub.VAE_REPO}/kl16.ckpt" if kl16 else "path/to/its/tokenizer"
         rows = [
             ["parameters", f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f}M"],
             ["image", f"{c['img_size']} x {c['img_size']} pixels, {c['class_num']} classes"],
             ["tokens", f"{self.seq_len} of {self.token_dim} channels, {c['quant_levels']} levels each"],
             ["backbone", f"{c['encoder_depth']} + {c['decoder_depth']} blocks of width {c['encoder_embed_dim']}"],
             ["head", f"{c['head']}, {c['channel_depth']} blocks of width {c['channel_embed_dim']}"],
-            ["latent factor", self.about.get("latent_factor", "the tokenizer's")],
+            ["latent factor", factor or "the tokenizer's"],
         ]
         return ModelCard.from_template(
             data,

@@ -353,7 +353,6 @@ def sample_classes(
 
     rows = head.rows_at_once()
     if head.recordings is not None and len(features) <= min(rows, RECORDED_ROWS):
-        weights = head.condition_proj.weight.data_ptr()  # a recording reads them where they lay
-        return head.recordings(sample, features, uniform, key=(weights, temperature, first_place))
+        return head.recordings(sample, features, uniform, key=(temperature, first_place))
     parts = [sample(z, u) for z, u in zip(features.split(rows), uniform.split(rows), strict=True)]
     return tuple(torch.cat(results) for results in zip(*parts, strict=True))

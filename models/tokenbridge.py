@@ -190,7 +190,8 @@ class TokenBridge(nn.Module, HubModel):
         Raises:
             UserError: they are of none of the :data:`MODELS`.
         """
-        shapes = {name: list(value.shape) for name, value in weights.items()} if isinstance(weights, Mapping) else {}
+        weights = weights if isinstance(weights, Mapping) else {}
+        shapes = {name: list(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
         try:
             length = shapes["output_pos_embed"][1]
             kwargs = {
@@ -434,7 +435,7 @@ class TokenBridge(nn.Module, HubModel):
         """Has ``torch.compile`` fuse what lies between the blocks' matrix products, in training and in sampling.
 
         Blocks of a kind share one program, made for any number of tokens: each training step masks another one, each
-        sampling step takes another one. To be called on the model's device; copies made before stay as they are.
+        sampling step takes another one. To be called on the model's device; copies of the model are not compiled.
         """
         for block in (*self.backbone.encoder_blocks, *self.backbone.decoder_blocks):
             block.compile(dynamic=True)

@@ -45,7 +45,14 @@ class Hub:
                 file["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 134}
             siblings.append(file)
         tags = [f"license:{self.licence}"] if self.licence else []
-        return {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": tags, "siblings": siblings}
+        return {
+            "id": repo,
+            "modelId": repo,
+            "sha": COMMIT,
+            "private": repo in self.private,
+            "tags": tags,
+            "siblings": siblings,
+        }
 
 
 def large(name: str) -> bool:
@@ -77,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def refuse(self, status: int, code: str | None = None) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
+        headers = {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": COMMIT} if code else {}
         self.answer(status, b"", headers)
 
     def allowed(self, repo: str) -> bool:
@@ -168,9 +175,10 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             given = json.loads(body)
             repo = f"{given.get('organization') or 'user'}/{given['name']}"
-            self.hub.repos.setdefault(repo, {})
-            if given.get("private") or given.get("visibility") == "private":
+            private = given.get("private") or given.get("visibility") == "private"
+            if private and repo not in self.hub.repos:
                 self.hub.private.add(repo)
+            self.hub.repos.setdefault(repo, {})
             return self.tell({"url": f"{self.hub.endpoint}/{repo}", "id": repo, "name": repo})
         if path == "/api/validate-yaml":
             return self.tell({"errors": [], "warnings": []})

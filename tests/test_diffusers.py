@@ -7,6 +7,7 @@ import torch
 
 from models.vae import AutoencoderKL
 from tests.conftest import TINY
+from util.checkpoint import __main__ as commands
 from util.errors import UserError
 
 diffusers = pytest.importorskip("diffusers", reason="an optional extra: pip install diffusers")
@@ -50,6 +51,8 @@ def test_commands_take_tokenizers_of_diffusers(run, refused, folder, vae_path, i
     assert (tmp_path / "run" / "samples" / "00003.png").exists()
     other = refused("main_tokenbridge", f"{common} {sampling} --vae_path {vae_path} --resume {tmp_path}/run")
     assert "was trained differently" in other
+    with pytest.raises(UserError, match="is a tokenizer of diffusers already"):
+        commands.main(["export", str(folder), f"{tmp_path}/again"])
 
 
 def test_tokenizers_of_diffusers_that_cannot_be_used_say_why(folder, monkeypatch):

@@ -63,18 +63,25 @@ def test_the_loss_in_parts_is_the_loss(head, monkeypatch):
         assert torch.allclose(grad, found[name], atol=1e-4 * max(1.0, grad.abs().max().item())), name
 
 
-def test_frozen_parts_of_the_head_and_of_the_backbone_get_no_gradients(monkeypatch):
+@pytest.mark.parametrize("frozen", ["head", "backbone", "head.channel_blocks"])
+def test_frozen_parts_get_no_gradients_and_the_rest_the_same_ones(monkeypatch, frozen):
     model = small("ar", **NO_DROPOUT).train()
-    monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", 7 * 16 * 32)
-    model.head.channel_blocks.requires_grad_(False)
-    model(*batch(model)).backward()
-    assert model.head.channel_blocks[0].mlp.fc1.weight.grad is None
-    assert model.head.condition_proj.weight.grad.any() and model.backbone.z_proj.weight.grad.any()
-    model.zero_grad()
-    model.head.requires_grad_(True)
-    model.backbone.requires_grad_(False)
-    model(*batch(model)).backward()
-    assert model.head.condition_proj.weight.grad.any() and model.backbone.z_proj.weight.grad is None
+    model.get_submodule(frozen).requires_grad_(False)
+    given, results, parts = batch(model), [], []
+    forward = channel_head.LossInParts.forward
+    monkeypatch.setattr(
+        channel_head.LossInParts, "forward", lambda ctx, *rest: (parts.append(1), forward(ctx, *rest))[1]
+    )
+    for budget in (2**30, 7 * 16 * 32):
+        monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", budget)
+        model.zero_grad()
+        (3 * model(*given)).backward()
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    whole, found = results
+    expected = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(parts) == 1 and set(whole) == set(found) <= set(expected) and whole
+    for name, grad in whole.items():
+        assert torch.allclose(grad, found[name], atol=1e-4 * max(1.0, grad.abs().max().item())), name
 
 
 @pytest.mark.parametrize("budget", [2**30, 7 * 16 * 32])
@@ -150,6 +157,15 @@ def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_
             results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         sampled.append(model.sample_tokens(2, num_iter=5, cfg=2.0, labels=torch.arange(2), seeds=[1, 2]))
     assert torch.equal(*sampled)
+    # A copy computes with its own weights.
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in changed.head.parameters():
+            parameter.mul_(0.5)
+    plain = small(head, **NO_DROPOUT)
+    plain.load_state_dict(changed.state_dict())
+    options = {"num_iter": 5, "labels": torch.arange(2), "seeds": [1, 2]}
+    assert torch.equal(changed.sample_tokens(2, **options), plain.sample_tokens(2, **options))
     for plain, fast in zip(results[:3], results[3:], strict=True):
         assert torch.allclose(plain, fast, atol=1e-4 * plain.abs().max().item())
 
@@ -186,7 +202,7 @@ def test_sampled_confidences_are_teacher_forcings(head):
     assert torch.allclose(forced, confidence, atol=1e-4 * model.head.places)
 
 
-def rerun(work):
+def rerun(work, pool):
     """Stands in for a CUDA graph where there is none: a replay reads the same inputs, writes the same outputs."""
     outputs = work()
 
@@ -210,6 +226,10 @@ def test_recorded_sampling_is_sampling(head):
     # Steps of 3, 9, 12, 12 and 12 tokens: powers of two, at each temperature.
     assert sorted(key[0] for key in recordings.kept) == [4, 4, 16, 16]
     assert not copy.deepcopy(model).head.recordings.kept
+    with torch.inference_mode():
+        assert torch.equal(model.sample_tokens(3, **options)[0], plain[0][0])
+    model.float()
+    assert not recordings.kept
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")

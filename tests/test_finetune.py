@@ -1,5 +1,6 @@
 """Starting from other weights: what fits is kept, the rest is said; and parts that are frozen."""
 
+import argparse
 import logging
 
 import numpy as np
@@ -91,6 +92,24 @@ def test_positions_are_resized_over_the_grid(img_size, buffer_size):
     encoder = model.backbone.encoder_pos_embed_learned[0, :, 0]
     assert torch.allclose(encoder[:buffer_size], torch.tensor(5.0))
     assert torch.equal(encoder[buffer_size:].unflatten(0, (side, side)), found)
+
+
+def test_files_that_do_not_tell_their_order_or_buffer_fit_all_the_same():
+    other, model = filled(TokenBridge(**SMALL)), TokenBridge(**SMALL)
+    content, _, path = content_of(other)
+    done = finetune.start_from(model, content, {"latent_factor": 0.2325}, path, ema=False)
+    assert not done["drawn anew"]
+
+
+def test_order_and_calibration_are_of_the_same_channels_only():
+    config = {"channel_order": list(range(16)), "channel_mean": [0.0] * 16, "vae_embed_dim": 16, "patch_size": 1}
+    args = argparse.Namespace(vae_embed_dim=16, patch_size=1, quant_calibrate=False)
+    assert finetune.adopted_config(config, args, 0.5) == {
+        name: config[name] for name in ("channel_order", "channel_mean")
+    }
+    assert list(finetune.adopted_config({**config, "latent_factor": 1.0}, args, 0.5)) == ["channel_order"]
+    args = argparse.Namespace(vae_embed_dim=4, patch_size=2, quant_calibrate=False)
+    assert finetune.adopted_config(config, args, 0.5) == {}
 
 
 def test_weights_of_another_model_are_refused():

@@ -238,6 +238,70 @@ def test_what_arrives_damaged_is_never_used(served):
     assert hub.fetch(f"hf://{OWN}/a.pth").read_bytes() == b"weights"
 
 
+def test_weights_without_their_config_are_never_guessed_at(served, vae_path, monkeypatch, tmp_path):
+    commands.main(["export", str(vae_path), f"{tmp_path}/vae"])
+    served.add(OWN, {path.name: path for path in (tmp_path / "vae").iterdir()})
+    served.damage.add("config.json")
+    with pytest.raises(UserError, match=r"config.json arrived damaged"):
+        AutoencoderKL.from_pretrained(f"hf://{OWN}")
+    served.damage.clear()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "snapshots" / "hub"))
+    assert AutoencoderKL.from_pretrained(f"hf://{OWN}")[1] == AutoencoderKL.from_pretrained(vae_path)[1]
+    # A file that describes itself does without, also when there is no network.
+    commands.main(["convert", str(vae_path), f"{tmp_path}/own.safetensors"])
+    served.add("owner/bare", {"v1.0/own.safetensors": tmp_path / "own.safetensors"})
+    for endpoint in (served.endpoint, "http://127.0.0.1:9"):
+        point_to(monkeypatch, endpoint, tmp_path / "hf")
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        assert AutoencoderKL.from_pretrained("hf://owner/bare/v1.0/own.safetensors")[1]
+
+
+def test_content_in_a_common_store_is_compared_with_the_hash_of_its_link(served, tmp_path):
+    """As the client keeps what came by its faster transfer: a second link, to a name that is no hash of the content."""
+    served.add(OWN, {"a.pth": b"weights"})
+    path = hub.fetch(f"hf://{OWN}/a.pth")
+    blob = path.parent / path.readlink()
+    store = tmp_path / ("0" * 64)
+    store.write_bytes(b"weights")
+    blob.unlink()
+    blob.symlink_to(store)
+    path.unlink()  # fetched anew, the client finds the blob there
+    assert hub.fetch(f"hf://{OWN}/a.pth").read_bytes() == b"weights"
+    store.write_bytes(b"weighty")
+    path.unlink()
+    with pytest.raises(UserError, match="arrived damaged"):
+        hub.fetch(f"hf://{OWN}/a.pth")
+    assert not store.exists() and not blob.is_symlink() and not path.is_symlink()
+    assert hub.fetch(f"hf://{OWN}/a.pth").read_bytes() == b"weights"
+
+
+def test_arguments_of_from_pretrained_are_taken_or_refused(served, tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path / "saved")
+    served.add(OWN, {path.name: path for path in (tmp_path / "saved").iterdir()})
+    for name in (OWN, f"hf://{OWN}"):
+        with pytest.raises(UserError, match="has no revision v3"):
+            TokenBridge.from_pretrained(name, revision="v3")
+    with pytest.raises(UserError, match="names another revision than v3"):
+        TokenBridge.from_pretrained(f"hf://{OWN}@main", revision="v3")
+    with pytest.raises(TypeError, match="TokenBridge has no arguments atn_dropout"):
+        TokenBridge.from_pretrained(OWN, atn_dropout=0.3)
+    assert hub.parse("hf://o/r@refs/pr/1/a.pth") == ("o/r", "refs/pr/1", "a.pth")
+    card = str(model.generate_model_card())
+    assert "path/to/its/tokenizer" in card and "kl16.ckpt" not in card  # its latent factor is another
+    assert "hf://me/vae" in str(model.generate_model_card(tokenizer="hf://me/vae"))
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(served, trained, monkeypatch, tmp_path):
+    served.add(OWN, {"README.md": b"mine"})
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    with pytest.raises(UserError, match="is there already, and not private"):
+        commands.main(["export", str(trained), f"{tmp_path}/model", "--push_to_hub", OWN, "--private"])
+    with pytest.raises(UserError, match="is there already, and not private"):
+        small().push_to_hub(OWN, private=True)
+    assert set(served.repos[OWN]) == {"README.md"} and not (tmp_path / "model").exists()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # python -m util.download
 
@@ -304,8 +368,23 @@ def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published
     published.cut[file] = 1
     download.main([name, "--output_dir", str(tmp_path)])
     assert any(asked for _, _, asked in published.asked)
-    assert [path.name for path in target.parent.iterdir() if path.suffix == ".incomplete"] == []
     expected = b"tokenizer" * 1000 if name == "vae" else published.elsewhere["/stats.npz"]
+    assert target.read_bytes() == expected
+    # Also what another process left, in the middle or at its end; or of another file.
+    beside = target.with_name(f".{target.name}.incomplete")
+    assert not beside.exists()
+    for left, ranges in ((len(expected) // 3, [f"bytes={len(expected) // 3}-"]), (len(expected), [])):
+        target.unlink()
+        beside.write_bytes(expected[:left])
+        published.asked.clear()
+        download.main([name, "--output_dir", str(tmp_path)])
+        assert target.read_bytes() == expected and not beside.exists()
+        assert [asked for _, _, asked in published.asked if asked] == ranges * (1 + (name == "vae"))
+    target.unlink()
+    beside.write_bytes(b"x" * 300)
+    with pytest.raises(UserError, match=r"arrived damaged"):
+        download.main([name, "--output_dir", str(tmp_path)])
+    download.main([name, "--output_dir", str(tmp_path)])
     assert target.read_bytes() == expected
 
 

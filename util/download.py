@@ -5,13 +5,16 @@ that the Hub tells; of files elsewhere, of which no hash is published, the size 
 """
 
 import argparse
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
+from huggingface_hub.utils import build_hf_headers
 
 from util import errors, hub
 from util.args import new_parser
@@ -49,9 +52,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def whole(path: Path, file: RepoSibling) -> bool:
+def as_told(path: Path, file: RepoSibling) -> bool:
     """Whether ``path`` has the size and hash that the Hub tells of ``file``."""
-    if not path.is_file() or path.stat().st_size != file.size:
+    if path.stat().st_size != file.size:
         return False
     return hub.digest(path) == file.lfs.sha256 if file.lfs else hub.digest(path, git=True) == file.blob_id
 
@@ -76,11 +79,39 @@ def find_published(name: str, revision: str | None) -> tuple[ModelInfo, RepoSibl
     )
 
 
-def fetch_published(name: str, target: Path, revision: str | None) -> None:
-    """Fetches a file of the Hub, unless it is there already.
+def fetch(what: hub.Address | str, url: str, target: Path, whole: Callable[[Path], bool], **options) -> None:
+    """Fetches a file, unless it is there already; goes on with what an interrupted download left.
+
+    Args:
+        what: for messages.
+        whole: tells whether a file is what it should be.
+        options: of ``http_get``.
 
     Raises:
         UserError: it cannot be had, or arrived damaged.
+    """
+    if target.is_file() and whole(target):
+        log.info("%s is there already, and whole", target)
+        return
+    beside = target.with_name(f".{target.name}.incomplete")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not (beside.is_file() and whole(beside)):
+        with hub.explained(what), open(beside, "ab") as file:
+            if file.tell() >= options.get("expected_size", math.inf):
+                file.truncate(0)
+            http_get(url, file, resume_size=file.tell(), displayed_filename=target.name, **options)
+        if not whole(beside):
+            beside.unlink()
+            raise UserError(f"{what} arrived damaged: it is not what its origin tells; start again")
+    os.replace(beside, target)
+    log.info("wrote %s", target)
+
+
+def fetch_published(name: str, target: Path, revision: str | None) -> None:
+    """Fetches a file of the Hub, and says under which licence it is.
+
+    Raises:
+        UserError: see :func:`fetch`.
     """
     info, file = find_published(name, revision)
     tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
@@ -88,43 +119,17 @@ def fetch_published(name: str, target: Path, revision: str | None) -> None:
         f"its licence: {', '.join(tags)}" if tags else "it names no licence: ask its authors before you pass it on"
     )
     log.info("%s/%s at %s; %s", info.id, file.rfilename, info.sha, licence)
-    if whole(target, file):
-        log.info("%s is there already, and whole", target)
-        return
-    beside = target.parent / ".download"
+    url = hf_hub_url(info.id, file.rfilename, revision=info.sha, endpoint=constants.ENDPOINT)
     place = hub.Address(info.id, info.sha, file.rfilename)
-    with hub.explained(place):
-        fetched = Path(hf_hub_download(info.id, file.rfilename, revision=info.sha, local_dir=beside))
-    if not whole(fetched, file):
-        fetched.unlink()
-        raise UserError(f"{place} arrived damaged: its size or hash is not what the Hub tells; start again")
-    os.replace(fetched, target)
-    log.info("wrote %s", target)
+    fetch(place, url, target, partial(as_told, file=file), headers=build_hf_headers(), expected_size=file.size)
 
 
-def fetch_statistics(name: str, target: Path) -> None:
-    """Fetches statistics, unless they are there already.
-
-    Raises:
-        UserError: they cannot be had, or arrived damaged.
-    """
-    if target.is_file():
-        read_arrays(target, "mu", "sigma")
-        log.info("%s is there already, and whole", target)
-        return
-    address = ELSEWHERE[name]
-    beside = target.with_name(f".{target.name}.incomplete")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    log.info("%s, made with the images of ImageNet: its terms apply", address)
-    with hub.explained(address), open(beside, "ab") as file:
-        http_get(address, file, resume_size=file.tell())
+def readable(path: Path) -> bool:
+    """Whether a file holds statistics, its checksums right."""
     try:
-        read_arrays(beside, "mu", "sigma")
-    except UserError as error:
-        beside.unlink()
-        raise UserError(f"{address} arrived damaged ({error}); start again") from error
-    os.replace(beside, target)
-    log.info("wrote %s", target)
+        return bool(read_arrays(path, "mu", "sigma"))
+    except UserError:
+        return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -139,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name in ON_THE_HUB:
             fetch_published(name, target, args.revision)
         else:
-            fetch_statistics(name, target)
+            log.info("%s, made of the images of ImageNet, whose terms apply", ELSEWHERE[name])
+            fetch(ELSEWHERE[name], ELSEWHERE[name], target, readable)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.checkpoint import ADOPTED, MEANING, fits
+from util.checkpoint import ADOPTED, MEANING, PUBLISHED, fits
 from util.errors import UserError
 from util.misc import log
 
 #: Position embeddings, and whether positions of the class embedding come before those of the tokens.
 POSITIONS = {"encoder_pos_embed_learned": True, "decoder_pos_embed_learned": True, "output_pos_embed": False}
+#: What a token's channels are.
+TOKEN = ("vae_embed_dim", "patch_size")
 #: What belongs to one place of the head, and so to the channel that is predicted there.
 PLACES = ("channel_embed", "timesteps_embeddings", "token_embeddings.", "channel_heads.")
 
@@ -30,6 +32,7 @@ def adopted_config(config: Mapping[str, Any], args: argparse.Namespace, latent_f
     """
     taken = {name: config[name] for name in ADOPTED if name in config}
     same_channels = len(taken.get("channel_order", ())) == args.vae_embed_dim * args.patch_size**2
+    same_channels &= all(config.get(name, getattr(args, name)) == getattr(args, name) for name in TOKEN)
     same_tokenizer = math.isclose(config.get("latent_factor", latent_factor), latent_factor, rel_tol=1e-6)
     if not same_channels:
         taken.pop("channel_order", None)
@@ -75,18 +78,21 @@ def start_from(
     if not isinstance(weights, Mapping):
         raise UserError(f"{path} has no weights under 'model'")
     learned = dict(model.named_parameters())
-    same_order = config.get("channel_order") == model.config["channel_order"]
+    here = model.config["channel_order"]
+    # Files that do not tell are of before there was a choice.
+    there = config.get("channel_order", PUBLISHED["channel_order"] if len(here) == 16 else sorted(here))
+    buffer = buffer_of(weights)
     done: dict[str, list[str]] = {"kept": [], "resized": [], "drawn anew": [], "left out": []}
     with torch.no_grad():
         for name, parameter in learned.items():
             value = weights.get(name)
             if name in POSITIONS and isinstance(value, Tensor) and value.ndim == 3 and value.shape != parameter.shape:
-                buffers = (config["buffer_size"], model.config["buffer_size"]) if POSITIONS[name] else (0, 0)
+                buffers = (buffer, model.config["buffer_size"]) if POSITIONS[name] else (0, 0)
                 value = resized(value, *buffers, model.grid_size)
                 kind = "resized"
             else:
                 kind = "kept"
-            if not fits(value, parameter) or (name.startswith(PLACES) and not same_order):
+            if not fits(value, parameter) or (name.startswith(PLACES) and there != here):
                 kind = "drawn anew"
             elif not value.isfinite().all():
                 raise UserError(f"{path} is damaged: {name} holds values that are not finite")
@@ -109,6 +115,12 @@ def start_from(
     if differing:
         log.info("trained there with %s", "; ".join(differing))
     return done
+
+
+def buffer_of(weights: Mapping[str, Any]) -> int:
+    """Positions of the class embedding, by the shapes of position embeddings."""
+    shapes = [getattr(weights.get(name), "shape", ()) for name in ("encoder_pos_embed_learned", "output_pos_embed")]
+    return shapes[0][1] - shapes[1][1] if all(len(shape) == 3 for shape in shapes) else 0
 
 
 def grouped(names: Sequence[str]) -> list[str]:

@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -29,7 +29,11 @@ MODELS_REPO, VAE_REPO = "Epiphqny/TokenBridge", "xwen99/mar-vae-kl16"
 CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub")
 
 #: ``hf://owner/repo[@revision]/path``; pathlib makes one slash of two.
-ADDRESS = re.compile(r"hf:/+(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.*))?")
+ADDRESS = re.compile(
+    r"hf:/+(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
+)
+#: What tells a file's address from a folder's.
+SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".json")
 
 
 class Address(NamedTuple):
@@ -91,7 +95,7 @@ def explained(what: Address | str, doing: str = "fetch") -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise UserError(
             f"cannot {doing} {what}: {constants.ENDPOINT} cannot be reached (or HF_HUB_OFFLINE is set), and the file "
-            f"is not in the cache {constants.HF_HUB_CACHE}; check the network and start again: what was fetched is kept"
+            f"is not in the cache {constants.HF_HUB_CACHE}; check the network and start again"
         ) from error
     except EntryNotFoundError as error:
         tree = f"{here}/tree/{what.revision or 'main'}"
@@ -99,17 +103,21 @@ def explained(what: Address | str, doing: str = "fetch") -> Iterator[None]:
     except HFValidationError as error:
         raise UserError(f"{what} cannot be a name on the Hub: {reason(error)}") from error
     except HfHubHTTPError as error:
-        raise UserError(f"cannot {doing} {what}: {reason(error)}; check the account's rights, start again") from error
+        raise UserError(
+            f"cannot {doing} {what}: {reason(error)}; check the network and the account's rights (hf auth login), and "
+            "start again"
+        ) from error
     except Exception as error:
-        # The client's connections fail in the ways of the library beneath, which is not always the same.
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in CLIENTS:
+        # The client's connections fail in the ways of the libraries beneath, which are not always the same.
+        known = isinstance(error, OSError | RuntimeError) or type(error).__module__.partition(".")[0] in CLIENTS
+        if not known:
             raise
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or "os error 28" in str(error):
             raise UserError(
-                f"cannot {doing} {what}: the disk is full; free space, or set HF_HOME, and start again: what was "
-                "fetched is kept"
+                f"cannot {doing} {what}: the disk is full; free space, or set HF_HOME, and start again"
             ) from error
-        raise UserError(f"cannot {doing} {what} ({reason(error)}); start again: what was fetched is kept") from error
+        raise UserError(f"cannot {doing} {what} ({reason(error)}); check the network and start again") from error
 
 
 def digest(path: str | Path, git: bool = False) -> str:
@@ -136,7 +144,7 @@ def fetch(address: str | Path | Address, names: Sequence[str] = (), **options) -
         UserError: it cannot be had; the message says why, and what to type next.
     """
     place = parse(address)
-    folder = not place.path.rpartition("/")[2].rpartition(".")[1]
+    folder = not place.path.endswith(SUFFIXES)
     files = [f"{place.path}/{name}".lstrip("/") for name in names] if folder and names else [place.path]
     # Those in the cache first: without a network the client tries for long before it takes them.
     with explained(place):
@@ -145,10 +153,15 @@ def fetch(address: str | Path | Address, names: Sequence[str] = (), **options) -
         try:
             return fetch_file(file, **options)
         except UserError as error:
-            missing = isinstance(error.__cause__, EntryNotFoundError)
-            if not missing or isinstance(error.__cause__, LocalEntryNotFoundError):
+            if not is_missing(error):
                 raise
     return fetch_file(places[-1], **options)
+
+
+def is_missing(error: UserError) -> bool:
+    """Whether :func:`fetch` failed because the Hub says that there is no such file."""
+    cause = error.__cause__
+    return isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError)
 
 
 def cached(place: Address, cache_dir: str | Path | None = None, **_) -> str | None:
@@ -164,19 +177,45 @@ def fetch_file(place: Address, **options) -> Path:
     with explained(place):
         before = cached(place, **options)
         path = Path(hf_hub_download(place.repo, place.path, revision=place.revision, **options))
-    blob = path.resolve()  # the client names content by the hash that the Hub tells
+    # The client names content by the hash that the Hub tells, one link away; that may be a link into a common store.
+    blob = path.parent / path.readlink() if path.is_symlink() else path
     if str(path) != before and len(blob.name) in (40, 64) and digest(blob, git=len(blob.name) == 40) != blob.name:
-        blob.unlink()
-        path.unlink(missing_ok=True)
+        for damaged in (blob.resolve(), blob, path):
+            damaged.unlink(missing_ok=True)
         raise UserError(f"{place} arrived damaged: its hash is not what the Hub tells; start again to fetch it anew")
     return path
 
 
-def neighbour(address: str | Path | Address, found: Path, name: str) -> Address:
-    """Where ``name`` lies beside the file ``found`` that was fetched from an address, of the same commit."""
+def fetch_beside(address: str | Path | Address, found: Path, name: str, **options) -> None:
+    """Fetches ``name``, of the same commit, from beside the file ``found`` that was fetched from an address.
+
+    Raises:
+        UserError: it cannot be had; not if there is none.
+    """
     place = parse(address)
-    commit, _, path = str(found).partition("/snapshots/")[2].partition("/")
-    return place._replace(revision=commit, path=str(Path(path).with_name(name)))
+    folder = place.path.removesuffix(found.name).strip("/")
+    commit = found.parents[len(PurePosixPath(folder).parts)].name  # the cache has a folder for each
+    beside = place._replace(revision=commit, path=f"{folder}/{name}".lstrip("/"))
+    if try_to_load_from_cache(place.repo, beside.path, options.get("cache_dir"), commit) is _CACHED_NO_EXIST:
+        return
+    try:
+        fetch_file(beside, **options)
+    except UserError as error:
+        if not is_missing(error):
+            raise
+
+
+def make_repo(repo_id: str, private: bool | None = None, token: str | None = None) -> None:
+    """Makes a repository of a model, if there is none.
+
+    Raises:
+        UserError: there is one, which everybody can see, and it should be private.
+        Others: see :func:`explained`.
+    """
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise UserError(f"{repo_id} is there already, and not private: choose another name, or change its settings")
 
 
 def local(path: str | Path, names: Sequence[str] = ()) -> Path:

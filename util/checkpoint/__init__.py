@@ -8,7 +8,6 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -157,9 +156,8 @@ def located(path: str | Path | hub.Address, names: Sequence[str], **options) -> 
     """
     if hub.is_address(path):
         found = hub.fetch(path, names, **options)
-        if found.suffix == safe.SUFFIX and not found.with_name(HUB_CONFIG).exists():
-            with suppress(UserError):  # what describes itself needs none
-                hub.fetch(hub.neighbour(path, found, HUB_CONFIG), **options)
+        if found.suffix == safe.SUFFIX:  # what describes itself may do without
+            hub.fetch_beside(path, found, HUB_CONFIG, **options)
         return found
     path = Path(path)
     if not path.is_dir():
@@ -303,8 +301,11 @@ def read_run(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: see :func:`read`; or an entry cannot be what it should be.
     """
-    path = Path(path)
-    content = read(path)
+    return as_run(read(path), Path(path))
+
+
+def as_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """:func:`read_run` of what :func:`read` gave."""
     if "config" not in content and (about := config_beside(path)):
         content |= {"config": about, "averaged": True}  # they were saved to be used
     steps = content.get("steps_per_epoch", 1)

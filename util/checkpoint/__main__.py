@@ -13,7 +13,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import errors, hub, safe
 from util.args import new_parser
-from util.checkpoint import CHECKPOINT_NAME, SAFE_NAME, VAE_NAMES, located, read, read_run
+from util.checkpoint import CHECKPOINT_NAME, SAFE_NAME, VAE_NAMES, as_run, config_beside, located, read
 from util.errors import UserError
 from util.files import read_json, written_whole
 from util.misc import start_log
@@ -104,6 +104,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     export.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
     export.add_argument("--figures", help="samples.json of an evaluation, for the model card")
     export.add_argument("--licence", help="of the weights, for the model card, such as mit")
+    export.add_argument("--tokenizer", help="for the model card: where from_pretrained finds the model's")
     export.add_argument("--push_to_hub", metavar="OWNER/REPO", help="also put it there; made if there is none")
     export.add_argument("--private", action="store_true", help="make that repository a private one")
     return parser
@@ -119,20 +120,25 @@ def export(args: argparse.Namespace) -> None:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already; choose another folder")
     source = located(args.source, (CHECKPOINT_NAME, SAFE_NAME, *VAE_NAMES))
+    if "_class_name" in (config_beside(source) or {}):
+        raise UserError(f"{source} is a tokenizer of diffusers already, which from_pretrained reads as it is")
     content = read(source)
+    here = hub.Address(args.push_to_hub or "", None, "")
+    if args.push_to_hub:  # before anything is written
+        with hub.explained(here, "write to"):
+            hub.make_repo(args.push_to_hub, args.private)
     if any("post_quant_conv.weight" in (content.get(name) or content) for name in ("model", "state_dict")):
         vae, latent_factor = AutoencoderKL.from_pretrained(source)
         vae.save_pretrained(folder, latent_factor)
     else:
         figures = read_json(args.figures) if args.figures else None
-        card = {"figures": figures, "licence": args.licence, "repo_id": args.push_to_hub or str(folder)}
-        model = TokenBridge.from_content(read_run(source), source, False if args.no_ema else None)
+        card = {"figures": figures, "licence": args.licence, "tokenizer": args.tokenizer}
+        card["repo_id"] = args.push_to_hub or str(folder)
+        model = TokenBridge.from_content(as_run(content, source), source, False if args.no_ema else None)
         model.save_pretrained(folder, model_card_kwargs=card)
     if args.push_to_hub:
-        with hub.explained(hub.Address(args.push_to_hub, None, ""), "write to"):
-            api = HfApi()
-            api.create_repo(args.push_to_hub, private=args.private, exist_ok=True)
-            print(api.upload_folder(repo_id=args.push_to_hub, folder_path=folder))
+        with hub.explained(here, "write to"):
+            print(HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=folder))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
