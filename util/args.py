@@ -6,10 +6,14 @@ from util.errors import UserError
 from util.misc import PRECISIONS
 
 
-def new_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose ``--help`` shows defaults, and which takes no abbreviated flags."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
+def new_parser(description: str, module: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose ``--help`` shows defaults, and which takes no abbreviated flags.
+
+    Args:
+        module: of a command that is typed as ``python -m module``.
+    """
+    formatter, prog = argparse.ArgumentDefaultsHelpFormatter, module and f"python -m {module}"
+    return argparse.ArgumentParser(prog, description=description, formatter_class=formatter, allow_abbrev=False)
 
 
 def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, precision: str) -> None:

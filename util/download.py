@@ -1,4 +1,4 @@
-"""Fetches what others published into the folders that the README's commands expect: python -m util.download.
+"""Fetches what others published into the folders that the README's commands expect.
 
 Interrupted downloads go on where they stopped. A file takes its place when it is whole: its size and hash are those
 that the Hub tells; of files elsewhere, of which no hash is published, the size and their own checksums are looked at.
@@ -45,7 +45,7 @@ ELSEWHERE = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = new_parser(__doc__.splitlines()[0])
+    parser = new_parser(__doc__.splitlines()[0], "util.download")
     parser.add_argument("what", nargs="*", help=f"{', '.join(TARGETS)}; by default all but reference (2 GB of images)")
     parser.add_argument("--output_dir", default=".", help="holds pretrained_models/ and fid_stats/")
     parser.add_argument("--revision", help=f"branch, tag or commit of {hub.MODELS_REPO}; by default the newest")

@@ -209,7 +209,7 @@ def unpack(cache: PackedCache, root: str | Path, num_workers: int) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
-    parser = new_parser("Converts a cache of one file an image to a packed one, or back.")
+    parser = new_parser("Converts a cache of one file an image to a packed one, or back.", "util.packed")
     parser.add_argument("--cached_path", default="", help="the cache to read")
     parser.add_argument("--output_dir", default="", help="folder to write the other one to")
     parser.add_argument("--cache_dtype", choices=DTYPES, default="fp32", help="of a packed cache's values")

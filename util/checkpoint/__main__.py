@@ -87,7 +87,8 @@ def shortened(value: Any) -> str:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
-    parser = new_parser("Shows what is in a checkpoint, or converts between .pth and .safetensors without loss.")
+    about = "Shows what is in a checkpoint, converts between .pth and .safetensors without loss, exports models."
+    parser = new_parser(about, "util.checkpoint")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="what is in a file")
     show.add_argument("file")
