@@ -111,16 +111,14 @@ class TokenBridge(nn.Module, HubModel):
             )
         if not 0 <= mask_ratio_min <= 1:
             raise ValueError(f"mask_ratio_min lies between 0 and 1, got {mask_ratio_min}")
+        if head not in ("ar", "parallel"):
+            raise ValueError(f'head is "ar" or "parallel", not {head!r}')
         self.patch_size, self.vae_embed_dim, self.class_num = patch_size, vae_embed_dim, class_num
         self.mask_ratio_min = mask_ratio_min
         self.grid_size = img_size // vae_stride // patch_size
         self.seq_len = self.grid_size**2
         self.token_dim = vae_embed_dim * patch_size**2
         self._set_channel_order(channel_order)
-        if head not in ("ar", "parallel") or quantizer not in QUANTIZERS:
-            raise ValueError(
-                f'head is "ar" or "parallel", quantizer one of {list(QUANTIZERS)}: not {head}, {quantizer}'
-            )
         self._set_groups(channels_per_group, quant_levels, channel_embed_dim, head == "ar")
 
         shared = {
@@ -129,11 +127,7 @@ class TokenBridge(nn.Module, HubModel):
             "attn_dropout": attn_dropout,
             "proj_dropout": proj_dropout,
         }
-        parts = grad_checkpointing
-        if isinstance(parts, bool):
-            parts = CHECKPOINTED if grad_checkpointing else ()
-        if not set(parts) <= set(CHECKPOINTED):
-            raise ValueError(f"grad_checkpointing takes {', '.join(CHECKPOINTED)}, not {parts}")
+        parts = _checkpointed(grad_checkpointing)
         self.backbone = MaskedBackbone(
             token_dim=self.token_dim,
             seq_len=self.seq_len,
@@ -160,14 +154,7 @@ class TokenBridge(nn.Module, HubModel):
             grad_checkpointing="head" in parts,
             **shared,
         )
-        for name, values in {"channel_mean": channel_mean, "channel_std": channel_std}.items():
-            if values is not None:
-                self.config[name] = [float(value) for value in values]
-                if len(values) != vae_embed_dim:
-                    raise ValueError(f"{len(values)} values of {name} for {vae_embed_dim} channels")
-        # A patch's entries of one channel lie beside each other.
-        spread = [None if v is None else np.repeat(v, patch_size**2) for v in (channel_mean, channel_std)]
-        self.quantizer = QUANTIZERS[quantizer](quant_levels, quant_min, quant_max, std_range, *spread)
+        self._set_quantizer(quantizer, channel_mean, channel_std)
         self._published = {name.split(".", 1)[1]: name for name in nn.Module.state_dict(self)}
         self.register_state_dict_post_hook(_to_published)
         self.register_load_state_dict_pre_hook(_from_published)
@@ -237,6 +224,20 @@ class TokenBridge(nn.Module, HubModel):
             )
         self.channels_per_group = size
         self.register_buffer("group_weights", levels ** torch.arange(size - 1, -1, -1), persistent=False)
+
+    def _set_quantizer(self, kind: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+        if kind not in QUANTIZERS:
+            raise ValueError(f"quantizer one of {list(QUANTIZERS)} is needed, not {kind!r}")
+        spread = []
+        for name, values in (("channel_mean", mean), ("channel_std", std)):
+            if values is not None:
+                values = self.config[name] = [float(value) for value in values]
+                if len(values) != self.vae_embed_dim:
+                    raise ValueError(f"{len(values)} values of {name} for {self.vae_embed_dim} channels")
+                values = np.repeat(values, self.patch_size**2)  # a patch's entries of one channel lie side by side
+            spread.append(values)
+        c = self.config
+        self.quantizer = QUANTIZERS[kind](c["quant_levels"], c["quant_min"], c["quant_max"], c["std_range"], *spread)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -445,6 +446,13 @@ class TokenBridge(nn.Module, HubModel):
     # Generation (section 3.3).
 
     sample_tokens = sampling.sample_tokens
+
+
+def _checkpointed(asked: bool | Sequence[str]) -> Sequence[str]:
+    parts = (CHECKPOINTED if asked else ()) if isinstance(asked, bool) else asked
+    if not set(parts) <= set(CHECKPOINTED):
+        raise ValueError(f"grad_checkpointing takes {', '.join(CHECKPOINTED)}, not {parts}")
+    return parts
 
 
 def _to_published(model: TokenBridge, state: dict, prefix: str, metadata: dict) -> None:
