@@ -366,6 +366,24 @@ def open_checkpoint(args: argparse.Namespace) -> tuple[dict[str, Any], Path | No
     return (checkpoint.read_run(path), path) if measuring else checkpoint.read_newest_whole(path)
 
 
+#: Flags that need not repeat, at their defaults, what a file tells: of weights to measure, and to start from.
+MEASURED = ("model", "img_size", "patch_size", "buffer_size", "class_num", "quant_min", "quant_max", "quant_bits")
+STARTED = ("model", "buffer_size", "quant_min", "quant_max", "quant_bits")
+
+
+def adopt_flags(args: argparse.Namespace, config: dict[str, Any], names: Sequence[str]) -> None:
+    """Sets the flags that have their defaults to what ``config`` tells of its model."""
+    parser, levels = get_args_parser(), config.get("quant_levels")
+    told = {**config, "quant_bits": levels.bit_length() - 1} if isinstance(levels, int) else config
+    for name in names:
+        default = parser.get_default(name)
+        if isinstance(told.get(name), type(default)) and getattr(args, name) == default != told[name]:
+            if name == "model" and told[name] not in MODELS:
+                continue
+            setattr(args, name, told[name])
+            misc.log.info("--%s %s, as the weights tell", name, told[name])
+
+
 def open_start(finetune_from: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """The checkpoint that ``--finetune`` names; what it, or else its weights' shapes, tell of its model; its file."""
     path = checkpoint.find(finetune_from)
@@ -706,24 +724,29 @@ def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
     with misc.processes(args.device) as device:
-        check_args(args)
-        content, path = open_checkpoint(args)
         measuring = args.evaluate or args.evaluate_nll
+        content, path = open_checkpoint(args) if measuring else ({}, None)
+        adopt_flags(args, content.get("config", {}), MEASURED)
+        start = open_start(args.finetune) if args.finetune and not measuring else None
+        if start is not None:
+            adopt_flags(args, start[1], STARTED)
+        check_args(args)
+        if not measuring:
+            content, path = open_checkpoint(args)
         dataset = None if measuring else load_data(args, "train")
         val = load_data(args, "val") if args.evaluate_nll or args.online_nll else None
         vae, latent_factor, kl16 = load_tokenizer(args, [data for data in (dataset, val) if data is not None])
         misc.seed_everything(args.seed + misc.get_rank())
-        config, start = content.get("config", {}), None
-        if args.finetune and path is None:
-            start = open_start(args.finetune)
+        config = content.get("config", {})
+        if start is not None and path is None:
             config = finetune.adopted_config(start[1], args, latent_factor)
         calibration = calibrate(args, config, path, dataset, vae, latent_factor, device)
         model = build_model(args, config, kl16 or path is not None or "channel_order" in config, calibration)
         if path is not None:
             checkpoint.check_config(config, model, latent_factor, path)
-        if start is not None:
+        if start is not None and path is None:
             finetune.start_from(model, *start, ema=not args.no_ema)
-            start = None  # it may lie in memory
+        start = None  # it may lie in memory
         model.about = {"model": args.model, "latent_factor": latent_factor}
         if measuring:
             checkpoint.load_weights(model, content, path, ema=not args.no_ema)

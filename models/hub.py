@@ -39,11 +39,14 @@ import torch
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 
-model = TokenBridge.from_pretrained("{{ repo_id }}").cuda()
+model = TokenBridge.from_pretrained("{{ repo_id }}")
 vae, latent_factor = AutoencoderKL.from_pretrained("{{ tokenizer }}")
-latents = model.sample_tokens(8, num_iter=64, cfg=3.0, labels=torch.arange(8), seeds=range(8))
-images = vae.cuda().decode(latents / latent_factor)  # [8, 3, H, W], about [-1, 1]
+labels = torch.arange({{ images }})
+latents = model.sample_tokens({{ images }}, num_iter=64, cfg=3.0, labels=labels, seeds=range({{ images }}))
+images = vae.decode(latents / latent_factor)  # [{{ images }}, 3, H, W], about [-1, 1]
 ```
+
+`models` is the code of the TokenBridge project; run it from its checkout.
 
 `config.json` holds all that rebuilds the model; classes and the latent factor are there, too.
 
@@ -106,7 +109,12 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
             "token": token, "cache_dir": cache_dir, "force_download": force_download,
             "local_files_only": local_files_only,
         }  # fmt: skip
-        path = checkpoint.find(name, **options)
+        try:
+            path = checkpoint.find(name, **options)
+        except UserError as error:
+            if not hub.is_address(name) or hub.is_address(pretrained_model_name_or_path):
+                raise
+            raise UserError(f"there is no folder {pretrained_model_name_or_path} here; on the Hub: {error}") from error
         return cls.from_content(checkpoint.read_run(path), path, ema, **model_kwargs)
 
     @classmethod
@@ -213,6 +221,7 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
             title=repo_id.rpartition("/")[2] or repo_id,
             repo_id=repo_id,
             tokenizer=tokenizer,
+            images=min(8, self.class_num),
             sizes=markdown(["", ""], rows),
             figures=markdown(
                 ["metric", "value"], metrics + [[name, settings[name]] for name in names if name in settings]

@@ -187,11 +187,11 @@ class TokenBridge(nn.Module, HubModel):
                 "buffer_size": shapes["encoder_pos_embed_learned"][1] - length,
                 "img_size": 16 * math.isqrt(length),
             }
-            for factory in MODELS.values():
+            for size, factory in MODELS.items():
                 with torch.device("meta"):
                     model = factory(**kwargs)
                 if all(shapes.get(name) == list(value.shape) for name, value in model.named_parameters()):
-                    return {**model.config, "latent_factor": checkpoint.KL16_LATENT_FACTOR}
+                    return {**model.config, "model": size, "latent_factor": checkpoint.KL16_LATENT_FACTOR}
         except (KeyError, IndexError, ValueError):
             pass
         raise UserError(f"{path} does not say of what model it is, and its weights are of no published one")

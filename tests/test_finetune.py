@@ -183,6 +183,13 @@ def test_what_flags_leave_open_comes_from_the_weights(run, refused, cached, tmp_
         torch.load(tmp_path / name / "checkpoint-last.pth", weights_only=True)["config"] for name in ("first", "second")
     ]
     assert configs[0] == configs[1] and configs[1]["head"] == "parallel"
+    # Also its size and levels, of which the flags have the defaults.
+    bare = (
+        common.replace("--model tokenbridge_tiny ", "").replace("--buffer_size 4 ", "").replace("--quant_bits 3 ", "")
+    )
+    run("main_tokenbridge", f"{bare} --finetune {tmp_path}/first --output_dir {tmp_path}/bare")
+    content = torch.load(tmp_path / "bare" / "checkpoint-last.pth", weights_only=True)
+    assert content["config"] == configs[0]
     caplog.clear()
     run("main_tokenbridge", f"{common} --head ar --finetune {tmp_path}/first --output_dir {tmp_path}/third")
     assert "drawn anew: token_embeddings.*.weight" in caplog.text

@@ -103,7 +103,7 @@ def test_published_weights_tell_by_their_shapes_what_they_are(tmp_path, factory)
     commands.main(["convert", f"{tmp_path}/checkpoint-last.pth", f"{tmp_path}/only.safetensors", "--weights", "model"])
     assert same(TokenBridge.from_pretrained(tmp_path / "only.safetensors"), model)
     found = TokenBridge.from_pretrained(tmp_path)
-    assert found.config == model.config and found.about == {"latent_factor": 0.2325}
+    assert found.config == model.config and found.about == {"latent_factor": 0.2325, "model": factory.__name__}
     assert torch.equal(found.class_emb.weight, averages["class_emb.weight"])
     assert torch.equal(TokenBridge.from_pretrained(tmp_path, ema=False).class_emb.weight, model.class_emb.weight)
 
@@ -128,6 +128,46 @@ def test_a_run_exports_and_its_export_is_a_checkpoint_again(run, trained, vae_pa
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     with pytest.raises(UserError, match="is there already"):
         commands.main(["export", str(trained), f"{tmp_path}/model"])
+    # Everybody may read them, as far as everybody may read what is made here.
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
+    assert len(set(modes.values())) == 1 and modes["config.json"] == figures.stat().st_mode & 0o777
+
+
+def test_evaluation_and_show_know_sizes_from_the_export_alone(run, trained, vae_path, tmp_path, capsys, caplog):
+    commands.main(["export", str(trained), f"{tmp_path}/model"])
+    capsys.readouterr()
+    commands.main(["show", f"{tmp_path}/model"])
+    assert "class_num: 4" in capsys.readouterr().out
+    common = (
+        "--evaluate --no_metrics --num_images 4 --num_iter 3 --eval_bsz 4 --device cpu --num_workers 0 --keep_images"
+    )
+    run("main_tokenbridge", f"{common} --resume {tmp_path}/model --vae_path {vae_path} --output_dir {tmp_path}/a")
+    assert "--model tokenbridge_tiny, as the weights tell" in caplog.text
+    run("main_tokenbridge", f"{TINY} {common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/b")
+    assert (tmp_path / "a/samples/00002.png").read_bytes() == (tmp_path / "b/samples/00002.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("{run} {tmp}/x --figures {tmp}/empty.json", "holds no metrics"),
+        ("{vae} {tmp}/x --licence mit", "is a tokenizer: --figures, --licence and --tokenizer are for a model's card"),
+        ("{tmp}/nowhere {tmp}/x", "no checkpoint at"),
+    ],
+)
+def test_exports_that_cannot_be_say_why(trained, vae_path, tmp_path, arguments, says):
+    (tmp_path / "empty.json").write_text("{}")
+    typed = arguments.format(run=trained, vae=vae_path, tmp=tmp_path)
+    with pytest.raises(UserError, match=says):
+        commands.main(["export", *typed.split()])
+    assert not (tmp_path / "x").exists()
+
+
+def test_models_and_tokenizers_are_told_apart(trained, vae_path):
+    with pytest.raises(UserError, match="is a tokenizer, not a TokenBridge"):
+        TokenBridge.from_pretrained(vae_path)
+    with pytest.raises(UserError, match="is a TokenBridge, not a tokenizer"):
+        AutoencoderKL.from_pretrained(trained / "checkpoint-last.pth")
 
 
 # --------------------------------------------------------------------------------------------------------------------

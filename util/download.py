@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import build_hf_headers
@@ -68,8 +69,13 @@ def find_published(name: str, revision: str | None) -> tuple[ModelInfo, RepoSibl
     repos, ending = ON_THE_HUB[name]
     for repo in repos:
         place = hub.Address(repo, revision if repo == hub.MODELS_REPO else None, "")
-        with hub.explained(place, "look into"):
-            info = HfApi().model_info(repo, revision=place.revision, files_metadata=True)
+        try:
+            with hub.explained(place, "look into"):
+                info = HfApi().model_info(repo, revision=place.revision, files_metadata=True)
+        except UserError as error:
+            if repo == repos[-1] or not isinstance(error.__cause__, RepositoryNotFoundError):
+                raise
+            continue
         for file in info.siblings or ():
             if f"/{file.rfilename}".endswith(f"/{ending}"):
                 return info, file
@@ -96,10 +102,14 @@ def fetch(what: hub.Address | str, url: str, target: Path, whole: Callable[[Path
     beside = target.with_name(f".{target.name}.incomplete")
     target.parent.mkdir(parents=True, exist_ok=True)
     if not (beside.is_file() and whole(beside)):
-        with hub.explained(what), open(beside, "ab") as file:
-            if file.tell() >= options.get("expected_size", math.inf):
-                file.truncate(0)
-            http_get(url, file, resume_size=file.tell(), displayed_filename=target.name, **options)
+        try:
+            with hub.explained(what), open(beside, "ab") as file:
+                if file.tell() >= options.get("expected_size", math.inf):
+                    file.truncate(0)
+                http_get(url, file, resume_size=file.tell(), displayed_filename=target.name, **options)
+        finally:
+            if beside.is_file() and not beside.stat().st_size:
+                beside.unlink()
         if not whole(beside):
             beside.unlink()
             raise UserError(f"{what} arrived damaged: it is not what its origin tells; start again")

@@ -25,9 +25,13 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+        # By its name: safetensors puts a file of its own, which nobody else may read, in the place of this one.
+        with open(beside, "rb") as written:
+            if os.fstat(written.fileno()).st_mode != mode:
+                os.fchmod(written.fileno(), mode)
+            os.fsync(written.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
         # torch.save hides the file system's error behind one of its own.

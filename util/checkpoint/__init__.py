@@ -190,6 +190,8 @@ def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float
     weights = content.get("model", content.get("state_dict", content))
     if not isinstance(weights, Mapping) or not weights:
         raise UserError(f"{path} holds no tokenizer: expected its weights under 'model'")
+    if "class_emb.weight" in weights:
+        raise UserError(f"{path} is a TokenBridge, not a tokenizer: it goes with --resume")
     vae_config, latent_factor = tokenizer_of(config, path)
     return weights, vae_config, latent_factor
 
@@ -286,7 +288,8 @@ def find(resume: str | Path | hub.Address, **options) -> Path:
     """
     path = located(resume, (CHECKPOINT_NAME, SAFE_NAME, HUB_NAME), **options)
     if not path.is_file():
-        raise UserError(f"no {CHECKPOINT_NAME} in {resume}; --resume takes the folder that holds it")
+        there = "in" if Path(resume).is_dir() else "at"
+        raise UserError(f"no {CHECKPOINT_NAME} {there} {resume}; name the file, or the folder that holds it")
     return path
 
 
@@ -308,6 +311,8 @@ def as_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """:func:`read_run` of what :func:`read` gave."""
     if "config" not in content and (about := config_beside(path)):
         content |= {"config": about, "averaged": True}  # they were saved to be used
+    if isinstance(content.get("config"), dict) and "vae" in content["config"]:
+        raise UserError(f"{path} is a tokenizer, not a TokenBridge: it goes with --vae_path")
     steps = content.get("steps_per_epoch", 1)
     lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "world_size": 1}
     wrong = [

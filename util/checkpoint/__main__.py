@@ -16,7 +16,8 @@ from util.args import new_parser
 from util.checkpoint import CHECKPOINT_NAME, SAFE_NAME, VAE_NAMES, as_run, config_beside, located, read
 from util.errors import UserError
 from util.files import read_json, written_whole
-from util.misc import start_log
+from util.metrics import TITLES
+from util.misc import log, start_log
 
 
 def convert(source: str | Path, target: str | Path, weights: str | None = None) -> None:
@@ -60,8 +61,10 @@ def summary(path: str | Path, tensors: bool = False) -> list[str]:
     Args:
         tensors: also list every tensor.
     """
-    path = hub.local(path)
+    path = located(path, (CHECKPOINT_NAME, SAFE_NAME, *VAE_NAMES))
     content = read(path)
+    if "config" not in content and (config := config_beside(path)):
+        content["config"] = config
     lines = [f"{path}: {path.stat().st_size / 2**20:,.1f} MiB"]
     for name, value in content.items():
         if isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
@@ -130,13 +133,20 @@ def export(args: argparse.Namespace) -> None:
             hub.make_repo(args.push_to_hub, args.private)
     if any("post_quant_conv.weight" in (content.get(name) or content) for name in ("model", "state_dict")):
         vae, latent_factor = AutoencoderKL.from_pretrained(source)
+        if args.figures or args.licence or args.tokenizer:
+            raise UserError(f"{source} is a tokenizer: --figures, --licence and --tokenizer are for a model's card")
         vae.save_pretrained(folder, latent_factor)
     else:
         figures = read_json(args.figures) if args.figures else None
+        if args.figures and not (isinstance(figures, dict) and set(TITLES) & set(figures)):
+            raise UserError(
+                f"{args.figures} holds no metrics: name the samples.json of an evaluation that measured some"
+            )
         card = {"figures": figures, "licence": args.licence, "tokenizer": args.tokenizer}
         card["repo_id"] = args.push_to_hub or str(folder)
         model = TokenBridge.from_content(as_run(content, source), source, False if args.no_ema else None)
         model.save_pretrained(folder, model_card_kwargs=card)
+    log.info("wrote %s, of %s", folder, source)
     if args.push_to_hub:
         with hub.explained(here, "write to"):
             print(HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=folder))
@@ -152,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         export(args)
     else:
         convert(args.source, args.target, args.weights)
+        log.info("wrote %s", args.target)
 
 
 if __name__ == "__main__":
