@@ -388,7 +388,7 @@ def open_start(finetune_from: str) -> tuple[dict[str, Any], dict[str, Any], Path
     """The checkpoint that ``--finetune`` names; what it, or else its weights' shapes, tell of its model; its file."""
     path = checkpoint.find(finetune_from)
     content = checkpoint.read_run(path)
-    return content, content.get("config") or TokenBridge.published_config(content.get("model"), path), path
+    return content, TokenBridge.config_of(content, path), path
 
 
 CALIBRATION_IMAGES = 10_000

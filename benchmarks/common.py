@@ -70,10 +70,11 @@ def in_own_process(work: Callable[..., Any], *args) -> Any:
 
 
 def add_ways(parser: argparse.ArgumentParser, batch: int, what: str) -> None:
-    """What :func:`compare_ways` needs: model, batch, ways."""
+    """What :func:`compare_ways` needs: model, batch, ways, and whether ours are compiled."""
     parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
     parser.add_argument("--batch", type=int, default=batch, help=what)
     parser.add_argument("--ways", nargs="+", default=["release", "fp32", "bf16"], help="or fp16")
+    parser.add_argument("--compile", action="store_true", help="of our ways")
 
 
 def prepare_way(args: argparse.Namespace, way: str) -> str:

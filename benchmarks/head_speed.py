@@ -38,8 +38,8 @@ def main() -> None:
     about = machine(args.device)
     (ours, token_flops), (few, _) = (head_of(args.model, channels) for channels in (16, 4))
     ours, few = ours.to(args.device).eval(), few.to(args.device).eval()
-    compiled = copy.deepcopy(ours)
     if args.compile:
+        compiled = copy.deepcopy(ours)
         compiled.compile_blocks()
     diffusion = DiffusionHead(ours.condition_proj.in_features).to(args.device).eval()
     rows = []

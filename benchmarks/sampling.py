@@ -45,7 +45,6 @@ def main() -> None:
         add_ways(parser, 1, "images at once")
         parser.add_argument("--num_iter", type=int, default=16)
         parser.add_argument("--cfg", type=float, default=3.0)
-        parser.add_argument("--compile", action="store_true", help="of our ways")
 
     args = parse(__doc__, 3, add)
     compare_ways("sampling", sample, args, steps=args.num_iter)

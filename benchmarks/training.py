@@ -59,7 +59,6 @@ def main() -> None:
     def add(parser) -> None:
         add_ways(parser, 4, "images of a step")
         parser.add_argument("--grad_checkpointing", action="store_true")
-        parser.add_argument("--compile", action="store_true", help="of our ways")
 
     compare_ways("training", steps, parse(__doc__, 3, add))
 

@@ -122,7 +122,7 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
         cls, content: Mapping[str, Any], path: str | Path, ema: bool | None = None, **model_kwargs
     ) -> "HubModel":
         """:meth:`from_pretrained` of what :func:`util.checkpoint.read_run` read from ``path``."""
-        config = content.get("config") or cls.published_config(content.get("model"), path)
+        config = cls.config_of(content, path)
         try:
             model = cls.from_config({**config, **model_kwargs})
         except Exception as error:  # sizes that cannot be fail in many ways
@@ -130,6 +130,15 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
         checkpoint.load_weights(model, content, path, ema="model_ema" in content if ema is None else ema)
         model.about = {name: value for name, value in config.items() if name not in model.config}
         return model.eval()
+
+    @classmethod
+    def config_of(cls, content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+        """What a checkpoint tells of its model; of a published one, which tells nothing, what its weights' shapes do.
+
+        Raises:
+            UserError: they are of no published model.
+        """
+        return content.get("config") or cls.published_config(content.get("model"), path)
 
     def save_pretrained(
         self,

@@ -99,7 +99,8 @@ def start_from(
             else:
                 parameter.copy_(value)
             done[kind].append(name)
-    done["left out"] = [name for name in weights if name not in model.state_dict()]
+    everything = model.state_dict()
+    done["left out"] = [name for name in weights if name not in everything]
     if not any(name.startswith(("encoder_blocks.", "decoder_blocks.")) for name in done["kept"]):
         raise UserError(f"{path} is of another model: none of its transformer's weights fit. Check --model")
     share = sum(learned[name].numel() for name in done["kept"]) / sum(each.numel() for each in learned.values())

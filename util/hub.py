@@ -218,6 +218,6 @@ def make_repo(repo_id: str, private: bool | None = None, token: str | None = Non
         raise UserError(f"{repo_id} is there already, and not private: choose another name, or change its settings")
 
 
-def local(path: str | Path, names: Sequence[str] = ()) -> Path:
+def local(path: str | Path) -> Path:
     """``path`` itself, or :func:`fetch` of an address on the Hub."""
-    return fetch(path, names) if is_address(path) else Path(path)
+    return fetch(path) if is_address(path) else Path(path)
