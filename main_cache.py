@@ -7,14 +7,14 @@ from engine_tokenbridge import cache_latents
 from models.vae import AutoencoderKL
 from util import errors, misc
 from util.args import add_run_args, add_skip_arg, add_vae_arg, check_positive, new_parser
-from util.checkpoint import fingerprint
+from util.checkpoint.load import fingerprint
 from util.files import remove_parts, write_json
 from util.loader import (
     CACHE_METADATA,
     PACKED_METADATA,
     BadImages,
     ImagesToCache,
-    Share,
+    RankSampler,
     collate_present,
     image_transform,
     make_loader,
@@ -92,7 +92,7 @@ def main() -> None:
             cached_path=args.cached_path,
             shape=(2 * vae.embed_dim, side, side),
         )
-        share = Share(len(dataset), misc.get_rank(), misc.get_world_size())
+        share = RankSampler(len(dataset), misc.get_rank(), misc.get_world_size())
         loader = make_loader(dataset, args, device, sampler=share, collate_fn=collate_present)
 
         def describe(images: int, complete: bool) -> None:

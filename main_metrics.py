@@ -5,7 +5,7 @@ import argparse
 from util import errors, misc
 from util.args import add_metrics_args, check_positive, new_parser
 from util.files import write_json
-from util.metrics import Judge, PlainImages, provenance, save_statistics, table, warn_if_few
+from util.metrics import Evaluator, PlainImages, provenance, save_statistics, table, warn_if_few
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -39,8 +39,10 @@ def main() -> None:
     with misc.processes(args.device) as device:
         check_args(args)
         images = PlainImages(args.images, args.img_size)
-        judge = Judge(args.inception_weights, args.fid_stats, args.reference, device, args.batch_size, args.num_workers)
-        features = judge.features(images)
+        evaluator = Evaluator(
+            args.inception_weights, args.fid_stats, args.reference, device, args.batch_size, args.num_workers
+        )
+        features = evaluator.features(images)
         if args.save_stats:
             if misc.is_main_process():
                 warn_if_few(len(images), "images")
@@ -49,8 +51,8 @@ def main() -> None:
             if not (args.fid_stats or args.reference or args.json):
                 return
         if args.img_size is not None:  # the crop was for the statistics
-            features = judge.features(PlainImages(args.images))
-        figures = judge.measure(features)
+            features = evaluator.features(PlainImages(args.images))
+        figures = evaluator.measure(features)
         if misc.is_main_process():
             print(table(figures))
             if args.json:

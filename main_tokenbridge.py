@@ -37,7 +37,7 @@ from engine_tokenbridge import (
 )
 from models.tokenbridge import CHECKPOINTED, KL16_CHANNEL_ORDER, MODELS, TokenBridge
 from models.vae import AutoencoderKL
-from util import checkpoint, errors, finetune, misc
+from util import checkpoint, errors, misc
 from util.args import (
     add_metrics_args,
     add_mirror_arg,
@@ -51,21 +51,23 @@ from util.args import (
     check_range,
     new_parser,
 )
+from util.checkpoint import finetune
+from util.checkpoint.load import load_optimizer, load_scaler, load_weights
 from util.files import remove_parts, write_json
 from util.loader import (
     BadImages,
     CachedFolder,
     ImageFolder,
-    Share,
-    ShuffledShare,
+    RankSampler,
+    ShuffledRankSampler,
     check_classes,
     evenly_spaced,
     image_transform,
     make_loader,
 )
-from util.metrics import TITLES, Judge, provenance, table
+from util.metrics import TITLES, Evaluator, provenance, table
 from util.packed import PackedCache, open_cache
-from util.report import write_search
+from util.plots import write_search
 
 # --------------------------------------------------------------------------------------------------------------------
 # The command line.
@@ -103,7 +105,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--head", choices=["ar", "parallel"], help="channels one after the other, or independently")
     model.add_argument(
         "--channel_order",
-        help="order of predictions: frequency (KL-16's), sequential, 8,1,10,..., or a file of channel_order.py",
+        help="order of predictions: frequency (KL-16's), sequential, 8,1,10,..., or a file of tools.channel_order",
     )
     model.add_argument("--channels_per_group", type=int, help="channels predicted jointly, levels^group classes")
     model.add_argument("--head_dim", type=int, help="width of the head; by default the model's")
@@ -174,7 +176,7 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
     files.add_argument(
         "--use_cached", action="store_true", help="train on cached moments; needs no images, no tokenizer"
     )
-    files.add_argument("--cached_path", default="", help="what main_cache.py or util.packed wrote")
+    files.add_argument("--cached_path", default="", help="what main_cache.py or tools.pack wrote")
     files.add_argument("--cached_val_path", default="", help="what main_cache.py --split val wrote, for likelihoods")
     files.add_argument("--output_dir", default="./output_dir", help="checkpoints, TensorBoard's logs, samples")
     files.add_argument("--resume", default="", help=f"folder that holds {checkpoint.CHECKPOINT_NAME}")
@@ -294,7 +296,7 @@ def read_channel_order(text: str, channels: int, kl16: bool) -> list[int]:
         if not kl16 or channels != len(KL16_CHANNEL_ORDER):
             raise errors.UserError(
                 "--channel_order frequency is known for the published KL-16 tokenizer and --patch_size 1 only: measure "
-                "this one's with channel_order.py, and pass the file that it writes"
+                "this one's with tools.channel_order, and pass the file that it writes"
             )
         return list(KL16_CHANNEL_ORDER)
     try:
@@ -412,7 +414,7 @@ def calibrate(
         )
     dataset.set_draws(args.seed, 0)
     chosen = evenly_spaced(dataset, CALIBRATION_IMAGES)
-    share = Share(len(chosen), misc.get_rank(), misc.get_world_size())
+    share = RankSampler(len(chosen), misc.get_rank(), misc.get_world_size())
     loader = make_loader(chosen, args, device, sampler=share, persistent_workers=False)
     vae = None if args.use_cached else vae.to(device)
     mean, deviation = channel_statistics(vae, loader, args.vae_embed_dim, latent_factor, device, args.precision)
@@ -428,7 +430,7 @@ class Run:
     device: torch.device
     vae: AutoencoderKL | None
     latent_factor: float
-    judge: Judge | None  # None: pictures alone
+    evaluator: Evaluator | None  # None: pictures alone
     held_out: DataLoader | None  # for likelihoods
 
 
@@ -439,7 +441,7 @@ class Run:
 ADM_STATS = "fid_stats/adm_in256_stats.npz"  # the usual name of ADM's statistics of ImageNet 256
 
 
-def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
+def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
     """Everything that metrics need, loaded before the first image is made; None for pictures alone.
 
     Raises:
@@ -454,7 +456,7 @@ def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
             f"no FID statistics at {args.fid_stats}: put ADM's for ImageNet 256 there, make others with "
             "main_metrics.py --save_stats and name them with --fid_stats, or pass --no_metrics for pictures alone"
         )
-    return Judge(args.inception_weights, args.fid_stats, args.reference, device, args.eval_bsz, args.num_workers)
+    return Evaluator(args.inception_weights, args.fid_stats, args.reference, device, args.eval_bsz, args.num_workers)
 
 
 def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) -> Sampling:
@@ -486,9 +488,9 @@ def sample_and_measure(
         if args.save_npz:
             export_npz(images, f"{folder}.npz")
     figures = {}
-    if run.judge is not None:
+    if run.evaluator is not None:
         try:
-            figures = run.judge.measure(run.judge.features(images))
+            figures = run.evaluator.measure(run.evaluator.features(images))
         except BaseException:
             misc.log.error("measuring failed; the images are kept: python main_metrics.py --images %s", folder)
             raise
@@ -497,7 +499,7 @@ def sample_and_measure(
             misc.log.info("%s", table(figures))
         about = {"settings": asdict(settings), "weights": weights, "args": vars(args)}
         write_json(results_path(folder), {**figures, "seed": args.gen_seed, **about, **provenance()})
-        if run.judge is not None and not args.keep_images:
+        if run.evaluator is not None and not args.keep_images:
             remove_images(folder)
         misc.log.info("sampled %d images; a grid of them is %s.png", args.num_images, folder)
     misc.barrier()
@@ -510,7 +512,7 @@ def finished_before(run: Run, folder: Path, cfg: float, temperature: float, weig
     before = read_results(folder)
     against = ("fid_stats", "reference")
     same_against = all(before.get("args", {}).get(name) == getattr(run.args, name) for name in against)
-    done = run.judge is not None and same_run(before, about) and same_against
+    done = run.evaluator is not None and same_run(before, about) and same_against
     misc.barrier()  # all processes have looked before one writes
     return {name: before[name] for name in ("images", *TITLES) if name in before} if done else {}
 
@@ -525,7 +527,7 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
         figures = finished_before(run, folder, cfg, temperature, weights) if len(pairs) > 1 else {}
         figures = figures or sample_and_measure(run, model, folder, cfg, temperature, weights)
         rows.append({"cfg": cfg, "temperature": temperature, **figures})
-    if len(pairs) > 1 and run.judge is not None and misc.is_main_process():
+    if len(pairs) > 1 and run.evaluator is not None and misc.is_main_process():
         write_search(rows, out)
         misc.log.info("wrote %s/search.md, search.json and search.png", out)
 
@@ -568,7 +570,7 @@ def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWri
 
 def make_training_loader(dataset, device: torch.device, args: argparse.Namespace) -> DataLoader:
     """Shuffled whole batches, this process's share."""
-    sampler = ShuffledShare(dataset, misc.get_world_size(), misc.get_rank(), shuffle=True, seed=args.seed)
+    sampler = ShuffledRankSampler(dataset, misc.get_world_size(), misc.get_rank(), shuffle=True, seed=args.seed)
     # Workers start anew with each epoch, and so hear of its coins.
     options = {"drop_last": True, "persistent_workers": False}
     loader = make_loader(dataset, args, device, sampler=sampler, **options)
@@ -594,10 +596,10 @@ def resume(
     if not content:
         return 0
     start_step = 0
-    checkpoint.load_weights(model, content, path, ema=False)
+    load_weights(model, content, path, ema=False)
     ema.module.load_state_dict(model.state_dict())
     if "model_ema" in content:
-        checkpoint.load_weights(ema.module, content, path, ema=True)
+        load_weights(ema.module, content, path, ema=True)
     if "optimizer" in content and "epoch" in content:
         before = content.get("args")
         before = vars(before) if isinstance(before, argparse.Namespace) else before
@@ -607,7 +609,7 @@ def resume(
                 f"{path} was trained with --freeze {frozen or 'nothing'}, not {args.freeze or 'nothing'}: to go on "
                 "differently, start anew from it with --finetune and another --output_dir"
             )
-        checkpoint.load_optimizer(optimizer, content["optimizer"], path)
+        load_optimizer(optimizer, content["optimizer"], path)
         args.start_epoch = content["epoch"] + 1
         of = content.get("steps_per_epoch", steps)
         start_step = round(content.get("step", 0) * steps / of)
@@ -619,7 +621,7 @@ def resume(
                 *(path, processes, of, misc.get_world_size(), steps),
             )
     if scaler.is_enabled() and content.get("scaler"):
-        checkpoint.load_scaler(scaler, content["scaler"], path)
+        load_scaler(scaler, content["scaler"], path)
     misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, args.start_epoch, start_step)
     return start_step
 
@@ -642,7 +644,7 @@ def save(model: TokenBridge, ema, optimizer, scaler, epoch: int, step: int, step
         "step": step,
         "steps_per_epoch": steps,
         "world_size": misc.get_world_size(),
-        "config": {**model.config, **model.about},
+        "config": {**model.config, **model.metadata},
         "args": vars(args),
     }
     if scaler.is_enabled():
@@ -747,21 +749,21 @@ def main() -> None:
         if start is not None and path is None:
             finetune.start_from(model, *start, ema=not args.no_ema)
         start = None  # it may lie in memory
-        model.about = {"model": args.model, "latent_factor": latent_factor}
+        model.metadata = {"model": args.model, "latent_factor": latent_factor}
         if measuring:
-            checkpoint.load_weights(model, content, path, ema=not args.no_ema)
+            load_weights(model, content, path, ema=not args.no_ema)
             content.clear()
         else:
-            model.about["class_names"] = dataset.classes
+            model.metadata["class_names"] = dataset.classes
             finetune.freeze(model, args.freeze)
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
         model, vae = model.to(device), None if vae is None else vae.to(device, memory_format=torch.channels_last)
         if measuring and args.compile:
             model.compile_blocks()
         loader = None if measuring else make_training_loader(dataset, device, args)
-        share = None if val is None else Share(len(val), misc.get_rank(), misc.get_world_size())
+        share = None if val is None else RankSampler(len(val), misc.get_rank(), misc.get_world_size())
         held_out = None if val is None else make_loader(val, args, device, sampler=share)
-        run = Run(args, device, vae, latent_factor, make_judge(args, device), held_out)
+        run = Run(args, device, vae, latent_factor, make_evaluator(args, device), held_out)
         if args.evaluate_nll:
             figures = measure_likelihood(run, model)
             if misc.is_main_process():

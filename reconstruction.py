@@ -18,9 +18,17 @@ from util import errors, misc
 from util.args import add_quantizer_args, add_run_args, add_vae_arg, check_bits, check_positive, new_parser
 from util.files import write_json
 from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
-from util.loader import ImageFolderWithFilename, Share, existing_folder, image_transform, make_loader
-from util.metrics import Judge, compute_metrics, frechet_distance, gather_features, provenance, statistics, warn_if_few
-from util.report import markdown, write_text
+from util.loader import ImageFolderWithFilename, RankSampler, existing_folder, image_transform, make_loader
+from util.metrics import (
+    Evaluator,
+    compute_metrics,
+    frechet_distance,
+    gather_features,
+    provenance,
+    statistics,
+    warn_if_few,
+)
+from util.tables import markdown, write_text
 
 PICTURE_ROWS = 8
 
@@ -137,7 +145,7 @@ FIGURE_5 = [Setting(-1, 5.0), Setting(6, 5.0)]
 FIGURE_6 = [Setting(6, 5.0), Setting(5, 5.0), Setting(4, 5.0), Setting(3, 5.0)]
 
 
-class Tally:
+class ReconstructionStats:
     """What one setting does to images and latents: sums over images, and over processes at the end."""
 
     def __init__(self, setting: Setting, channels: int, device: torch.device):
@@ -197,12 +205,12 @@ def reconstruct(
     latent_factor: float,
     loader: DataLoader,
     settings: Sequence[Setting],
-    judge: Judge | None,
+    evaluator: Evaluator | None,
     save: Callable[[str, int, Tensor], None],
     device: torch.device,
     args: argparse.Namespace,
     calibration: dict[str, list[float]],
-) -> tuple[dict[str, list[Tensor]], list[tuple[Tensor, ...]], list[Tally]]:
+) -> tuple[dict[str, list[Tensor]], list[tuple[Tensor, ...]], list[ReconstructionStats]]:
     """Reconstructs this process's images under every setting, from one posterior sample of each.
 
     Args:
@@ -211,9 +219,9 @@ def reconstruct(
 
     Returns:
         some pictures to show by title (the original, the continuous reconstruction, every setting's), Inception's
-        features of all originals, and the settings' tallies.
+        features of all originals, and the settings' stats_of_settings.
     """
-    tallies = [Tally(setting, vae.embed_dim, device) for setting in settings]
+    stats_of_settings = [ReconstructionStats(setting, vae.embed_dim, device) for setting in settings]
     rank, world, done = misc.get_rank(), misc.get_world_size(), 0
     share = len(loader.sampler)  # shown are the main process's images, evenly spaced
     shown = {rank + world * (i * share // PICTURE_ROWS) for i in range(PICTURE_ROWS)}
@@ -221,13 +229,13 @@ def reconstruct(
     features = []
     with misc.progress(loader, unit="batch", desc="reconstructing") as batches:
         for images, _, _ in batches:
-            numbers = [rank + world * (done + i) for i in range(len(images))]  # as Share deals them
+            numbers = [rank + world * (done + i) for i in range(len(images))]  # as RankSampler deals them
             picked = [i for i, number in enumerate(numbers) if number in shown]
             done += len(images)
             images = images.to(device)
             real = to_uint8(images)
             pictures["original"] += real[picked].cpu()
-            features += [] if judge is None else [judge.inception(real)]
+            features += [] if evaluator is None else [evaluator.inception(real)]
             for number, image in zip(numbers, real, strict=True):
                 save("real", number, image)
             with misc.autocast(device, args.precision):
@@ -236,8 +244,8 @@ def reconstruct(
                 latents = posterior.sample(noise).float() * latent_factor
                 if picked and all(setting.levels for setting in settings):
                     pictures["continuous"] += to_uint8(vae.decode(latents[picked] / latent_factor)).cpu()
-            for tally in tallies:
-                bits, bound = tally.setting
+            for stats in stats_of_settings:
+                bits, bound = stats.setting
                 low, high = -bound, bound
                 if calibration:
                     low, high = (b.to(device)[:, None, None] for b in calibrated_bounds(**calibration, std_range=3.0))
@@ -245,25 +253,27 @@ def reconstruct(
                 indices, quantized = post_training_quantize(latents, bits, -bound, bound, **options)
                 with misc.autocast(device, args.precision):
                     recon = to_uint8(vae.decode(quantized / latent_factor))
-                tally.add(real, recon, latents, indices, quantized, (latents < low) | (latents > high))
-                tally.features += [] if judge is None else [judge.inception(recon)]
-                pictures[tally.setting.title] += recon[picked].cpu()
+                stats.add(real, recon, latents, indices, quantized, (latents < low) | (latents > high))
+                stats.features += [] if evaluator is None else [evaluator.inception(recon)]
+                pictures[stats.setting.title] += recon[picked].cpu()
                 for number, image in zip(numbers, recon, strict=True):
                     save("recon", number, image)
-    return pictures, features, tallies
+    return pictures, features, stats_of_settings
 
 
-def measure(tally: Tally, judge: Judge | None, real: dict[str, Any] | None, total: int) -> dict[str, Any]:
-    """A setting's figures; with a judge also rFID against ``--fid_stats`` and the originals, and Inception Score.
+def measure(
+    stats: ReconstructionStats, evaluator: Evaluator | None, real: dict[str, Any] | None, total: int
+) -> dict[str, Any]:
+    """A setting's figures; with an evaluator also rFID against ``--fid_stats`` and the originals, and Inception Score.
 
     Args:
         real: statistics of the originals, on the main process.
     """
-    figures = {"bits": tally.setting.bits, "range": tally.setting.range, **tally.results()}
-    if judge is not None:
-        recon = gather_features(tally.features, total, judge.device)
+    figures = {"bits": stats.setting.bits, "range": stats.setting.range, **stats.results()}
+    if evaluator is not None:
+        recon = gather_features(stats.features, total, evaluator.device)
         if misc.is_main_process():
-            figures |= compute_metrics(recon, judge.stats)
+            figures |= compute_metrics(recon, evaluator.stats)
             to_originals = frechet_distance(statistics(recon), real)
             figures["frechet_inception_distance_to_originals"] = to_originals
     return figures
@@ -300,15 +310,18 @@ def report(setting: Setting, figures: dict[str, Any]) -> str:
 
 
 def write_sweep(
-    results: list[dict[str, Any]], pictures: dict[str, list[Tensor]], tallies: list[Tally], folder: Path
+    results: list[dict[str, Any]],
+    pictures: dict[str, list[Tensor]],
+    stats_of_settings: list[ReconstructionStats],
+    folder: Path,
 ) -> None:
     """Table 1 beside the paper's figures, as Markdown and JSON, and the pictures of Figures 5 and 6."""
     titles = [title for name, title in ROWS.items() if any(name in figures for figures in results)]
     rows = []
-    for tally, figures in zip(tallies, results, strict=True):
+    for stats, figures in zip(stats_of_settings, results, strict=True):
         values = summary(figures)
-        rows.append([tally.setting.title, *TABLE_1[tally.setting], *(values.get(title) for title in titles)])
-        figures |= dict(zip(("paper_rfid", "paper_inception_score"), TABLE_1[tally.setting], strict=True))
+        rows.append([stats.setting.title, *TABLE_1[stats.setting], *(values.get(title) for title in titles)])
+        figures |= dict(zip(("paper_rfid", "paper_inception_score"), TABLE_1[stats.setting], strict=True))
     header = ["tokenizer", "paper: rFID", "paper: Inception Score", *titles]
     write_text(folder / "table1.md", markdown(header, rows))
     write_json(folder / "table1.json", {"rows": results, **provenance()})
@@ -323,7 +336,7 @@ def write_picture(path: Path, pictures: dict[str, list[Tensor]]) -> None:
     save_grid(torch.cat(rows), path, columns=len(pictures), titles=list(pictures), min_size=128)
 
 
-def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
+def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
     """What rFID and Inception Score need; None without Inception's weights, where nobody asked for them by flag.
 
     Raises:
@@ -332,7 +345,7 @@ def make_judge(args: argparse.Namespace, device: torch.device) -> Judge | None:
     if args.no_metrics:
         return None
     try:
-        return Judge(args.inception_weights, args.fid_stats, None, device, args.batch_size, args.num_workers)
+        return Evaluator(args.inception_weights, args.fid_stats, None, device, args.batch_size, args.num_workers)
     except errors.UserError as error:
         if args.fid_stats or args.inception_weights:
             raise
@@ -354,8 +367,8 @@ def main() -> None:
         chosen = first_of_each_class(dataset, args.images_per_class)
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         misc.check_stride(args.img_size, vae.stride)
-        judge = make_judge(args, device)
-        if judge is not None:
+        evaluator = make_evaluator(args, device)
+        if evaluator is not None:
             warn_if_few(len(chosen), "images")
 
         settings = list(TABLE_1) if args.sweep else [Setting(args.bits, args.range)]
@@ -372,24 +385,26 @@ def main() -> None:
             if not args.sweep:  # a sweep has eight reconstructions of each image
                 save_png(image, folder / part / f"{number:05d}.png")
 
-        loader = make_loader(chosen, args, device, sampler=Share(len(chosen), misc.get_rank(), misc.get_world_size()))
+        loader = make_loader(
+            chosen, args, device, sampler=RankSampler(len(chosen), misc.get_rank(), misc.get_world_size())
+        )
         vae, calibration = vae.to(device), {}
         if args.quant_calibrate:
             measured = channel_statistics(vae, loader, vae.embed_dim, latent_factor, device, args.precision)
             calibration = dict(zip(("channel_mean", "channel_std"), measured, strict=True))
-        pictures, features, tallies = reconstruct(
-            vae, latent_factor, loader, settings, judge, save, device, args, calibration
+        pictures, features, stats_of_settings = reconstruct(
+            vae, latent_factor, loader, settings, evaluator, save, device, args, calibration
         )
         real = None
-        if judge is not None:
+        if evaluator is not None:
             gathered = gather_features(features, len(chosen), device)
             real = statistics(gathered) if misc.is_main_process() else None
-        results = [measure(tally, judge, real, len(chosen)) for tally in tallies]
+        results = [measure(stats, evaluator, real, len(chosen)) for stats in stats_of_settings]
         if misc.is_main_process():
-            for tally, figures in zip(tallies, results, strict=True):
-                misc.log.info("%s\n", report(tally.setting, figures))
+            for stats, figures in zip(stats_of_settings, results, strict=True):
+                misc.log.info("%s\n", report(stats.setting, figures))
             if args.sweep:
-                write_sweep(results, pictures, tallies, folder)
+                write_sweep(results, pictures, stats_of_settings, folder)
             else:
                 write_picture(folder / "reconstruction.png", pictures)
                 write_json(

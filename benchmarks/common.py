@@ -18,7 +18,7 @@ from util import misc
 from util.args import new_parser
 from util.files import write_json
 from util.metrics import provenance
-from util.report import markdown
+from util.tables import markdown
 
 
 def parse(description: str, repeats: int, add: Callable[[argparse.ArgumentParser], None] | None = None):

@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
+from benchmarks.baselines import DiffusionHead, plain_kernels, sample_recomputing
 from benchmarks.common import alternating, finish, machine, parse, spread
-from benchmarks.other_ways import DiffusionHead, plain_kernels, sample_recomputing
 from models.channel_head import ChannelHead
 from models.sampling import sample_categorical, sample_classes
 from models.tokenbridge import MODELS

@@ -2,8 +2,8 @@
 
 import torch
 
+from benchmarks.baselines import argmin_over_levels
 from benchmarks.common import alternating, finish, machine, parse, spread
-from benchmarks.other_ways import argmin_over_levels
 from models.quantizer import GaussianQuantizer
 
 

@@ -4,8 +4,8 @@ import argparse
 
 import torch
 
+from benchmarks.baselines import plain_kernels, sample_tokens_plainly
 from benchmarks.common import add_ways, compare_ways, parse, prepare_way, seconds
-from benchmarks.other_ways import plain_kernels, sample_tokens_plainly
 from models.sampling import sampling_plan
 from models.tokenbridge import MODELS, TokenBridge
 from util import misc

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from util.files import read_json
-from util.report import markdown, write_text
+from util.tables import markdown, write_text
 
 HERE = Path(__file__).parent
 COMMANDS = {

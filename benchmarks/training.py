@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from timm.utils import ModelEmaV3
 
+from benchmarks.baselines import plain_kernels
 from benchmarks.common import add_ways, compare_ways, parse, prepare_way, seconds
-from benchmarks.other_ways import plain_kernels
 from engine_tokenbridge import take_step
 from models.tokenbridge import MODELS
 from util import misc

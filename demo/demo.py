@@ -49,7 +49,7 @@ def read_digit(path: Path) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The judge and the pictures.
+# The evaluator and the pictures.
 
 
 def recognized(data: Path, samples: Path) -> dict[str, float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models import sampling
 from models.backbone import MaskedBackbone, gather_tokens
 from models.channel_head import ChannelHead
-from models.hub import HubModel
+from models.pretrained import HubModel
 from models.quantizer import QUANTIZERS
 from util import checkpoint
 from util.errors import UserError

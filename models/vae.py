@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from util.checkpoint import HUB_CONFIG, HUB_NAME, VAE_NAMES, config_beside, located, matching, read_vae
+from util.checkpoint import HUB_CONFIG, HUB_NAME, VAE_NAMES, config_beside, located, read_vae
+from util.checkpoint.load import matching
+from util.checkpoint.safetensors_io import write_tensors
 from util.errors import UserError, reason
 from util.files import write_json
-from util.safe import write_tensors
 
 #: Where attention sits is a matter of the level, counted from this nominal resolution, whatever the image's size.
 NOMINAL_RESOLUTION = 256

@@ -14,8 +14,9 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.conftest import SMALL, filled
 from tests.fill import deterministic_fill
+from tools import checkpoint as commands
 from util import checkpoint
-from util.checkpoint import __main__ as commands
+from util.checkpoint.load import load_optimizer, load_weights
 from util.errors import UserError
 from util.misc import add_weight_decay
 
@@ -41,8 +42,8 @@ def test_published_checkpoints_load(tmp_path, small_model):
     content = checkpoint.read(checkpoint.find(tmp_path))
     assert content["epoch"] == 3 and content["args"].blr == 5e-5
     model, ema = TokenBridge(**SMALL), TokenBridge(**SMALL)
-    checkpoint.load_weights(model, content, path, ema=False)
-    checkpoint.load_weights(ema, content, path, ema=True)
+    load_weights(model, content, path, ema=False)
+    load_weights(ema, content, path, ema=True)
     for name, value in small_model.named_parameters():
         assert torch.equal(model.state_dict()[name], value) and torch.equal(ema.state_dict()[name], 2 * value)
     assert torch.equal(ema.state_dict()["boundaries"], small_model.state_dict()["boundaries"])
@@ -81,7 +82,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="holds a Tensor"):
         checkpoint.read(path)
     with pytest.raises(UserError, match="no weights under 'model_ema'"):
-        checkpoint.load_weights(TokenBridge(**SMALL), {"model": {}}, path, ema=True)
+        load_weights(TokenBridge(**SMALL), {"model": {}}, path, ema=True)
 
 
 def test_weights_of_another_shape_are_listed_with_the_flags_to_check(small_model):
@@ -89,7 +90,7 @@ def test_weights_of_another_shape_are_listed_with_the_flags_to_check(small_model
     state.pop("mask_token")
     state["stranger"] = torch.zeros(1)
     with pytest.raises(UserError) as error:
-        checkpoint.load_weights(small_model, {"model": state}, "file.pth", ema=False)
+        load_weights(small_model, {"model": state}, "file.pth", ema=False)
     for part in (
         "missing: mask_token.",
         "reconstruction_values [8] (expected [16])",
@@ -102,7 +103,7 @@ def test_weights_of_another_shape_are_listed_with_the_flags_to_check(small_model
 def test_averages_come_with_the_files_own_tables(small_model):
     other = filled(TokenBridge(**SMALL, std_range=2.0))
     content = {"model": other.state_dict(), "model_ema": {n: p.detach() for n, p in other.named_parameters()}}
-    checkpoint.load_weights(small_model, content, "file.pth", ema=True)
+    load_weights(small_model, content, "file.pth", ema=True)
     assert torch.equal(small_model.quantizer.thresholds, other.quantizer.thresholds)
 
 
@@ -137,7 +138,7 @@ def test_step_counts_go_where_this_runs_optimizer_wants_them(small_model, tmp_pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.Optimizer, "load_state_dict", load_state_dict)
-        checkpoint.load_optimizer(optimizer, state, "file.pth")
+        load_optimizer(optimizer, state, "file.pth")
     assert set(seen) == {"meta"}
 
 
@@ -188,7 +189,7 @@ def test_averages_alone_take_the_weights_place(tmp_path, small_model, suffix):
     path = checkpoint.find(folder)
     content = checkpoint.read_run(path)
     model = TokenBridge(**SMALL)
-    checkpoint.load_weights(model, content, path, ema=True)
+    load_weights(model, content, path, ema=True)
     for name, value in small_model.named_parameters():
         assert torch.equal(model.state_dict()[name], 2 * value)
     assert torch.equal(model.quantizer.thresholds, small_model.quantizer.thresholds)
@@ -197,7 +198,7 @@ def test_averages_alone_take_the_weights_place(tmp_path, small_model, suffix):
 def test_damaged_safetensors_are_refused(tmp_path, small_model):
     path = tmp_path / "checkpoint-last.safetensors"
     content = {"model": small_model.state_dict()}
-    checkpoint.safe.write(path, content)
+    checkpoint.safetensors_io.write(path, content)
     whole, draw, refused = path.read_bytes(), random.Random(0), 0
     for _ in range(40):
         damaged = bytearray(whole)

@@ -158,7 +158,7 @@ def content(tmp_path_factory) -> dict:
     ema.update(model)
     folder = tmp_path_factory.mktemp("run")
     args = Namespace(output_dir=str(folder), model="tokenbridge_tiny", keep_last=1)
-    model.about = {"latent_factor": 0.5, "class_names": ["a", "b"]}
+    model.metadata = {"latent_factor": 0.5, "class_names": ["a", "b"]}
     main_tokenbridge.save(model, ema, optimizer, scaler, 0, 2, 4, args)
     return torch.load(folder / "checkpoint-last.pth", weights_only=True)
 

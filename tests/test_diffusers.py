@@ -7,7 +7,7 @@ import torch
 
 from models.vae import AutoencoderKL
 from tests.conftest import TINY
-from util.checkpoint import __main__ as commands
+from tools import checkpoint as commands
 from util.errors import UserError
 
 diffusers = pytest.importorskip("diffusers", reason="an optional extra: pip install diffusers")

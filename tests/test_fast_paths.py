@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.other_ways import DiffusionHead, argmin_over_levels, plain_kernels, sample_recomputing
+from benchmarks.baselines import DiffusionHead, argmin_over_levels, plain_kernels, sample_recomputing
 from models import channel_head
 from models.dropout import Dropout, dropout
 from models.graphs import Recordings

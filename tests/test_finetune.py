@@ -10,7 +10,7 @@ from PIL import Image
 
 from models.tokenbridge import TokenBridge
 from tests.conftest import SMALL, TINY, filled
-from util import finetune
+from util.checkpoint import finetune
 from util.errors import UserError
 
 

@@ -16,8 +16,9 @@ from models.tokenbridge import TokenBridge, tokenbridge_base, tokenbridge_large
 from models.vae import AutoencoderKL
 from tests.conftest import ROOT, SMALL, TINY, filled
 from tests.hub_server import COMMIT, serving
-from util import download, hub
-from util.checkpoint import __main__ as commands
+from tools import checkpoint as commands
+from tools import download
+from util.checkpoint import hub
 from util.errors import UserError
 
 OWN = "owner/repo"
@@ -48,7 +49,7 @@ def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 def small(**options) -> TokenBridge:
     model = filled(TokenBridge(**{**SMALL, **options}))
-    model.about = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
+    model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
     return model
 
 
@@ -72,7 +73,7 @@ def test_a_model_travels_through_a_folder(tmp_path, options):
     assert {path.name for path in (tmp_path / "saved").iterdir()} == {"model.safetensors", "config.json", "README.md"}
     again = TokenBridge.from_pretrained(tmp_path / "saved")
     assert same(model, again) and again.config == model.config and not again.training
-    assert again.about == {**model.about, "note": "kept"}
+    assert again.metadata == {**model.metadata, "note": "kept"}
     sampling = {"bsz": 2, "num_iter": 3, "seeds": [1, 2]}
     assert torch.equal(model.sample_tokens(**sampling), again.sample_tokens(**sampling))
     # Under the published names, as every program reads them.
@@ -103,7 +104,7 @@ def test_published_weights_tell_by_their_shapes_what_they_are(tmp_path, factory)
     commands.main(["convert", f"{tmp_path}/checkpoint-last.pth", f"{tmp_path}/only.safetensors", "--weights", "model"])
     assert same(TokenBridge.from_pretrained(tmp_path / "only.safetensors"), model)
     found = TokenBridge.from_pretrained(tmp_path)
-    assert found.config == model.config and found.about == {"latent_factor": 0.2325, "model": factory.__name__}
+    assert found.config == model.config and found.metadata == {"latent_factor": 0.2325, "model": factory.__name__}
     assert torch.equal(found.class_emb.weight, averages["class_emb.weight"])
     assert torch.equal(TokenBridge.from_pretrained(tmp_path, ema=False).class_emb.weight, model.class_emb.weight)
 
@@ -343,7 +344,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(served, trained, mon
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# python -m util.download
+# python -m tools.download
 
 
 @pytest.fixture
@@ -454,7 +455,8 @@ def test_download_onto_a_full_disk(published, tmp_path):
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
-        "from util import download, errors\n"
+        "from tools import download\n"
+        "from util import errors\n"
         f"errors.run(lambda: download.main(['vae', '--output_dir', {str(tmp_path)!r}]))"
     )
     # What Python compiled would be cut off, too.

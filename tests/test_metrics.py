@@ -28,7 +28,7 @@ from tests.test_scripts import TINY, torchrun
 from util import metrics
 from util.errors import UserError
 from util.images import ssim
-from util.report import write_search
+from util.plots import write_search
 
 URL = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
 
@@ -323,7 +323,7 @@ def test_a_search_makes_a_table_and_a_heat_map(run, trained, inception, stats, t
 def test_the_heat_map_has_the_scales_across_and_temperatures_up(tmp_path):
     from matplotlib.figure import Figure
 
-    from util.report import heat_map
+    from util.plots import heat_map
 
     rows = [{"cfg": c, "temperature": t, "frechet_inception_distance": 10 * c + t} for c in (1, 2, 3) for t in (0.5, 1)]
     axes = Figure().subplots()

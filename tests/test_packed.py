@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import SHORT, TINY
+from tools import pack as pack_command
 from util import packed
 from util.errors import UserError
 from util.loader import CachedFolder
@@ -21,7 +22,7 @@ def pack(cached, tmp_path):
     def convert(dtype: str = "fp32"):
         folder = tmp_path / f"packed-{dtype}"
         command = f"--cached_path {cached} --output_dir {folder} --cache_dtype {dtype} --shard_images 5 --num_workers 0"
-        packed.main(command.split())
+        pack_command.main(command.split())
         return folder
 
     return convert
@@ -43,7 +44,7 @@ def test_a_packed_cache_holds_the_same(pack, cached, dtype):
 
 
 def test_a_packed_cache_goes_back(pack, cached, tmp_path):
-    packed.main(f"--unpack --cached_path {pack()} --output_dir {tmp_path}/files --num_workers 0".split())
+    pack_command.main(f"--unpack --cached_path {pack()} --output_dir {tmp_path}/files --num_workers 0".split())
     for before in cached.rglob("*.npz"):
         with np.load(before) as old, np.load(tmp_path / "files" / before.relative_to(cached)) as new:
             assert all(np.array_equal(old[name], new[name]) for name in packed.VIEWS)
@@ -108,7 +109,7 @@ def test_what_cannot_be_converted_is_named(pack, cached, tmp_path):
         f"--cached_path {tmp_path}/none --output_dir {tmp_path}/x": "no cache at",
     }.items():
         with pytest.raises(UserError, match=message):
-            packed.main(command.split())
+            pack_command.main(command.split())
     path = next(cached.rglob("*.npz"))
     np.savez(path, **{name: np.full((16, 4, 4), 1e6, np.float32) for name in packed.VIEWS})
     with pytest.raises(UserError, match="pass the range of fp16"):

@@ -23,7 +23,7 @@ import main_vae
 import reconstruction
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import ROOT, SHORT, TINY, processes_of
-from util.checkpoint import __main__ as commands
+from tools import checkpoint as commands
 from util.loader import CachedFolder
 
 
@@ -303,10 +303,10 @@ def test_steps_that_are_not_finite_are_left_out_and_written_down(
 
 
 def test_the_files_of_a_step_are_those_the_loader_gave(cached):
-    from util.loader import ShuffledShare
+    from util.loader import ShuffledRankSampler
 
     dataset = CachedFolder(cached)
-    sampler = ShuffledShare(dataset, 1, 0, shuffle=True, seed=1)
+    sampler = ShuffledRankSampler(dataset, 1, 0, shuffle=True, seed=1)
     sampler.start = 4
     dataset.samples = [(path, index) for index, (path, _) in enumerate(dataset.samples)]  # labels tell the item
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=sampler)

@@ -157,7 +157,7 @@ def test_coins_follow_seed_epoch_and_index_once_told(tmp_path):
 
 
 def test_a_share_of_an_epoch_can_start_in_its_middle():
-    shares = [loader.ShuffledShare(range(20), 2, rank, shuffle=True, seed=3) for rank in range(2)]
+    shares = [loader.ShuffledRankSampler(range(20), 2, rank, shuffle=True, seed=3) for rank in range(2)]
     for share in shares:
         share.set_epoch(5)
     whole = [list(share) for share in shares]
@@ -167,9 +167,9 @@ def test_a_share_of_an_epoch_can_start_in_its_middle():
 
 
 def test_shares_cover_everything_once():
-    shares = [list(loader.Share(11, rank, 3)) for rank in range(3)]
+    shares = [list(loader.RankSampler(11, rank, 3)) for rank in range(3)]
     assert sorted(index for share in shares for index in share) == list(range(11)) and [
-        len(loader.Share(11, rank, 3)) for rank in range(3)
+        len(loader.RankSampler(11, rank, 3)) for rank in range(3)
     ] == [4, 4, 3]
 
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import channel_order
 from models import sampling
 from models.quantizer import GaussianQuantizer, LinearQuantizer
 from models.tokenbridge import MAX_CLASSES, TokenBridge
 from models.vae import AutoencoderKL
 from reconstruction import post_training_quantize
 from tests.conftest import SHORT, SMALL, TINY, filled
+from tools import channel_order
 from util import checkpoint
 from util.errors import UserError
 from util.loader import CachedFolder
@@ -330,7 +330,7 @@ def test_the_order_is_measured_drawn_and_trained_with(run, refused, tmp_path):
     vae = {"embed_dim": 4, "ch_mult": [1, 1, 2]}
     write_moments(tmp_path / "cache", maps_with_share(shares), {"vae": vae, "latent_factor": 0.5, "img_size": 64})
     cache = f"--cached_path {tmp_path}/cache --num_workers 0"
-    run("channel_order", f"{cache} --output_dir {tmp_path}/order")
+    run("tools.channel_order", f"{cache} --output_dir {tmp_path}/order")
     written = json.loads((tmp_path / "order" / "channel_order.json").read_text())
     assert written["order"] == [1, 2, 3, 0] and written["images"] == 40
     assert written["shares"] == pytest.approx(shares, abs=0.06)
@@ -346,10 +346,10 @@ def test_the_order_is_measured_drawn_and_trained_with(run, refused, tmp_path):
     line = refused("main_tokenbridge", f"{tiny} --output_dir {tmp_path}/x --channel_order frequency")
     assert "channel_order.py" in line
 
-    run("channel_order", f"{cache} --output_dir {tmp_path}/patches --patch_size 2")
+    run("tools.channel_order", f"{cache} --output_dir {tmp_path}/patches --patch_size 2")
     assert sorted(json.loads((tmp_path / "patches" / "channel_order.json").read_text())["order"]) == list(range(16))
-    assert "too few" in refused("channel_order", f"{cache} --patch_size 8")
-    assert "--cached_path" in refused("channel_order", "--num_workers 0")
+    assert "too few" in refused("tools.channel_order", f"{cache} --patch_size 8")
+    assert "--cached_path" in refused("tools.channel_order", "--num_workers 0")
 
 
 def test_only_the_published_tokenizer_has_its_order(run, images, tmp_path):
@@ -473,11 +473,11 @@ def test_figures_are_commands(run, refused, cached, trained, vae_path, tmp_path)
     train = f"{TINY} {SHORT} --use_cached --cached_path {cached} --epochs 1 --head parallel"
     run("main_tokenbridge", f"{train} --output_dir {tmp_path}/parallel")
     common = f"--vae_path {vae_path} --num_iter 2 --resume {trained}"
-    run("figures", f"samples {common} --classes class2 1 --per_class 3 --output {tmp_path}/samples.png")
-    run("figures", f"parallel {common} --resume_parallel {tmp_path}/parallel --output {tmp_path}/parallel.png")
-    run("figures", f"confidence {common} --output {tmp_path}/confidence.png")
+    run("tools.figures", f"samples {common} --classes class2 1 --per_class 3 --output {tmp_path}/samples.png")
+    run("tools.figures", f"parallel {common} --resume_parallel {tmp_path}/parallel --output {tmp_path}/parallel.png")
+    run("tools.figures", f"confidence {common} --output {tmp_path}/confidence.png")
     for flags in ("", "--quant_calibrate", "--quantizer linear --quant_bits 3"):
-        run("figures", f"levels --cached_path {cached} --num_workers 0 --output {tmp_path}/levels.png {flags}")
+        run("tools.figures", f"levels --cached_path {cached} --num_workers 0 --output {tmp_path}/levels.png {flags}")
         assert pixels(tmp_path / "levels.png").shape[0] > 300
     # Cells of 128 pixels with 2 between them, 16 above for titles: 2 classes by 3, 4 classes by 2, 4 classes by 3.
     sizes = {"samples": (2, 3), "parallel": (4, 2), "confidence": (4, 3)}
@@ -493,11 +493,11 @@ def test_figures_are_commands(run, refused, cached, trained, vae_path, tmp_path)
         f"samples {common} --temperature -1": "--temperature -1",
         f"samples {common} --gen_seed -1": "--gen_seed -1",
     }.items():
-        assert message in refused("figures", bad)
+        assert message in refused("tools.figures", bad)
 
 
 def test_imagenet_classes_have_names():
-    import figures
+    from tools import figures
 
     names = figures.readable([str(label) for label in range(1000)])
     assert figures.find_classes(["golden retriever", "980", "Tench"], names) == [207, 980, 0]

@@ -80,7 +80,7 @@ def existing_folder(root: str | Path, what: str) -> Path:
     return root
 
 
-class Coins:
+class MirrorDraws:
     """Decides which items of a data set are mirrored.
 
     By default from torch's global generator. Once :meth:`set_draws` has named a seed and an epoch, an item's coin
@@ -93,7 +93,7 @@ class Coins:
         """Fixes the coins of one epoch. Workers started before do not hear of it."""
         self.draws = (seed, epoch)
 
-    def coin(self, index: int) -> bool:
+    def mirrored(self, index: int) -> bool:
         """Heads or tails for item ``index``."""
         if self.draws is None:
             return bool(torch.rand(()) < 0.5)
@@ -128,7 +128,7 @@ class BadImages:
         return len(lines)
 
 
-class ImageFolder(Coins, datasets.ImageFolder):
+class ImageFolder(MirrorDraws, datasets.ImageFolder):
     """torchvision's, with errors for users: ``root/<class>/<image>``, labels numbering the sorted folders.
 
     Args:
@@ -170,7 +170,7 @@ class ImageFolder(Coins, datasets.ImageFolder):
                     raise
                 self.bad_images.add(error)
                 continue
-            return (image.flip(2) if self.mirror and self.coin(index) else image), label
+            return (image.flip(2) if self.mirror and self.mirrored(index) else image), label
         raise UserError(f"none of the images in {self.root} can be read")
 
 
@@ -230,7 +230,7 @@ def collate_present(items: list) -> list | None:
 # Cached moments.
 
 
-class CachedFolder(Coins, datasets.DatasetFolder):
+class CachedFolder(MirrorDraws, datasets.DatasetFolder):
     """``root/<class>/<image name>.npz`` with ``moments`` and ``moments_flip``, as main_cache.py and MAR write them.
 
     Items are moments ``[2C, h, w]``, float32, not scaled, of the image or (with ``mirror``) of its mirror image with
@@ -267,7 +267,7 @@ class CachedFolder(Coins, datasets.DatasetFolder):
 
     def __getitem__(self, index: int):
         path, label = self.samples[index]
-        moments = self.read_moments(path, "moments_flip" if self.mirror and self.coin(index) else "moments")
+        moments = self.read_moments(path, "moments_flip" if self.mirror and self.mirrored(index) else "moments")
         return self.checked(moments, path), label
 
     def checked(self, moments: Tensor, path: str) -> Tensor:
@@ -366,7 +366,7 @@ def evenly_spaced(dataset: Dataset, limit: int) -> Subset:
     return Subset(dataset, range(0, len(dataset), -(-len(dataset) // limit)))
 
 
-class ShuffledShare(DistributedSampler):
+class ShuffledRankSampler(DistributedSampler):
     """A process's share of a shuffled epoch, which can start in its middle.
 
     Attributes:
@@ -379,7 +379,7 @@ class ShuffledShare(DistributedSampler):
         return islice(super().__iter__(), self.start, None)
 
 
-class Share(Sampler):
+class RankSampler(Sampler):
     """Every ``world_size``-th index from ``rank`` on: all of a dataset once over all processes, none twice."""
 
     def __init__(self, length: int, rank: int, world_size: int):

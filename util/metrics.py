@@ -20,7 +20,7 @@ from util import checkpoint, misc
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import read_arrays, written_whole
-from util.loader import Share, existing_folder, read_image
+from util.loader import RankSampler, existing_folder, read_image
 
 #: Inception's layers: pooled features for FID, precision and recall; logits for the Inception Score.
 POOL, LOGITS = "2048", "logits_unbiased"
@@ -130,7 +130,7 @@ def extract_features(
 
     Every process reads its share of the images and returns those of all.
     """
-    share = Share(len(images), misc.get_rank(), misc.get_world_size())
+    share = RankSampler(len(images), misc.get_rank(), misc.get_world_size())
     if len(images) < misc.get_world_size() and misc.is_main_process():
         misc.log.warning("%d images for %d processes: some have nothing to do", len(images), misc.get_world_size())
     loader = DataLoader(images, batch_size=batch_size, sampler=share, num_workers=num_workers)
@@ -217,7 +217,7 @@ def compute_metrics(
     return figures
 
 
-class Judge:
+class Evaluator:
     """Everything a measurement needs, checked and loaded before the first image is made.
 
     Args:

@@ -106,7 +106,7 @@ class StopSignals:
 
 
 def gather_shares(rows: Tensor, total: int) -> Tensor:
-    """All ``total`` rows in order, from each process's own: those ``rank, rank + world_size, ...`` (:class:`Share`)."""
+    """All ``total`` rows in order, from each process's own: see :class:`util.loader.RankSampler`."""
     world = get_world_size()
     if world == 1:
         return rows

@@ -1,14 +1,12 @@
-"""Caches in a few big files, mapped into memory: ``python -m util.packed`` converts a cache of one file an image.
+"""Caches in a few big files, mapped into memory: ``python -m tools.pack`` converts a cache of one file an image.
 
 A packed cache is a folder with ``packed.json`` (what ``cache.json`` tells, the type of the values, the images of each
 shard), ``names.json`` (``class/file`` of every image, in order), ``checksums.npy`` (CRC-32 of every view, ``[N, 2]``)
 and ``shard-NNNNN.npy``, ``[n, 2, 2C, h, w]``: moments of the image and of its mirror image.
 """
 
-import argparse
-import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from util import errors, misc
-from util.args import check_positive, check_range, new_parser
+from util import misc
 from util.errors import UserError
 from util.files import inside, read_json, write_json, written_whole
-from util.loader import CACHE_METADATA, PACKED_METADATA, CachedFolder, Coins, existing_folder
+from util.loader import CACHE_METADATA, PACKED_METADATA, CachedFolder, MirrorDraws, existing_folder
 
 #: Values of ``--cache_dtype``, and what NumPy, which has no bfloat16, stores of them.
 DTYPES = {
@@ -40,7 +37,7 @@ def shard_path(root: Path, number: int) -> Path:
 # Reading.
 
 
-class PackedCache(Coins, Dataset):
+class PackedCache(MirrorDraws, Dataset):
     """A packed cache; items are those of :class:`util.loader.CachedFolder`.
 
     Attributes:
@@ -109,7 +106,7 @@ class PackedCache(Coins, Dataset):
         return torch.from_numpy(values.copy()).view(self.dtype).float()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        which = int(self.mirror and self.coin(index))
+        which = int(self.mirror and self.mirrored(index))
         return self.view(index, which), self.samples[index][1]
 
 
@@ -205,41 +202,3 @@ def unpack(cache: PackedCache, root: str | Path, num_workers: int) -> None:
                 np.savez(file, **dict(zip(VIEWS, both, strict=True)))
             index += 1
     write_json(Path(root) / CACHE_METADATA, {**about, "complete": True})
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this module."""
-    parser = new_parser("Converts a cache of one file an image to a packed one, or back.", "util.packed")
-    parser.add_argument("--cached_path", default="", help="the cache to read")
-    parser.add_argument("--output_dir", default="", help="folder to write the other one to")
-    parser.add_argument("--cache_dtype", choices=DTYPES, default="fp32", help="of a packed cache's values")
-    parser.add_argument("--shard_images", type=int, default=20000, help="images of each big file")
-    parser.add_argument("--num_workers", type=int, default=10)
-    parser.add_argument("--unpack", action="store_true", help="from packed to one file an image")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
-    args = get_args_parser().parse_args(argv)
-    with misc.processes("cpu"):
-        check_positive(args, "shard_images")
-        check_range(args, 0, math.inf, "num_workers")
-        if not args.cached_path or not args.output_dir:
-            raise UserError("--cached_path and --output_dir are needed: the cache to read, the folder to write to")
-        cache = open_cache(args.cached_path, mirror=False)
-        if args.unpack != isinstance(cache, PackedCache):
-            state = "is packed already" if isinstance(cache, PackedCache) else "is not packed"
-            raise UserError(f"{args.cached_path} {state}; see --unpack")
-        there = [name for name in (PACKED_METADATA, CACHE_METADATA) if (Path(args.output_dir) / name).exists()]
-        if there:
-            raise UserError(f"{args.output_dir} holds a cache already ({there[0]}); choose another folder")
-        if args.unpack:
-            unpack(cache, args.output_dir, args.num_workers)
-        else:
-            pack(cache, args.output_dir, args.cache_dtype, args.shard_images, args.num_workers)
-        misc.log.info("wrote %d images to %s", len(cache), args.output_dir)
-
-
-if __name__ == "__main__":
-    errors.run(main)

@@ -1,4 +1,4 @@
-"""Tables and plots of figures."""
+"""Figures drawn with matplotlib, without a display."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,24 +9,7 @@ from matplotlib.figure import Figure
 
 from util.files import write_json, written_whole
 from util.metrics import TITLES
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A Markdown table; floats with four significant digits, None as a dash."""
-
-    def cell(value) -> str:
-        if value is None:
-            return "-"
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(cell(value) for value in line) + " |\n" for line in lines)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes text, whole or not at all."""
-    with written_whole(path) as file:
-        file.write(text.encode())
+from util.tables import markdown, write_text
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""As a command: python -m util.checkpoint show|convert|export."""
+"""As a command: python -m tools.checkpoint show|convert|export."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,19 @@ from torch import Tensor
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from util import errors, hub, safe
+from util import errors
 from util.args import new_parser
-from util.checkpoint import CHECKPOINT_NAME, SAFE_NAME, VAE_NAMES, as_run, config_beside, located, read
+from util.checkpoint import (
+    CHECKPOINT_NAME,
+    SAFE_NAME,
+    VAE_NAMES,
+    as_run,
+    config_beside,
+    hub,
+    located,
+    read,
+    safetensors_io,
+)
 from util.errors import UserError
 from util.files import read_json, written_whole
 from util.metrics import TITLES
@@ -31,8 +41,8 @@ def convert(source: str | Path, target: str | Path, weights: str | None = None) 
         UserError: see :func:`read`; the target has another suffix or is there; or there are no such weights.
     """
     target = Path(target)
-    if target.suffix not in (safe.SUFFIX, ".pth", ".ckpt"):
-        raise UserError(f"{target}: choose a name that ends in {safe.SUFFIX} or .pth")
+    if target.suffix not in (safetensors_io.SUFFIX, ".pth", ".ckpt"):
+        raise UserError(f"{target}: choose a name that ends in {safetensors_io.SUFFIX} or .pth")
     if target.exists():
         raise UserError(f"{target} is there already; choose another name")
     content = read(source)
@@ -46,8 +56,8 @@ def convert(source: str | Path, target: str | Path, weights: str | None = None) 
             "averaged": weights == "model_ema",
         }
     try:
-        if target.suffix == safe.SUFFIX:
-            safe.write(target, content)
+        if target.suffix == safetensors_io.SUFFIX:
+            safetensors_io.write(target, content)
         else:
             with written_whole(target) as file:
                 torch.save(content, file)
@@ -91,7 +101,7 @@ def shortened(value: Any) -> str:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
     about = "Shows what is in a checkpoint, converts between .pth and .safetensors without loss, exports models."
-    parser = new_parser(about, "util.checkpoint")
+    parser = new_parser(about, "tools.checkpoint")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="what is in a file")
     show.add_argument("file")

@@ -9,11 +9,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard, PyTorchModelHubMixin
 
-from util import checkpoint, hub, safe
+from util import checkpoint
+from util.checkpoint import hub, safetensors_io
+from util.checkpoint.load import load_weights
 from util.errors import UserError, reason
 from util.files import write_json
 from util.metrics import TITLES
-from util.report import markdown, write_text
+from util.tables import markdown, write_text
 
 PAPER = "https://arxiv.org/abs/2503.16430"
 
@@ -38,6 +40,7 @@ cross-entropy. The method: *Bridging Continuous and Discrete Tokens for Autoregr
 import torch
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
+from util.checkpoint.load import load_weights
 
 model = TokenBridge.from_pretrained("{{ repo_id }}")
 vae, latent_factor = AutoencoderKL.from_pretrained("{{ tokenizer }}")
@@ -127,8 +130,8 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
             model = cls.from_config({**config, **model_kwargs})
         except Exception as error:  # sizes that cannot be fail in many ways
             raise UserError(f"{path} describes no model that this code can build: {reason(error)}") from error
-        checkpoint.load_weights(model, content, path, ema="model_ema" in content if ema is None else ema)
-        model.about = {name: value for name, value in config.items() if name not in model.config}
+        load_weights(model, content, path, ema="model_ema" in content if ema is None else ema)
+        model.metadata = {name: value for name, value in config.items() if name not in model.config}
         return model.eval()
 
     @classmethod
@@ -162,8 +165,8 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
             UserError: the disk is full, or the folder cannot be written; or see :meth:`push_to_hub`.
         """
         folder = Path(save_directory)
-        write_json(folder / checkpoint.HUB_CONFIG, {**self.config, **self.about, **(config or {})})
-        safe.write_tensors(folder / checkpoint.HUB_NAME, self.state_dict())
+        write_json(folder / checkpoint.HUB_CONFIG, {**self.config, **self.metadata, **(config or {})})
+        safetensors_io.write_tensors(folder / checkpoint.HUB_NAME, self.state_dict())
         card = {"repo_id": repo_id or str(folder), **(model_card_kwargs or {})}
         if not (folder / "README.md").exists():
             write_text(folder / "README.md", str(self.generate_model_card(**card)))
@@ -211,7 +214,7 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
         metrics = [[title, figures[name]] for name, title in TITLES.items() if name in figures] if figures else []
         settings = (figures or {}).get("settings", {})
         names = ("num_images", "num_iter", "cfg", "cfg_schedule", "temperature", "order", "precision")
-        c, factor = self.config, self.about.get("latent_factor")
+        c, factor = self.config, self.metadata.get("latent_factor")
         if tokenizer is None:
             kl16 = c["vae_embed_dim"] == 16 and factor == checkpoint.KL16_LATENT_FACTOR
             tokenizer = f"hf://{hub.VAE_REPO}/kl16.ckpt" if kl16 else "path/to/its/tokenizer"

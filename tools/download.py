@@ -17,8 +17,9 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 from huggingface_hub.utils import build_hf_headers
 
-from util import errors, hub
+from util import errors
 from util.args import new_parser
+from util.checkpoint import hub
 from util.errors import UserError
 from util.files import read_arrays
 from util.misc import log, start_log
@@ -46,7 +47,7 @@ ELSEWHERE = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = new_parser(__doc__.splitlines()[0], "util.download")
+    parser = new_parser(__doc__.splitlines()[0], "tools.download")
     parser.add_argument("what", nargs="*", help=f"{', '.join(TARGETS)}; by default all but reference (2 GB of images)")
     parser.add_argument("--output_dir", default=".", help="holds pretrained_models/ and fid_stats/")
     parser.add_argument("--revision", help=f"branch, tag or commit of {hub.MODELS_REPO}; by default the newest")

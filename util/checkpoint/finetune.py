@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.checkpoint import ADOPTED, MEANING, PUBLISHED, fits
+from util.checkpoint import ADOPTED, MEANING, PUBLISHED
+from util.checkpoint.load import fits
 from util.errors import UserError
 from util.misc import log
 

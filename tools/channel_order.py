@@ -13,10 +13,11 @@ from util import errors, misc
 from util.args import add_run_args, check_positive, check_range, new_parser
 from util.checkpoint import tokenizer_of
 from util.files import write_json
-from util.loader import Share, evenly_spaced, make_loader
+from util.loader import RankSampler, evenly_spaced, make_loader
 from util.metrics import provenance
 from util.packed import open_cache
-from util.report import markdown, save_figure
+from util.plots import save_figure
+from util.tables import markdown
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -98,7 +99,7 @@ def main() -> None:
                 f"{args.cached_path} holds latents of {height}x{width}: with --patch_size {p} too few for frequencies"
             )
         chosen = evenly_spaced(cache, args.num_images)
-        share = Share(len(chosen), misc.get_rank(), misc.get_world_size())
+        share = RankSampler(len(chosen), misc.get_rank(), misc.get_world_size())
         loader = make_loader(chosen, args, device, sampler=share)
         low = low_frequencies(height // p, width // p, args.cutoff)
         sums = torch.zeros(4, channels // 2 * p * p, dtype=torch.float64, device=device)

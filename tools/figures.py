@@ -32,7 +32,7 @@ from util.args import (
 from util.images import confidence_maps, save_grid
 from util.loader import evenly_spaced, make_loader
 from util.packed import open_cache
-from util.report import save_figure
+from util.plots import save_figure
 
 # --------------------------------------------------------------------------------------------------------------------
 # The command line.
@@ -172,7 +172,7 @@ class Sampler:
         content = checkpoint.read_run(path)
         model = TokenBridge.from_content(content, path, ema=not args.no_ema)
         checkpoint.check_config(content.get("config", {}), model, latent_factor, path)
-        names = model.about.get("class_names") or [str(label) for label in range(model.class_num)]
+        names = model.metadata.get("class_names") or [str(label) for label in range(model.class_num)]
         return cls(model.to(next(vae.parameters()).device), readable(names), vae, latent_factor, args)
 
     @torch.no_grad()

@@ -1,0 +1,50 @@
+"""Converts a cache of one file an image to a packed one, or back: ``python -m tools.pack``."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from util import errors, misc
+from util.args import check_positive, check_range, new_parser
+from util.errors import UserError
+from util.loader import CACHE_METADATA, PACKED_METADATA
+from util.packed import DTYPES, PackedCache, open_cache, pack, unpack
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of this module."""
+    parser = new_parser("Converts a cache of one file an image to a packed one, or back.", "tools.pack")
+    parser.add_argument("--cached_path", default="", help="the cache to read")
+    parser.add_argument("--output_dir", default="", help="folder to write the other one to")
+    parser.add_argument("--cache_dtype", choices=DTYPES, default="fp32", help="of a packed cache's values")
+    parser.add_argument("--shard_images", type=int, default=20000, help="images of each big file")
+    parser.add_argument("--num_workers", type=int, default=10)
+    parser.add_argument("--unpack", action="store_true", help="from packed to one file an image")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    args = get_args_parser().parse_args(argv)
+    with misc.processes("cpu"):
+        check_positive(args, "shard_images")
+        check_range(args, 0, math.inf, "num_workers")
+        if not args.cached_path or not args.output_dir:
+            raise UserError("--cached_path and --output_dir are needed: the cache to read, the folder to write to")
+        cache = open_cache(args.cached_path, mirror=False)
+        if args.unpack != isinstance(cache, PackedCache):
+            state = "is packed already" if isinstance(cache, PackedCache) else "is not packed"
+            raise UserError(f"{args.cached_path} {state}; see --unpack")
+        there = [name for name in (PACKED_METADATA, CACHE_METADATA) if (Path(args.output_dir) / name).exists()]
+        if there:
+            raise UserError(f"{args.output_dir} holds a cache already ({there[0]}); choose another folder")
+        if args.unpack:
+            unpack(cache, args.output_dir, args.num_workers)
+        else:
+            pack(cache, args.output_dir, args.cache_dtype, args.shard_images, args.num_workers)
+        misc.log.info("wrote %d images to %s", len(cache), args.output_dir)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,155 @@
+"""From a checkpoint's content into a model, its optimizer and scaler: compared first, so that nothing unfit is used."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from util.checkpoint.safetensors_io import tensor_bytes
+from util.errors import UserError, reason
+from util.misc import log
+
+SHAPE_HINT = "Check --model, --quant_bits, --class_num, --img_size, --patch_size and --buffer_size"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's weights and buffers: what tells tokenizers of equal sizes apart."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(tensor_bytes(value.detach().cpu()))
+    return digest.hexdigest()
+
+
+def dense(value: Any) -> bool:
+    """Whether ``value`` is a tensor that holds all its values."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_quantized
+
+
+def described(value: Any, other: Tensor) -> str:
+    """Shape, and where it differs from ``other``'s the type, of what a file has in a tensor's place."""
+    if not dense(value):
+        return "no dense tensor" if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
+    return str(list(value.shape)) + (f" {value.dtype}" if value.dtype != other.dtype else "")
+
+
+def fits(value: Any, other: Tensor) -> bool:
+    """Whether ``value`` can take ``other``'s place: its shape, and its type or one that widens to it exactly."""
+    if not dense(value):
+        return False
+    narrower = other.dtype == torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
+    return value.shape == other.shape and (value.dtype == other.dtype or narrower)
+
+
+def matching(
+    weights: Mapping[str, Any], expected: Mapping[str, Tensor], path: str | Path, hint: str
+) -> dict[str, Tensor]:
+    """The entries of ``weights`` that ``expected`` names; others are named in the log and left out.
+
+    Raises:
+        UserError: an entry is missing, has another shape or type, or holds values that are not finite: all of them
+            listed, ``hint`` says where to look.
+    """
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "of another shape or type": [
+            f"{name} {described(weights[name], value)} (expected {list(value.shape)})"
+            for name, value in expected.items()
+            if name in weights and not fits(weights[name], value)
+        ],
+        "not finite": [
+            name
+            for name, value in expected.items()
+            if name in weights
+            and fits(weights[name], value)
+            # Tables of masks are infinite where they should be.
+            and not (weights[name].isfinite() | ~value.isfinite().to(weights[name].device)).all()
+        ],
+    }
+    unexpected = [str(name) for name in weights if name not in expected]
+
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    if any(problems.values()):
+        problems["unexpected"] = unexpected
+        listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
+        raise UserError(f"{path} does not fit: {listed}. {hint}")
+    if unexpected:
+        log.warning("%s: ignored %d entries that the model does not have: %s", path, len(unexpected), some(unexpected))
+    return {name: weights[name] for name in expected}
+
+
+def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path, ema: bool) -> None:
+    """Loads a checkpoint's EMA (or plain) weights into ``model``, and the quantizer's tables where it has them.
+
+    Raises:
+        UserError: it has none, or they do not fit.
+    """
+    ema = ema and content.get("averaged") is not True  # a file of averages alone has them in the weights' place
+    key = "model_ema" if ema else "model"
+    weights, plain = content.get(key), content.get("model")
+    if not isinstance(weights, Mapping):
+        hint = "; --no_ema takes those that it has" if ema and isinstance(plain, Mapping) else ""
+        raise UserError(f"{path} has no weights under '{key}'{hint}")
+    expected = model.state_dict()
+    if ema:  # averages are of learned entries only; the tables lie with the plain weights
+        tables = set(expected) - {name for name, _ in model.named_parameters()}
+        plain = plain if isinstance(plain, Mapping) else {}
+        weights = {**weights, **{name: plain.get(name, expected[name]) for name in tables}}
+    try:
+        model.load_state_dict(matching(weights, expected, path, SHAPE_HINT))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: str | Path) -> None:
+    """Loads an optimizer's moments; rates and other settings stay those of this run's flags.
+
+    Raises:
+        UserError: the state is damaged, or of another model.
+    """
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        # Copies: what was read is mapped from a file that newer ones replace.
+        entries = {
+            number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
+            for number, entry in state["state"].items()
+        }
+        # Where torch puts the counts of steps follows from how the optimizer works: as here, not as in the file.
+        groups = [dict(group) for group in state["param_groups"]]
+        for group, ours in zip(groups, options, strict=False):
+            group |= {name: ours[name] for name in ("fused", "capturable", "foreach") if name in ours}
+        optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, parameter in enumerate(parameters):
+            entry = entries.get(number, {})
+            if entry and set(entry) != {"step", "exp_avg", "exp_avg_sq"}:
+                raise ValueError(f"entry {number} has {', '.join(map(str, entry))}")
+            for name, value in entry.items():
+                expected = torch.zeros(()) if name == "step" else parameter
+                if not fits(torch.as_tensor(value, dtype=torch.float32) if name == "step" else value, expected):
+                    raise ValueError(f"{name} of entry {number} is {described(value, expected)}")
+                if not torch.as_tensor(value).isfinite().all():
+                    raise ValueError(f"{name} of entry {number} is not finite")
+    except Exception as error:  # torch looks at little of it, so what is wrong surfaces as almost anything
+        what = reason(error)
+        raise UserError(f"{path}: its optimizer state is damaged, or of another model ({what})") from error
+    for group, ours in zip(optimizer.param_groups, options, strict=True):
+        group.update(ours)
+
+
+def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any], path: str | Path) -> None:
+    """Loads the scale of fp16's gradients.
+
+    Raises:
+        UserError: the state is damaged.
+    """
+    numbers = [value for value in state.values() if isinstance(value, float | int) and 0 <= value < math.inf]
+    if set(state) != set(scaler.state_dict()) or len(numbers) < len(state) or not state["scale"]:
+        raise UserError(f"{path}: the state of its gradient scaler is damaged")
+    scaler.load_state_dict(dict(state))
