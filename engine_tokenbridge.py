@@ -1,10 +1,8 @@
 """The loops: training, generation for evaluation, and caching of latents."""
 
-import json
 import math
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -12,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -22,12 +19,14 @@ from tqdm import tqdm
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import misc
-from util.errors import UserError
-from util.files import write_json, written_whole
-from util.images import confidence_maps, save_grid, save_png, to_uint8
+from util.errors import Preempted, UserError
+from util.files import written_whole
+from util.images import confidence_maps, to_uint8
 from util.loader import cached_file
 from util.lr_sched import adjust_learning_rate
-from util.metrics import PlainImages
+from util.meters import BadSteps, Meter
+from util.sample_folder import SampleFolder
+from util.training_state import Step, TrainingState
 
 LOG_EVERY = 20  # steps between two looks at the device's numbers
 
@@ -43,32 +42,29 @@ def latents_from(batch: Tensor, vae: AutoencoderKL | None, latent_factor: float)
 
 
 def backward(
-    model: nn.Module,
-    batches: list,
-    to_latents: Callable[[Tensor], Tensor],
-    scaler,
-    device: torch.device,
-    precision: str,
+    state: TrainingState, batches: Sequence, vae: AutoencoderKL | None, latent_factor: float, precision: str
 ) -> Tensor:
-    """Gradients of the mean loss over ``batches`` (one accumulated step), and that loss, detached."""
-    total = torch.zeros((), device=device)
+    """Computes the gradients of the mean loss over ``batches``, those of one accumulated step.
+
+    Args:
+        batches: images ``[B, 3, H, W]``, or moments where ``vae`` is None, and labels ``[B]``.
+
+    Returns:
+        the loss, detached.
+    """
+    total = torch.zeros((), device=state.device)
     for i, (batch, labels) in enumerate(batches):
-        model_core(model).check_labels(labels)  # while they are on the host
-        latents = to_latents(batch.to(device, non_blocking=True))
-        labels = labels.to(device, non_blocking=True)
-        # Processes exchange gradients once a step, with the last part of the batch.
-        waits = isinstance(model, DistributedDataParallel) and i < len(batches) - 1
-        with model.no_sync() if waits else nullcontext():
-            with misc.autocast(device, precision):
-                loss = model(latents, labels) / len(batches)
-            scaler.scale(loss).backward()
+        state.model.check_labels(labels)  # while they are on the host
+        latents = latents_from(batch.to(state.device, non_blocking=True), vae, latent_factor)
+        labels = labels.to(state.device, non_blocking=True)
+        # Processes exchange gradients once a step, with its last batch.
+        waits = isinstance(state.wrapped, DistributedDataParallel) and i < len(batches) - 1
+        with state.wrapped.no_sync() if waits else nullcontext():
+            with misc.autocast(state.device, precision):
+                loss = state.wrapped(latents, labels) / len(batches)
+            state.scaler.scale(loss).backward()
         total += loss.detach()
     return total
-
-
-def model_core(model: nn.Module) -> TokenBridge:
-    """The model inside its DDP wrapper, if it has one."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def steps_per_epoch(loader: DataLoader, accum_iter: int) -> int:
@@ -76,229 +72,107 @@ def steps_per_epoch(loader: DataLoader, accum_iter: int) -> int:
     return len(loader) // accum_iter
 
 
-class Meter:
-    """Losses and gradient norms since they were last looked at; looking waits for the device.
-
-    Args:
-        images: of one step, over all processes.
-        flops: of one step, on this device.
-        peak_flops: of a matrix product here, what utilization is measured against.
-    """
-
-    def __init__(self, images: int, flops: float, peak_flops: float, device: torch.device):
-        self.images, self.flops, self.peak_flops, self.device = images, flops, peak_flops, device
-        self.losses: list[Tensor] = []
-        self.norms: list[Tensor] = []
-        self.started = time.perf_counter()
-
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        """One step's."""
-        self.losses.append(loss)
-        self.norms.append(norm)
-
-    def read(self) -> dict[str, float]:
-        """Means by TensorBoard tag; starts anew. Empty if no step was taken."""
-        if not self.losses:
-            return {}
-        loss = misc.all_reduce_mean(torch.stack(self.losses).mean()).item()
-        norms = torch.stack(self.norms)
-        seconds = (time.perf_counter() - self.started) / len(self.losses)
-        self.losses, self.norms, self.started = [], [], time.perf_counter()
-        return {
-            "train/loss": loss,
-            "train/grad_norm": norms[norms.isfinite()].mean().item(),  # fp16 skips steps whose gradients overflow
-            "speed/images_per_second": self.images / seconds,
-            "speed/model_flops_utilization": self.flops / seconds / self.peak_flops,
-            "speed/memory_gib": misc.memory_in_use(self.device),
-        }
-
-
-class BadSteps:
-    """Counts the steps that were not taken because loss or gradient was not finite, and writes down their batches.
-
-    Args:
-        limit: how many a run may have.
-        folder: where ``bad_steps-rank<n>.jsonl`` goes.
-    """
-
-    def __init__(self, limit: int, folder: str | Path):
-        self.limit, self.count, self.rank = limit, 0, misc.get_rank()
-        self.path = Path(folder) / f"bad_steps-rank{self.rank}.jsonl"
-
-    def add(self, loss: Tensor, norm: Tensor, lr: float, epoch: int, step: int, files: list[str]) -> None:
-        """One such step.
-
-        Raises:
-            UserError: there have been more than the limit.
-        """
-        self.count += 1
-        figures = {"loss": loss.item(), "grad_norm": norm.item(), "lr": lr, "epoch": epoch, "step": step}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps({**figures, "rank": self.rank, "files": files}) + "\n")
-        what = f"loss {loss.item():.4g}, gradient norm {norm.item():.4g} at epoch {epoch}, step {step}: not finite"
-        if self.count > self.limit:
-            raise UserError(
-                f"{what}, the step was not taken (learning rate {lr:.3g}, process {self.rank}, bad steps so far "
-                f"{self.count}); its images are listed in {self.path}; lower the learning rate, check the data, or "
-                "allow more with --max_bad_steps"
-            )
-        misc.log.warning("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)
-
-
-def take_step(
-    loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float
-) -> tuple[Tensor, Tensor]:
-    """Clips the gradients and takes the optimizer's step, unless loss or gradient is not finite.
-
-    Nothing is waited for: the fused optimizer looks at the flag on the device.
-
-    Returns:
-        the gradient norm before clipping, and whether loss and gradient were finite, on the device; the same on all
-        processes.
-    """
-    scaler.unscale_(optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, grad_clip or math.inf)
-    # After DDP's exchange every process sees the same norm. With fp16 an overflowing gradient is the scaler's
-    # business: it leaves the step out by itself and lowers the scale.
-    finite = torch.isfinite(misc.all_reduce_mean(loss) if scaler.is_enabled() else norm)
-    if scaler.is_enabled():
-        scaler.step(optimizer)
-        scaler.update()
-    elif optimizer.defaults.get("fused"):
-        optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None  # as a gradient scaler would tell it
-        optimizer.step()
-        del optimizer.found_inf, optimizer.grad_scale
-    elif finite:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm, finite
-
-
-class LastStep:
-    """What follows a step once it is known to be finite: asked for a step later, when the device has long answered.
-
-    So neither weights' average nor figures see a bad step, and the device never waits for the host.
-    """
-
-    def __init__(self, model: nn.Module, ema: ModelEmaV3, meter: Meter, bad_steps: BadSteps):
-        self.model, self.ema, self.meter, self.bad_steps = model, ema, meter, bad_steps
-        self.pending: tuple | None = None
-
-    def put(self, loss: Tensor, norm: Tensor, finite: Tensor, about: Callable[[], dict]) -> None:
-        """Remembers a step; ``about`` tells what is to be written down of a bad one."""
-        answer, event = finite, None
-        if finite.is_cuda:
-            answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.pending = loss, norm, answer, event, about
-
-    def settle(self) -> None:
-        """Updates the average and the figures by the step that is pending, if any, or counts it as bad.
-
-        Raises:
-            UserError: see :class:`BadSteps`.
-        """
-        if self.pending is None:
-            return
-        (loss, norm, answer, event, about), self.pending = self.pending, None
-        if event is not None:
-            event.synchronize()
-        if answer:
-            self.ema.update(model_core(self.model))
-            self.meter.add(loss, norm)
-        else:
-            self.bad_steps.add(loss, norm, **about())
-
-
 def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
-    """The files of a step's ``images``, counted from the first batch that ``loader`` gave this epoch."""
+    """The files of a step's ``images``; steps count from the first batch that ``loader`` gave this epoch."""
     indices = list(loader.sampler)[step * images : (step + 1) * images]
     return [loader.dataset.samples[index][0] for index in indices]
 
 
 def train_one_epoch(
-    model: nn.Module,
-    ema: ModelEmaV3,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    state: TrainingState,
     loader: DataLoader,
-    epoch: int,
-    to_latents: Callable[[Tensor], Tensor],
-    device: torch.device,
+    vae: AutoencoderKL | None,
+    latent_factor: float,
     args: Namespace,
-    bar: tqdm | None = None,
+    stop_signals: misc.StopSignals,
+    bad_steps: BadSteps,
+    bar: tqdm,
     writer: SummaryWriter | None = None,
     peak_flops: float = math.inf,
-    bad_steps: BadSteps | None = None,
-    start_step: int = 0,
-    after_step: Callable[[int, Callable[[], None]], None] | None = None,
 ) -> dict[str, float]:
-    """One pass over ``loader``.
+    """Trains from ``state``'s place to the end of the epoch, and saves where ``--save_every_steps`` says so.
 
     Everything random in a step follows from ``args.seed``, the process, the epoch and the step: a run that starts in
     the middle of an epoch draws what an unbroken one would have drawn there.
 
     Args:
-        model: a TokenBridge, or one wrapped in DistributedDataParallel.
-        ema: updated after every step.
-        scaler: enabled for fp16 only.
-        loader: gives batches of images or moments, and labels.
-        epoch: from 0.
-        to_latents: images or moments to scaled latents.
-        args: seed, accum_iter, grad_clip, precision, batch_size, output_dir and the learning rate's (util.lr_sched).
-        bar, writer: shown and written to every :data:`LOG_EVERY` steps and at the end.
-        peak_flops: of a matrix product here, what utilization is measured against.
-        bad_steps: counts steps whose loss or gradient is not finite; by default the first one ends the run.
-        start_step: the first step to take; ``loader`` starts with its batches.
-        after_step: called after each step with the number of the epoch's steps taken so far, and what to call before
-            weights and average are read.
+        loader: gives batches of images, or of moments where ``vae`` is None, and labels; from ``state``'s place on.
+        args: seed, accum_iter, precision, batch_size, save_every_steps, the learning rate's (:mod:`util.lr_sched`),
+            and what :meth:`util.training_state.TrainingState.save` takes.
+        stop_signals: ends the run after the step in which a process heard one.
+        bad_steps: counts steps whose loss or gradient is not finite.
+        bar, writer: shown and written to every :data:`LOG_EVERY` steps and at the end; a writer on the main process.
+        peak_flops: operations a second of a large matrix product here, what utilization is measured against.
 
     Returns:
         the last figures written, by tag.
 
     Raises:
-        UserError: see :class:`BadSteps`.
+        UserError: too many steps were not finite, or a checkpoint cannot be written.
+        Preempted: a signal was heard; the run has been saved.
     """
-    model.train()
-    bad_steps = bad_steps or BadSteps(0, args.output_dir)
-    steps, images = steps_per_epoch(loader, args.accum_iter), args.batch_size * args.accum_iter
-    flops = model_core(model).training_flops() * images
-    meter = Meter(images * misc.get_world_size(), flops, peak_flops, device)
-    last = LastStep(model, ema, meter, bad_steps)
+    state.wrapped.train()
+    epoch, first, steps = state.epoch, state.step, state.steps_per_epoch
+    images = args.batch_size * args.accum_iter  # of a step, in this process
+    meter = Meter(images * misc.get_world_size(), state.model.training_flops() * images, peak_flops, state.device)
     iterator, figures = iter(loader), {}
-    for step in range(start_step, steps):
-        lr = adjust_learning_rate(optimizer, epoch + step / steps, args)
+    for step in range(first, steps):
+        lr = adjust_learning_rate(state.optimizer, epoch + step / steps, args)
         batches = list(islice(iterator, args.accum_iter))
         misc.seed_everything(args.seed, misc.get_rank(), epoch, step)
-        loss = backward(model, batches, to_latents, scaler, device, args.precision)
-        last.settle()  # before the weights move on
-        norm, finite = take_step(loss, optimizer, scaler, args.grad_clip)
+        loss = backward(state, batches, vae, latent_factor, args.precision)
+        record(state.settle(), meter, bad_steps, loader, first)  # the step before, while its weights are still there
+        state.take_step(loss, lr)
+        bar.update()
 
-        def about(lr: float = lr, step: int = step) -> dict:
-            files = files_of_step(loader, step - start_step, images)
-            return {"lr": lr, "epoch": epoch, "step": step, "files": files}
-
-        last.put(loss, norm, finite, about)
-        if bar is not None:
-            bar.update()
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            last.settle()
-            figures = meter.read() or figures
-            figures["train/lr"] = lr
-            if bar is not None and "train/loss" in figures:
-                bar.set_postfix_str(
-                    f"epoch {epoch} loss {figures['train/loss']:.4f} lr {lr:.2e} "
-                    f"{figures['speed/images_per_second']:.1f} img/s MFU {figures['speed/model_flops_utilization']:.0%}"
-                )
-            if writer is not None:
-                for tag, value in figures.items():
-                    writer.add_scalar(tag, value, epoch * steps + step + 1)
-        if after_step is not None:
-            after_step(step + 1, last.settle)
+        stop = stop_signals.agreed()
+        due = args.save_every_steps and state.steps_done % args.save_every_steps == 0
+        log = (step + 1) % LOG_EVERY == 0 or step + 1 == steps
+        if log or stop or due:
+            record(state.settle(), meter, bad_steps, loader, first)
+        if log:
+            figures = {**(meter.read() or figures), "train/lr": lr}
+            show(figures, bar, writer, epoch, state.steps_done)
+        if stop or due:
+            state.save(args)
+        if stop:
+            misc.barrier()
+            raise Preempted(
+                f"by {stop_signals.heard or 'another process'}, saved after epoch {epoch}, step {step}; "
+                f"start the same command with --resume {args.output_dir} to continue"
+            )
     return figures
+
+
+def record(last: Step | None, meter: Meter, bad_steps: BadSteps, loader: DataLoader, first: int) -> None:
+    """Counts a step that was taken in the figures, and another one as bad.
+
+    Args:
+        last: None if there is nothing to count.
+        first: the epoch's first step that ``loader`` gave batches for.
+
+    Raises:
+        UserError: there are too many bad steps.
+    """
+    if last is None:
+        return
+    if last.finite:
+        meter.add(last)
+    else:
+        images = meter.images // misc.get_world_size()
+        bad_steps.add(last, files_of_step(loader, last.step - first, images))
+
+
+def show(figures: dict[str, float], bar: tqdm, writer: SummaryWriter | None, epoch: int, steps_done: int) -> None:
+    """Puts a training loop's figures beside the progress bar and, where there is a writer, into TensorBoard."""
+    if "train/loss" in figures:
+        bar.set_postfix_str(
+            f"epoch {epoch} loss {figures['train/loss']:.4f} lr {figures['train/lr']:.2e} "
+            f"{figures['speed/images_per_second']:.1f} img/s MFU {figures['speed/model_flops_utilization']:.0%}"
+        )
+    if writer is not None:
+        for tag, value in figures.items():
+            writer.add_scalar(tag, value, steps_done)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -329,65 +203,6 @@ def image_seeds(gen_seed: int, numbers: Iterable[int]) -> list[int]:
     return [(base + number) % 2**32 for number in numbers]
 
 
-def image_path(folder: Path, number: int) -> Path:
-    """Where image ``number`` of a run lies."""
-    return folder / f"{number:05d}.png"
-
-
-def confidence_folder(folder: Path) -> Path:
-    """Where the maps of confidence of a run's images lie."""
-    return folder.with_name(folder.name + "-confidence")
-
-
-def results_path(folder: Path) -> Path:
-    """Beside sampled images: the settings and weights they were made with, and their metrics once there are any."""
-    return folder.with_name(folder.name + ".json")
-
-
-def read_results(folder: Path) -> dict:
-    """What :func:`results_path` holds; empty where there is nothing to read."""
-    try:
-        return json.loads(results_path(folder).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def remove_images(folder: Path) -> int:
-    """Removes the numbered images of ``folder`` and their maps of confidence; how many images there were.
-
-    Folders in which nothing else lies are removed, too.
-    """
-    for part in (confidence_folder(folder), folder):
-        images = [path for path in part.glob("*.png") if path.stem.isdigit()]
-        for path in images:
-            path.unlink()
-        if part.is_dir() and not any(part.iterdir()):
-            part.rmdir()
-    return len(images)
-
-
-def same_run(before: dict, about: dict[str, dict]) -> bool:
-    """Whether results read back are of a run with the settings and weights ``about`` tells."""
-    return all(before.get(name) == value for name, value in json.loads(json.dumps(about)).items())  # as it reads back
-
-
-def prepare_folder(folder: Path, about: dict[str, dict]) -> None:
-    """Keeps the images that an interrupted run with the same description left in ``folder``, removes others."""
-    if misc.is_main_process():
-        before = read_results(folder)
-        if not same_run(before, about):
-            if remove_images(folder):
-                misc.log.info("replacing the images of another run in %s: %s", folder, changes(before, about))
-            write_json(results_path(folder), about)
-    misc.barrier()
-
-
-def changes(before: dict[str, dict], now: dict[str, dict]) -> str:
-    """What differs between two runs' descriptions, for people."""
-    entries = [(key, (before.get(part) or {}).get(key), value) for part in now for key, value in now[part].items()]
-    return ", ".join(f"{key} {old} then, {value} now" for key, old, value in entries if old != value)
-
-
 @torch.no_grad()
 def evaluate(
     model: TokenBridge,
@@ -397,7 +212,7 @@ def evaluate(
     settings: Sampling,
     device: torch.device,
     weights: dict,
-) -> Path:
+) -> SampleFolder:
     """Samples ``settings.num_images``, the same number of each class, into ``folder/NNNNN.png``.
 
     Image n shows class ``n // (num_images / class_num)`` and has its own seed. Chunks of ``eval_bsz`` consecutive
@@ -407,46 +222,56 @@ def evaluate(
     Args:
         weights: what identifies the weights; images sampled from others are not taken for this run's.
 
-    Returns:
-        the folder.
-
     Raises:
         UserError: ``num_images`` is not a multiple of the number of classes.
     """
     check_num_images(settings.num_images, model.class_num)
-    folder = Path(folder)
-    prepare_folder(folder, {"settings": asdict(settings), "weights": weights})
-    per_class, total, size = settings.num_images // model.class_num, settings.num_images, settings.eval_bsz
+    folder = SampleFolder(folder)
+    folder.prepare({"settings": asdict(settings), "weights": weights})
+    total, size, rank, world = settings.num_images, settings.eval_bsz, misc.get_rank(), misc.get_world_size()
     chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
-    rank, world = misc.get_rank(), misc.get_world_size()
     if len(chunks) < world and rank == 0:
         misc.log.warning("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
     # What is missing is dealt anew, so that a process whose images were lost has no more to do than others.
-    folders = [folder, confidence_folder(folder)] if settings.save_confidence else [folder]
-    missing = [chunk for chunk in chunks if not all(image_path(f, n).exists() for f in folders for n in chunk)]
-    missing = misc.from_main_process(missing)
+    folders = [folder, folder.confidence] if settings.save_confidence else [folder]
+    missing = misc.from_main_process([chunk for chunk in chunks if not all(part.has(chunk) for part in folders)])
     with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
         bar.update(total - sum(map(len, missing)))
         for chunk in missing[rank::world]:
-            labels = torch.tensor([number // per_class for number in chunk])
-            how = (settings.num_iter, settings.cfg, settings.cfg_schedule, labels, settings.temperature)
-            more = {
-                "order": settings.order,
-                "confidence_noise": settings.confidence_noise,
-                "seeds": image_seeds(settings.gen_seed, chunk),
-            }
-            with misc.autocast(device, settings.precision):
-                latents, confidence = model.sample_tokens(len(chunk), *how, **more, return_confidence=True)
-            images = decode_images(vae, latents / latent_factor, settings.vae_precision or settings.precision)
-            for number, image in zip(chunk, images, strict=True):
-                save_png(image, image_path(folder, number))
+            images, confidence = sample_chunk(model, vae, latent_factor, chunk, settings, device)
+            folder.save(images, chunk)
             if settings.save_confidence:
-                maps = confidence_maps(confidence.unflatten(1, (model.grid_size, -1)).cpu(), images.shape[-1])
-                for number, picture in zip(chunk, maps, strict=True):
-                    save_png(picture, image_path(confidence_folder(folder), number))
+                folder.confidence.save(confidence_maps(confidence, images.shape[-1]), chunk)
             bar.update(min(len(chunk) * world, total - bar.n))
     misc.barrier()
     return folder
+
+
+def sample_chunk(
+    model: TokenBridge,
+    vae: AutoencoderKL,
+    latent_factor: float,
+    numbers: Sequence[int],
+    settings: Sampling,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``."""
+    per_class = settings.num_images // model.class_num
+    with misc.autocast(device, settings.precision):
+        latents, confidence = model.sample_tokens(
+            len(numbers),
+            settings.num_iter,
+            settings.cfg,
+            settings.cfg_schedule,
+            torch.tensor([number // per_class for number in numbers]),
+            settings.temperature,
+            seeds=image_seeds(settings.gen_seed, numbers),
+            order=settings.order,
+            confidence_noise=settings.confidence_noise,
+            return_confidence=True,
+        )
+    images = decode_images(vae, latents / latent_factor, settings.vae_precision or settings.precision)
+    return images, confidence.unflatten(1, (model.grid_size, -1)).cpu()
 
 
 #: Pixels decoded at once, by device.
@@ -472,30 +297,6 @@ def check_num_images(num_images: int, class_num: int) -> None:
         raise UserError(
             f"--num_images {num_images} cannot be shared evenly by {class_num} classes; use a multiple, such as {near}"
         )
-
-
-def sampled_images(folder: Path, num_images: int) -> PlainImages:
-    """The numbered images of ``folder``, in order.
-
-    Raises:
-        UserError: some are missing.
-    """
-    images = PlainImages(folder)
-    if len(images) != num_images:
-        raise UserError(f"{folder} holds {len(images)} images, not {num_images}; run the same command again")
-    return images
-
-
-def samples_grid(images: PlainImages, path: str | Path, limit: int = 100) -> None:
-    """A picture of up to ``limit`` of the images, evenly spaced, ten in a row."""
-    count = min(limit, len(images))
-    save_grid(torch.stack([images[i * len(images) // count] for i in range(count)]), path, columns=10)
-
-
-def export_npz(images: PlainImages, path: str | Path) -> None:
-    """Writes all images as ``arr_0``, uint8 ``[N, H, W, 3]``, as ADM's evaluator reads them."""
-    with written_whole(path) as file:
-        np.savez(file, arr_0=np.stack([image.permute(1, 2, 0).numpy() for image in images]))
 
 
 # --------------------------------------------------------------------------------------------------------------------

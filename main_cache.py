@@ -8,16 +8,16 @@ from models.vae import AutoencoderKL
 from util import errors, misc
 from util.args import add_run_args, add_skip_arg, add_vae_arg, check_positive, new_parser
 from util.checkpoint.load import fingerprint
+from util.config import Tokenizer, follow_tokenizer
+from util.datasets import loader_of_all
 from util.files import remove_parts, write_json
 from util.loader import (
     CACHE_METADATA,
     PACKED_METADATA,
     BadImages,
     ImagesToCache,
-    RankSampler,
     collate_present,
     image_transform,
-    make_loader,
     read_cache_metadata,
 )
 
@@ -69,8 +69,8 @@ def main() -> None:
             raise errors.UserError("--cached_path is missing: name the folder to write the cache to")
         misc.seed_everything(args.seed + misc.get_rank())
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
-        misc.check_told("vae_embed_dim", args.vae_embed_dim, 16, vae.embed_dim, args.vae_path)
-        misc.check_stride(args.img_size, vae.stride)
+        defaults = get_args_parser().parse_args([])
+        follow_tokenizer(args, defaults, Tokenizer(vae.config, latent_factor, args.vae_path))
         about = {
             "img_size": args.img_size,
             "latent_factor": latent_factor,
@@ -92,8 +92,7 @@ def main() -> None:
             cached_path=args.cached_path,
             shape=(2 * vae.embed_dim, side, side),
         )
-        share = RankSampler(len(dataset), misc.get_rank(), misc.get_world_size())
-        loader = make_loader(dataset, args, device, sampler=share, collate_fn=collate_present)
+        loader = loader_of_all(dataset, device, args, collate_fn=collate_present)
 
         def describe(images: int, complete: bool) -> None:
             if misc.is_main_process():

@@ -14,6 +14,7 @@ from models.vae import AutoencoderKL
 from util import errors, misc
 from util.args import add_mirror_arg, add_run_args, add_skip_arg, check_positive, new_parser
 from util.checkpoint import save_vae
+from util.config import check_stride
 from util.loader import BadImages, ImageFolder, image_transform, make_loader
 from util.lr_sched import adjust_learning_rate
 
@@ -112,7 +113,7 @@ def main() -> None:
     args = get_args_parser().parse_args()
     with misc.processes(args.device) as device:
         check_positive(args, "img_size", "batch_size", "vae_embed_dim", "ch", "epochs", "num_res_blocks", "lr")
-        misc.check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
+        check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
         misc.seed_everything(args.seed + misc.get_rank())
         bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
         folder = Path(args.data_path) / "train"

@@ -16,9 +16,11 @@ from models.quantizer import QUANTIZERS, ScalarQuantizer, calibrated_bounds
 from models.vae import AutoencoderKL
 from util import errors, misc
 from util.args import add_quantizer_args, add_run_args, add_vae_arg, check_bits, check_positive, new_parser
+from util.config import check_stride
+from util.datasets import loader_of_all
 from util.files import write_json
 from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
-from util.loader import ImageFolderWithFilename, RankSampler, existing_folder, image_transform, make_loader
+from util.loader import ImageFolderWithFilename, existing_folder, image_transform
 from util.metrics import (
     Evaluator,
     compute_metrics,
@@ -366,7 +368,7 @@ def main() -> None:
         dataset = ImageFolderWithFilename(root, image_transform(args.img_size))
         chosen = first_of_each_class(dataset, args.images_per_class)
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
-        misc.check_stride(args.img_size, vae.stride)
+        check_stride(args.img_size, vae.stride)
         evaluator = make_evaluator(args, device)
         if evaluator is not None:
             warn_if_few(len(chosen), "images")
@@ -385,9 +387,7 @@ def main() -> None:
             if not args.sweep:  # a sweep has eight reconstructions of each image
                 save_png(image, folder / part / f"{number:05d}.png")
 
-        loader = make_loader(
-            chosen, args, device, sampler=RankSampler(len(chosen), misc.get_rank(), misc.get_world_size())
-        )
+        loader = loader_of_all(chosen, device, args)
         vae, calibration = vae.to(device), {}
         if args.quant_calibrate:
             measured = channel_statistics(vae, loader, vae.embed_dim, latent_factor, device, args.precision)

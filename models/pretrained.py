@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from util import checkpoint
 from util.checkpoint import hub, safetensors_io
 from util.checkpoint.load import load_weights
+from util.config import KL16_LATENT_FACTOR
 from util.errors import UserError, reason
 from util.files import write_json
 from util.metrics import TITLES
@@ -216,7 +217,7 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
         names = ("num_images", "num_iter", "cfg", "cfg_schedule", "temperature", "order", "precision")
         c, factor = self.config, self.metadata.get("latent_factor")
         if tokenizer is None:
-            kl16 = c["vae_embed_dim"] == 16 and factor == checkpoint.KL16_LATENT_FACTOR
+            kl16 = c["vae_embed_dim"] == 16 and factor == KL16_LATENT_FACTOR
             tokenizer = f"hf://{hub.VAE_REPO}/kl16.ckpt" if kl16 else "path/to/its/tokenizer"
         rows = [
             ["parameters", f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f}M"],

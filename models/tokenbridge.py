@@ -19,7 +19,7 @@ from models.backbone import MaskedBackbone, gather_tokens
 from models.channel_head import ChannelHead
 from models.pretrained import HubModel
 from models.quantizer import QUANTIZERS
-from util import checkpoint
+from util.config import KL16_LATENT_FACTOR
 from util.errors import UserError
 
 #: KL-16's channels by share of low-frequency energy, highest first (section 3.2). Published checkpoints do not hold it.
@@ -191,7 +191,7 @@ class TokenBridge(nn.Module, HubModel):
                 with torch.device("meta"):
                     model = factory(**kwargs)
                 if all(shapes.get(name) == list(value.shape) for name, value in model.named_parameters()):
-                    return {**model.config, "model": size, "latent_factor": checkpoint.KL16_LATENT_FACTOR}
+                    return {**model.config, "model": size, "latent_factor": KL16_LATENT_FACTOR}
         except (KeyError, IndexError, ValueError):
             pass
         raise UserError(f"{path} does not say of what model it is, and its weights are of no published one")
@@ -508,4 +508,11 @@ def tokenbridge_huge(**kwargs) -> TokenBridge:
 #: Values of ``--model``.
 MODELS = {
     factory.__name__: factory for factory in (tokenbridge_tiny, tokenbridge_base, tokenbridge_large, tokenbridge_huge)
+}
+
+SIZES = {
+    "tokenbridge_tiny": _size(128, 2, 4, 128, 2, 4),
+    "tokenbridge_base": _size(768, 12, 12, 768, 4, 8),
+    "tokenbridge_large": _size(1024, 16, 16, 1024, 4, 8),
+    "tokenbridge_huge": _size(1280, 20, 16, 1024, 6, 8),
 }

@@ -1,5 +1,6 @@
 """What several test files need: reference vectors, small models, folders of images, scripts run in place."""
 
+import argparse
 import contextlib
 import json
 import sys
@@ -16,6 +17,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.fill import deterministic_fill
 from util import checkpoint, errors
+from util.training_state import TrainingState
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"
@@ -69,6 +71,13 @@ SMALL = {
 def small_model() -> TokenBridge:
     """A small model with reproducible weights, in evaluation mode."""
     return filled(TokenBridge(**SMALL))
+
+
+def training_state(model: TokenBridge, steps_per_epoch: int = 4, **options) -> TrainingState:
+    """A training run's state; ``options`` are flags other than these."""
+    flags = {"ema_rate": 0.9, "weight_decay": 0.02, "lr": 1e-3, "grad_clip": 1.0, "precision": "fp32"}
+    flags |= {"compile": False, "start_epoch": 0, **options}
+    return TrainingState(model, argparse.Namespace(**flags), steps_per_epoch)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tests.fill import deterministic_fill
 from tools import checkpoint as commands
 from util import checkpoint
 from util.checkpoint.load import load_optimizer, load_weights
+from util.config import check_config
 from util.errors import UserError
 from util.misc import add_weight_decay
 
@@ -108,20 +109,20 @@ def test_averages_come_with_the_files_own_tables(small_model):
 
 
 def test_a_file_that_tells_nothing_is_taken_for_a_published_one(small_model, caplog):
-    checkpoint.check_config({}, small_model, 0.2325, "published.pth")
+    check_config({}, {**small_model.config, "latent_factor": 0.2325}, "published.pth")
     assert not caplog.text
-    checkpoint.check_config({}, TokenBridge(**SMALL, quant_max=4.0), 0.5, "file.pth")
+    check_config({}, {**TokenBridge(**SMALL, quant_max=4.0).config, "latent_factor": 0.5}, "file.pth")
     assert "quant_max 5.0, not 4.0" in caplog.text and "latent_factor 0.2325, not 0.5" in caplog.text
 
 
 def test_a_config_that_differs_is_named_on_both_sides(small_model):
     config = {**small_model.config, "latent_factor": 0.3}
-    checkpoint.check_config({}, small_model, 0.2325, "published.pth")
-    checkpoint.check_config(config, small_model, 0.3, "file.pth")
+    check_config({}, {**small_model.config, "latent_factor": 0.2325}, "published.pth")
+    check_config(config, {**small_model.config, "latent_factor": 0.3}, "file.pth")
     with pytest.raises(UserError, match=r"quant_max is 4.0 there, 5.0 here \(--quant_max\)"):
-        checkpoint.check_config({**config, "quant_max": 4.0}, small_model, 0.3, "file.pth")
+        check_config({**config, "quant_max": 4.0}, {**small_model.config, "latent_factor": 0.3}, "file.pth")
     with pytest.raises(UserError, match=r"latent_factor is 0.3 there, 0.2325 here"):
-        checkpoint.check_config(config, small_model, 0.2325, "file.pth")
+        check_config(config, {**small_model.config, "latent_factor": 0.2325}, "file.pth")
 
 
 def test_step_counts_go_where_this_runs_optimizer_wants_them(small_model, tmp_path):

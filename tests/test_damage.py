@@ -18,11 +18,11 @@ import pytest
 import torch
 from timm.utils import ModelEmaV3
 
-import main_tokenbridge
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import SMALL, filled
-from util import checkpoint, misc
+from tests.conftest import SMALL, filled, training_state
+from util import checkpoint
+from util.config import check_config
 from util.errors import UserError
 from util.loader import CACHE_METADATA, CachedFolder
 
@@ -132,34 +132,28 @@ KINDS = ["cut", "flip", "blank", "shape", "dtype", "nan", "type", "trap"]
 # Checkpoints.
 
 
-def parts_of_a_run() -> tuple[TokenBridge, ModelEmaV3, torch.optim.AdamW, torch.amp.GradScaler]:
-    model = TokenBridge(**SMALL)
-    ema = ModelEmaV3(model, decay=0.9, exclude_buffers=True)
-    optimizer = torch.optim.AdamW(misc.add_weight_decay(model, 0.02), lr=1e-3, betas=(0.9, 0.95))
-    return model, ema, optimizer, torch.amp.GradScaler("cpu", enabled=True)
-
-
 def resumed(path: Path) -> tuple[TokenBridge, ModelEmaV3, torch.optim.AdamW]:
     """A run's parts after taking up the checkpoint as main_tokenbridge.py does."""
-    model, ema, optimizer, scaler = parts_of_a_run()
+    state = training_state(TokenBridge(**SMALL), precision="fp16")
     content, found = checkpoint.read_newest_whole(path)
-    checkpoint.check_config(content.get("config", {}), model, 0.5, found)
-    main_tokenbridge.resume(content, found, model, ema, optimizer, scaler, 4, Namespace(start_epoch=0, freeze=[]))
-    return model, ema, optimizer
+    check_config(content.get("config", {}), {**state.model.config, "latent_factor": 0.5}, found)
+    state.load(content, found, frozen=[])
+    return state.model, state.average, state.optimizer
 
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory) -> dict:
     """A checkpoint as training writes it, after one step."""
     torch.manual_seed(0)
-    model, ema, optimizer, scaler = parts_of_a_run()
-    model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1])).backward()
-    optimizer.step()
-    ema.update(model)
+    state = training_state(TokenBridge(**SMALL), precision="fp16")
+    state.model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1])).backward()
+    state.optimizer.step()
+    state.average.update(state.model)
     folder = tmp_path_factory.mktemp("run")
     args = Namespace(output_dir=str(folder), model="tokenbridge_tiny", keep_last=1)
-    model.metadata = {"latent_factor": 0.5, "class_names": ["a", "b"]}
-    main_tokenbridge.save(model, ema, optimizer, scaler, 0, 2, 4, args)
+    state.model.metadata = {"latent_factor": 0.5, "class_names": ["a", "b"]}
+    state.epoch, state.step = 1, 2
+    state.save(args)
     return torch.load(folder / "checkpoint-last.pth", weights_only=True)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from models.tokenbridge import TokenBridge
 from tests.conftest import SMALL, TINY, filled
 from util.checkpoint import finetune
+from util.config import FINETUNE, Start, Tokenizer, adopted
 from util.errors import UserError
 
 
@@ -102,14 +103,16 @@ def test_files_that_do_not_tell_their_order_or_buffer_fit_all_the_same():
 
 
 def test_order_and_calibration_are_of_the_same_channels_only():
-    config = {"channel_order": list(range(16)), "channel_mean": [0.0] * 16, "vae_embed_dim": 16, "patch_size": 1}
-    args = argparse.Namespace(vae_embed_dim=16, patch_size=1, quant_calibrate=False)
-    assert finetune.adopted_config(config, args, 0.5) == {
-        name: config[name] for name in ("channel_order", "channel_mean")
-    }
-    assert list(finetune.adopted_config({**config, "latent_factor": 1.0}, args, 0.5)) == ["channel_order"]
-    args = argparse.Namespace(vae_embed_dim=4, patch_size=2, quant_calibrate=False)
-    assert finetune.adopted_config(config, args, 0.5) == {}
+    stored = {"channel_order": list(range(16)), "channel_mean": [0.0] * 16, "vae_embed_dim": 16, "patch_size": 1}
+
+    def taken(vae_embed_dim: int, patch_size: int, **more) -> dict:
+        args = argparse.Namespace(vae_embed_dim=vae_embed_dim, patch_size=patch_size, quant_calibrate=False)
+        tokenizer = Tokenizer({"embed_dim": vae_embed_dim, "ch_mult": [1, 1]}, 0.5, "vae.ckpt")
+        return adopted(args, tokenizer, Start(FINETUNE, config={**stored, **more}))
+
+    assert taken(16, 1) == {name: stored[name] for name in ("channel_order", "channel_mean")}
+    assert list(taken(16, 1, latent_factor=1.0)) == ["channel_order"]
+    assert taken(4, 2) == {}
 
 
 def test_weights_of_another_model_are_refused():

@@ -25,6 +25,7 @@ from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import ROOT, SHORT, TINY, processes_of
 from tools import checkpoint as commands
 from util.loader import CachedFolder
+from util.training_state import TrainingState
 
 
 def load(folder) -> dict:
@@ -198,15 +199,15 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
                 raise KeyboardInterrupt
             return original(*args)
 
-        monkeypatch.setattr(engine_tokenbridge, "take_step", take_step)
+        monkeypatch.setattr(TrainingState, "take_step", take_step)
 
-    original = engine_tokenbridge.take_step
+    original = TrainingState.take_step
     for steps in (4, 3):  # into the second epoch, saved at step 3; from there past the save at step 6
         stop_at(steps)
         with pytest.raises(KeyboardInterrupt):
             run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
     assert (load(tmp_path / "parts")["epoch"], load(tmp_path / "parts")["step"]) == (0, 2)
-    monkeypatch.setattr(engine_tokenbridge, "take_step", original)
+    monkeypatch.setattr(TrainingState, "take_step", original)
     run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
@@ -275,11 +276,11 @@ def test_steps_that_are_not_finite_are_left_out_and_written_down(
 ):
     original, calls = engine_tokenbridge.backward, []
 
-    def backward(model, *args):
-        loss = original(model, *args)
+    def backward(state, *args):
+        loss = original(state, *args)
         calls.append(loss)
         if len(calls) in (2, 5):
-            next(model.parameters()).grad.fill_(torch.nan)
+            next(state.model.parameters()).grad.fill_(torch.nan)
             loss = loss * torch.nan
         return loss
 

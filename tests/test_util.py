@@ -16,6 +16,7 @@ from PIL import Image
 from tests.conftest import ROOT, write_images
 from util import checkpoint, loader, misc
 from util import images as pictures
+from util.config import check_stride
 from util.crop import center_crop_arr
 from util.errors import UserError, run
 from util.files import written_whole
@@ -241,7 +242,7 @@ def test_user_errors_are_one_line_also_from_workers(capsys):
     def worker():
         raise UserError("Caught UserError in worker 0.\nTraceback:\n  x\nutil.errors.UserError: cannot read image x\n")
 
-    for main, line in {worker: "cannot read image x", lambda: misc.check_stride(10, 4): "multiple"}.items():
+    for main, line in {worker: "cannot read image x", lambda: check_stride(10, 4): "multiple"}.items():
         with pytest.raises(SystemExit) as stop:
             run(main)
         error = capsys.readouterr().err

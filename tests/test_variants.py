@@ -17,6 +17,7 @@ from reconstruction import post_training_quantize
 from tests.conftest import SHORT, SMALL, TINY, filled
 from tools import channel_order
 from util import checkpoint
+from util.config import check_config
 from util.errors import UserError
 from util.loader import CachedFolder
 
@@ -441,10 +442,12 @@ def test_another_variant_than_the_checkpoints_is_refused(run, refused, cached, t
 def test_a_published_checkpoint_is_what_it_is(small_model):
     parallel = TokenBridge(**SMALL, head="parallel")
     with pytest.raises(UserError, match="head is ar there, parallel here"):
-        checkpoint.check_config({}, parallel, 0.2325, "published.pth")
+        check_config({}, {**parallel.config, "latent_factor": 0.2325}, "published.pth")
     with pytest.raises(UserError, match="channel_order is"):
-        checkpoint.check_config({}, TokenBridge(**SMALL, channel_order=range(16)), 0.2325, "published.pth")
-    checkpoint.check_config({}, small_model, 0.2325, "published.pth")
+        check_config(
+            {}, {**TokenBridge(**SMALL, channel_order=range(16)).config, "latent_factor": 0.2325}, "published.pth"
+        )
+    check_config({}, {**small_model.config, "latent_factor": 0.2325}, "published.pth")
 
 
 def test_reconstruction_with_other_quantizers(run, refused, images, vae_path, tmp_path):

@@ -12,8 +12,9 @@ from models.vae import DiagonalGaussianDistribution
 from util import errors, misc
 from util.args import add_run_args, check_positive, check_range, new_parser
 from util.checkpoint import tokenizer_of
+from util.datasets import loader_of_all
 from util.files import write_json
-from util.loader import RankSampler, evenly_spaced, make_loader
+from util.loader import evenly_spaced
 from util.metrics import provenance
 from util.packed import open_cache
 from util.plots import save_figure
@@ -99,8 +100,7 @@ def main() -> None:
                 f"{args.cached_path} holds latents of {height}x{width}: with --patch_size {p} too few for frequencies"
             )
         chosen = evenly_spaced(cache, args.num_images)
-        share = RankSampler(len(chosen), misc.get_rank(), misc.get_world_size())
-        loader = make_loader(chosen, args, device, sampler=share)
+        loader = loader_of_all(chosen, device, args)
         low = low_frequencies(height // p, width // p, args.cutoff)
         sums = torch.zeros(4, channels // 2 * p * p, dtype=torch.float64, device=device)
         with misc.progress(loader, unit="batch", desc="measuring") as batches:

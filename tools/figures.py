@@ -29,6 +29,7 @@ from util.args import (
     check_range,
     new_parser,
 )
+from util.config import check_config
 from util.images import confidence_maps, save_grid
 from util.loader import evenly_spaced, make_loader
 from util.packed import open_cache
@@ -171,7 +172,7 @@ class Sampler:
         path = checkpoint.find(resume)
         content = checkpoint.read_run(path)
         model = TokenBridge.from_content(content, path, ema=not args.no_ema)
-        checkpoint.check_config(content.get("config", {}), model, latent_factor, path)
+        check_config(content.get("config", {}), {**model.config, "latent_factor": latent_factor}, path)
         names = model.metadata.get("class_names") or [str(label) for label in range(model.class_num)]
         return cls(model.to(next(vae.parameters()).device), readable(names), vae, latent_factor, args)
 

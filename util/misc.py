@@ -273,24 +273,3 @@ def memory_in_use(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Sizes that a file tells and a flag may tell too.
-
-
-def check_told(name: str, typed: int, default: int, told: int, source: str) -> int:
-    """``told``, what a file says of itself; the flag ``--name`` need not repeat it.
-
-    Raises:
-        UserError: the flag was set to something else.
-    """
-    if typed not in (default, told):
-        raise UserError(f"--{name} {typed}, but {source} has {told}; leave the flag out or pass {told}")
-    return told
-
-
-def check_stride(img_size: int, stride: int) -> None:
-    """Raises UserError unless the tokenizer's stride divides the image size."""
-    if img_size % stride:
-        raise UserError(f"--img_size {img_size} is not a multiple of the tokenizer's stride, {stride}")

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from util.checkpoint import hub, safetensors_io
+from util.config import KL16_CONFIG, KL16_LATENT_FACTOR
 from util.errors import UserError, reason
 from util.files import read_json, written_whole
 from util.misc import log
@@ -25,10 +26,6 @@ SAFE_NAME = "checkpoint-last.safetensors"
 HUB_NAME, HUB_CONFIG = "model.safetensors", "config.json"
 #: What a folder of a tokenizer may hold; the last is of diffusers.
 VAE_NAMES = (HUB_NAME, "vae.ckpt", "kl16.ckpt", "diffusion_pytorch_model.safetensors")
-
-#: What the published VAE is, for files that say nothing of themselves.
-KL16_CONFIG = {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}
-KL16_LATENT_FACTOR = 0.2325
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reading.
@@ -160,47 +157,6 @@ def save_vae(path: str | Path, vae: nn.Module, latent_factor: float) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # TokenBridge.
 
-#: Entries of ``config`` that must be the same for weights to mean the same, and the flags that set them.
-MEANING = {
-    "img_size": "--img_size",
-    "vae_stride": "--vae_stride",
-    "patch_size": "--patch_size",
-    "vae_embed_dim": "--vae_embed_dim",
-    "quant_levels": "--quant_bits",
-    "quant_min": "--quant_min",
-    "quant_max": "--quant_max",
-    "class_num": "--class_num",
-    "buffer_size": "--buffer_size",
-    "head": "--head",
-    "channels_per_group": "--channels_per_group",
-    "channel_embed_dim": "--head_dim, --model",
-    "channel_depth": "--head_depth, --model",
-    "channel_heads": "--head_heads, --model",
-    "channel_order": "--channel_order",
-    "quantizer": "--quantizer",
-}
-#: Entries of ``config`` that a run takes over where its flags leave them open.
-ADOPTED = (
-    "head", "channels_per_group", "channel_embed_dim", "channel_depth", "channel_heads", "channel_order", "quantizer",
-    "channel_mean", "channel_std", "std_range",
-)  # fmt: skip
-#: What published checkpoints do not say of themselves.
-PUBLISHED = {
-    "vae_embed_dim": 16,
-    "vae_stride": 16,
-    "patch_size": 1,
-    "quant_min": -5.0,
-    "quant_max": 5.0,
-    "std_range": 3.0,
-    "latent_factor": KL16_LATENT_FACTOR,
-    "head": "ar",
-    "channels_per_group": 1,
-    "channel_order": [8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5],
-    "quantizer": "gaussian",
-}
-#: Of those, what weights do not fit otherwise, or would mean something else: differences are refused.
-FIXED = ("head", "channels_per_group", "channel_order", "quantizer")
-
 
 def older(path: Path) -> list[Path]:
     """The checkpoints that were kept when ``path`` took their place, the newest first."""
@@ -282,42 +238,6 @@ def read_newest_whole(path: Path) -> tuple[dict[str, Any], Path]:
             log.warning("%s; continuing from the one before, %s", error, old)
             return content, old
         raise
-
-
-def check_config(config: Mapping[str, Any], model: nn.Module, latent_factor: float | None, path: str | Path) -> None:
-    """Compares what a checkpoint says of its model with the model at hand.
-
-    Raises:
-        UserError: they differ; both sides are named.
-    """
-    if not config:
-        warn_if_not_published(model, latent_factor, path)
-    # Files without these entries are of before there was a choice.
-    same_channels = len(model.config["channel_order"]) == len(PUBLISHED["channel_order"])
-    told = {name: PUBLISHED[name] for name in FIXED if name != "channel_order" or same_channels} | dict(config)
-    differences = [
-        f"{name} is {told[name]} there, {model.config[name]} here ({flag})"
-        for name, flag in MEANING.items()
-        if name in told and told[name] != model.config[name]
-    ]
-    if latent_factor is not None and abs(config.get("latent_factor", latent_factor) - latent_factor) > 1e-6:
-        differences.append(
-            f"latent_factor is {config['latent_factor']} there, {latent_factor} here (another tokenizer)"
-        )
-    if differences:
-        raise UserError(f"{path} was trained differently: {'; '.join(differences)}")
-
-
-def warn_if_not_published(model: nn.Module, latent_factor: float | None, path: str | Path) -> None:
-    """Says where a file that tells nothing of itself, and so is taken for a published one, is used otherwise."""
-    here = {**model.config, "latent_factor": latent_factor}
-    other = [
-        f"{name} {value}, not {here[name]}"
-        for name, value in PUBLISHED.items()
-        if name not in FIXED and here[name] not in (value, None)
-    ]
-    if other:
-        log.warning("%s does not describe itself; published models have %s", path, ", ".join(other))
 
 
 def save(path: str | Path, content: dict[str, Any], keep_last: int = 1) -> None:

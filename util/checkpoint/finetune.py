@@ -1,6 +1,5 @@
 """Starting from the weights of another run: what fits is kept, positions are resized, the rest is drawn anew."""
 
-import argparse
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -12,34 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.checkpoint import ADOPTED, MEANING, PUBLISHED
 from util.checkpoint.load import fits
+from util.config import FACTS, KL16_CHANNEL_ORDER
 from util.errors import UserError
 from util.misc import log
 
 #: Position embeddings, and whether positions of the class embedding come before those of the tokens.
 POSITIONS = {"encoder_pos_embed_learned": True, "decoder_pos_embed_learned": True, "output_pos_embed": False}
-#: What a token's channels are.
-TOKEN = ("vae_embed_dim", "patch_size")
 #: What belongs to one place of the head, and so to the channel that is predicted there.
 PLACES = ("channel_embed", "timesteps_embeddings", "token_embeddings.", "channel_heads.")
-
-
-def adopted_config(config: Mapping[str, Any], args: argparse.Namespace, latent_factor: float) -> dict[str, Any]:
-    """What a run that starts from weights with ``config`` takes over where its flags leave it open.
-
-    The order of channels only where a token has as many of them; the quantizer's calibration only for the same
-    tokenizer, and unless it is to be measured.
-    """
-    taken = {name: config[name] for name in ADOPTED if name in config}
-    same_channels = len(taken.get("channel_order", ())) == args.vae_embed_dim * args.patch_size**2
-    same_channels &= all(config.get(name, getattr(args, name)) == getattr(args, name) for name in TOKEN)
-    same_tokenizer = math.isclose(config.get("latent_factor", latent_factor), latent_factor, rel_tol=1e-6)
-    if not same_channels:
-        taken.pop("channel_order", None)
-    if args.quant_calibrate or not (same_channels and same_tokenizer):
-        taken = {name: value for name, value in taken.items() if name not in ("channel_mean", "channel_std")}
-    return taken
 
 
 def resized(positions: Tensor, buffer: int, new_buffer: int, side: int) -> Tensor:
@@ -81,7 +61,7 @@ def start_from(
     learned = dict(model.named_parameters())
     here = model.config["channel_order"]
     # Files that do not tell are of before there was a choice.
-    there = config.get("channel_order", PUBLISHED["channel_order"] if len(here) == 16 else sorted(here))
+    there = config.get("channel_order", KL16_CHANNEL_ORDER if len(here) == 16 else sorted(here))
     buffer = buffer_of(weights)
     done: dict[str, list[str]] = {"kept": [], "resized": [], "drawn anew": [], "left out": []}
     with torch.no_grad():
@@ -93,7 +73,7 @@ def start_from(
                 kind = "resized"
             else:
                 kind = "kept"
-            if not fits(value, parameter) or (name.startswith(PLACES) and there != here):
+            if not fits(value, parameter) or (name.startswith(PLACES) and list(there) != here):
                 kind = "drawn anew"
             elif not value.isfinite().all():
                 raise UserError(f"{path} is damaged: {name} holds values that are not finite")
@@ -110,9 +90,10 @@ def start_from(
         if done[kind]:
             log.info("%s: %s", kind, ", ".join(grouped(done[kind])))
     differing = [
-        f"{name} {config[name]}, here {model.config[name]}"
-        for name in MEANING
-        if name in config and config[name] != model.config[name]
+        f"{fact.name} {config[fact.name]}, here {model.config[fact.name]}"
+        for fact in FACTS
+        if fact.compared and fact.name in config and fact.name in model.config
+        if config[fact.name] != model.config[fact.name]
     ]
     if differing:
         log.info("trained there with %s", "; ".join(differing))

@@ -1,0 +1,169 @@
+"""What is measured of a model: samples and their metrics, searches over guidance and temperature, likelihood."""
+
+import argparse
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from engine_tokenbridge import Sampling, evaluate, held_out_likelihood
+from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
+from util import checkpoint, misc
+from util.errors import UserError
+from util.files import write_json
+from util.metrics import TITLES, Evaluator, provenance, table
+from util.plots import write_search
+from util.sample_folder import SampleFolder
+
+ADM_STATS = "fid_stats/adm_in256_stats.npz"  # the usual name of ADM's statistics of ImageNet 256
+
+
+@dataclass
+class Run:
+    """What sampling, measuring and training have in common.
+
+    Attributes:
+        vae: the tokenizer; None where cached moments are enough.
+        evaluator: measures samples; None for pictures alone.
+        held_out: images or moments to measure likelihoods on; None if that is not asked for.
+    """
+
+    args: argparse.Namespace
+    device: torch.device
+    vae: AutoencoderKL | None
+    latent_factor: float
+    evaluator: Evaluator | None
+    held_out: DataLoader | None
+
+
+def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
+    """Everything that metrics need, loaded before the first image is made; None for pictures alone.
+
+    Raises:
+        UserError: some of it is missing.
+    """
+    if args.no_metrics or not (args.evaluate or args.online_eval):
+        return None
+    if args.fid_stats is None and args.reference is None:
+        args.fid_stats = ADM_STATS
+    if args.fid_stats is not None and not Path(args.fid_stats).is_file():
+        raise UserError(
+            f"no FID statistics at {args.fid_stats}: put ADM's for ImageNet 256 there, make others with "
+            "main_metrics.py --save_stats and name them with --fid_stats, or pass --no_metrics for pictures alone"
+        )
+    return Evaluator(args.inception_weights, args.fid_stats, args.reference, device, args.eval_bsz, args.num_workers)
+
+
+def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) -> Sampling:
+    """The flags' settings at one guidance scale and temperature."""
+    names = set(Sampling.__dataclass_fields__) - {"cfg", "temperature"}
+    return Sampling(cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names})
+
+
+def weights_identity(args: argparse.Namespace, path: Path) -> dict:
+    """What tells the weights of a checkpoint and of its tokenizer from others: samples are kept with it."""
+
+    def identity(file: Path) -> dict[str, str | int]:
+        status = file.stat()
+        return {"file": str(file), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+    vae_file = checkpoint.located(args.vae_path, checkpoint.VAE_NAMES)
+    return {"ema": not args.no_ema, "model": identity(path), "vae": identity(vae_file)}
+
+
+def sample_and_measure(
+    run: Run, model: TokenBridge, path: Path, cfg: float, temperature: float, weights: dict
+) -> dict[str, float]:
+    """Samples into the folder ``path``, with a grid of some images beside it, and measures.
+
+    Returns:
+        the metrics, on the main process; empty on others and without an evaluator.
+    """
+    args, settings = run.args, sampling_settings(run.args, cfg, temperature)
+    folder = evaluate(model, run.vae, run.latent_factor, path, settings, run.device, weights)
+    images = folder.images(args.num_images)
+    if misc.is_main_process():
+        folder.write_grid(images)
+        if args.save_confidence:
+            folder.confidence.write_grid(folder.confidence.images(args.num_images))
+        if args.save_npz:
+            folder.write_npz(images)
+    figures = {}
+    if run.evaluator is not None:
+        try:
+            figures = run.evaluator.measure(run.evaluator.features(images))
+        except BaseException:
+            misc.log.error("measuring failed; the images are kept: python main_metrics.py --images %s", folder)
+            raise
+    if misc.is_main_process():
+        if figures:
+            misc.log.info("%s", table(figures))
+        made_with = {"settings": asdict(settings), "weights": weights, "args": vars(args)}
+        write_json(folder.results_path, {**figures, "seed": args.gen_seed, **made_with, **provenance()})
+        if run.evaluator is not None and not args.keep_images:
+            folder.remove_images()
+        misc.log.info("sampled %d images; a grid of them is %s.png", args.num_images, folder)
+    misc.barrier()
+    return figures
+
+
+def finished_before(run: Run, path: Path, cfg: float, temperature: float, weights: dict) -> dict[str, float]:
+    """The metrics that an interrupted search by the same command already has of this pair; empty if none."""
+    folder = SampleFolder(path)
+    before = folder.results()
+    same = folder.is_of({"settings": asdict(sampling_settings(run.args, cfg, temperature)), "weights": weights})
+    against = all(before.get("args", {}).get(name) == getattr(run.args, name) for name in ("fid_stats", "reference"))
+    misc.barrier()  # all processes have looked before one writes
+    done = run.evaluator is not None and same and against
+    return {name: before[name] for name in ("images", *TITLES) if name in before} if done else {}
+
+
+def search(run: Run, model: TokenBridge, weights: dict) -> None:
+    """Samples at every given guidance scale and temperature; more than one pair makes a table and a heat map."""
+    args, out = run.args, Path(run.args.output_dir)
+    pairs = list(product(args.cfg, args.temperature))
+    rows = []
+    for cfg, temperature in pairs:
+        path = out / ("samples" if len(pairs) == 1 else f"samples-cfg{cfg:g}-t{temperature:g}")
+        figures = finished_before(run, path, cfg, temperature, weights) if len(pairs) > 1 else {}
+        figures = figures or sample_and_measure(run, model, path, cfg, temperature, weights)
+        rows.append({"cfg": cfg, "temperature": temperature, **figures})
+    if len(pairs) > 1 and run.evaluator is not None and misc.is_main_process():
+        write_search(rows, out)
+        misc.log.info("wrote %s/search.md, search.json and search.png", out)
+
+
+def measure_likelihood(run: Run, model: TokenBridge) -> dict[str, float]:
+    """Held-out cross-entropy, said in the log: ``nats_per_dim``, ``bits_per_dim`` and ``images``."""
+    vae = None if run.args.use_cached else run.vae
+    figures = held_out_likelihood(model, vae, run.latent_factor, run.held_out, run.device, run.args.precision)
+    misc.log.info(
+        "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension",
+        figures["images"],
+        figures["nats_per_dim"],
+        figures["bits_per_dim"],
+    )
+    return figures
+
+
+def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWriter | None) -> None:
+    """Measures after an epoch of training, into TensorBoard: without guidance and with, and likelihood."""
+    args, scalars = run.args, {}
+    if args.online_nll:
+        figures = measure_likelihood(run, model)
+        scalars |= {f"eval/{name}": figures[name] for name in ("nats_per_dim", "bits_per_dim")}
+    for cfg, temperature in product(dict.fromkeys([1.0, *args.cfg]), args.temperature) if args.online_eval else ():
+        name = f"cfg{cfg:g}" + (f"-t{temperature:g}" if len(args.temperature) > 1 else "")
+        path = Path(args.output_dir) / "online_eval" / f"epoch{epoch:04d}-{name}"
+        if misc.is_main_process():
+            SampleFolder(path).remove_images()  # perhaps of another run: a restarted one does not come back here
+        misc.barrier()
+        figures = sample_and_measure(run, model, path, cfg, temperature, {"epoch": epoch, "ema": not args.no_ema})
+        scalars |= {f"eval/{key}-{name}": value for key, value in figures.items() if key in TITLES}
+    if writer is not None:
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, epoch + 1)

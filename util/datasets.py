@@ -1,0 +1,98 @@
+"""The data sets that a run's flags name: images or cached moments, found, opened, and dealt to processes."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from util import misc
+from util.config import Tokenizer
+from util.errors import UserError
+from util.files import read_json
+from util.loader import (
+    PACKED_METADATA,
+    BadImages,
+    CachedFolder,
+    ImageFolder,
+    RankSampler,
+    ShuffledRankSampler,
+    check_classes,
+    existing_folder,
+    image_transform,
+    make_loader,
+    read_cache_metadata,
+)
+from util.packed import PackedCache, open_cache
+
+Data = CachedFolder | PackedCache | ImageFolder
+
+
+def data_root(args: argparse.Namespace, split: str) -> Path:
+    """The folder of ``train`` or ``val``: of a cache with ``--use_cached``, else of images.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if args.use_cached:
+        return existing_folder(args.cached_path if split == "train" else args.cached_val_path, "cache")
+    return existing_folder(Path(args.data_path) / split, "image folder")
+
+
+def cache_metadata(root: Path) -> dict[str, Any]:
+    """What a cache, packed or not, tells of its tokenizer and images; empty if it tells nothing.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    packed = root / PACKED_METADATA
+    return read_json(packed) if packed.exists() else read_cache_metadata(root) or {}
+
+
+def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Data:
+    """The images or cached moments of ``train`` or ``val``.
+
+    Args:
+        tokenizer: what moments must be of.
+
+    Raises:
+        UserError: they are not there, of other classes than ``--class_num``, or of another size than ``--img_size``.
+    """
+    root, mirror = data_root(args, split), args.mirror and split == "train"
+    if not args.use_cached:
+        # Measurements are of all images or none.
+        bad_images = BadImages(args.output_dir) if args.skip_bad_images and split == "train" else None
+        dataset = ImageFolder(root, image_transform(args.img_size), mirror=mirror, bad_images=bad_images)
+    else:
+        dataset = open_cache(root, mirror=mirror)
+    check_classes(dataset.classes, args.class_num, root)
+    if args.use_cached:
+        moments, side = dataset[0][0], args.img_size // tokenizer.stride
+        dataset.shape = (2 * tokenizer.config["embed_dim"], side, side)
+        if moments.shape != dataset.shape:
+            size = dataset.metadata.get("img_size")
+            made = f"of shape {list(moments.shape)}" if size is None else f"at --img_size {size}"
+            raise UserError(f"{root} holds moments {made}, which --img_size {args.img_size} does not fit")
+    return dataset
+
+
+def training_loader(dataset: Data, device: torch.device, args: argparse.Namespace) -> DataLoader:
+    """Shuffled whole batches, this process's share of every epoch.
+
+    Raises:
+        UserError: there are not enough images for one step.
+    """
+    sampler = ShuffledRankSampler(dataset, misc.get_world_size(), misc.get_rank(), shuffle=True, seed=args.seed)
+    # Workers start anew with each epoch, so that they know which of its images are mirrored.
+    loader = make_loader(dataset, args, device, sampler=sampler, drop_last=True, persistent_workers=False)
+    if len(loader) < args.accum_iter:
+        whole = args.batch_size * args.accum_iter * misc.get_world_size()
+        raise UserError(f"{len(dataset)} images do not fill one step of {whole}; lower --batch_size or --accum_iter")
+    return loader
+
+
+def loader_of_all(dataset, device: torch.device, args: argparse.Namespace, **options) -> DataLoader:
+    """Batches of all items in order, each item in one process; ``options`` as torch's DataLoader takes them."""
+    sampler = RankSampler(len(dataset), misc.get_rank(), misc.get_world_size())
+    return make_loader(dataset, args, device, sampler=sampler, **options)

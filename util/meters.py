@@ -1,0 +1,83 @@
+"""What a training loop writes down: means of losses, speed, and the steps that were not finite."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from util import misc
+from util.errors import UserError
+from util.training_state import Step
+
+
+class Meter:
+    """Losses and gradient norms since they were last read, and the speed; reading waits for the device.
+
+    Args:
+        images: images of one step, over all processes.
+        flops: operations of one step on this device.
+        peak_flops: operations a second of a large matrix product here, what utilization is measured against.
+    """
+
+    def __init__(self, images: int, flops: float, peak_flops: float, device: torch.device):
+        self.images, self.flops, self.peak_flops, self.device = images, flops, peak_flops, device
+        self.losses: list[Tensor] = []
+        self.norms: list[Tensor] = []
+        self.started = time.perf_counter()
+
+    def add(self, step: Step) -> None:
+        """Counts a step that was taken."""
+        self.losses.append(step.loss)
+        self.norms.append(step.norm)
+
+    def read(self) -> dict[str, float]:
+        """Means by TensorBoard tag, from which on everything is counted anew. Empty if no step was taken."""
+        if not self.losses:
+            return {}
+        loss = misc.all_reduce_mean(torch.stack(self.losses).mean()).item()
+        norms = torch.stack(self.norms)
+        seconds = (time.perf_counter() - self.started) / len(self.losses)
+        self.losses, self.norms, self.started = [], [], time.perf_counter()
+        return {
+            "train/loss": loss,
+            "train/grad_norm": norms[norms.isfinite()].mean().item(),  # fp16 skips steps whose gradients overflow
+            "speed/images_per_second": self.images / seconds,
+            "speed/model_flops_utilization": self.flops / seconds / self.peak_flops,
+            "speed/memory_gib": misc.memory_in_use(self.device),
+        }
+
+
+class BadSteps:
+    """Counts the steps that were not taken because loss or gradient was not finite, and writes down their batches.
+
+    Args:
+        limit: how many a run may have.
+        folder: where ``bad_steps-rank<n>.jsonl`` goes.
+    """
+
+    def __init__(self, limit: int, folder: str | Path):
+        self.limit, self.count, self.rank = limit, 0, misc.get_rank()
+        self.path = Path(folder) / f"bad_steps-rank{self.rank}.jsonl"
+
+    def add(self, step: Step, files: list[str]) -> None:
+        """Writes one down, with the ``files`` of its images.
+
+        Raises:
+            UserError: there have been more than the limit.
+        """
+        self.count += 1
+        loss, norm = step.loss.item(), step.norm.item()
+        figures = {"loss": loss, "grad_norm": norm, "lr": step.lr, "epoch": step.epoch, "step": step.step}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps({**figures, "rank": self.rank, "files": files}) + "\n")
+        what = f"loss {loss:.4g}, gradient norm {norm:.4g} at epoch {step.epoch}, step {step.step}: not finite"
+        if self.count > self.limit:
+            raise UserError(
+                f"{what}, the step was not taken (learning rate {step.lr:.3g}, process {self.rank}, bad steps so far "
+                f"{self.count}); its images are listed in {self.path}; lower the learning rate, check the data, or "
+                "allow more with --max_bad_steps"
+            )
+        misc.log.warning("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)

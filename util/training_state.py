@@ -1,0 +1,196 @@
+"""All that a training run changes and must save: weights, their average, optimizer, gradient scaler, place."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util import checkpoint, misc
+from util.checkpoint.load import load_optimizer, load_scaler, load_weights
+from util.errors import UserError
+
+
+class Step(NamedTuple):
+    """A step that was tried.
+
+    Attributes:
+        loss, norm: the loss, and the gradient norm before clipping, on the device.
+        finite: whether both were finite, that is, whether the step was taken.
+        lr: the learning rate.
+        epoch, step: where, both from 0.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    finite: Tensor
+    lr: float
+    epoch: int
+    step: int
+
+
+class TrainingState:
+    """A run's model, average, optimizer and scaler, and the place it has come to.
+
+    A step's outcome is looked at when the next one has been computed, so that the device never waits for the host:
+    :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not finite.
+
+    Args:
+        model: on its device; with several processes all take the weights of the first.
+        args: ``ema_rate``, ``weight_decay``, ``lr``, ``grad_clip``, ``precision``, ``compile``, ``start_epoch``.
+        steps_per_epoch: optimizer steps of an epoch.
+
+    Attributes:
+        wrapped: the model that computes losses: in its DDP wrapper where there are several processes.
+        epoch, step: the next step to take; epochs and an epoch's steps count from 0.
+    """
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace, steps_per_epoch: int):
+        self.model, self.steps_per_epoch, self.grad_clip = model, steps_per_epoch, args.grad_clip
+        self.device = next(model.parameters()).device
+        several = misc.get_world_size() > 1
+        self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
+        # A copy of the weights that all processes have once DDP has shared those of the first.
+        self.average = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True)
+        if args.compile:
+            model.compile_blocks()
+        groups = misc.add_weight_decay(model, args.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+        self.epoch, self.step = args.start_epoch, 0
+        self._pending: tuple[Step, torch.cuda.Event | None] | None = None
+        self._saved_at: int | None = None
+
+    @property
+    def steps_done(self) -> int:
+        """Steps of the whole run up to here."""
+        return self.epoch * self.steps_per_epoch + self.step
+
+    def take_step(self, loss: Tensor, lr: float) -> None:
+        """Clips the gradients and takes the optimizer's step, unless loss or gradient is not finite.
+
+        Nothing is waited for: the fused optimizer looks at the flag on the device.
+
+        Args:
+            loss: whose gradients the parameters hold, detached.
+            lr: the learning rate, for the record.
+        """
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf)
+        # After DDP's exchange every process sees the same norm. With fp16 an overflowing gradient is the scaler's
+        # business: it leaves the step out by itself and lowers the scale.
+        finite = torch.isfinite(misc.all_reduce_mean(loss) if self.scaler.is_enabled() else norm)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf, self.optimizer.grad_scale = (~finite).float(), None  # as a scaler would tell it
+            self.optimizer.step()
+            del self.optimizer.found_inf, self.optimizer.grad_scale
+        self.optimizer.zero_grad(set_to_none=True)
+        answer, event = finite, None
+        if finite.is_cuda:
+            answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = Step(loss, norm, answer, lr, self.epoch, self.step), event
+        self.epoch, self.step = divmod(self.steps_done + 1, self.steps_per_epoch)
+
+    def settle(self) -> Step | None:
+        """The last step, once the device has told whether it was finite, with the average updated by it.
+
+        Returns:
+            None if that has been asked for already.
+        """
+        if self._pending is None:
+            return None
+        (last, event), self._pending = self._pending, None
+        if event is not None:
+            event.synchronize()
+        if last.finite:
+            self.average.update(self.model)
+        return last
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Files.
+
+    def save(self, args: argparse.Namespace) -> None:
+        """Writes ``checkpoint-last.pth`` from the main process, unless the newest one is of this very step.
+
+        :meth:`settle` comes before.
+
+        Args:
+            args: ``output_dir``, ``keep_last``, and everything else that the file is to tell of the run.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if self._saved_at == self.steps_done or not misc.is_main_process():
+            return
+        averaged = self.average.module.state_dict()
+        content = {
+            "model": self.model.state_dict(),
+            "model_ema": {name: averaged[name] for name, _ in self.model.named_parameters()},
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch - 1,  # the last finished
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "world_size": misc.get_world_size(),
+            "config": {**self.model.config, **self.model.metadata},
+            "args": vars(args),
+        }
+        if self.scaler.is_enabled():
+            content["scaler"] = self.scaler.state_dict()
+        checkpoint.save(Path(args.output_dir) / checkpoint.CHECKPOINT_NAME, content, args.keep_last)
+        self._saved_at = self.steps_done
+
+    def load(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
+        """Takes up a checkpoint's weights, and its average, optimizer, scaler and place where it has them.
+
+        Args:
+            content: see :func:`util.checkpoint.read_run`.
+            path: the file, for messages.
+            frozen: this run's ``--freeze``.
+
+        Raises:
+            UserError: something in it is damaged, of another model, or was trained with other frozen parameters.
+        """
+        load_weights(self.model, content, path, ema=False)
+        self.average.module.load_state_dict(self.model.state_dict())
+        if "model_ema" in content:
+            load_weights(self.average.module, content, path, ema=True)
+        if "optimizer" in content and "epoch" in content:
+            before = frozen_before(content.get("args"))
+            if before != frozen:
+                raise UserError(
+                    f"{path} was trained with --freeze {before or 'nothing'}, not {frozen or 'nothing'}: to go on "
+                    "differently, start anew from it with --finetune and another --output_dir"
+                )
+            load_optimizer(self.optimizer, content["optimizer"], path)
+            self._take_place(content, path)
+        if self.scaler.is_enabled() and content.get("scaler"):
+            load_scaler(self.scaler, content["scaler"], path)
+        misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, self.epoch, self.step)
+
+    def _take_place(self, content: Mapping[str, Any], path: Path) -> None:
+        steps, processes = self.steps_per_epoch, misc.get_world_size()
+        steps_there, processes_there = content.get("steps_per_epoch", steps), content.get("world_size", processes)
+        self.epoch, self.step = content["epoch"] + 1, round(content.get("step", 0) * steps / steps_there)
+        if (steps_there, processes_there) != (steps, processes):
+            misc.log.warning(
+                "%s was written by %d processes with %d steps an epoch, this run has %d with %d: it continues at the "
+                "same place of the epoch, but draws and order of images are not those of an unbroken run",
+                *(path, processes_there, steps_there, processes, steps),
+            )
+
+
+def frozen_before(args: Any) -> list[str]:
+    """The ``--freeze`` of a checkpoint's ``args``, a dictionary or a Namespace."""
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return args.get("freeze", []) if isinstance(args, dict) else []
