@@ -19,7 +19,7 @@ test-slow: $(VENV)/.installed
 
 # Runs killed twenty times, and files damaged three hundred times.
 soak: $(VENV)/.installed
-	$(RUN) -m pytest tests/test_soak.py tests/test_damage.py
+	$(RUN) -m pytest tests/soak
 
 format: $(VENV)/.installed
 	$(RUN) -m ruff check --fix .
