@@ -321,7 +321,7 @@ def held_out_likelihood(
     posterior sample follow from ``seed`` and its number, so results do not depend on batch size or processes.
 
     Args:
-        loader: batches of images, or of moments where ``vae`` is None, sampled by :class:`util.args.RankSampler`.
+        loader: batches of images, or of moments where ``vae`` is None, dealt by :class:`util.loader.RankSampler`.
 
     Returns:
         ``nats_per_dim``, ``bits_per_dim`` and ``images``.

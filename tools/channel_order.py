@@ -23,8 +23,8 @@ from util.tables import markdown
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = new_parser(__doc__)
-    parser.add_argument("--cached_path", default="", help="what main_cache.py wrote")
+    parser = new_parser(__doc__, "tools.channel_order")
+    parser.add_argument("--cached_path", default="", help="a cache of main_cache.py or tools.pack")
     parser.add_argument("--patch_size", type=int, default=1, help="latent positions a token covers, each way")
     parser.add_argument(
         "--cutoff", type=float, default=0.5, help="low frequencies end here, as a share of the highest (Nyquist's)"

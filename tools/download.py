@@ -1,4 +1,4 @@
-"""Fetches what others published into the folders that the README's commands expect.
+"""Fetches published models, their tokenizer and FID statistics into pretrained_models/ and fid_stats/.
 
 Interrupted downloads go on where they stopped. A file takes its place when it is whole: its size and hash are those
 that the Hub tells; of files elsewhere, of which no hash is published, the size and their own checksums are looked at.

@@ -41,12 +41,12 @@ from util.plots import save_figure
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = new_parser(__doc__)
+    parser = new_parser(__doc__, "tools.figures")
     figures = parser.add_subparsers(dest="figure", required=True)
     options = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
 
     levels = figures.add_parser("levels", help="Figure 3: latents, their levels, and what quantizing leaves", **options)
-    levels.add_argument("--cached_path", default="", help="what main_cache.py wrote")
+    levels.add_argument("--cached_path", default="", help="a cache of main_cache.py or tools.pack")
     levels.add_argument("--quant_bits", type=int, default=6, help="2^bits levels a channel")
     levels.add_argument("--quant_min", type=float, default=-5.0, help="lower bound of the latents")
     levels.add_argument("--quant_max", type=float, default=5.0, help="upper bound of the latents")
