@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from util.checkpoint import hub, safetensors_io
+from util.config import KL16_CHANNEL_ORDER, KL16_CONFIG, KL16_LATENT_FACTOR
 from util.errors import UserError, reason
 from util.files import read_json, written_whole
 from util.misc import log
@@ -26,9 +27,6 @@ HUB_NAME, HUB_CONFIG = "model.safetensors", "config.json"
 #: What a folder of a tokenizer may hold; the last is of diffusers.
 VAE_NAMES = (HUB_NAME, "vae.ckpt", "kl16.ckpt", "diffusion_pytorch_model.safetensors")
 
-#: What the published VAE is, for files that say nothing of themselves.
-KL16_CONFIG = {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}
-KL16_LATENT_FACTOR = 0.2325
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reading.
@@ -195,7 +193,7 @@ PUBLISHED = {
     "latent_factor": KL16_LATENT_FACTOR,
     "head": "ar",
     "channels_per_group": 1,
-    "channel_order": [8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5],
+    "channel_order": list(KL16_CHANNEL_ORDER),
     "quantizer": "gaussian",
 }
 #: Of those, what weights do not fit otherwise, or would mean something else: differences are refused.
