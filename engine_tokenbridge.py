@@ -25,6 +25,7 @@ from util.images import confidence_maps, to_uint8
 from util.loader import cached_file
 from util.lr_sched import adjust_learning_rate
 from util.meters import BadSteps, Meter
+from util.rng import numbered_draws
 from util.sample_folder import SampleFolder
 from util.training_state import Step, TrainingState
 
@@ -336,16 +337,16 @@ def held_out_likelihood(
         done += len(batch)
         batch = batch.to(device, non_blocking=True)
         posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
-        draws = misc.NumberedDraws(seed, numbers)
-        latents = posterior.sample(draws.normal(posterior.mean.shape[1:]).to(device)) * latent_factor
-        orders = draws.uniform((LIKELIHOOD_MASKS, model.seq_len)).argsort(dim=-1)  # [B, masks, L]
+        draws = numbered_draws(seed, numbers)
+        latents = posterior.sample(draws.normal(*posterior.mean.shape[1:]).to(device)) * latent_factor
+        orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
         for i, count in enumerate(counts):
             mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0).to(device)
             with misc.autocast(device, precision):
                 sums[0] += model(latents, labels.to(device), mask) * len(batch) / len(counts)
         sums[1] += len(batch)
     model.train(training)
-    sums[0] /= model.channels_per_group  # a group's cross-entropy is that of all its channels
+    sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels
     total, images = (misc.all_reduce_mean(sums) * world).tolist()
     return {"nats_per_dim": total / images, "bits_per_dim": total / images / math.log(2), "images": round(images)}
 

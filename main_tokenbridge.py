@@ -105,7 +105,9 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--cached_path", default="", help="what main_cache.py or tools.pack wrote")
     files.add_argument("--cached_val_path", default="", help="what main_cache.py --split val wrote, for likelihoods")
     files.add_argument("--output_dir", default="./output_dir", help="checkpoints, TensorBoard's logs, samples")
-    files.add_argument("--resume", default="", help="a run's folder or file, safetensors or not, or hf://owner/repo/path")
+    files.add_argument(
+        "--resume", default="", help="a run's folder or file, safetensors or not, or hf://owner/repo/path"
+    )
     add_mirror_arg(files)
     add_skip_arg(files)
 

@@ -30,6 +30,7 @@ from util.metrics import (
     statistics,
     warn_if_few,
 )
+from util.rng import numbered_draws
 from util.tables import markdown, write_text
 
 PICTURE_ROWS = 8
@@ -242,7 +243,7 @@ def reconstruct(
                 save("real", number, image)
             with misc.autocast(device, args.precision):
                 posterior = vae.encode(images)
-                noise = misc.NumberedDraws(args.seed, numbers).normal(posterior.mean.shape[1:]).to(device)
+                noise = numbered_draws(args.seed, numbers).normal(*posterior.mean.shape[1:]).to(device)
                 latents = posterior.sample(noise).float() * latent_factor
                 if picked and all(setting.levels for setting in settings):
                     pictures["continuous"] += to_uint8(vae.decode(latents[picked] / latent_factor)).cpu()

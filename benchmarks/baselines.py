@@ -1,19 +1,19 @@
 """What TokenBridge is compared with: plain ways of doing the same, and MAR's diffusion head, written for this."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import channel_head, dropout
-from models.backbone import MaskedBackbone, gather_tokens
-from models.channel_head import ChannelHead
+from models.backbone import gather_tokens
+from models.channel_head import ChannelHead, sample_categorical
 from models.quantizer import ScalarQuantizer
-from models.sampling import Noise, initial_orders, sample_categorical, sampling_plan
+from models.sampling import SamplingOptions, initial_orders, sampling_plan
 from models.tokenbridge import TokenBridge
+from util.rng import ImageDraws
 
 # --------------------------------------------------------------------------------------------------------------------
 # The release's way.
@@ -26,50 +26,42 @@ def argmin_over_levels(quantizer: ScalarQuantizer, x: Tensor) -> tuple[Tensor, T
     return indices, quantizer.dequantize(indices)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, drop: float = 0.0) -> Tensor:
-    """In place of :func:`models.channel_head.attend`: PyTorch's kernel, whatever the device."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
-
-
 @torch.no_grad()
-def sample_recomputing(head: ChannelHead, features: Tensor, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """The head's channels one after the other, running all places before each of them again: 136 instead of 16."""
-    chosen = torch.zeros(len(features), head.places, dtype=torch.long, device=features.device)
+def sample_recomputing(head: ChannelHead, features: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """The levels of :meth:`ChannelHead.sample` by running all steps before each step again: 136 instead of 16."""
+    chosen = torch.zeros(len(features), head.channel_steps, dtype=torch.long, device=features.device)
     condition = head.condition_proj(features)[:, None]
-    for place in range(head.places):
-        upto = slice(0, place + 1)
+    for step in range(head.channel_steps):
+        upto = slice(0, step + 1)
         x = condition
-        if place:
-            known = [head.token_embeddings[i](chosen[:, i]) for i in range(place)]
+        if step:
+            known = [head.token_embeddings[i](chosen[:, i]) for i in range(step)]
             x = torch.cat([condition, torch.stack(known, dim=1).to(condition.dtype)], dim=1)
         x = x + head.channel_embed[:, upto]
         conditions = condition + head.timesteps_embeddings[:, upto]
         for block in head.channel_blocks:
-            x = block.all_places(x, conditions, head.channel_mask[upto, upto])
+            x = block.all_steps(x, conditions, head.channel_mask[upto, upto])
         x = head.channel_final(head.channel_norm(x), head.channel_final.adaLN_modulation(conditions))
-        chosen[:, place] = choose(head.channel_heads[place](x[:, -1]).float(), place)
-    return chosen
+        logits = head.channel_heads[step](x[:, -1]).float()
+        chosen[:, step] = sample_categorical(logits, temperature, uniform[:, step])
+    return head.to_levels(chosen)[:, head.from_generation_order]
 
 
 @torch.no_grad()
 def sample_tokens_plainly(model: TokenBridge, labels: Tensor, num_iter: int, cfg: float, temperature: float) -> Tensor:
     """:meth:`TokenBridge.sample_tokens` without a cache in the head; guidance in one batch, as in the release."""
     bsz = len(labels)
-    noise = Noise(bsz, model.device, None)
-    orders = initial_orders("random", noise, model.seq_len)
+    orders = initial_orders("random", ImageDraws(bsz, model.device), model.seq_len)
     tokens = torch.zeros(bsz, model.seq_len, model.token_dim, device=model.device)
     classes = torch.cat([model.class_emb(labels), model.backbone.fake_latent.expand(bsz, -1)])
-    for step in sampling_plan(num_iter, model.seq_len, cfg, "linear"):
+    for step in sampling_plan(SamplingOptions(num_iter, cfg), model.seq_len):
         known, wanted = orders[:, step.masked :], orders[:, step.left : step.masked]
         features = model.backbone(tokens.repeat(2, 1, 1), known.repeat(2, 1), classes)
         conditional, unconditional = features.chunk(2)
         features = unconditional + step.guidance * (conditional - unconditional)
         features = gather_tokens(features, wanted).flatten(0, 1)
-
-        def choose(logits: Tensor, place: int) -> Tensor:
-            return sample_categorical(logits, temperature, torch.rand(len(logits), device=logits.device))
-
-        levels = sample_recomputing(model.head, features, choose)[:, model.from_generation_order]
+        uniform = torch.rand(len(features), model.head.channel_steps, device=model.device)
+        levels = sample_recomputing(model.head, features, temperature, uniform)
         new = model.quantizer.dequantize(levels).unflatten(0, (bsz, -1))
         tokens = tokens.scatter(1, wanted[..., None].expand(-1, -1, model.token_dim), new)
     return model.unpatchify(tokens)
@@ -77,28 +69,10 @@ def sample_tokens_plainly(model: TokenBridge, labels: Tensor, num_iter: int, cfg
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Within the block everything is as PyTorch has it, as in the release: attention, dropout, the loss in one part."""
-
-    def run_fused(self: MaskedBackbone, part: str, blocks: nn.ModuleList, x: Tensor) -> Tensor:
-        for block in blocks:
-            block.attn.fused_attn = True
-            x = block(x)
-        return x
-
-    plain = [
-        (MaskedBackbone, "_run", run_fused),
-        (channel_head, "attend", fused_attention),
-        (channel_head, "TRAINING_BUDGET", {"cpu": 2**62, "cuda": 2**62}),
-        (dropout, "dropout", F.dropout),
-    ]
-    ours = [getattr(where, name) for where, name, _ in plain]
-    for where, name, value in plain:
-        setattr(where, name, value)
-    try:
+    """Models that are built within the block stay plain, as in the release: PyTorch's attention and dropout, the loss
+    in one part."""
+    with patch("models.tokenbridge.speed_up"):
         yield
-    finally:
-        for (where, name, _), value in zip(plain, ours, strict=True):
-            setattr(where, name, value)
 
 
 # --------------------------------------------------------------------------------------------------------------------

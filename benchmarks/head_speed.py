@@ -5,24 +5,19 @@ from functools import partial
 
 import torch
 
-from benchmarks.baselines import DiffusionHead, plain_kernels, sample_recomputing
+from benchmarks.baselines import DiffusionHead, sample_recomputing
 from benchmarks.common import alternating, finish, machine, parse, spread
 from models.channel_head import ChannelHead
-from models.sampling import sample_categorical, sample_classes
+from models.fast import compile_blocks, speed_up
 from models.tokenbridge import MODELS
 from util import misc
 
 
 def head_of(model: str, channels: int) -> tuple[ChannelHead, float]:
-    """The head of a model, without its backbone, and its operations for one token."""
+    """The plain head of a model, without its backbone, and its operations for one token."""
     with torch.device("meta"):
         whole = MODELS[model](vae_embed_dim=channels, quant_levels=64)
-    config, norm = whole.config, type(whole.head.channel_norm)
-    head = ChannelHead(
-        config["decoder_embed_dim"], channels, 64, config["channel_embed_dim"], config["channel_depth"],
-        config["channel_heads"], 4.0, partial(norm, eps=1e-6), 0.0, 0.0, False,
-    )  # fmt: skip
-    return head, whole.token_flops()
+    return ChannelHead(whole.config, partial(type(whole.head.channel_norm), eps=1e-6)), whole.token_flops()
 
 
 def main() -> None:
@@ -36,11 +31,14 @@ def main() -> None:
 
     args = parse(__doc__, 5, add)
     about = machine(args.device)
-    (ours, token_flops), (few, _) = (head_of(args.model, channels) for channels in (16, 4))
-    ours, few = ours.to(args.device).eval(), few.to(args.device).eval()
+    (plain, token_flops), (few, _) = (head_of(args.model, channels) for channels in (16, 4))
+    plain, few = plain.to(args.device).eval(), few.to(args.device).eval()
+    ours = copy.deepcopy(plain)
+    for head in (ours, few):
+        speed_up(head)
     if args.compile:
         compiled = copy.deepcopy(ours)
-        compiled.compile_blocks()
+        compile_blocks(compiled)
     diffusion = DiffusionHead(ours.condition_proj.in_features).to(args.device).eval()
     rows = []
     for precision in args.precision:
@@ -48,23 +46,15 @@ def main() -> None:
         for tokens in args.tokens:
             features = torch.randn(tokens, ours.condition_proj.in_features, device=args.device)
             uniform = torch.rand(tokens, 16, device=args.device)
-
-            def choose(logits, place, uniform=uniform):
-                return sample_categorical(logits, 1.0, uniform[:, place])
-
-            def recompute(features=features, choose=choose):
-                with plain_kernels():
-                    return sample_recomputing(ours, features, choose)
-
             works = {
                 "diffusion head (MAR), 100 steps": lambda f=features: diffusion.sample(f),
                 "diffusion head (MAR), guidance": lambda f=features: diffusion.sample(torch.cat([f, f]), 3.0),
-                "channel head, prefix recomputed": recompute,
-                "channel head": lambda f=features, c=choose: ours.sample(f, c),
-                "channel head, 4 channels": lambda f=features, c=choose: few.sample(f, c),
+                "channel head, prefix recomputed": partial(sample_recomputing, plain, features, 1.0, uniform),
+                "channel head": partial(ours.sample, features, 1.0, uniform),
+                "channel head, 4 channels": partial(few.sample, features, 1.0, uniform),
             }
             if args.compile:
-                works["channel head, compiled"] = partial(sample_classes, compiled, features, 1.0, uniform, "trained")
+                works["channel head, compiled"] = partial(compiled.sample, features, 1.0, uniform)
 
             def inside(work, precision=precision):
                 with torch.no_grad(), misc.autocast(args.device, precision):

@@ -1,19 +1,20 @@
 """Sampling whole images, guidance included: this project's way against the release's in float32."""
 
 import argparse
+from contextlib import nullcontext
 
 import torch
 
 from benchmarks.baselines import plain_kernels, sample_tokens_plainly
 from benchmarks.common import add_ways, compare_ways, parse, prepare_way, seconds
-from models.sampling import sampling_plan
+from models.sampling import SamplingOptions, sampling_plan
 from models.tokenbridge import MODELS, TokenBridge
 from util import misc
 
 
 def flops(model: TokenBridge, num_iter: int) -> float:
     """Of sampling one image with guidance, counted as in training: two passes a step, and the head of what it takes."""
-    plan = sampling_plan(num_iter, model.seq_len, 2.0, "linear")
+    plan = sampling_plan(SamplingOptions(num_iter), model.seq_len)
     return sum(2 * model.backbone_flops(step.masked) + (step.masked - step.left) * model.token_flops() for step in plan)
 
 
@@ -21,15 +22,15 @@ def sample(args: argparse.Namespace, way: str) -> tuple[list[float], float, floa
     """Times of one way, peak memory in GiB, operations, and the matrix peak."""
     precision = prepare_way(args, way)
     torch.manual_seed(0)
-    model = MODELS[args.model](quant_levels=64).to(args.device).eval().requires_grad_(False)
+    with plain_kernels() if way == "release" else nullcontext():
+        model = MODELS[args.model](quant_levels=64).to(args.device).eval().requires_grad_(False)
     if args.compile and way != "release":
         model.compile_blocks()
     labels = torch.arange(args.batch, device=args.device)
 
     def work():
         if way == "release":
-            with plain_kernels():
-                return sample_tokens_plainly(model, labels, args.num_iter, args.cfg, 1.0)
+            return sample_tokens_plainly(model, labels, args.num_iter, args.cfg, 1.0)
         with misc.autocast(args.device, precision):
             return model.sample_tokens(args.batch, args.num_iter, args.cfg, labels=labels, seeds=range(args.batch))
 

@@ -21,7 +21,8 @@ def steps(args: argparse.Namespace, way: str) -> tuple[list[float], float, float
     """Times of one way, peak memory in GiB, operations, and the matrix peak."""
     device, precision = args.device, prepare_way(args, way)
     torch.manual_seed(0)
-    model = MODELS[args.model](quant_levels=64, grad_checkpointing=args.grad_checkpointing).to(device)
+    with plain_kernels() if way == "release" else nullcontext():
+        model = MODELS[args.model](quant_levels=64, grad_checkpointing=args.grad_checkpointing).to(device)
     side = model.grid_size
     latents = torch.randn(args.batch, 16, side, side, device=device)
     labels = torch.arange(args.batch, device=device)
@@ -51,8 +52,7 @@ def steps(args: argparse.Namespace, way: str) -> tuple[list[float], float, float
 
     # The number of masked tokens is drawn anew each step; here it is always the middle one.
     model.draw_num_masked = partial(model.num_masked_at, 0.5)
-    with plain_kernels() if way == "release" else nullcontext():
-        times = seconds(step, args.repeats, device)
+    times = seconds(step, args.repeats, device)
     memory = misc.memory_in_use(device)
     work = model.training_flops(model.num_masked_at(0.5)) * args.batch
     return times, memory, work, misc.matmul_flops(device, precision)

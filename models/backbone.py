@@ -1,16 +1,12 @@
 """The masked autoregressive backbone (section 3.3; MAR's encoder and decoder): known tokens in, features z out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from models.attention import attend
-from models.dropout import with_fast_dropout
 
 
 def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
@@ -18,74 +14,49 @@ def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def block_at(block: Block, x: Tensor, rows: Tensor) -> Tensor:
-    """A timm block's output at ``rows [B, N]`` of ``x [B, S, D]`` alone, ``[B, N, D]``; without dropout."""
-    attention, width = block.attn, x.shape[-1]
-    normed = block.norm1(x)
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    q = F.linear(gather_tokens(normed, rows), weight[:width], bias[:width])
-    k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
-    q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=attention.num_heads) for part in (q, k, v))
-    x = gather_tokens(x, rows) + attention.proj(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
-    return x + block.mlp(block.norm2(x))
-
-
 class MaskedBackbone(nn.Module):
     """An encoder over the known tokens and a decoder over all positions, both timm ViT blocks.
 
     Args:
-        token_dim: channels of a token C.
+        config: arguments of :class:`models.tokenbridge.TokenBridge`.
+        token_dim: channels C of a token.
         seq_len: tokens L of an image.
-        buffer_size: positions in front of the tokens that all hold the class embedding.
-        (others): as in :class:`models.tokenbridge.TokenBridge`.
+        norm_layer: makes a norm from a width.
     """
 
-    def __init__(
-        self,
-        token_dim: int,
-        seq_len: int,
-        class_num: int,
-        buffer_size: int,
-        encoder_embed_dim: int,
-        encoder_depth: int,
-        encoder_num_heads: int,
-        decoder_embed_dim: int,
-        decoder_depth: int,
-        decoder_num_heads: int,
-        mlp_ratio: float,
-        norm_layer: Callable[[int], nn.Module],
-        label_drop_prob: float,
-        attn_dropout: float,
-        proj_dropout: float,
-        checkpointed: Sequence[str],
-    ):
+    def __init__(self, config: Mapping[str, Any], token_dim: int, seq_len: int, norm_layer: Callable[[int], nn.Module]):
         super().__init__()
-        self.seq_len, self.buffer_size = seq_len, buffer_size
-        self.label_drop_prob, self.checkpointed = label_drop_prob, checkpointed
+        self.seq_len, self.buffer_size = seq_len, config["buffer_size"]
+        self.label_drop_prob = config["label_drop_prob"]
+        #: Of "encoder" and "decoder" those whose blocks are recomputed in the backward pass.
+        self.checkpointed: tuple[str, ...] = ()
+        encoder_dim, decoder_dim = config["encoder_embed_dim"], config["decoder_embed_dim"]
+        positions = self.buffer_size + seq_len
 
-        def blocks(dim: int, depth: int, heads: int) -> nn.ModuleList:
-            options = {"qkv_bias": True, "norm_layer": norm_layer, "proj_drop": proj_dropout, "attn_drop": attn_dropout}
-            return nn.ModuleList(with_fast_dropout(Block(dim, heads, mlp_ratio, **options)) for _ in range(depth))
+        def blocks(part: str) -> nn.ModuleList:
+            sizes = config[f"{part}_embed_dim"], config[f"{part}_num_heads"], config["mlp_ratio"]
+            dropouts = {"proj_drop": config["proj_dropout"], "attn_drop": config["attn_dropout"]}
+            depth = config[f"{part}_depth"]
+            return nn.ModuleList(Block(*sizes, qkv_bias=True, norm_layer=norm_layer, **dropouts) for _ in range(depth))
 
         # Registered in the order of the published optimizer states: free parameters first, then layers.
-        self.fake_latent = nn.Parameter(torch.zeros(1, encoder_embed_dim))
-        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer_size + seq_len, encoder_embed_dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, buffer_size + seq_len, decoder_embed_dim))
-        self.output_pos_embed = nn.Parameter(torch.zeros(1, seq_len, decoder_embed_dim))
-        self.class_emb = nn.Embedding(class_num, encoder_embed_dim)
-        self.z_proj = nn.Linear(token_dim, encoder_embed_dim)
-        self.z_proj_ln = norm_layer(encoder_embed_dim)
-        self.encoder_blocks = blocks(encoder_embed_dim, encoder_depth, encoder_num_heads)
-        self.encoder_norm = norm_layer(encoder_embed_dim)
-        self.decoder_embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
-        self.decoder_blocks = blocks(decoder_embed_dim, decoder_depth, decoder_num_heads)
-        self.decoder_norm = norm_layer(decoder_embed_dim)
+        self.fake_latent = nn.Parameter(torch.zeros(1, encoder_dim))
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, positions, encoder_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, positions, decoder_dim))
+        self.output_pos_embed = nn.Parameter(torch.zeros(1, seq_len, decoder_dim))
+        self.class_emb = nn.Embedding(config["class_num"], encoder_dim)
+        self.z_proj = nn.Linear(token_dim, encoder_dim)
+        self.z_proj_ln = norm_layer(encoder_dim)
+        self.encoder_blocks = blocks("encoder")
+        self.encoder_norm = norm_layer(encoder_dim)
+        self.decoder_embed = nn.Linear(encoder_dim, decoder_dim)
+        self.decoder_blocks = blocks("decoder")
+        self.decoder_norm = norm_layer(decoder_dim)
 
-    def _run(self, part: str, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+    def run(self, part: str, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        """``x [B, N, D]`` through ``blocks`` of the ``"encoder"`` or the ``"decoder"``."""
         for block in blocks:
-            # On the CPU timm's plain products beat PyTorch's fused kernel, whose bf16 backward is 2 to 8 times slower.
-            block.attn.fused_attn = x.is_cuda
             if part in self.checkpointed and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
             else:
@@ -104,25 +75,24 @@ class MaskedBackbone(nn.Module):
         # Only known tokens are embedded; each still gets the position of its own place.
         x = self.z_proj(gather_tokens(tokens, known)) + gather_tokens(token_pos.expand(len(tokens), -1, -1), known)
         x = torch.cat([class_embedding[:, None] + buffer_pos, x], dim=1)  # [B, buffer + N, D]
-        return self.encoder_norm(self._run("encoder", self.encoder_blocks, self.z_proj_ln(x)))
+        return self.encoder_norm(self.run("encoder", self.encoder_blocks, self.z_proj_ln(x)))
 
-    def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Encoded buffer and known tokens ``[B, buffer + N, D]`` to features z ``[B, L, D]`` of every position.
-
-        Without dropout, features of the ``wanted [B, W]`` positions alone, ``[B, W, D]``, cost less: the last block
-        attends from these.
-        """
+    def decoder_input(self, encoded: Tensor, known: Tensor) -> Tensor:
+        """Encoded buffer and known tokens ``[B, buffer + N, D]`` among mask tokens: ``[B, buffer + L, D]``."""
         buffer, x = self.decoder_embed(encoded).tensor_split([self.buffer_size], dim=1)
         tokens = self.mask_token.to(x.dtype).expand(len(x), self.seq_len, -1)
         tokens = tokens.scatter(1, known[..., None].expand(-1, -1, x.shape[-1]), x)  # [B, L, D]
-        x = torch.cat([buffer, tokens], dim=1) + self.decoder_pos_embed_learned
-        if wanted is None or self.training or not len(self.decoder_blocks):
-            x = self._run("decoder", self.decoder_blocks, x)
-            x = self.decoder_norm(x)[:, self.buffer_size :] + self.output_pos_embed
-            return x if wanted is None else gather_tokens(x, wanted)
-        x = self._run("decoder", self.decoder_blocks[:-1], x)
-        x = block_at(self.decoder_blocks[-1], x, self.buffer_size + wanted)
-        return self.decoder_norm(x) + gather_tokens(self.output_pos_embed.expand(len(x), -1, -1), wanted)
+        return torch.cat([buffer, tokens], dim=1) + self.decoder_pos_embed_learned
+
+    def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Encoded buffer and known tokens ``[B, buffer + N, D]`` to features z of the ``wanted [B, W]`` positions.
+
+        Returns:
+            ``[B, W, D]``; of all positions, ``[B, L, D]``, by default.
+        """
+        x = self.run("decoder", self.decoder_blocks, self.decoder_input(encoded, known))
+        z = self.decoder_norm(x)[:, self.buffer_size :] + self.output_pos_embed
+        return z if wanted is None else gather_tokens(z, wanted)
 
     def forward(self, tokens: Tensor, known: Tensor, class_embedding: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Features from the known tokens, of all or the ``wanted`` positions: :meth:`encode`, then :meth:`decode`."""

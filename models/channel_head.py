@@ -1,6 +1,8 @@
-"""The head (section 3.2, Eq. 6): one token's channels, one after the other; or, for comparison, all at once."""
+"""The channel head (section 3.2, Eq. 6): predicts a token's channels one after the other, or all at once."""
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +11,11 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import attend
-from models.dropout import Dropout, with_fast_dropout
-from models.graphs import Recordings
+#: Most classes that one step of the head may predict: the joint classes of a group of channels number levels^group.
+MAX_CLASSES = 2**17
 
-#: Elements of AdaLN modulations held at once in sampling; more tokens than that allows go through in turn.
-MODULATION_BUDGET = 2**28
-#: Elements of the sequence (tokens x places x width) that train at once, by device; see :class:`LossInParts`.
-TRAINING_BUDGET = {"cpu": 2**22, "cuda": 2**25}
+# --------------------------------------------------------------------------------------------------------------------
+# Blocks. Shapes: M tokens, S channel steps (each predicts one channel or one group of channels), D width, H heads.
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -29,12 +28,8 @@ def ada_ln(dim: int, parts: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Blocks.
-
-
 class ChannelAttention(nn.Module):
-    """Causal self-attention along the channels, with normalized queries and keys."""
+    """Causal self-attention along the channel steps, with normalized queries and keys."""
 
     def __init__(self, dim: int, heads: int, norm_layer: Callable, attn_dropout: float, proj_dropout: float):
         super().__init__()
@@ -44,28 +39,34 @@ class ChannelAttention(nn.Module):
         self.k_norm = norm_layer(dim // heads)
         self.attn_dropout = attn_dropout
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = Dropout(proj_dropout)
+        self.proj_drop = nn.Dropout(proj_dropout)
 
-    def _qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = rearrange(self.qkv(x), "m c (three h d) -> three m h c d", three=3, h=self.heads)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values ``[M, H, S, D / H]`` of ``x [M, S, D]``."""
+        q, k, v = rearrange(self.qkv(x), "m s (three h d) -> three m h s d", three=3, h=self.heads)
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """All places at once, ``[M, C, D]``, each attending where the causal ``mask [C, C]`` is 0."""
-        out = attend(*self._qkv(x), mask, self.attn_dropout if self.training else 0.0)
-        return self.proj_drop(self.proj(rearrange(out, "m h c d -> m c (h d)")))
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax attention with scale 1/sqrt(D / H); the causal ``mask [S, S]``, 0 or -inf, is added to the scores."""
+        mask = mask if mask is None else mask.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, mask, self.attn_dropout if self.training else 0.0)
 
-    def step(self, x: Tensor, cache: Tensor, place: int) -> Tensor:
-        """One place ``[M, 1, D]``; its key and value join ``cache [2, M, H, C, d]``, which holds those before it."""
-        q, k, v = self._qkv(x)
-        cache[0, :, :, place : place + 1] = k
-        cache[1, :, :, place : place + 1] = v
-        out = attend(q, *cache[:, :, :, : place + 1])
-        return self.proj(rearrange(out, "m h 1 d -> m 1 (h d)"))
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """All steps at once, ``[M, S, D]``, each attending where the ``mask [S, S]`` is 0; None: everywhere."""
+        out = self.attend(*self.project(x), mask)
+        return self.proj_drop(self.proj(rearrange(out, "m h s d -> m s (h d)")))
+
+    def one_step(self, x: Tensor, cache: Tensor, step: int) -> Tensor:
+        """One step ``[M, 1, D]``; its key and value join those before it in ``cache [2, M, H, S, D / H]``."""
+        q, k, v = self.project(x)
+        cache[0, :, :, step : step + 1] = k
+        cache[1, :, :, step : step + 1] = v
+        out = self.attend(q, *cache[:, :, :, : step + 1])
+        return self.proj_drop(self.proj(rearrange(out, "m h 1 d -> m 1 (h d)")))
 
 
 class ChannelBlock(nn.Module):
-    """Pre-norm transformer block whose norms and residuals are modulated by the place's condition (AdaLN)."""
+    """Pre-norm transformer block whose norms and residuals are modulated by the step's condition (AdaLN)."""
 
     def __init__(
         self, dim: int, heads: int, mlp_ratio: float, norm_layer: Callable, attn_dropout: float, proj_dropout: float
@@ -74,26 +75,22 @@ class ChannelBlock(nn.Module):
         self.norm1 = norm_layer(dim)
         self.attn = ChannelAttention(dim, heads, norm_layer, attn_dropout, proj_dropout)
         self.norm2 = norm_layer(dim)
-        self.mlp = with_fast_dropout(Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout)
         self.adaLN_modulation = ada_ln(dim, 6)
 
     def forward(self, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
-        """``x [M, N, D]`` and its ``modulation [M, N, 6D]``; ``attention`` is that of all places or of one step."""
+        """``x [M, S, D]`` under its ``modulation [M, S, 6D]``, with the ``attention`` of all steps or of one."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         x = x + gate_attn * attention(modulate(self.norm1(x), shift_attn, scale_attn))
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
-    def all_places(self, x: Tensor, conditions: Tensor, mask: Tensor) -> Tensor:
-        """``x [M, C, D]`` under its ``conditions [M, C, D]`` and the causal ``mask [C, C]``."""
+    def all_steps(self, x: Tensor, conditions: Tensor, mask: Tensor | None) -> Tensor:
+        """``x [M, S, D]`` under its ``conditions [M, S, D]`` and the causal ``mask [S, S]``."""
         return self(x, self.adaLN_modulation(conditions), lambda y: self.attn(y, mask))
 
-    def __getstate__(self) -> dict:
-        """Without what was compiled, which holds this block's own weights: copies have others."""
-        return {k: v for k, v in super().__getstate__().items() if k not in ("all_places", "one_place")}
-
-    def one_place(self, x: Tensor, modulation: Tensor, cache: Tensor, place: int) -> Tensor:
-        """``x [M, 1, D]`` at ``place`` under ``modulation [M, 1, 6D]``; ``cache`` as in ``ChannelAttention.step``."""
-        return self(x, modulation, lambda y: self.attn.step(y, cache, place))
+    def one_step(self, x: Tensor, modulation: Tensor, cache: Tensor, step: int) -> Tensor:
+        """``x [M, 1, D]`` of one step under its ``modulation [M, 1, 6D]``; its attention adds to the ``cache``."""
+        return self(x, modulation, lambda y: self.attn.one_step(y, cache, step))
 
 
 class FinalLayer(nn.Module):
@@ -105,7 +102,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = ada_ln(dim, 2)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """``x [M, C, D]`` and its ``modulation [M, C, 2D]``."""
+        """``x [M, S, D]`` and its ``modulation [M, S, 2D]``."""
         scale, shift = modulation.chunk(2, dim=-1)
         return modulate(self.norm(x), shift, scale)
 
@@ -115,207 +112,229 @@ class FinalLayer(nn.Module):
 
 
 class ChannelHead(nn.Module):
-    """p(q | z) as a product over channels in generation order (Eq. 6), shared by all positions.
+    """p(q | z) as a product over channels (Eq. 6), with the same weights at all positions of the image.
 
-    The sequence for one token is the projected feature, then the embeddings of the channels already known; place i
-    gives the logits of channel i. The feature also conditions every place through AdaLN. The parallel head (Table 2a)
-    is the same network without knowledge of other channels: the projected feature at every place, and attention
-    among all places.
+    The head predicts a token's C channels in S steps, in the generation order: one channel a step, or one group of
+    consecutive channels of that order as one of levels^group joint classes (Table 2d). The sequence for one token is
+    the projected feature, then the embeddings of the classes already known; step i gives the logits of class i. The
+    feature also conditions every step through AdaLN. The parallel head (Table 2a) is the same network without knowledge
+    of other channels: the projected feature at every step, and attention among all steps.
+
+    ``loss`` and ``sample`` speak the latents' own channel order; ``forward`` speaks classes in generation order.
 
     Args:
-        feature_dim: width of the backbone's features.
-        places: one for each channel, or group of channels (Table 2d): C.
-        classes: of each place: levels K, or levels^group.
-        dim, depth, heads: width, blocks, attention heads.
-        autoregressive: False for the parallel head.
+        config: arguments of :class:`models.tokenbridge.TokenBridge`, its ``channel_order`` given.
+        norm_layer: makes a norm from a width.
 
     Raises:
-        ValueError: a width that the attention heads do not divide.
+        ValueError: a head of another kind, a width that its attention heads do not divide, groups that do not divide
+            the channels or have too many classes.
     """
 
-    def __init__(
-        self,
-        feature_dim: int,
-        places: int,
-        classes: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float,
-        norm_layer: Callable[[int], nn.Module],
-        attn_dropout: float,
-        proj_dropout: float,
-        grad_checkpointing: bool,
-        autoregressive: bool = True,
-    ):
+    def __init__(self, config: Mapping[str, Any], norm_layer: Callable[[int], nn.Module]):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"the head's width {dim} is not a multiple of its {heads} attention heads")
-        self.places, self.classes, self.dim, self.depth = places, classes, dim, depth
-        self.autoregressive, self.grad_checkpointing = autoregressive, grad_checkpointing
-        self.channel_embed = nn.Parameter(torch.zeros(1, places, dim))
-        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, places, dim))
-        causal = torch.full((places, places), -torch.inf).triu(1)
-        self.register_buffer("channel_mask", causal if autoregressive else None)
-        self.condition_proj = nn.Linear(feature_dim, dim)
-        known = places - 1 if autoregressive else 0
-        self.token_embeddings = nn.ModuleList(nn.Embedding(classes, dim) for _ in range(known))
-        self.channel_blocks = nn.ModuleList(
-            ChannelBlock(dim, heads, mlp_ratio, norm_layer, attn_dropout, proj_dropout) for _ in range(depth)
-        )
+        check_head(config)
+        dim, heads, group = config["channel_embed_dim"], config["channel_heads"], config["channels_per_group"]
+        self.channels, self.channels_per_group = len(config["channel_order"]), group  # C
+        self.levels = config["quant_levels"]
+        self.channel_steps, self.classes = self.channels // group, self.levels**group  # S, K
+        self.dim, self.depth, self.autoregressive = dim, config["channel_depth"], config["head"] == "ar"
+        #: Recompute the blocks in the backward pass instead of keeping their activations.
+        self.grad_checkpointing = False
+        order = torch.tensor(config["channel_order"])
+        self.register_buffer("generation_order", order, persistent=False)
+        self.register_buffer("from_generation_order", order.argsort(), persistent=False)
+        self.register_buffer("group_weights", self.levels ** torch.arange(group - 1, -1, -1), persistent=False)
+
+        self.channel_embed = nn.Parameter(torch.zeros(1, self.channel_steps, dim))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, self.channel_steps, dim))
+        causal = torch.full((self.channel_steps, self.channel_steps), -torch.inf).triu(1)
+        self.register_buffer("channel_mask", causal if self.autoregressive else None)
+        self.condition_proj = nn.Linear(config["decoder_embed_dim"], dim)
+        known = self.channel_steps - 1 if self.autoregressive else 0
+        self.token_embeddings = nn.ModuleList(nn.Embedding(self.classes, dim) for _ in range(known))
+        options = config["mlp_ratio"], norm_layer, config["attn_dropout"], config["proj_dropout"]
+        self.channel_blocks = nn.ModuleList(ChannelBlock(dim, heads, *options) for _ in range(self.depth))
         self.channel_norm = norm_layer(dim)
         self.channel_final = FinalLayer(dim)
-        self.channel_heads = nn.ModuleList(nn.Linear(dim, classes) for _ in range(places))
-        #: Of sampling, on CUDA; see :meth:`compile_blocks`.
-        self.recordings: Recordings | None = None
+        self.channel_heads = nn.ModuleList(nn.Linear(dim, self.classes) for _ in range(self.channel_steps))
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Channels and classes.
+
+    def to_classes(self, levels: Tensor) -> Tensor:
+        """Levels ``[..., C]`` in generation order to the classes ``[..., S]`` of the channel steps."""
+        if self.channels_per_group == 1:
+            return levels
+        return (levels.unflatten(-1, (-1, self.channels_per_group)) * self.group_weights).sum(-1)
+
+    def to_levels(self, classes: Tensor) -> Tensor:
+        """Classes ``[..., S]`` to levels ``[..., C]`` in generation order: the inverse of :meth:`to_classes`."""
+        if self.channels_per_group == 1:
+            return classes
+        return (classes[..., None] // self.group_weights % self.levels).flatten(-2)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Training.
 
     def embed(self, targets: Tensor) -> Tensor:
-        """Classes of all places but the last, from ``targets [M, C]``, each in its own embedding: ``[M, C-1, D]``."""
+        """Classes of all steps but the last, from ``targets [M, S]``, each in its own embedding: ``[M, S-1, D]``."""
         known = targets[:, :-1]
         if not self.token_embeddings:
             return self.channel_embed.new_zeros(*known.shape, self.dim)
-        table = torch.cat([embedding.weight for embedding in self.token_embeddings])  # [(C-1) K, D]
-        return F.embedding(known + self.classes * torch.arange(self.places - 1, device=known.device), table)
+        table = torch.cat([embedding.weight for embedding in self.token_embeddings])  # [(S-1) K, D]
+        return F.embedding(known + self.classes * torch.arange(self.channel_steps - 1, device=known.device), table)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Each place through its own linear layer, as one batched product: ``[M, C, D]`` to logits ``[M, C, K]``."""
-        weight = torch.stack([head.weight for head in self.channel_heads])  # [C, K, D]
-        bias = torch.stack([head.bias for head in self.channel_heads])  # [C, K]
-        return torch.einsum("mcd,ckd->mck", x, weight) + bias
+        """Each step through its own linear layer, as one batched product: ``[M, S, D]`` to logits ``[M, S, K]``."""
+        weight = torch.stack([head.weight for head in self.channel_heads])  # [S, K, D]
+        bias = torch.stack([head.bias for head in self.channel_heads])  # [S, K]
+        return torch.einsum("msd,skd->msk", x, weight) + bias
 
-    def forward(self, features: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, features: Tensor, targets: Tensor | None) -> Tensor:
         """Teacher-forced logits.
 
         Args:
-            features: ``[M, F]``, one row a token.
-            targets: classes ``[M, C]`` in generation order; place i sees those before i only, the parallel head none.
+            features: ``[M, D]`` of the backbone, one row a token.
+            targets: classes ``[M, S]`` in generation order; step i sees those before i only, the parallel head none.
 
         Returns:
-            logits ``[M, C, K]`` in generation order.
+            logits ``[M, S, K]`` in generation order.
         """
         condition = self.condition_proj(features)[:, None]  # [M, 1, D]
         x = condition
         if self.autoregressive:
             x = torch.cat([condition, self.embed(targets).to(condition.dtype)], dim=1)
-        x = x + self.channel_embed  # [M, C, D]
-        conditions = condition + self.timesteps_embeddings  # [M, C, D]
+        x = x + self.channel_embed  # [M, S, D]
+        conditions = condition + self.timesteps_embeddings  # [M, S, D]
         for block in self.channel_blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block.all_places, x, conditions, self.channel_mask, use_reentrant=False)
+                x = checkpoint(block.all_steps, x, conditions, self.channel_mask, use_reentrant=False)
             else:
-                x = block.all_places(x, conditions, self.channel_mask)
+                x = block.all_steps(x, conditions, self.channel_mask)
         return self.classify(self.channel_final(self.channel_norm(x), self.channel_final.adaLN_modulation(conditions)))
 
     def loss(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of ``targets [M, C]`` given ``features [M, F]``, over tokens and places.
-
-        In training, more tokens than :data:`TRAINING_BUDGET` allows go through in parts, each forward and backward.
-        """
-        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        rows = max(1, TRAINING_BUDGET.get(features.device.type, 2**25) // (self.places * self.dim))
-        # In fp16, gradients need the scale that the loss only gets later.
-        fp16 = torch.is_autocast_enabled(features.device.type) and (
-            torch.get_autocast_dtype(features.device.type) == torch.float16
-        )
-        if len(features) > rows and torch.is_grad_enabled() and (features.requires_grad or learned) and not fp16:
-            return LossInParts.apply(self, rows, features, targets, *learned)
-        return self._loss_sum(features, targets) / targets.numel()
-
-    def _loss_sum(self, features: Tensor, targets: Tensor) -> Tensor:
-        logits = self(features, targets)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-
-    @torch.no_grad()
-    def sample(self, features: Tensor, choose: Callable[[Tensor, int], Tensor], first_place: str = "trained") -> Tensor:
-        """Channels one after the other, with keys and values kept: C steps of one place each.
+        """Mean cross-entropy in nats over tokens and channel steps (Eq. 6).
 
         Args:
-            features: ``[M, F]``, one row a token.
-            choose: takes the logits ``[M, K]`` (float32) of a place and its number, gives the classes ``[M]``.
-            first_place: ``"trained"`` feeds place 0 as training does; ``"released"`` adds the place's AdaLN embedding
-                to it, as the published sampler does.
+            features: ``[M, D]`` of the backbone, one row a token.
+            targets: levels ``[M, C]`` in the latents' own channel order.
+        """
+        classes = self.to_classes(targets[:, self.generation_order])
+        return F.cross_entropy(self(features, classes).flatten(0, 1).float(), classes.flatten())
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Sampling.
+
+    @torch.no_grad()
+    def sample(
+        self, features: Tensor, temperature: float, uniform: Tensor, first_place: str = "trained"
+    ) -> tuple[Tensor, Tensor]:
+        """Draws all channels of M tokens.
+
+        Args:
+            features: ``[M, D]`` of the backbone, one row a token.
+            temperature: of each step's distribution; 0 takes the most probable class.
+            uniform: random numbers in [0, 1), one for each channel step: ``[M, S]``.
+            first_place: ``"trained"`` feeds step 0 as training does; ``"released"`` adds the step's AdaLN embedding to
+                its input, as the published sampler does.
 
         Returns:
-            classes ``[M, C]`` in generation order.
+            levels ``[M, C]`` in the latents' own channel order, and their joint log-probability ``[M]`` in nats at
+            temperature 1.
 
         Raises:
             ValueError: another ``first_place``.
         """
-        if not self.autoregressive:
-            logits = self(features, features)  # targets are not looked at
-            return torch.stack([choose(logits[:, place].float(), place) for place in range(self.places)], dim=1)
+        logits_of = self._cached_steps(features, first_place) if self.autoregressive else self._parallel_steps(features)
+        log_probs, classes = torch.zeros(len(features), device=features.device), []
+        for step in range(self.channel_steps):
+            logits = logits_of(step, classes)
+            classes.append(sample_categorical(logits, temperature, uniform[:, step]))
+            log_probs = log_probs + logits.log_softmax(dim=-1).gather(1, classes[-1][:, None])[:, 0]
+        return self.to_levels(torch.stack(classes, dim=1))[:, self.from_generation_order], log_probs
+
+    def _parallel_steps(self, features: Tensor) -> Callable[[int, Sequence[Tensor]], Tensor]:
+        """A function that gives the logits ``[M, K]`` of a step, whatever the classes of other steps."""
+        logits = self(features, None).float()
+        return lambda step, classes: logits[:, step]
+
+    def _cached_steps(self, features: Tensor, first_place: str) -> Callable[[int, Sequence[Tensor]], Tensor]:
+        """A function that gives the logits ``[M, K]`` of a step from the classes ``[M]`` of the steps before it.
+
+        It keeps their keys and values, and so must be asked for all steps in turn.
+        """
         if first_place not in ("trained", "released"):
             raise ValueError(f'first_place is "trained" or "released", not {first_place!r}')
         condition = self.condition_proj(features)[:, None]  # [M, 1, D]
-        # The conditions of all places are known beforehand: one AdaLN product a block instead of one a place.
-        conditions = condition + self.timesteps_embeddings  # [M, C, D]
-        modulations = [block.adaLN_modulation(conditions) for block in self.channel_blocks]  # [M, C, 6D] each
+        # The conditions of all steps are known beforehand: one AdaLN product a block instead of one a step.
+        conditions = condition + self.timesteps_embeddings  # [M, S, D]
+        modulations = [block.adaLN_modulation(conditions) for block in self.channel_blocks]  # [M, S, 6D] each
         final_modulation = self.channel_final.adaLN_modulation(conditions)
         heads = self.channel_blocks[0].attn.heads if self.depth else 1
-        cache = condition.new_empty(self.depth, 2, len(features), heads, self.places, self.dim // heads)
+        cache = condition.new_empty(self.depth, 2, len(features), heads, self.channel_steps, self.dim // heads)
 
-        x = conditions[:, :1] if first_place == "released" else condition
-        chosen = []
-        for place in range(self.places):
-            here = slice(place, place + 1)
+        def logits_of(step: int, classes: Sequence[Tensor]) -> Tensor:
+            here = slice(step, step + 1)
+            if step:
+                x = self.token_embeddings[step - 1](classes[-1])[:, None].to(condition.dtype)  # [M, 1, D]
+            else:
+                x = conditions[:, :1] if first_place == "released" else condition
             x = x + self.channel_embed[:, here]
             for block, modulation, kept in zip(self.channel_blocks, modulations, cache, strict=True):
-                x = block.one_place(x, modulation[:, here], kept, place)
+                x = block.one_step(x, modulation[:, here], kept, step)
             x = self.channel_final(self.channel_norm(x), final_modulation[:, here])
-            chosen.append(choose(self.channel_heads[place](x)[:, 0].float(), place))
-            if place + 1 < self.places:
-                x = self.token_embeddings[place](chosen[-1])[:, None].to(condition.dtype)  # [M, 1, D]
-        return torch.stack(chosen, dim=1)
+            return self.channel_heads[step](x)[:, 0].float()
 
-    def compile_blocks(self) -> None:
-        """Has ``torch.compile`` fuse the blocks; on CUDA, the sampling of few tokens becomes one launch."""
-        for block in self.channel_blocks:
-            block.all_places = torch.compile(block.all_places, dynamic=True)
-            block.one_place = torch.compile(block.one_place, dynamic=True)
-        if self.channel_embed.is_cuda:
-            self.recordings = Recordings()
-
-    def _apply(self, *args, **kwargs) -> "ChannelHead":
-        if self.recordings is not None:
-            self.recordings.kept.clear()  # weights may move, and recordings read them where they lay
-        return super()._apply(*args, **kwargs)
-
-    def rows_at_once(self) -> int:
-        """Tokens whose modulations and logits fit :data:`MODULATION_BUDGET`."""
-        logits = self.classes * (1 if self.autoregressive else self.places)
-        return max(1, MODULATION_BUDGET // (self.places * self.dim * (6 * self.depth + 2) + logits))
+        return logits_of
 
 
-class LossInParts(torch.autograd.Function):
-    """The head's loss, part by part of the tokens, gradients included: activations of one part are held at a time.
+def sample_categorical(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """Classes ``[M]`` from ``logits [M, K]`` by inverting the distribution function at ``uniform [M]``.
 
-    The head's activations are most of a training step's memory, 16 places for each token. Nothing is computed twice:
-    gradients of features and weights are taken while a part's activations are there, and scaled when they are asked
-    for.
+    Temperature 0 is the argmax; otherwise softmax(logits / temperature) is sampled.
     """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    cdf = torch.softmax(logits.float() / temperature, dim=-1).cumsum(dim=-1)
+    threshold = uniform[:, None] * cdf[:, -1:]  # rounding may leave the sum beside 1
+    return torch.searchsorted(cdf, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
-    @staticmethod
-    def forward(ctx, head: ChannelHead, rows: int, features: Tensor, targets: Tensor, *learned: Tensor) -> Tensor:
-        total = torch.zeros((), device=features.device)
-        wanted = ctx.needs_input_grad[2]  # not if the backbone is frozen
-        feature_grads, sums = [], []
-        for z, part in zip(features.split(rows), targets.split(rows), strict=True):
-            with torch.enable_grad():
-                z = z.detach().requires_grad_(wanted)
-                loss = head._loss_sum(z, part) / targets.numel()
-                grads = list(torch.autograd.grad(loss, [*[z] * wanted, *learned], materialize_grads=True))
-            total += loss.detach()
-            if wanted:
-                feature_grads.append(grads.pop(0))
-            if not sums:
-                sums = grads
-            elif learned:
-                torch._foreach_add_(sums, grads)
-        ctx.save_for_backward(torch.cat(feature_grads) if wanted else None, *sums)
-        return total
 
-    @staticmethod
-    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
-        features, *learned = ctx.saved_tensors
-        scaled = torch._foreach_mul(learned, scale) if learned else ()
-        return None, None, None if features is None else features * scale, None, *scaled
+# --------------------------------------------------------------------------------------------------------------------
+# Configurations that cannot be.
+
+
+def checked_order(order: Sequence[int], channels: int) -> list[int]:
+    """``order`` as a list of numbers.
+
+    Raises:
+        ValueError: it is not a permutation of ``range(channels)``.
+    """
+    try:
+        order = [operator.index(channel) for channel in order]
+    except TypeError:
+        order = []
+    if sorted(order) != list(range(channels)):
+        raise ValueError(f"channel_order must hold each of 0 to {channels - 1} once, got {order or 'no numbers'}")
+    return order
+
+
+def check_head(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a ``config`` of which :class:`ChannelHead` can build no head."""
+    kind, size, channels = config["head"], config["channels_per_group"], len(config["channel_order"])
+    levels, dim, heads = config["quant_levels"], config["channel_embed_dim"], config["channel_heads"]
+    if kind not in ("ar", "parallel"):
+        raise ValueError(f'head is "ar" or "parallel", not {kind!r}')
+    if size < 1 or channels % size:
+        raise ValueError(f"groups of {size} do not divide the {channels} channels of a token")
+    classes, steps = levels**size, channels // size
+    if classes > MAX_CLASSES:
+        parameters = classes * dim * (steps + (steps - 1) * (kind == "ar"))
+        raise ValueError(
+            f"{size} channels of {levels} levels have {classes:,} joint classes, {MAX_CLASSES:,} are the most: the "
+            f"head would hold {parameters:,} parameters for them ({4 * parameters / 2**30:,.0f} GiB in fp32)"
+        )
+    if dim % heads:
+        raise ValueError(f"the head's width {dim} is not a multiple of its {heads} attention heads")

@@ -1,56 +1,31 @@
 """KL tokenizers of the diffusers library (an optional extra) behind the interface of :mod:`models.vae`."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from models.vae import DiagonalGaussianDistribution
-from util.checkpoint import VAE_NAMES
-from util.errors import UserError, reason
+from models.posterior import DiagonalGaussianDistribution
 
 
 class DiffusersVAE(nn.Module):
     """An ``AutoencoderKL`` of diffusers, frozen.
 
     Args:
-        path: its weights, ``diffusion_pytorch_model.safetensors``, beside their ``config.json``.
-        config: what that holds.
+        vae: the loaded ``AutoencoderKL``; all of its latents must be scaled by one factor.
 
-    Raises:
-        UserError: diffusers is not installed, the files are damaged or do not fit each other, or its latents are
-            scaled channel by channel, for which the quantizer has no levels.
+    Attributes:
+        embed_dim: latent channels C.
+        stride: pixels that a latent position covers, each way.
+        latent_factor: what latents are multiplied by.
+        config: what caches and checkpoints tell of the tokenizer.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any]):
+    def __init__(self, vae: nn.Module):
         super().__init__()
-        if path.name != VAE_NAMES[-1]:  # diffusers would read another file of the folder
-            raise UserError(f"{path}: tokenizers of diffusers are read from {VAE_NAMES[-1]}; name their folder")
-        try:
-            from diffusers import AutoencoderKL
-        except ModuleNotFoundError as error:
-            raise UserError(f"{path} is a tokenizer of diffusers, which is missing: pip install diffusers") from error
-        try:
-            self.vae, loaded = AutoencoderKL.from_pretrained(
-                str(path.parent), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
-                output_loading_info=True, torch_dtype=torch.float32,
-            )  # fmt: skip
-        except Exception as error:  # damaged files and sizes that cannot be fail in many ways
-            raise UserError(f"{path} cannot be read by diffusers ({reason(error)})") from error
-        wrong = {what: names for what in ("missing_keys", "mismatched_keys") if (names := loaded.get(what))}
-        wrong |= {"not finite": [name for name, value in self.vae.state_dict().items() if not value.isfinite().all()]}
-        if any(wrong.values()):
-            raise UserError(f"{path} does not fit its config.json: {wrong}")
-        about = self.vae.config
-        if about.get("latents_mean") is not None or about.get("latents_std") is not None:
-            raise UserError(f"{path} scales each latent channel on its own (latents_mean, latents_std): not supported")
-        widths = about["block_out_channels"]
-        self.embed_dim, self.stride = about["latent_channels"], 2 ** (len(widths) - 1)
-        self.latent_factor = float(about["scaling_factor"])
-        self.shift = float(about.get("shift_factor") or 0.0)
-        #: What caches and checkpoints tell of it.
+        self.vae, config = vae, vae.config
+        widths = config["block_out_channels"]
+        self.embed_dim, self.stride = config["latent_channels"], 2 ** (len(widths) - 1)
+        self.latent_factor = float(config["scaling_factor"])
+        self.shift = float(config.get("shift_factor") or 0.0)
         self.config = {"embed_dim": self.embed_dim, "ch_mult": [max(1, width // widths[0]) for width in widths]}
         self.eval().requires_grad_(False)
 

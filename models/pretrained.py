@@ -1,63 +1,24 @@
-"""TokenBridges that travel: to a folder of safetensors, config and model card, to the Hugging Face Hub, and back."""
+"""Models to and from files: folders of safetensors, config and model card; checkpoints; the Hugging Face Hub.
 
-import copy
+The one file of ``models`` that touches files. What reads and writes them, :mod:`util.checkpoint` and the model card, is
+imported inside the methods that need it: whoever only builds a model loads neither the Hub's code nor that of metrics.
+"""
+
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from huggingface_hub import ModelCard, PyTorchModelHubMixin
-
-from util import checkpoint
-from util.checkpoint import hub, safetensors_io
-from util.checkpoint.load import load_weights
-from util.config import KL16_LATENT_FACTOR
-from util.errors import UserError, reason
-from util.files import write_json
-from util.metrics import TITLES
-from util.tables import markdown, write_text
-
-PAPER = "https://arxiv.org/abs/2503.16430"
-
-CARD = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-An image generator of the kind of TokenBridge: a tokenizer's continuous latents, quantized after training, dimension by
-dimension, are predicted as discrete tokens by a masked transformer and one small channel-by-channel head, under plain
-cross-entropy. The method: *Bridging Continuous and Discrete Tokens for Autoregressive Visual Generation*
-([paper]({{ paper }})).
-
-{{ sizes }}
-{% if figures %}## Figures
-
-{{ figures }}
-{% endif %}## Use
-
-```python
 import torch
-from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
-from util.checkpoint.load import load_weights
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
+from torch import nn
 
-model = TokenBridge.from_pretrained("{{ repo_id }}")
-vae, latent_factor = AutoencoderKL.from_pretrained("{{ tokenizer }}")
-labels = torch.arange({{ images }})
-latents = model.sample_tokens({{ images }}, num_iter=64, cfg=3.0, labels=labels, seeds=range({{ images }}))
-images = vae.decode(latents / latent_factor)  # [{{ images }}, 3, H, W], about [-1, 1]
-```
+from models.diffusers_vae import DiffusersVAE
+from util.errors import UserError, reason
 
-`models` is the code of the TokenBridge project; run it from its checkout.
-
-`config.json` holds all that rebuilds the model; classes and the latent factor are there, too.
-
-## Licence
-
-{{ licence }}
-"""
+# --------------------------------------------------------------------------------------------------------------------
+# TokenBridge.
 
 
 class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-generation", "arxiv:2503.16430"]):
@@ -67,7 +28,17 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
     """
 
     #: What belongs to the weights without being the network's: latent factor, names of the classes.
-    about: Mapping[str, Any] = MappingProxyType({})
+    metadata: Mapping[str, Any] = MappingProxyType({})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "HubModel":
+        """The model that ``config``, a model's own or a checkpoint's, describes; entries of other things are ignored.
+
+        Raises:
+            TypeError, ValueError: it describes none.
+        """
+        names = inspect.signature(cls).parameters
+        return cls(**{name: value for name, value in config.items() if name in names})
 
     @classmethod
     def from_pretrained(
@@ -96,6 +67,9 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
             UserError: there is no such model; it is damaged; it says not of what model it is, and is no published one.
             TypeError: an argument that the model does not have.
         """
+        from util import checkpoint
+        from util.checkpoint import hub
+
         unknown = set(model_kwargs) - set(inspect.signature(cls).parameters)
         if unknown:
             raise TypeError(f"{cls.__name__} has no arguments {', '.join(sorted(unknown))}")
@@ -126,6 +100,8 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
         cls, content: Mapping[str, Any], path: str | Path, ema: bool | None = None, **model_kwargs
     ) -> "HubModel":
         """:meth:`from_pretrained` of what :func:`util.checkpoint.read_run` read from ``path``."""
+        from util.checkpoint.load import load_weights
+
         config = cls.config_of(content, path)
         try:
             model = cls.from_config({**config, **model_kwargs})
@@ -137,10 +113,10 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
 
     @classmethod
     def config_of(cls, content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-        """What a checkpoint tells of its model; of a published one, which tells nothing, what its weights' shapes do.
+        """The ``config`` that a checkpoint holds; of a published one, which holds none, what its weights' shapes tell.
 
         Raises:
-            UserError: they are of no published model.
+            UserError: the weights are of no published model.
         """
         return content.get("config") or cls.published_config(content.get("model"), path)
 
@@ -158,16 +134,20 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
 
         Args:
             save_directory: made if it is not there.
-            config: more entries of ``config.json``; those of :attr:`about` are there anyway.
+            config: more entries of ``config.json``; those of :attr:`metadata` are there anyway.
             repo_id, push_to_hub, push_to_hub_kwargs: also :meth:`push_to_hub`; by default under the folder's name.
             model_card_kwargs: see :meth:`generate_model_card`.
 
         Raises:
             UserError: the disk is full, or the folder cannot be written; or see :meth:`push_to_hub`.
         """
+        from util import checkpoint
+        from util.files import write_json
+        from util.tables import write_text
+
         folder = Path(save_directory)
         write_json(folder / checkpoint.HUB_CONFIG, {**self.config, **self.metadata, **(config or {})})
-        safetensors_io.write_tensors(folder / checkpoint.HUB_NAME, self.state_dict())
+        checkpoint.safetensors_io.write_tensors(folder / checkpoint.HUB_NAME, self.state_dict())
         card = {"repo_id": repo_id or str(folder), **(model_card_kwargs or {})}
         if not (folder / "README.md").exists():
             write_text(folder / "README.md", str(self.generate_model_card(**card)))
@@ -190,56 +170,110 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
         Raises:
             UserError: no network, no token, or no right to write there.
         """
+        from util.checkpoint import hub
+
         card = {"repo_id": repo_id, **(kwargs.pop("model_card_kwargs", None) or {})}
         with hub.explained(hub.Address(repo_id, kwargs.get("branch"), ""), "write to"):
             hub.make_repo(repo_id, kwargs.get("private"), kwargs.get("token"))
             return super().push_to_hub(repo_id, model_card_kwargs=card, **kwargs)
 
-    def generate_model_card(
-        self,
-        repo_id: str = "owner/repo",
-        tokenizer: str | None = None,
-        figures: Mapping[str, Any] | None = None,
-        licence: str | None = None,
-    ) -> ModelCard:
-        """The card of this model.
+    def generate_model_card(self, **kwargs) -> ModelCard:
+        """The card of this model; ``kwargs`` are those of :func:`util.checkpoint.model_card.model_card`."""
+        from util.checkpoint.model_card import model_card
+
+        return model_card(self, self._hub_mixin_info.model_card_data, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The tokenizer.
+
+
+class PretrainedVAE:
+    """``from_pretrained`` and ``save_pretrained`` of :class:`models.vae.AutoencoderKL`."""
+
+    @classmethod
+    def from_pretrained(cls, path: str) -> tuple[nn.Module, float]:
+        """The tokenizer at ``path``, built as its file says, frozen, and its latent factor.
+
+        A file that says nothing of itself is the published KL-16, factor 0.2325.
 
         Args:
-            repo_id: what its usage loads.
-            tokenizer: what its usage loads; by default the published KL-16, if the model's latents are scaled as there.
-            figures: a ``samples.json`` of ``main_tokenbridge.py``: its metrics, and the settings they were measured at.
-            licence: of the weights, by the Hub's short name, such as ``mit``.
+            path: a file; a folder of :meth:`save_pretrained` or of diffusers (then the tokenizer is a
+                :class:`models.diffusers_vae.DiffusersVAE`); or an address on the Hub, ``hf://owner/repo[/path]``.
+
+        Raises:
+            UserError: the file is missing, unreadable, or does not hold the weights of such a tokenizer.
         """
-        data = copy.deepcopy(self._hub_mixin_info.model_card_data)
-        data.license = licence
-        metrics = [[title, figures[name]] for name, title in TITLES.items() if name in figures] if figures else []
-        settings = (figures or {}).get("settings", {})
-        names = ("num_images", "num_iter", "cfg", "cfg_schedule", "temperature", "order", "precision")
-        c, factor = self.config, self.metadata.get("latent_factor")
-        if tokenizer is None:
-            kl16 = c["vae_embed_dim"] == 16 and factor == KL16_LATENT_FACTOR
-            tokenizer = f"hf://{hub.VAE_REPO}/kl16.ckpt" if kl16 else "path/to/its/tokenizer"
-        rows = [
-            ["parameters", f"{sum(p.numel() for p in self.parameters()) / 1e6:.1f}M"],
-            ["image", f"{c['img_size']} x {c['img_size']} pixels, {c['class_num']} classes"],
-            ["tokens", f"{self.seq_len} of {self.token_dim} channels, {c['quant_levels']} levels each"],
-            ["backbone", f"{c['encoder_depth']} + {c['decoder_depth']} blocks of width {c['encoder_embed_dim']}"],
-            ["head", f"{c['head']}, {c['channel_depth']} blocks of width {c['channel_embed_dim']}"],
-            ["latent factor", factor or "the tokenizer's"],
-        ]
-        return ModelCard.from_template(
-            data,
-            template_str=CARD,
-            paper=PAPER,
-            title=repo_id.rpartition("/")[2] or repo_id,
-            repo_id=repo_id,
-            tokenizer=tokenizer,
-            images=min(8, self.class_num),
-            sizes=markdown(["", ""], rows),
-            figures=markdown(
-                ["metric", "value"], metrics + [[name, settings[name]] for name in names if name in settings]
-            )
-            if metrics
-            else "",
-            licence=f"{licence}." if licence else "Not stated: ask whoever trained it.",
-        )
+        from util.checkpoint import VAE_NAMES, config_beside, located, read_vae
+
+        path = located(path, VAE_NAMES)
+        beside = config_beside(path)
+        if isinstance(beside, dict) and "_class_name" in beside:
+            vae = DiffusersVAE(read_diffusers(path))
+            return vae, vae.latent_factor
+        weights, config, latent_factor = read_vae(path)
+        try:
+            vae = cls(**config)
+        except Exception as error:  # sizes that cannot be fail in torch, in many ways
+            raise UserError(f"{path} describes no tokenizer that this code can build: {reason(error)}") from error
+        vae._load(weights, path)
+        return vae.eval().requires_grad_(False), latent_factor
+
+    def load_file(self, path: str | Path) -> None:
+        """Loads the weights of a tokenizer of this one's sizes.
+
+        Raises:
+            UserError: the file is missing or unreadable, or its weights do not fit.
+        """
+        from util.checkpoint import read_vae
+
+        self._load(read_vae(path)[0], path)
+
+    def _load(self, weights: Mapping[str, Any], path: str | Path) -> None:
+        from util.checkpoint.load import matching
+
+        hint = "It holds another tokenizer; files without their own description are taken for KL-16"
+        self.load_state_dict(matching(weights, self.state_dict(), path, hint))
+
+    def save_pretrained(self, folder: str | Path, latent_factor: float) -> None:
+        """Writes ``model.safetensors`` and ``config.json``, which :meth:`from_pretrained` reads.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written.
+        """
+        from util.checkpoint import HUB_CONFIG, HUB_NAME, safetensors_io
+        from util.files import write_json
+
+        safetensors_io.write_tensors(Path(folder) / HUB_NAME, self.state_dict())
+        write_json(Path(folder) / HUB_CONFIG, {"vae": self.config, "latent_factor": latent_factor})
+
+
+def read_diffusers(path: Path) -> nn.Module:
+    """The ``AutoencoderKL`` of diffusers with the weights ``path``, beside their ``config.json``.
+
+    Raises:
+        UserError: diffusers is not installed, the files are damaged or do not fit each other, or the latents are scaled
+            channel by channel, for which the quantizer has no levels.
+    """
+    from util.checkpoint import VAE_NAMES
+
+    if path.name != VAE_NAMES[-1]:  # diffusers would read another file of the folder
+        raise UserError(f"{path}: tokenizers of diffusers are read from {VAE_NAMES[-1]}; name their folder")
+    try:
+        from diffusers import AutoencoderKL
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} is a tokenizer of diffusers, which is missing: pip install diffusers") from error
+    try:
+        vae, loaded = AutoencoderKL.from_pretrained(
+            str(path.parent), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
+            output_loading_info=True, torch_dtype=torch.float32,
+        )  # fmt: skip
+    except Exception as error:  # damaged files and sizes that cannot be fail in many ways
+        raise UserError(f"{path} cannot be read by diffusers ({reason(error)})") from error
+    wrong = {what: names for what in ("missing_keys", "mismatched_keys") if (names := loaded.get(what))}
+    wrong |= {"not finite": [name for name, value in vae.state_dict().items() if not value.isfinite().all()]}
+    if any(wrong.values()):
+        raise UserError(f"{path} does not fit its config.json: {wrong}")
+    if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
+        raise UserError(f"{path} scales each latent channel on its own (latents_mean, latents_std): not supported")
+    return vae

@@ -1,7 +1,8 @@
 """Post-training quantization of latents, one dimension at a time (section 3.1 of the paper, equations 1 to 5)."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,11 +100,11 @@ class ScalarQuantizer(nn.Module):
         levels: number of levels K.
         quant_min, quant_max: bounds alpha_min, alpha_max of the latents, clamped to.
         std_range: half-width r of the normalized range, in standard deviations.
-        channel_mean, channel_std: of each channel's latents, in place of the bounds; the channels are then the last
-            dimension of everything that is quantized.
+        channel_mean, channel_std: mean and deviation of each channel's latents, which calibrate that channel's bounds
+            in place of the two above; the channels are then the last dimension of everything that is quantized.
 
     Raises:
-        ValueError: see the tables; an empty range; or means and deviations that cannot be.
+        ValueError: levels that no table can be made of, an empty range, or means and deviations that cannot be.
     """
 
     tables: Callable[[int, float], tuple[Tensor, Tensor]]
@@ -132,7 +133,7 @@ class ScalarQuantizer(nn.Module):
             self.register_buffer("channel_min", low, persistent=False)
             self.register_buffer("channel_max", high, persistent=False)
         self._update_latent_thresholds()
-        # Thresholds follow whatever table a checkpoint brings.
+        # A checkpoint may bring other tables: the thresholds between levels follow from them.
         self.register_load_state_dict_post_hook(lambda module, _: module._update_thresholds())
 
     def _update_thresholds(self) -> None:
@@ -142,7 +143,7 @@ class ScalarQuantizer(nn.Module):
         self._update_latent_thresholds()
 
     def _update_latent_thresholds(self) -> None:
-        """The largest latents that Eq. 1 maps to a threshold or below: comparing with these saves Eq. 1 itself."""
+        """Finds the largest latents that Eq. 1 maps to a threshold or below: comparing with these saves Eq. 1."""
         if self.calibrated or self.thresholds.is_meta:
             return
         limits = self.thresholds.cpu()
@@ -172,7 +173,7 @@ class ScalarQuantizer(nn.Module):
         return (self.reconstruction_values[indices] + self.std_range) * ((high - low) / (2 * self.std_range)) + low
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents of any shape to ``(indices, dequantized)`` of that shape, int64 and float32 (Eq. 4, 5)."""
+        """Quantizes latents of any shape (Eq. 4, 5): ``(indices, dequantized)`` of that shape, int64 and float32."""
         if self.calibrated:
             indices = torch.bucketize(self.normalize(x).contiguous(), self.thresholds)
             return indices, self.dequantize(indices)
@@ -183,10 +184,11 @@ class ScalarQuantizer(nn.Module):
 def calibrated_bounds(
     channel_mean: Sequence[float] | None, channel_std: Sequence[float] | None, std_range: float
 ) -> tuple[Tensor, Tensor]:
-    """``mean -+ std_range sqrt(3) deviation``, ``[C]`` each.
+    """Bounds alpha_min and alpha_max of each channel, ``mean -+ std_range sqrt(3) deviation``: ``[C]`` each.
 
     Raises:
-        ValueError: one of them is missing, they differ in length, or hold what cannot be.
+        ValueError: one of them is missing, they differ in length, hold values that are not finite, or deviations that
+            are not above zero.
     """
     if channel_mean is None or channel_std is None or len(channel_mean) != len(channel_std):
         raise ValueError("calibration needs a mean and a deviation for each channel")
@@ -211,3 +213,26 @@ class LinearQuantizer(ScalarQuantizer):
 
 #: Values of ``--quantizer``.
 QUANTIZERS = {"gaussian": GaussianQuantizer, "linear": LinearQuantizer}
+
+
+def build_quantizer(config: Mapping[str, Any]) -> ScalarQuantizer:
+    """The quantizer of a model's tokens ``[B, L, C]``.
+
+    Args:
+        config: arguments of :class:`models.tokenbridge.TokenBridge`.
+
+    Raises:
+        ValueError: a quantizer of another kind, or see :class:`ScalarQuantizer`.
+    """
+    kind, channels = config["quantizer"], config["vae_embed_dim"]
+    if kind not in QUANTIZERS:
+        raise ValueError(f"quantizer one of {list(QUANTIZERS)} is needed, not {kind!r}")
+    calibration = {}
+    for name in ("channel_mean", "channel_std"):
+        values = config[name]
+        if values is not None and len(values) != channels:
+            raise ValueError(f"{len(values)} values of {name} for {channels} channels")
+        # A patch's entries of one channel lie side by side in its token.
+        calibration[name] = values if values is None else np.repeat(values, config["patch_size"] ** 2)
+    ranges = config["quant_levels"], config["quant_min"], config["quant_max"], config["std_range"]
+    return QUANTIZERS[kind](*ranges, **calibration)

@@ -1,38 +1,49 @@
 """TokenBridge: quantized latents learned by a masked backbone and a channel-autoregressive head (section 3)."""
 
-import inspect
 import math
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
 from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
-from models import sampling
+from models import fast, sampling
 from models.backbone import MaskedBackbone, gather_tokens
-from models.channel_head import ChannelHead
+from models.channel_head import ChannelHead, checked_order
+from models.fast import speed_up
 from models.pretrained import HubModel
-from models.quantizer import QUANTIZERS
-from util.config import KL16_LATENT_FACTOR
-from util.errors import UserError
+from models.published import PublishedNames, default_channel_order
+from models.quantizer import build_quantizer
+from util.config import KL16_CHANNEL_ORDER  # noqa: F401, others import it from here
 
-#: KL-16's channels by share of low-frequency energy, highest first (section 3.2). Published checkpoints do not hold it.
-KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
-
-#: What can be recomputed in the backward pass.
+#: Parts whose blocks can be recomputed in the backward pass.
 CHECKPOINTED = ("encoder", "decoder", "head")
 
-#: Classes of a place of the head at most: joint vocabularies grow as levels^group.
-MAX_CLASSES = 2**17
+# --------------------------------------------------------------------------------------------------------------------
+# Sizes.
 
 
-class TokenBridge(nn.Module, HubModel):
+def _size(width: int, depth: int, heads: int, head_width: int, head_depth: int, head_heads: int) -> dict[str, int]:
+    """Constructor arguments of a model whose encoder and decoder are equal."""
+    backbone = {"embed_dim": width, "depth": depth, "num_heads": heads}
+    head = {"channel_embed_dim": head_width, "channel_depth": head_depth, "channel_heads": head_heads}
+    return {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in backbone.items()} | head
+
+
+SIZES = {
+    "tokenbridge_tiny": _size(128, 2, 4, 128, 2, 4),
+    "tokenbridge_base": _size(768, 12, 12, 768, 4, 8),
+    "tokenbridge_large": _size(1024, 16, 16, 1024, 4, 8),
+    "tokenbridge_huge": _size(1280, 20, 16, 1024, 6, 8),
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model.
+
+
+class TokenBridge(PublishedNames, HubModel):
     """Masked autoregressive generation over post-training-quantized latents.
 
     Args:
@@ -55,17 +66,20 @@ class TokenBridge(nn.Module, HubModel):
             ``"head"``.
         quant_min, quant_max, std_range: see :class:`models.quantizer.ScalarQuantizer`.
         channel_order: the order in which the head predicts a token's channels, a permutation of
-            ``range(vae_embed_dim * patch_size**2)``; by default KL-16's where there are 16, else their own order.
+            ``range(vae_embed_dim * patch_size**2)``; by default KL-16's where there are 16 channels, else their own.
         head: ``"ar"``, or ``"parallel"`` for channels predicted independently (Table 2a).
         channels_per_group: consecutive channels of that order predicted jointly, as one of levels^group classes
             (Table 2d).
         quantizer: ``"gaussian"`` or ``"linear"`` (section 3.1).
-        channel_mean, channel_std: of each latent channel, to calibrate the quantizer with in place of its bounds.
+        channel_mean, channel_std: mean and deviation of each latent channel, which calibrate the quantizer in place of
+            its bounds.
 
     Raises:
         ValueError: sizes that do not fit each other, an order that is not a permutation, groups that do not divide
             the channels or have too many classes.
     """
+
+    SIZES = SIZES
 
     def __init__(
         self,
@@ -111,133 +125,26 @@ class TokenBridge(nn.Module, HubModel):
             )
         if not 0 <= mask_ratio_min <= 1:
             raise ValueError(f"mask_ratio_min lies between 0 and 1, got {mask_ratio_min}")
-        if head not in ("ar", "parallel"):
-            raise ValueError(f'head is "ar" or "parallel", not {head!r}')
         self.patch_size, self.vae_embed_dim, self.class_num = patch_size, vae_embed_dim, class_num
         self.mask_ratio_min = mask_ratio_min
         self.grid_size = img_size // vae_stride // patch_size
         self.seq_len = self.grid_size**2
         self.token_dim = vae_embed_dim * patch_size**2
-        self._set_channel_order(channel_order)
-        self._set_groups(channels_per_group, quant_levels, channel_embed_dim, head == "ar")
+        order = default_channel_order(vae_embed_dim, patch_size) if channel_order is None else channel_order
+        self.config["channel_order"] = checked_order(order, self.token_dim)
+        for name in ("channel_mean", "channel_std"):
+            if self.config[name] is not None:
+                self.config[name] = [float(value) for value in self.config[name]]
 
-        shared = {
-            "mlp_ratio": mlp_ratio,
-            "norm_layer": norm_layer,
-            "attn_dropout": attn_dropout,
-            "proj_dropout": proj_dropout,
-        }
-        parts = _checkpointed(grad_checkpointing)
-        self.backbone = MaskedBackbone(
-            token_dim=self.token_dim,
-            seq_len=self.seq_len,
-            class_num=class_num,
-            buffer_size=buffer_size,
-            encoder_embed_dim=encoder_embed_dim,
-            encoder_depth=encoder_depth,
-            encoder_num_heads=encoder_num_heads,
-            decoder_embed_dim=decoder_embed_dim,
-            decoder_depth=decoder_depth,
-            decoder_num_heads=decoder_num_heads,
-            label_drop_prob=label_drop_prob,
-            checkpointed=[part for part in parts if part != "head"],
-            **shared,
-        )
-        self.head = ChannelHead(
-            feature_dim=decoder_embed_dim,
-            places=self.token_dim // channels_per_group,
-            classes=quant_levels**channels_per_group,
-            dim=channel_embed_dim,
-            depth=channel_depth,
-            heads=channel_heads,
-            autoregressive=head == "ar",
-            grad_checkpointing="head" in parts,
-            **shared,
-        )
-        self._set_quantizer(quantizer, channel_mean, channel_std)
-        self._published = {name.split(".", 1)[1]: name for name in nn.Module.state_dict(self)}
-        self.register_state_dict_post_hook(_to_published)
-        self.register_load_state_dict_pre_hook(_from_published)
+        self.backbone = MaskedBackbone(self.config, self.token_dim, self.seq_len, norm_layer)
+        self.head = ChannelHead(self.config, norm_layer)
+        self.quantizer = build_quantizer(self.config)
+        checkpointed = _checkpointed(grad_checkpointing)
+        self.backbone.checkpointed = checkpointed
+        self.head.grad_checkpointing = "head" in checkpointed
+        self.use_published_names()
         self.initialize_weights()
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "TokenBridge":
-        """The model that ``config``, a model's own or a checkpoint's, describes; entries of other things are ignored.
-
-        Raises:
-            TypeError, ValueError: it describes none.
-        """
-        names = inspect.signature(cls).parameters
-        return cls(**{name: value for name, value in config.items() if name in names})
-
-    @staticmethod
-    def published_config(weights: Any, path: str | Path) -> dict[str, Any]:
-        """What the shapes of published weights, which do not describe themselves, tell of their model.
-
-        Raises:
-            UserError: they are of none of the :data:`MODELS`.
-        """
-        weights = weights if isinstance(weights, Mapping) else {}
-        shapes = {name: list(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
-        try:
-            length = shapes["output_pos_embed"][1]
-            kwargs = {
-                "class_num": shapes["class_emb.weight"][0],
-                "quant_levels": shapes["channel_heads.0.weight"][0],
-                "buffer_size": shapes["encoder_pos_embed_learned"][1] - length,
-                "img_size": 16 * math.isqrt(length),
-            }
-            for size, factory in MODELS.items():
-                with torch.device("meta"):
-                    model = factory(**kwargs)
-                if all(shapes.get(name) == list(value.shape) for name, value in model.named_parameters()):
-                    return {**model.config, "model": size, "latent_factor": KL16_LATENT_FACTOR}
-        except (KeyError, IndexError, ValueError):
-            pass
-        raise UserError(f"{path} does not say of what model it is, and its weights are of no published one")
-
-    def _set_channel_order(self, order: Sequence[int] | None) -> None:
-        channels = self.token_dim
-        if order is None:
-            kl16 = self.vae_embed_dim == len(KL16_CHANNEL_ORDER) and self.patch_size == 1
-            order = KL16_CHANNEL_ORDER if kl16 else range(channels)
-        try:
-            order = [operator.index(channel) for channel in order]
-        except TypeError:
-            order = []
-        if sorted(order) != list(range(channels)):
-            raise ValueError(f"channel_order must hold each of 0 to {channels - 1} once, got {order or 'no numbers'}")
-        self.config["channel_order"] = order
-        order = torch.tensor(order)
-        self.register_buffer("generation_order", order, persistent=False)
-        self.register_buffer("from_generation_order", order.argsort(), persistent=False)
-
-    def _set_groups(self, size: int, levels: int, dim: int, autoregressive: bool) -> None:
-        if size < 1 or self.token_dim % size:
-            raise ValueError(f"groups of {size} do not divide the {self.token_dim} channels of a token")
-        classes, places = levels**size, self.token_dim // size
-        if classes > MAX_CLASSES:
-            parameters = classes * dim * (places + (places - 1) * autoregressive)
-            raise ValueError(
-                f"{size} channels of {levels} levels have {classes:,} joint classes, {MAX_CLASSES:,} are the most: the "
-                f"head would hold {parameters:,} parameters for them ({4 * parameters / 2**30:,.0f} GiB in fp32)"
-            )
-        self.channels_per_group = size
-        self.register_buffer("group_weights", levels ** torch.arange(size - 1, -1, -1), persistent=False)
-
-    def _set_quantizer(self, kind: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-        if kind not in QUANTIZERS:
-            raise ValueError(f"quantizer one of {list(QUANTIZERS)} is needed, not {kind!r}")
-        spread = []
-        for name, values in (("channel_mean", mean), ("channel_std", std)):
-            if values is not None:
-                values = self.config[name] = [float(value) for value in values]
-                if len(values) != self.vae_embed_dim:
-                    raise ValueError(f"{len(values)} values of {name} for {self.vae_embed_dim} channels")
-                values = np.repeat(values, self.patch_size**2)  # a patch's entries of one channel lie side by side
-            spread.append(values)
-        c = self.config
-        self.quantizer = QUANTIZERS[kind](c["quant_levels"], c["quant_min"], c["quant_max"], c["std_range"], *spread)
+        speed_up(self)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -251,19 +158,6 @@ class TokenBridge(nn.Module, HubModel):
         free = [parameter for part in (self.backbone, self.head) for parameter in part.parameters(recurse=False)]
         for parameter in [*free, self.class_emb.weight]:
             nn.init.normal_(parameter, std=0.02)
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Names. Published checkpoints are flat: their names are ours without the part (backbone, head, quantizer), and
-    # their optimizer states list the free parameters of all parts before any layer's.
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters by published name, in published order."""
-        members = super().named_parameters("", recurse, remove_duplicate)
-        published = [(name.split(".", 1)[1], parameter) for name, parameter in members]
-        for name, parameter in sorted(published, key=lambda item: "." in item[0]):
-            yield f"{prefix}.{name}" if prefix else name, parameter
 
     @property
     def class_emb(self) -> nn.Embedding:
@@ -291,18 +185,6 @@ class TokenBridge(nn.Module, HubModel):
         """Tokens ``[B, L, C]`` to levels, in the latents' own channel order, and their values (Eq. 1, 4, 5)."""
         return self.quantizer(x)
 
-    def to_classes(self, levels: Tensor) -> Tensor:
-        """Levels ``[..., C]`` in generation order to the classes ``[..., C / group]`` of the head's places."""
-        if self.channels_per_group == 1:
-            return levels
-        return (levels.unflatten(-1, (-1, self.channels_per_group)) * self.group_weights).sum(-1)
-
-    def to_levels(self, classes: Tensor) -> Tensor:
-        """The inverse of :meth:`to_classes`."""
-        if self.channels_per_group == 1:
-            return classes
-        return (classes[..., None] // self.group_weights % self.quantizer.levels).flatten(-2)
-
     def check_labels(self, labels: Tensor) -> Tensor:
         """``labels`` themselves.
 
@@ -323,7 +205,7 @@ class TokenBridge(nn.Module, HubModel):
 
     def sample_orders(self, bsz: int) -> Tensor:
         """A random order of the positions for each sample, ``[B, L]``; the first ones are masked."""
-        return sampling.random_orders(bsz, self.seq_len, self.device)
+        return torch.rand(bsz, self.seq_len, device=self.device).argsort(dim=1)
 
     def num_masked_at(self, quantile: float) -> int:
         """Masked tokens at a ``quantile`` in [0, 1] of the mask ratios: L times the ratio, rounded up.
@@ -373,7 +255,7 @@ class TokenBridge(nn.Module, HubModel):
             ``[masked, C / group, K^group]``.
         """
         masked = mask.bool()
-        return self.head(features[masked], self.to_classes(channel_targets[masked]))
+        return self.head(features[masked], self.head.to_classes(channel_targets[masked]))
 
     def forward(self, latents: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats over masked tokens and all channels (or groups of channels).
@@ -396,30 +278,27 @@ class TokenBridge(nn.Module, HubModel):
         else:
             known, masked = self._split(mask)
         features = self.backbone(tokens, known, self.class_emb(self.check_labels(labels)))  # [B, L, D]
-        targets = gather_tokens(indices[..., self.generation_order], masked).flatten(0, 1)  # [M, C]
-        targets = self.to_classes(targets)
-        return self.head.loss(gather_tokens(features, masked).flatten(0, 1), targets)
+        # Tokens of all samples in one batch of M: features [M, D], levels [M, C].
+        return self.head.loss(*(gather_tokens(x, masked).flatten(0, 1) for x in (features, indices)))
 
     def training_flops(self, num_masked: float | None = None) -> float:
         """Floating-point operations of a training step for one image: three times those of the forward pass.
 
-        Counted are the matrix products, 2 operations a multiply-add: in a block of width D on S places
-        2 S (4 + 2 mlp_ratio) D^2 + 4 S^2 D, in the head 2 S 6 D^2 more for AdaLN, on ``num_masked`` sequences of C
-        places (or groups). ``num_masked`` defaults to the expected number.
+        Counted are the matrix products, 2 operations a multiply-add: in a block of width D on N places
+        2 N (4 + 2 mlp_ratio) D^2 + 4 N^2 D, in the head 2 N 6 D^2 more for AdaLN. The head runs on ``num_masked``
+        tokens, by default the expected number.
         """
         if num_masked is None:
             a = (self.mask_ratio_min - 1) / 0.25
             density = (math.exp(-a * a / 2) - 1) / math.sqrt(2 * math.pi)
-            mean = density / (0.5 * math.erf(-a / math.sqrt(2))) if a else 0.0
-            num_masked = self.seq_len * (1 + 0.25 * mean)
-
+            num_masked = self.seq_len * (1 + 0.25 * (density / (0.5 * math.erf(-a / math.sqrt(2))) if a else 0.0))
         return 3 * (self.backbone_flops(num_masked) + num_masked * self.token_flops())
 
     def _block_flops(self, depth: int, dim: int, places: float, extra: float = 0.0) -> float:
         return depth * (2 * places * (4 + 2 * self.config["mlp_ratio"] + extra) * dim**2 + 4 * places**2 * dim)
 
     def backbone_flops(self, num_masked: float) -> float:
-        """Of the backbone's forward pass for one image, counted as in :meth:`training_flops`."""
+        """Operations of the backbone's forward pass for one image, counted as in :meth:`training_flops`."""
         c, everything = self.config, self.config["buffer_size"] + self.seq_len
         enc, dec, known = c["encoder_embed_dim"], c["decoder_embed_dim"], everything - num_masked
         flops = self._block_flops(c["encoder_depth"], enc, known) + 2 * known * enc * dec
@@ -427,92 +306,124 @@ class TokenBridge(nn.Module, HubModel):
         return flops + self._block_flops(c["decoder_depth"], dec, everything)
 
     def token_flops(self) -> float:
-        """Of the head's forward pass for one token, counted as in :meth:`training_flops`."""
-        dim, places = self.head.dim, self.head.places
-        flops = self._block_flops(self.head.depth, dim, places, extra=6) + 2 * self.config["decoder_embed_dim"] * dim
-        return flops + 2 * places * (2 * dim**2 + dim * self.head.classes)
+        """Operations of the head's forward pass for one token, counted as in :meth:`training_flops`."""
+        dim, steps = self.head.dim, self.head.channel_steps
+        flops = self._block_flops(self.head.depth, dim, steps, extra=6) + 2 * self.config["decoder_embed_dim"] * dim
+        return flops + 2 * steps * (2 * dim**2 + dim * self.head.classes)
 
     def compile_blocks(self) -> None:
-        """Has ``torch.compile`` fuse what lies between the blocks' matrix products, in training and in sampling.
-
-        Blocks of a kind share one program, made for any number of tokens: each training step masks another one, each
-        sampling step takes another one. To be called on the model's device; copies of the model are not compiled.
-        """
-        for block in (*self.backbone.encoder_blocks, *self.backbone.decoder_blocks):
-            block.compile(dynamic=True)
-        self.head.compile_blocks()
+        """See :func:`models.fast.compile_blocks`."""
+        fast.compile_blocks(self)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Generation (section 3.3).
 
-    sample_tokens = sampling.sample_tokens
+    @torch.no_grad()
+    def sample_tokens(
+        self,
+        bsz: int,
+        num_iter: int = 64,
+        cfg: float = 1.0,
+        cfg_schedule: str = "linear",
+        labels: Tensor | None = None,
+        temperature: float = 1.0,
+        orders: Tensor | None = None,
+        first_place: str = "trained",
+        seeds: Sequence[int] | None = None,
+        order: str = "random",
+        confidence_noise: float = 0.0,
+        known_latents: Tensor | None = None,
+        known_mask: Tensor | None = None,
+        return_confidence: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Latents ``[bsz, C, h, w]``, scaled by the latent factor, generated in ``num_iter`` steps, without dropout.
+
+        Autocast is the caller's.
+
+        Args:
+            num_iter: steps; the number of tokens they take follows a cosine.
+            cfg: guidance scale on features; at 1 the conditional pass runs alone.
+            cfg_schedule: ``"linear"``, growing with the tokens known, or ``"constant"``.
+            labels: classes ``[bsz]``; without them generation is unconditional.
+            temperature: of every channel's distribution; 0 takes the most probable level.
+            orders: ``[bsz, L]``, tokens are taken from the end; by default as ``order`` says.
+            first_place: ``"trained"``, or ``"released"`` for the published sampler's input at the head's first step.
+            seeds: one for each image, which then does not depend on the others in the batch.
+            order: ``"random"``; ``"raster"``, row by row; or ``"confidence"``: each step samples all unknown tokens and
+                takes those whose channels have the highest joint log-probability (section 4.3, Figure 8).
+            confidence_noise: scale of the Gumbel noise added to that, falling linearly to 0 over the steps (MaskGIT).
+            known_latents, known_mask: latents ``[bsz, C, h, w]`` and ``[bsz, L]``, true where their token is given and
+                to be kept (quantized); any number of them in each image.
+            return_confidence: also return ``[bsz, L]``, the joint log-probability in nats, at temperature 1, that each
+                token had when it was taken; 0 for those given.
+
+        Raises:
+            ValueError: labels outside the classes, or arguments outside the ranges above.
+        """
+        options = sampling.SamplingOptions(
+            num_iter, cfg, cfg_schedule, temperature, order, confidence_noise, first_place
+        )
+        for name, value in {"labels": labels, "orders": orders, "seeds": seeds}.items():
+            if value is not None and len(value) != bsz:
+                raise ValueError(f"{len(value)} {name} for {bsz} images")
+        labels = labels if labels is None else self.check_labels(labels)
+        tokens, known = self._known_tokens(bsz, known_latents, known_mask)
+        given = sampling.Given(labels, orders, seeds, tokens, known)
+        training = self.training
+        self.eval()
+        with fast.weights_cast_once(self, self.device):
+            tokens, confidence = sampling.sample_tokens(self.backbone, self.head, self.quantizer, bsz, given, options)
+        self.train(training)
+        latents = self.unpatchify(tokens)
+        return (latents, confidence) if return_confidence else latents
+
+    def _known_tokens(self, bsz: int, latents: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Values ``[B, L, C]`` of known latents, and their mask ``[B, L]``, as booleans; on the model's device."""
+        if (latents is None) != (mask is None):
+            raise ValueError("known_latents and known_mask go together")
+        if mask is None:
+            return None, None
+        side = self.grid_size * self.patch_size
+        shapes = ((bsz, self.vae_embed_dim, side, side), (bsz, self.seq_len))
+        if (tuple(latents.shape), tuple(mask.shape)) != shapes:
+            raise ValueError(
+                f"known_latents and known_mask are {list(latents.shape)} and {list(mask.shape)}, "
+                f"expected {list(shapes[0])} and {list(shapes[1])}"
+            )
+        return self.quantize(self.patchify(latents.to(self.device)))[1], mask.to(self.device).bool()
 
 
-def _checkpointed(asked: bool | Sequence[str]) -> Sequence[str]:
-    parts = (CHECKPOINTED if asked else ()) if isinstance(asked, bool) else asked
+def _checkpointed(asked: bool | Sequence[str]) -> tuple[str, ...]:
+    """The parts whose blocks are recomputed: all or none, or those named."""
+    parts = (CHECKPOINTED if asked else ()) if isinstance(asked, bool) else tuple(asked)
     if not set(parts) <= set(CHECKPOINTED):
-        raise ValueError(f"grad_checkpointing takes {', '.join(CHECKPOINTED)}, not {parts}")
+        raise ValueError(f"grad_checkpointing takes {', '.join(CHECKPOINTED)}, not {asked}")
     return parts
 
 
-def _to_published(model: TokenBridge, state: dict, prefix: str, metadata: dict) -> None:
-    names = sorted(model._published, key=lambda name: "." in name)
-    for published, value in [(name, state.pop(prefix + model._published[name])) for name in names]:
-        state[prefix + published] = value
-
-
-def _from_published(model: TokenBridge, state: dict, prefix: str, *_) -> None:
-    for published, ours in model._published.items():
-        if prefix + published in state:
-            state[prefix + ours] = state.pop(prefix + published)
-
-
 # --------------------------------------------------------------------------------------------------------------------
-# Sizes. Every argument of TokenBridge can be given to a factory, too.
-
-
-def _size(width: int, depth: int, heads: int, head_width: int, head_depth: int, head_heads: int) -> dict[str, int]:
-    return {
-        "encoder_embed_dim": width,
-        "encoder_depth": depth,
-        "encoder_num_heads": heads,
-        "decoder_embed_dim": width,
-        "decoder_depth": depth,
-        "decoder_num_heads": heads,
-        "channel_embed_dim": head_width,
-        "channel_depth": head_depth,
-        "channel_heads": head_heads,
-    }
+# A factory for each size, which takes every argument of TokenBridge.
 
 
 def tokenbridge_tiny(**kwargs) -> TokenBridge:
     """A size for demonstrations and tests, not the paper's."""
-    return TokenBridge(**{**_size(128, 2, 4, 128, 2, 4), **kwargs})
+    return TokenBridge(**{**SIZES["tokenbridge_tiny"], **kwargs})
 
 
 def tokenbridge_base(**kwargs) -> TokenBridge:
     """218M parameters."""
-    return TokenBridge(**{**_size(768, 12, 12, 768, 4, 8), **kwargs})
+    return TokenBridge(**{**SIZES["tokenbridge_base"], **kwargs})
 
 
 def tokenbridge_large(**kwargs) -> TokenBridge:
     """487M parameters; FID 1.76 in the paper."""
-    return TokenBridge(**{**_size(1024, 16, 16, 1024, 4, 8), **kwargs})
+    return TokenBridge(**{**SIZES["tokenbridge_large"], **kwargs})
 
 
 def tokenbridge_huge(**kwargs) -> TokenBridge:
     """910M parameters; FID 1.55 in the paper."""
-    return TokenBridge(**{**_size(1280, 20, 16, 1024, 6, 8), **kwargs})
+    return TokenBridge(**{**SIZES["tokenbridge_huge"], **kwargs})
 
 
 #: Values of ``--model``.
-MODELS = {
-    factory.__name__: factory for factory in (tokenbridge_tiny, tokenbridge_base, tokenbridge_large, tokenbridge_huge)
-}
-
-SIZES = {
-    "tokenbridge_tiny": _size(128, 2, 4, 128, 2, 4),
-    "tokenbridge_base": _size(768, 12, 12, 768, 4, 8),
-    "tokenbridge_large": _size(1024, 16, 16, 1024, 4, 8),
-    "tokenbridge_huge": _size(1280, 20, 16, 1024, 6, 8),
-}
+MODELS = {size: globals()[size] for size in SIZES}

@@ -1,22 +1,19 @@
 """KL-regularized autoencoder (Rombach et al. 2022): the continuous tokenizer, KL-16 by default."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from util.checkpoint import HUB_CONFIG, HUB_NAME, VAE_NAMES, config_beside, located, read_vae
-from util.checkpoint.load import matching
-from util.checkpoint.safetensors_io import write_tensors
-from util.errors import UserError, reason
-from util.files import write_json
+from models.posterior import DiagonalGaussianDistribution
+from models.pretrained import PretrainedVAE
 
-#: Where attention sits is a matter of the level, counted from this nominal resolution, whatever the image's size.
+#: Attention belongs to a level of the network: the one of resolution 16 for images of this nominal size, whatever the
+#: size of the image at hand.
 NOMINAL_RESOLUTION = 256
 ATTENTION_RESOLUTION = 16
 
@@ -174,45 +171,17 @@ class Decoder(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The posterior and the autoencoder.
+# The autoencoder.
 
 
-class DiagonalGaussianDistribution:
-    """A normal with independent dimensions, from its moments ``[B, 2C, h, w]``: mean, then log variance.
-
-    Attributes:
-        parameters: the moments as given.
-        mean, std: ``[B, C, h, w]``; the log variance is clamped to [-30, 20].
-    """
-
-    def __init__(self, moments: Tensor):
-        self.parameters = moments
-        self.mean, logvar = moments.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
-        self.std = torch.exp(0.5 * self.logvar)
-
-    def sample(self, noise: Tensor | None = None) -> Tensor:
-        """One draw ``[B, C, h, w]``; ``noise``, standard normal of that shape, replaces the global generator's."""
-        return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
-
-    def mode(self) -> Tensor:
-        """The most probable latents, ``[B, C, h, w]``."""
-        return self.mean
-
-    def kl(self) -> Tensor:
-        """Divergence from the standard normal in nats, summed over all but the batch: ``[B]``."""
-        mean, logvar = self.mean.float(), self.logvar.float()  # sums of thousands of terms, in bf16 only near 1%
-        return 0.5 * (mean**2 + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
-
-
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(PretrainedVAE, nn.Module):
     """The KL autoencoder; its defaults with ``embed_dim=16, ch_mult=(1, 1, 2, 2, 4)`` are the published KL-16.
 
     Args:
         embed_dim: latent channels C.
         ch_mult: width of each resolution, in units of ``ch``; the stride is ``2 ** (len(ch_mult) - 1)``.
         use_variational: without it the encoder gives latents only, and the posterior has no spread.
-        ckpt_path: weights to load, see :func:`util.checkpoint.read_vae`.
+        ckpt_path: a file of weights to load, or its address on the Hub.
         ch: base width.
         num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
     """
@@ -234,7 +203,7 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, embed_dim)
         self.quant_conv = nn.Conv2d(2 * embed_dim, (2 if use_variational else 1) * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
-        #: Rebuilds this class: plain types, stored beside the weights.
+        #: Arguments that rebuild this tokenizer: plain types, stored beside the weights.
         self.config = {
             "embed_dim": embed_dim,
             "ch_mult": list(ch_mult),
@@ -243,48 +212,7 @@ class AutoencoderKL(nn.Module):
             "num_res_blocks": num_res_blocks,
         }
         if ckpt_path is not None:
-            self._load(read_vae(ckpt_path)[0], ckpt_path)
-
-    def _load(self, weights: Mapping[str, Tensor], path: str) -> None:
-        hint = "It holds another tokenizer; files without their own description are taken for KL-16"
-        self.load_state_dict(matching(weights, self.state_dict(), path, hint))
-
-    @classmethod
-    def from_pretrained(cls, path: str) -> tuple["AutoencoderKL", float]:
-        """The tokenizer at ``path``, built as its file says, frozen, and its latent factor.
-
-        A file that says nothing of itself is the published KL-16, factor 0.2325.
-
-        Args:
-            path: a file; a folder of :meth:`save_pretrained` or of diffusers (then the tokenizer is a
-                :class:`models.diffusers_vae.DiffusersVAE`); or an address on the Hub, ``hf://owner/repo[/path]``.
-
-        Raises:
-            UserError: the file is missing, unreadable, or does not hold the weights of such a tokenizer.
-        """
-        path = located(path, VAE_NAMES)
-        about = config_beside(path)
-        if isinstance(about, dict) and "_class_name" in about:
-            from models.diffusers_vae import DiffusersVAE  # an optional extra, and slow to import
-
-            vae = DiffusersVAE(path, about)
-            return vae, vae.latent_factor
-        weights, config, latent_factor = read_vae(path)
-        try:
-            vae = cls(**config)
-        except Exception as error:  # sizes that cannot be fail in torch, in many ways
-            raise UserError(f"{path} describes no tokenizer that this code can build: {reason(error)}") from error
-        vae._load(weights, path)
-        return vae.eval().requires_grad_(False), latent_factor
-
-    def save_pretrained(self, folder: str | Path, latent_factor: float) -> None:
-        """Writes ``model.safetensors`` and ``config.json``, which :meth:`from_pretrained` reads.
-
-        Raises:
-            UserError: the disk is full, or the folder cannot be written.
-        """
-        write_tensors(Path(folder) / HUB_NAME, self.state_dict())
-        write_json(Path(folder) / HUB_CONFIG, {"vae": self.config, "latent_factor": latent_factor})
+            self.load_file(ckpt_path)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """Images ``[B, 3, H, W]`` in [-1, 1] to the posterior of latents ``[B, C, H / stride, W / stride]``."""

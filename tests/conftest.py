@@ -65,12 +65,53 @@ SMALL = {
     "class_num": 4,
     "buffer_size": 4,
 }
+#: Heads and tokens of every kind.
+HEADS = {
+    "ar": {},
+    "parallel": {"head": "parallel"},
+    "pairs": {"channels_per_group": 2, "quant_levels": 4},
+    "parallel fours": {"head": "parallel", "channels_per_group": 4, "quant_levels": 4},
+    "patches": {"vae_stride": 8, "patch_size": 2, "vae_embed_dim": 4},
+}
+NO_DROPOUT = {"attn_dropout": 0.0, "proj_dropout": 0.0, "label_drop_prob": 0.0}
+#: So few channels and levels that all 81 tokens can be enumerated.
+FEW = {"vae_embed_dim": 4, "quant_levels": 3}
+
+
+def variant(**options) -> TokenBridge:
+    """A small model with other arguments, reproducible weights, in evaluation mode."""
+    return filled(TokenBridge(**{**SMALL, **options}))
+
+
+def small(head: str, **options) -> TokenBridge:
+    """A small model with one of the heads."""
+    return variant(**{**HEADS[head], **options})
 
 
 @pytest.fixture
 def small_model() -> TokenBridge:
     """A small model with reproducible weights, in evaluation mode."""
-    return filled(TokenBridge(**SMALL))
+    return variant()
+
+
+def described(**options) -> TokenBridge:
+    """A small model that has metadata."""
+    model = variant(**options)
+    model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
+    return model
+
+
+def batch(model: TokenBridge, size: int = 4) -> tuple[torch.Tensor, ...]:
+    """Latents, labels and masks of 13 tokens for a small model."""
+    side = model.grid_size * model.patch_size
+    mask = (torch.rand(size, 16).argsort(dim=1) < 13).float()
+    return torch.randn(size, model.vae_embed_dim, side, side), torch.arange(size) % 4, mask
+
+
+def same_states(model: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """Whether two models have equal weights under equal names, in equal order."""
+    states = model.state_dict(), other.state_dict()
+    return list(states[0]) == list(states[1]) and all(map(torch.equal, states[0].values(), states[1].values()))
 
 
 def training_state(model: TokenBridge, steps_per_epoch: int = 4, **options) -> TrainingState:

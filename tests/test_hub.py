@@ -6,15 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from models.tokenbridge import TokenBridge, tokenbridge_base, tokenbridge_large
+from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import ROOT, SMALL, TINY, filled
+from tests.conftest import ROOT, TINY, described, same_states
 from tests.hub_server import COMMIT, serving
 from tools import checkpoint as commands
 from tools import download
@@ -42,71 +41,8 @@ def point_to(monkeypatch, endpoint: str, home: Path) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
-def same(model: torch.nn.Module, other: torch.nn.Module) -> bool:
-    states = model.state_dict(), other.state_dict()
-    return list(states[0]) == list(states[1]) and all(map(torch.equal, states[0].values(), states[1].values()))
-
-
-def small(**options) -> TokenBridge:
-    model = filled(TokenBridge(**{**SMALL, **options}))
-    model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
-    return model
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Folders.
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"head": "parallel"},
-        {"channels_per_group": 2, "quant_levels": 4, "quantizer": "linear"},
-        {"channel_mean": [0.1] * 16, "channel_std": [2.0] * 16, "channel_order": list(range(16))},
-    ],
-    ids=["ar", "parallel", "linear pairs", "calibrated"],
-)
-def test_a_model_travels_through_a_folder(tmp_path, options):
-    model = small(**options)
-    model.save_pretrained(tmp_path / "saved", config={"note": "kept"})
-    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"model.safetensors", "config.json", "README.md"}
-    again = TokenBridge.from_pretrained(tmp_path / "saved")
-    assert same(model, again) and again.config == model.config and not again.training
-    assert again.metadata == {**model.metadata, "note": "kept"}
-    sampling = {"bsz": 2, "num_iter": 3, "seeds": [1, 2]}
-    assert torch.equal(model.sample_tokens(**sampling), again.sample_tokens(**sampling))
-    # Under the published names, as every program reads them.
-    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(model.state_dict())
-    again.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "saved" / "config.json").read_bytes()
-    assert TokenBridge.from_pretrained(tmp_path / "saved", attn_dropout=0.3).config["attn_dropout"] == 0.3
-
-
-def test_the_model_card_has_figures_usage_and_licence(tmp_path):
-    figures = {"frechet_inception_distance": 1.5512, "recall": 0.63, "settings": {"cfg": 3.1, "num_iter": 256}}
-    card = {"figures": figures, "licence": "mit", "repo_id": OWN}
-    small().save_pretrained(tmp_path, model_card_kwargs=card)
-    text = (tmp_path / "README.md").read_text()
-    assert huggingface_hub.ModelCard(text).data.license == "mit"
-    for part in ("| FID | 1.551 |", "| recall | 0.63 |", "| cfg | 3.1 |", f'from_pretrained("{OWN}")', "arxiv.org/abs"):
-        assert part in text
-    other = str(small().generate_model_card())
-    assert "## Figures" not in other and "Not stated" in other
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("factory", [tokenbridge_base, tokenbridge_large])
-def test_published_weights_tell_by_their_shapes_what_they_are(tmp_path, factory):
-    model = filled(factory(quant_levels=64))
-    averages = {name: value + 1 for name, value in model.named_parameters()}
-    torch.save({"model": model.state_dict(), "model_ema": averages, "epoch": 399}, tmp_path / "checkpoint-last.pth")
-    commands.main(["convert", f"{tmp_path}/checkpoint-last.pth", f"{tmp_path}/only.safetensors", "--weights", "model"])
-    assert same(TokenBridge.from_pretrained(tmp_path / "only.safetensors"), model)
-    found = TokenBridge.from_pretrained(tmp_path)
-    assert found.config == model.config and found.metadata == {"latent_factor": 0.2325, "model": factory.__name__}
-    assert torch.equal(found.class_emb.weight, averages["class_emb.weight"])
-    assert torch.equal(TokenBridge.from_pretrained(tmp_path, ema=False).class_emb.weight, model.class_emb.weight)
 
 
 def test_a_run_exports_and_its_export_is_a_checkpoint_again(run, trained, vae_path, images, tmp_path):
@@ -164,19 +100,12 @@ def test_exports_that_cannot_be_say_why(trained, vae_path, tmp_path, arguments, 
     assert not (tmp_path / "x").exists()
 
 
-def test_models_and_tokenizers_are_told_apart(trained, vae_path):
-    with pytest.raises(UserError, match="is a tokenizer, not a TokenBridge"):
-        TokenBridge.from_pretrained(vae_path)
-    with pytest.raises(UserError, match="is a TokenBridge, not a tokenizer"):
-        AutoencoderKL.from_pretrained(trained / "checkpoint-last.pth")
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The Hub.
 
 
 def test_a_model_goes_to_the_hub_and_comes_back_also_without_a_network(served, monkeypatch, tmp_path):
-    model = small()
+    model = described()
     address = model.push_to_hub(OWN, token="hf_right", private=True)
     assert address.endswith(f"{OWN}/commit/{COMMIT}")
     assert set(served.repos[OWN]) == {"model.safetensors", "config.json", "README.md"}
@@ -184,14 +113,14 @@ def test_a_model_goes_to_the_hub_and_comes_back_also_without_a_network(served, m
     with pytest.raises(UserError, match=r"there is no repository owner/repo at .*, or it is private: .*hf auth login"):
         TokenBridge.from_pretrained(OWN)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
-    assert same(TokenBridge.from_pretrained(OWN), model)
-    assert same(TokenBridge.from_pretrained(OWN, revision=COMMIT), model)
-    assert same(TokenBridge.from_pretrained(f"hf://{OWN}@main"), model)
+    assert same_states(TokenBridge.from_pretrained(OWN), model)
+    assert same_states(TokenBridge.from_pretrained(OWN, revision=COMMIT), model)
+    assert same_states(TokenBridge.from_pretrained(f"hf://{OWN}@main"), model)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again, later and later
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
-    assert same(TokenBridge.from_pretrained(OWN), model)
-    assert same(TokenBridge.from_pretrained(OWN, local_files_only=True), model)
+    assert same_states(TokenBridge.from_pretrained(OWN), model)
+    assert same_states(TokenBridge.from_pretrained(OWN, local_files_only=True), model)
     with pytest.raises(UserError, match=r"cannot fetch hf://owner/other/.*: .* cannot be reached .* not in the cache"):
         TokenBridge.from_pretrained("owner/other")
 
@@ -219,7 +148,7 @@ def test_a_tokenizer_goes_to_the_hub_by_the_export_command(served, vae_path, mon
     assert COMMIT in capsys.readouterr().out
     vae, factor = AutoencoderKL.from_pretrained(f"hf://{OWN}")
     expected, expected_factor = AutoencoderKL.from_pretrained(vae_path)
-    assert same(vae, expected) and factor == expected_factor
+    assert same_states(vae, expected) and factor == expected_factor
 
 
 @pytest.mark.parametrize(
@@ -249,7 +178,7 @@ def test_names_that_are_neither_here_nor_on_the_hub(served, tmp_path):
     with pytest.raises(UserError, match="no/such/folder is no file or folder here, nor owner/repo"):
         TokenBridge.from_pretrained("no/such/folder")
     with pytest.raises(UserError, match="cannot write to hf://owner/repo"):
-        small().push_to_hub(OWN, token="hf_wrong")
+        described().push_to_hub(OWN, token="hf_wrong")
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "model.safetensors").write_bytes(b"half a fi")
     with pytest.raises(UserError, match="cannot be read"):
@@ -317,7 +246,7 @@ def test_content_in_a_common_store_is_compared_with_the_hash_of_its_link(served,
 
 
 def test_arguments_of_from_pretrained_are_taken_or_refused(served, tmp_path):
-    model = small()
+    model = described()
     model.save_pretrained(tmp_path / "saved")
     served.add(OWN, {path.name: path for path in (tmp_path / "saved").iterdir()})
     for name in (OWN, f"hf://{OWN}"):
@@ -339,7 +268,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(served, trained, mon
     with pytest.raises(UserError, match="is there already, and not private"):
         commands.main(["export", str(trained), f"{tmp_path}/model", "--push_to_hub", OWN, "--private"])
     with pytest.raises(UserError, match="is there already, and not private"):
-        small().push_to_hub(OWN, private=True)
+        described().push_to_hub(OWN, private=True)
     assert set(served.repos[OWN]) == {"README.md"} and not (tmp_path / "model").exists()
 
 

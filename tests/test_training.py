@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn.parallel import DistributedDataParallel
 
 from engine_tokenbridge import backward
-from models import channel_head
+from models import fast
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from reconstruction import post_training_quantize
@@ -53,7 +53,7 @@ def gradients_of_half(rank: int, port: int, results: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2)
     model = filled(TokenBridge(**NO_DROPOUT)).train()
     wrapped = DistributedDataParallel(GivenMasks(model))
-    channel_head.TRAINING_BUDGET["cpu"] = 20 * 16 * 32  # 48 tokens in three parts
+    fast.TRAINING_BUDGET["cpu"] = 20 * 16 * 32  # 48 tokens in three parts
     latents, labels = whole_batch()
     half = slice(4 * rank, 4 * rank + 4)
     wrapped(latents[half], labels[half]).backward()

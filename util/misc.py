@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -189,24 +189,6 @@ def seed_everything(*seeds: int) -> None:
 
     state = np.random.SeedSequence(seeds).generate_state(1, dtype=np.uint64)[0] if len(seeds) > 1 else seeds[0]
     torch.manual_seed(int(state) % 2**63)
-
-
-class NumberedDraws:
-    """Random numbers for numbered images: each image's follow from ``seed`` and its number alone.
-
-    So results depend neither on the batch size nor on the number of processes.
-    """
-
-    def __init__(self, seed: int, numbers: Iterable[int]):
-        self.generators = [torch.Generator().manual_seed((2**20 * seed + number) % 2**63) for number in numbers]
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal ``[N, *shape]`` on the CPU."""
-        return torch.stack([torch.randn(*shape, generator=generator) for generator in self.generators])
-
-    def uniform(self, shape: Sequence[int]) -> Tensor:
-        """Uniform in [0, 1), ``[N, *shape]``, on the CPU."""
-        return torch.stack([torch.rand(*shape, generator=generator) for generator in self.generators])
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

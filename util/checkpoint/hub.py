@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -196,7 +196,8 @@ def fetch_beside(address: str | Path | Address, found: Path, name: str, **option
     folder = place.path.removesuffix(found.name).strip("/")
     commit = found.parents[len(PurePosixPath(folder).parts)].name  # the cache has a folder for each
     beside = place._replace(revision=commit, path=f"{folder}/{name}".lstrip("/"))
-    if try_to_load_from_cache(place.repo, beside.path, options.get("cache_dir"), commit) is _CACHED_NO_EXIST:
+    known = try_to_load_from_cache(place.repo, beside.path, options.get("cache_dir"), commit)
+    if known is not None and not isinstance(known, str):  # the Hub said before that there is none
         return
     try:
         fetch_file(beside, **options)

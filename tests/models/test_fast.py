@@ -1,42 +1,23 @@
 """Every fast path equals the plain one: in float32 to rounding, in bfloat16 to bfloat16's own distance."""
 
 import copy
-import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from benchmarks.baselines import DiffusionHead, argmin_over_levels, plain_kernels, sample_recomputing
-from models import channel_head
-from models.dropout import Dropout, dropout
-from models.graphs import Recordings
-from models.quantizer import GaussianQuantizer
-from models.sampling import sample_categorical, sample_classes
+from benchmarks.baselines import plain_kernels
+from models import fast
+from models.fast import FastDropout, Recordings, dropout
 from models.tokenbridge import TokenBridge
-from tests.conftest import ROOT, SMALL, filled
-
-HEADS = {
-    "ar": {},
-    "parallel": {"head": "parallel"},
-    "pairs": {"channels_per_group": 2, "quant_levels": 4},
-    "parallel fours": {"head": "parallel", "channels_per_group": 4, "quant_levels": 4},
-    "patches": {"vae_stride": 8, "patch_size": 2, "vae_embed_dim": 4},
-}
-NO_DROPOUT = {"attn_dropout": 0.0, "proj_dropout": 0.0, "label_drop_prob": 0.0}
+from tests.conftest import HEADS, NO_DROPOUT, SMALL, batch, small
 
 
-def small(head: str, **options) -> TokenBridge:
-    return filled(TokenBridge(**{**SMALL, **HEADS[head], **options}))
-
-
-def batch(model: TokenBridge, size: int = 4) -> tuple[torch.Tensor, ...]:
-    side = model.grid_size * model.patch_size
-    mask = (torch.rand(size, 16).argsort(dim=1) < 13).float()
-    return torch.randn(size, model.vae_embed_dim, side, side), torch.arange(size) % 4, mask
+def plain_and_fast(head: str, **options) -> tuple[TokenBridge, TokenBridge]:
+    """The same model without and with what makes it fast."""
+    with plain_kernels():
+        plain = small(head, **options)
+    return plain, small(head, **options)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -51,8 +32,11 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_the_loss_in_parts_is_the_loss(head, monkeypatch):
     model = small(head, **NO_DROPOUT).train()
     given, results = batch(model), []
-    for budget in (2**30, 7 * model.head.places * model.head.dim):  # all 52 tokens; 7 at once, the last part smaller
-        monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", budget)
+    for budget in (
+        2**30,
+        7 * model.head.channel_steps * model.head.dim,
+    ):  # all 52 tokens; 7 at once, the last part smaller
+        monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", budget)
         model.zero_grad()
         loss = 3 * model(*given)  # scaled, as accumulation does
         loss.backward()
@@ -68,12 +52,10 @@ def test_frozen_parts_get_no_gradients_and_the_rest_the_same_ones(monkeypatch, f
     model = small("ar", **NO_DROPOUT).train()
     model.get_submodule(frozen).requires_grad_(False)
     given, results, parts = batch(model), [], []
-    forward = channel_head.LossInParts.forward
-    monkeypatch.setattr(
-        channel_head.LossInParts, "forward", lambda ctx, *rest: (parts.append(1), forward(ctx, *rest))[1]
-    )
+    forward = fast.LossInParts.forward
+    monkeypatch.setattr(fast.LossInParts, "forward", lambda ctx, *rest: (parts.append(1), forward(ctx, *rest))[1])
     for budget in (2**30, 7 * 16 * 32):
-        monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", budget)
+        monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", budget)
         model.zero_grad()
         (3 * model(*given)).backward()
         results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -89,7 +71,7 @@ def test_bf16_gradients_stay_as_near_to_fp32_whatever_the_parts(monkeypatch, bud
     model = small("ar", **NO_DROPOUT).train()
     given, grads = batch(model), {}
     for precision, size in (("fp32", 2**30), ("plain", 2**30), ("fast", budget)):
-        monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", size)
+        monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", size)
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
             loss = model(*given)
@@ -116,14 +98,57 @@ def test_dropout_drops_what_it_should_and_scales_the_rest(p):
         together = (dropped[lag:] * dropped[:-lag]).mean().item()
         assert together == pytest.approx(p * p, abs=4 * p / len(x) ** 0.5)
     assert not dropout(x, 1.0).any() and not dropout(x, 1 - 1e-9).any()
-    module = Dropout(p)
+    module = FastDropout(p)
     assert (module(x) == 0).any() and torch.equal(module.eval()(x), x)
+
+
+def test_every_fast_class_takes_its_plain_ones_place():
+    with plain_kernels():
+        plain = [type(module) for module in TokenBridge(**SMALL).modules()]
+    found = [type(module) for module in TokenBridge(**SMALL).modules()]
+    assert found == [fast.FAST.get(kind, kind) for kind in plain]
+    assert set(fast.FAST) <= set(plain) and not set(fast.FAST) & set(found)
+    assert all(issubclass(quick, kind) for kind, quick in fast.FAST.items())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_fast_models_have_the_losses_and_gradients_of_plain_ones(head, monkeypatch):
+    given, results = None, []
+    for model in plain_and_fast(head, **NO_DROPOUT):
+        given = given or batch(model)
+        monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 7 * model.head.channel_steps * model.head.dim)
+        loss = model.train()(*given)
+        loss.backward()
+        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (loss, expected), (quick, found) = results
+    assert torch.allclose(loss, quick, atol=1e-5) and set(expected) <= set(found)
+    for name, grad in expected.items():
+        assert torch.allclose(grad, found[name], atol=1e-4 * max(1.0, grad.abs().max().item())), name
+
+
+@torch.no_grad()
+def test_fast_modules_give_what_plain_ones_give():
+    (plain, quick), x = plain_and_fast("ar"), torch.randn(3, 16, 32)
+    for name, kind in ((name, type(module)) for name, module in plain.named_modules()):
+        one, other = plain.get_submodule(name), quick.get_submodule(name)
+        if kind is fast.Attention:
+            assert other.fused_attn == x.is_cuda and torch.allclose(one(x), other(x), atol=1e-5)
+        elif kind is fast.ChannelAttention:
+            caches = torch.zeros(2, 2, 3, 2, 16, 16)  # of each module: keys and values [M, H, S, D / H]
+            assert torch.allclose(one(x, plain.head.channel_mask), other(x, plain.head.channel_mask), atol=1e-5)
+            for step in range(16):
+                steps = [
+                    each.one_step(x[:, step, None], kept, step) for each, kept in zip((one, other), caches, strict=True)
+                ]
+                assert torch.allclose(*steps, atol=1e-5)
+        elif kind is torch.nn.Dropout:
+            assert torch.equal(one(x), x) and torch.equal(other(x), x)
 
 
 def test_every_dropout_of_the_model_is_the_fast_one():
     model = TokenBridge(**SMALL)
     kinds = [type(module) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    assert set(kinds) == {Dropout} and len(kinds) >= 12
+    assert set(kinds) == {FastDropout} and len(kinds) >= 12
 
 
 @pytest.mark.parametrize("parts", [True, ["head"], ["encoder", "decoder"]])
@@ -146,7 +171,7 @@ def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_
     model = small(head, **NO_DROPOUT).train()
     given = [batch(model)[:2] for _ in range(3)]
     masks = [(torch.rand(4, 16).argsort(dim=1) < count).float() for count in (12, 14, 16)]
-    monkeypatch.setitem(channel_head.TRAINING_BUDGET, "cpu", 20 * 16 * 32)
+    monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 20 * 16 * 32)
     results, sampled = [], []
     for compiled in (False, True):
         if compiled:
@@ -166,12 +191,24 @@ def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_
     plain.load_state_dict(changed.state_dict())
     options = {"num_iter": 5, "labels": torch.arange(2), "seeds": [1, 2]}
     assert torch.equal(changed.sample_tokens(2, **options), plain.sample_tokens(2, **options))
-    for plain, fast in zip(results[:3], results[3:], strict=True):
-        assert torch.allclose(plain, fast, atol=1e-4 * plain.abs().max().item())
+    for plain, found in zip(results[:3], results[3:], strict=True):
+        assert torch.allclose(plain, found, atol=1e-4 * plain.abs().max().item())
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Sampling.
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("order", ["random", "confidence"])
+def test_fast_models_sample_what_plain_ones_do(head, order, monkeypatch):
+    plain, quick = plain_and_fast(head)
+    options = {"num_iter": 5, "cfg": 2.0, "labels": torch.arange(3), "seeds": [1, 2, 3], "return_confidence": True}
+    expected = plain.sample_tokens(3, **options, order=order)
+    for budget in (2**28, 20000):  # all tokens at once, and in parts
+        monkeypatch.setattr(fast, "MODULATION_BUDGET", budget)
+        found = quick.sample_tokens(3, **options, order=order)
+        assert torch.allclose(found[0], expected[0], atol=1e-5) and torch.allclose(found[1], expected[1], atol=1e-3)
 
 
 @torch.no_grad()
@@ -190,16 +227,6 @@ def test_features_of_wanted_positions_are_those_of_all(head):
             found = model.backbone(tokens, known, classes, positions)
         bf16.append(found if positions is not None else found.gather(1, wanted[..., None].expand(-1, -1, 32)))
     assert distance(bf16[1], some) < 1.2 * distance(bf16[0], some) < 0.05
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("head", HEADS)
-def test_sampled_confidences_are_teacher_forcings(head):
-    model = small(head)
-    features = torch.randn(20, 32)
-    chosen, confidence = sample_classes(model.head, features, 1.0, torch.rand(20, model.head.places), "trained")
-    forced = F.log_softmax(model.head(features, chosen), dim=-1).gather(-1, chosen[..., None]).sum(dim=(1, 2))
-    assert torch.allclose(forced, confidence, atol=1e-4 * model.head.places)
 
 
 def rerun(work, pool):
@@ -263,69 +290,3 @@ def test_autocast_keeps_copies_of_frozen_weights_for_the_length_of_a_call():
     model.sample_tokens(**options)
     assert seen == [False] * 3
     hook.remove()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# What benchmarks compare with does the same.
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("head", ["ar", "pairs", "patches"])
-def test_the_head_that_recomputes_gives_the_same(head):
-    model = small(head)
-    features, uniform = torch.randn(9, 32), torch.rand(9, model.head.places)
-
-    def choose(logits, place):
-        return sample_categorical(logits, 1.0, uniform[:, place])
-
-    with plain_kernels():
-        recomputed = sample_recomputing(model.head, features, choose)
-    assert torch.equal(recomputed, model.head.sample(features, choose))
-
-
-def test_the_argmin_over_all_levels_gives_the_same():
-    quantizer, x = GaussianQuantizer(64), 3 * torch.randn(4, 256, 16)
-    assert all(torch.equal(a, b) for a, b in zip(argmin_over_levels(quantizer, x), quantizer(x), strict=True))
-
-
-def test_the_releases_way_trains_the_same():
-    model = small("ar", **NO_DROPOUT).train()
-    given, losses = batch(model), []
-    losses.append(model(*given).item())
-    with plain_kernels():
-        losses.append(model(*given).item())
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-
-
-def test_the_diffusion_head_samples_what_it_should():
-    # A head whose noise estimate is exact for data of one value gives that value back.
-    head = DiffusionHead(8, channels=3, width=16, depth=1)
-    value = torch.tensor([0.5, -1.0, 2.0])
-
-    def exact(x, t, feature):
-        alpha = head.alphas[head.kept == t].item()
-        return (x - alpha**0.5 * value) / (1 - alpha) ** 0.5, torch.zeros_like(x)
-
-    head.forward = exact
-    for features, guidance in ((torch.randn(5, 8), 1.0), (torch.randn(10, 8), 3.0)):
-        assert torch.allclose(head.sample(features, guidance), value.expand(5, -1), atol=1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "flags"),
-    [
-        ("quantizer", ""),
-        ("head_speed", "--model tokenbridge_tiny --tokens 2 --precision fp32"),
-        ("sampling", "--model tokenbridge_tiny --num_iter 2 --ways release bf16"),
-        ("training", "--model tokenbridge_tiny --ways release bf16"),
-        ("loader", "--images 40 --workers 0"),
-    ],
-)
-def test_benchmarks_run(name, flags, tmp_path):
-    path = tmp_path / "results.json"
-    command = f"-m benchmarks.{name} --device cpu --repeats 1 --json {path} {flags}"
-    subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, capture_output=True)
-    content = json.loads(path.read_text())
-    assert content["benchmark"] == name and content["machine"]["matmul_tflops"]["fp32"] > 0
-    assert all(row["median_s"] > 0 for row in content["rows"])

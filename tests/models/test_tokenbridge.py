@@ -1,5 +1,6 @@
 """The model against the published one, against brute force, and as properties."""
 
+import json
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from scipy.stats import truncnorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.tokenbridge import KL16_CHANNEL_ORDER, MODELS, TokenBridge, tokenbridge_tiny
-from tests.conftest import SMALL, filled, manifest, reference
+from tests.conftest import FEW, SMALL, filled, manifest, reference, variant
 from tests.fill import deterministic_fill
 from util.misc import add_weight_decay
 
@@ -168,37 +169,6 @@ def test_orders_and_masks(small_model):
     assert (mask.gather(1, orders[:, :count]) == 1).all()
 
 
-def test_masked_tokens_do_not_reach_the_features(small_model):
-    tokens = torch.randn(2, 16, 16)
-    mask = torch.zeros(2, 16)
-    mask[:, 5:] = 1
-    classes = small_model.class_emb(torch.tensor([0, 1]))
-
-    def features(x):
-        return small_model.forward_mae_decoder(small_model.forward_mae_encoder(x, mask, classes), mask)
-
-    changed = tokens.clone()
-    changed[:, 5:] += 1
-    assert torch.equal(features(tokens), features(changed))
-    changed[:, 4] += 1
-    assert not torch.allclose(features(tokens), features(changed), atol=1e-3)
-
-
-def test_labels_are_dropped_in_training_only(small_model):
-    tokens, mask = torch.randn(400, 16, 16), torch.ones(400, 16)
-    classes = small_model.class_emb(torch.zeros(400, dtype=torch.long))
-    fake = small_model.forward_mae_encoder(tokens[:1], mask[:1], small_model.backbone.fake_latent)
-    real = small_model.forward_mae_encoder(tokens[:1], mask[:1], classes[:1])
-    model = TokenBridge(**SMALL, label_drop_prob=0.25, attn_dropout=0.0, proj_dropout=0.0)
-    model.load_state_dict(small_model.state_dict())
-    with torch.no_grad():
-        encoded = model.train().forward_mae_encoder(tokens, mask, classes)
-        dropped = (encoded - fake).flatten(1).abs().amax(1) < 1e-4
-        kept = (encoded - real).flatten(1).abs().amax(1) < 1e-4
-    assert (dropped ^ kept).all() and dropped.float().mean().item() == pytest.approx(0.25, abs=0.07)
-    assert torch.allclose(model.eval().forward_mae_encoder(tokens, mask, classes), real, atol=1e-4)
-
-
 def test_bad_input_is_named(small_model):
     latents, labels = torch.randn(2, 16, 4, 4), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"latents are \[16, 8, 8\]"):
@@ -224,49 +194,6 @@ def test_channel_orders():
     model = filled(TokenBridge(**{**SMALL, "vae_embed_dim": 3, "channel_order": [2, 0, 1]}))
     latents = model.sample_tokens(2, num_iter=2, seeds=[1, 2])
     assert torch.equal(model.unpatchify(model.quantize(model.patchify(latents))[1]), latents)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The head.
-
-
-@torch.no_grad()
-def test_each_place_sees_only_the_channels_before_it(small_model):
-    features, targets = torch.randn(5, 32), torch.randint(16, (5, 16))
-    logits = small_model.head(features, targets)
-    for place in (0, 3, 15):
-        changed = targets.clone()
-        changed[:, place] = (changed[:, place] + 1) % 16
-        same = (small_model.head(features, changed) - logits).abs().amax(dim=(0, 2)) < 1e-6
-        assert same[: place + 1].all() and not same[place + 1 :].any()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("channels", [1, 2, 16])
-def test_cached_steps_equal_teacher_forcing(channels):
-    model = filled(TokenBridge(**{**SMALL, "vae_embed_dim": channels}))
-    features, seen = torch.randn(7, 32), []
-
-    def choose(logits, place):
-        seen.append(logits)
-        return torch.multinomial(logits.softmax(-1), 1)[:, 0]
-
-    levels = model.head.sample(features, choose)
-    assert torch.allclose(torch.stack(seen, dim=1), model.head(features, levels), atol=1e-4)
-    seen.clear()
-    model.head.sample(features, choose, first_place="released")
-    forced = model.head(features, levels)
-    assert not torch.allclose(seen[0], forced[:, 0], atol=1e-2)
-    with pytest.raises(ValueError, match="first_place"):
-        model.head.sample(features, choose, first_place="other")
-
-
-@torch.no_grad()
-def test_the_joint_distribution_sums_to_one():
-    model = filled(TokenBridge(**{**SMALL, "vae_embed_dim": 3, "quant_levels": 5}))
-    every = torch.cartesian_prod(*[torch.arange(5)] * 3)
-    logp = F.log_softmax(model.head(torch.randn(1, 32).expand(125, -1), every), dim=-1)
-    assert logp.gather(-1, every[..., None]).sum(dim=(1, 2)).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -323,3 +250,21 @@ def test_flops_are_those_a_counter_counts():
         model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]), mask)
     assert 3 * counter.get_total_flops() / 2 == pytest.approx(model.training_flops(num_masked=12), rel=0.01)
     assert model.training_flops(12) < model.training_flops() < model.training_flops(16)
+
+
+def test_flops_follow_the_head():
+    plain, grouped = variant(quant_levels=4), variant(quant_levels=4, channels_per_group=4)
+    assert grouped.training_flops() < plain.training_flops()
+
+
+def test_a_model_is_rebuilt_from_its_config():
+    model = variant(
+        **{**FEW, "head": "parallel", "channels_per_group": 2, "channel_order": [3, 1, 0, 2], "quantizer": "linear"},
+        channel_mean=[0.0, 1.0, 2.0, 3.0], channel_std=[1.0, 2.0, 3.0, 4.0],
+    )  # fmt: skip
+    config = json.loads(json.dumps(model.config))  # plain types
+    again = TokenBridge.from_config({**config, "latent_factor": 0.3})
+    again.load_state_dict(model.state_dict())
+    assert again.config == model.config
+    seeds = {"bsz": 2, "num_iter": 3, "seeds": [1, 2]}
+    assert torch.equal(again.eval().sample_tokens(**seeds), model.sample_tokens(**seeds))

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from models.quantizer import GaussianQuantizer, gaussian_tables
+from models.quantizer import GaussianQuantizer, LinearQuantizer, gaussian_tables
 from reconstruction import post_training_quantize
-from tests.conftest import reference
+from tests.conftest import reference, variant
 
 
 @pytest.mark.parametrize("levels", [8, 16, 32, 64])
@@ -111,3 +111,54 @@ def test_post_training_quantize():
     assert indices.shape == x.shape and indices.dtype == torch.int64
     indices, continuous = post_training_quantize(x, -1, -5.0, 5.0)
     assert indices is None and continuous is x
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Other quantizers, and calibration.
+
+
+def test_linear_levels_are_the_centres_of_equal_bins():
+    quantizer = LinearQuantizer(8, -4.0, 4.0)
+    assert torch.allclose(quantizer.dequantize(torch.arange(8)), torch.arange(-3.5, 4), atol=1e-6)
+    assert (LinearQuantizer(64)(torch.randn(200_000))[1].std() - 1).abs() < 0.01
+
+
+def test_linear_levels_on_a_normal_have_the_known_error():
+    x = torch.randn(500_000)
+    error = post_training_quantize(x, 6, -5.0, 5.0, quantizer="linear")[1].sub(x).square().mean().item()
+    assert error == pytest.approx((10 / 64) ** 2 / 12, rel=0.02)
+    assert GaussianQuantizer(64)(x)[1].sub(x).square().mean().item() < 0.5 * error
+
+
+def error_of(latents: torch.Tensor, **options) -> float:
+    return post_training_quantize(latents, 6, -5.0, 5.0, **options)[1].sub(latents).square().mean().item()
+
+
+def test_calibrated_levels_beat_plain_ones_where_deviations_differ_and_equal_them_where_not():
+    equal = torch.randn(4, 8, 64, 64)
+    deviations = torch.tensor([0.1, 0.3, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
+    means = torch.linspace(-2, 2, 8)
+    unequal = equal * deviations[:, None, None] + means[:, None, None]
+    for latents, ratio in ((unequal, 0.25), (equal, 1.05)):
+        calibration = {
+            "channel_mean": latents.mean(dim=(0, 2, 3)).tolist(),
+            "channel_std": latents.std(dim=(0, 2, 3)).tolist(),
+        }
+        assert error_of(latents, **calibration) < ratio * error_of(latents)
+        if latents is equal:
+            assert error_of(latents) < 1.05 * error_of(latents, **calibration)
+    # A channel's error grows with its variance and nothing else: the relative error is that of unit latents.
+    quantized = post_training_quantize(unequal, 6, 0.0, 1.0, channel_mean=means, channel_std=deviations)[1]
+    relative = (quantized - unequal).square().mean(dim=(0, 2, 3)) / deviations**2
+    assert torch.allclose(relative, torch.full((8,), 0.00067), atol=5e-5)
+
+
+def test_calibration_of_patches_repeats_each_channels():
+    calibration = {"channel_mean": [0.0, 10.0], "channel_std": [1.0, 2.0]}
+    model = variant(vae_embed_dim=2, vae_stride=8, patch_size=2, **calibration)
+    latents = (
+        torch.randn(3, 2, 8, 8) * torch.tensor([1.0, 2.0])[:, None, None] + torch.tensor([0.0, 10.0])[:, None, None]
+    )
+    quantized = model.unpatchify(model.quantize(model.patchify(latents))[1])
+    expected = post_training_quantize(latents, 4, 0.0, 1.0, **calibration)[1]
+    assert torch.allclose(quantized, expected, atol=1e-6)

@@ -1,0 +1,337 @@
+"""What makes the models fast and changes no result: applied to a plain model from outside, by :func:`speed_up`.
+
+Plain classes hold the mathematics. Here each gets a subclass that overrides what has a faster way; :data:`FAST` lists
+them, and tests compare each with its plain one.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.models.vision_transformer import Attention, Block
+from torch import Tensor, nn
+
+from models.backbone import MaskedBackbone, gather_tokens
+from models.channel_head import ChannelAttention, ChannelBlock, ChannelHead
+
+# --------------------------------------------------------------------------------------------------------------------
+# Dropout that does not wait for random numbers: on the CPU PyTorch draws them one by one, in one thread.
+
+RESOLUTION = 2**16
+
+
+class DropBits(torch.autograd.Function):
+    """Zeroes entries where 16 random bits fall below a threshold, and scales the others; keeps one byte an entry."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float) -> Tensor:
+        threshold = round(p * RESOLUTION)
+        # The seed comes from torch's generator: whoever seeds, saves or restores that one decides the masks.
+        seed = int(torch.randint(2**62, ()))
+        words = -(-x.numel() // 4)
+        bits = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, size=words, dtype=np.uint64)
+        bits = torch.from_numpy(bits.view(np.int16))[: x.numel()].view(x.shape)
+        kept = bits >= threshold - RESOLUTION // 2
+        ctx.save_for_backward(kept)
+        ctx.scale = RESOLUTION / (RESOLUTION - threshold)  # of the probability as rounded: nothing is biased
+        return (x * kept.to(x.dtype)).mul_(ctx.scale)  # products are vectorized, filling by a mask is not
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return (grad * kept.to(grad.dtype)).mul_(ctx.scale), None
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """``x`` with each entry zeroed with probability ``p``, in [0, 1], the others scaled by ``1 / (1 - p)``.
+
+    On the CPU ``p`` is rounded to a multiple of 2^-16.
+    """
+    if p == 0:
+        return x
+    if round(p * RESOLUTION) >= RESOLUTION:
+        return x * 0
+    if x.is_cuda or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    return DropBits.apply(x, p)
+
+
+class FastDropout(nn.Dropout):
+    """``nn.Dropout`` by :func:`dropout`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training else x
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Attention by the kernel that is fastest for sequences of at most some hundred: on CUDA PyTorch's fused one; on the CPU
+# plain products, since the fused kernel is 2 to 8 times slower there, most of all its bf16 backward pass.
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, drop: float = 0.0) -> Tensor:
+    """Softmax attention ``[M, H, N, d]`` with scale 1/sqrt(d); a ``mask [N, N]`` must be the causal one."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=mask is not None)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores + mask.to(scores.dtype)
+    return dropout(scores.softmax(dim=-1), drop) @ v
+
+
+class FastAttention(Attention):
+    """timm's attention, which has both ways, told which one to take."""
+
+    @property
+    def fused_attn(self) -> bool:
+        return self.qkv.weight.is_cuda
+
+
+class FastChannelAttention(ChannelAttention):
+    """The channel head's attention by :func:`attend`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return attend(q, k, v, mask, self.attn_dropout if self.training else 0.0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The backbone in sampling: the last block attends from the positions whose features are wanted, no others.
+
+
+def block_at(block: Block, x: Tensor, rows: Tensor) -> Tensor:
+    """A timm block's output at ``rows [B, N]`` of ``x [B, S, D]`` alone, ``[B, N, D]``; without dropout."""
+    attention, width = block.attn, x.shape[-1]
+    normed = block.norm1(x)
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    q = F.linear(gather_tokens(normed, rows), weight[:width], bias[:width])
+    k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=-1)
+    q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=attention.num_heads) for part in (q, k, v))
+    x = gather_tokens(x, rows) + attention.proj(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
+    return x + block.mlp(block.norm2(x))
+
+
+class FastBackbone(MaskedBackbone):
+    """The backbone whose last block computes the wanted positions alone."""
+
+    def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor | None = None) -> Tensor:
+        if wanted is None or self.training or not len(self.decoder_blocks):
+            return super().decode(encoded, known, wanted)
+        x = self.run("decoder", self.decoder_blocks[:-1], self.decoder_input(encoded, known))
+        x = block_at(self.decoder_blocks[-1], x, self.buffer_size + wanted)
+        return self.decoder_norm(x) + gather_tokens(self.output_pos_embed.expand(len(x), -1, -1), wanted)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The head, in parts that fit memory and cache; and on CUDA, few tokens with one launch.
+
+#: Elements of AdaLN modulations held at once in sampling; more tokens than that allows go through in turn.
+MODULATION_BUDGET = 2**28
+#: Elements of the sequence (tokens x channel steps x width) that train at once, by device.
+TRAINING_BUDGET = {"cpu": 2**22, "cuda": 2**25}
+#: Rows up to which the head waits for launches, not for its products; more go through without a recording.
+RECORDED_ROWS = 256
+
+
+class LossInParts(torch.autograd.Function):
+    """The head's loss, part by part of the tokens, gradients included: activations of one part are held at a time.
+
+    The head's activations are most of a training step's memory, 16 channel steps for each token. Nothing is computed
+    twice: gradients of features and weights are taken while a part's activations are there, and scaled when they are
+    asked for.
+    """
+
+    @staticmethod
+    def forward(ctx, head: ChannelHead, rows: int, features: Tensor, classes: Tensor, *learned: Tensor) -> Tensor:
+        total = torch.zeros((), device=features.device)
+        wanted = ctx.needs_input_grad[2]  # not if the backbone is frozen
+        feature_grads, sums = [], []
+        for z, part in zip(features.split(rows), classes.split(rows), strict=True):
+            with torch.enable_grad():
+                z = z.detach().requires_grad_(wanted)
+                logits = head(z, part).flatten(0, 1).float()
+                loss = F.cross_entropy(logits, part.flatten(), reduction="sum") / classes.numel()
+                grads = list(torch.autograd.grad(loss, [*[z] * wanted, *learned], materialize_grads=True))
+            total += loss.detach()
+            if wanted:
+                feature_grads.append(grads.pop(0))
+            if not sums:
+                sums = grads
+            elif learned:
+                torch._foreach_add_(sums, grads)
+        ctx.save_for_backward(torch.cat(feature_grads) if wanted else None, *sums)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        features, *learned = ctx.saved_tensors
+        scaled = torch._foreach_mul(learned, scale) if learned else ()
+        return None, None, None if features is None else features * scale, None, *scaled
+
+
+def cuda_graph(work: Callable[[], tuple[Tensor, ...]], pool: Any) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+    """Records ``work``, which must not wait for the device: what replays it, and the outputs each replay writes.
+
+    Args:
+        pool: memory that recordings share, each of which is done with it before another starts.
+    """
+    # Copies that autocast keeps must be of the graph's own memory, and live in no other.
+    torch.clear_autocast_cache()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):  # libraries choose kernels and allocate when they are first called
+            work()
+    torch.cuda.current_stream().wait_stream(aside)
+    torch.clear_autocast_cache()
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, of loaders and collectives, may go on meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        outputs = work()
+    torch.clear_autocast_cache()
+    return graph.replay, outputs
+
+
+class Recordings:
+    """Replays of a function of tensors, one for each power of two rows and each setting.
+
+    Args:
+        record: as :func:`cuda_graph`: what takes thousands of small kernels becomes one launch.
+    """
+
+    def __init__(self, record: Callable = cuda_graph):
+        self.record = record
+        self.kept: dict[tuple, tuple] = {}
+        self.pool = torch.cuda.graph_pool_handle() if record is cuda_graph else None
+
+    def __deepcopy__(self, memo: dict) -> "Recordings":
+        return Recordings(self.record)  # a copy has weights of its own
+
+    def __call__(self, work: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, key: tuple[Any, ...]):
+        """``work(*inputs)``: tensors whose rows belong to the inputs' rows, each for itself.
+
+        Args:
+            key: what else the result depends on; recordings are shared where it is equal.
+        """
+        rows = len(inputs[0])
+        size = 1 << (rows - 1).bit_length()
+        kind = inputs[0].device.type
+        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+        key = (size, autocast, *(given.dtype for given in inputs), *key)
+        if key not in self.kept:
+            on_device = torch.cuda.device(inputs[0].device) if kind == "cuda" else nullcontext()
+            # What is kept is written again and again, within inference mode and without.
+            with on_device, torch.inference_mode(False), torch.no_grad():
+                places = [torch.zeros(size, *each.shape[1:], dtype=each.dtype, device=each.device) for each in inputs]
+                self.kept[key] = places, *self.record(partial(work, *places), self.pool)
+        places, replay, outputs = self.kept[key]
+        for place, given in zip(places, inputs, strict=True):
+            place[:rows].copy_(given)
+        replay()
+        return tuple(output[:rows].clone() for output in outputs)
+
+
+class FastChannelHead(ChannelHead):
+    """The head in parts of its tokens; :func:`compile_blocks` has it also record the sampling of few."""
+
+    recordings: Recordings | None = None
+
+    def loss(self, features: Tensor, targets: Tensor) -> Tensor:
+        kind, learned = features.device.type, [p for p in self.parameters() if p.requires_grad]
+        rows = max(1, TRAINING_BUDGET.get(kind, 2**25) // (self.channel_steps * self.dim))
+        # In fp16, gradients need the scale that the loss only gets later.
+        fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        training = torch.is_grad_enabled() and (features.requires_grad or learned)
+        if len(features) <= rows or not training or fp16:
+            return super().loss(features, targets)
+        return LossInParts.apply(self, rows, features, self.to_classes(targets[:, self.generation_order]), *learned)
+
+    @torch.no_grad()
+    def sample(
+        self, features: Tensor, temperature: float, uniform: Tensor, first_place: str = "trained"
+    ) -> tuple[Tensor, Tensor]:
+        plain = super().sample
+
+        def sample(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return plain(z, temperature, u, first_place)
+
+        rows = self.rows_at_once()
+        if self.recordings is not None and len(features) <= min(rows, RECORDED_ROWS):
+            return self.recordings(sample, features, uniform, key=(temperature, first_place))
+        parts = [sample(z, u) for z, u in zip(features.split(rows), uniform.split(rows), strict=True)]
+        return tuple(torch.cat(results) for results in zip(*parts, strict=True))
+
+    def rows_at_once(self) -> int:
+        """Tokens whose modulations and logits fit :data:`MODULATION_BUDGET`."""
+        logits = self.classes * (1 if self.autoregressive else self.channel_steps)
+        return max(1, MODULATION_BUDGET // (self.channel_steps * self.dim * (6 * self.depth + 2) + logits))
+
+    def _apply(self, *args, **kwargs) -> "FastChannelHead":
+        if self.recordings is not None:
+            self.recordings.kept.clear()  # weights may move, and recordings read them where they lay
+        return super()._apply(*args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Applied to whole models.
+
+#: Plain types, and what takes their place.
+FAST = {
+    nn.Dropout: FastDropout,
+    Attention: FastAttention,
+    ChannelAttention: FastChannelAttention,
+    MaskedBackbone: FastBackbone,
+    ChannelHead: FastChannelHead,
+}
+
+
+def speed_up(model: nn.Module) -> None:
+    """Has all parts of ``model``, itself included, compute the same in the faster way."""
+    for module in model.modules():
+        if type(module) in FAST:
+            module.__class__ = FAST[type(module)]
+
+
+@cache
+def compiled(kind: type[nn.Module], *methods: str) -> type[nn.Module]:
+    """A subclass of ``kind`` whose ``methods`` are fused by ``torch.compile``.
+
+    They are the class's, not an instance's: a deep copy, such as the average of the weights, computes with its own.
+    """
+    programs = {name: torch.compile(getattr(kind, name), dynamic=True) for name in methods}
+    return type(f"Compiled{kind.__name__}", (kind,), programs)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Has ``torch.compile`` fuse what lies between the blocks' matrix products, in training and in sampling.
+
+    Blocks of a kind share one program, made for any number of tokens: each training step masks another one, each
+    sampling step takes another one. To be called on the model's device: on CUDA, the head's sampling of few tokens
+    becomes one launch, too.
+    """
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=True)
+        elif type(module) is ChannelBlock:
+            module.__class__ = compiled(ChannelBlock, "all_steps", "one_step")
+        elif isinstance(module, FastChannelHead) and module.channel_embed.is_cuda:
+            module.recordings = Recordings()
+
+
+@contextmanager
+def weights_cast_once(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within the block, autocast keeps the low-precision copies of frozen weights instead of making them each time.
+
+    By itself it keeps those of weights that may need gradients.
+    """
+    frozen = [p for p in model.parameters() if not p.requires_grad and torch.is_autocast_enabled(device.type)]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

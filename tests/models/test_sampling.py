@@ -1,0 +1,244 @@
+"""Generation against the published sampler's results, plain loops, and as properties."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models import sampling
+from models.sampling import SamplingOptions
+from models.tokenbridge import TokenBridge
+from tests.conftest import SMALL, filled, reference
+
+
+@pytest.mark.parametrize("name", ["cfg1_linear", "cfg2_constant", "cfg3_linear"])
+def test_the_releases_way_gives_the_published_latents(name):
+    config, vectors = reference(f"sample_{name}")
+    how = {key: config.pop(key) for key in ("cfg", "cfg_schedule", "num_iter", "temperature")}
+    model = filled(TokenBridge(**config))
+    given_orders = {"labels": vectors["labels"], "orders": vectors["orders"]}
+    latents = model.sample_tokens(2, **given_orders, **how, first_place="released")
+    assert torch.allclose(latents, vectors["latents"], atol=1e-5)
+    assert not torch.allclose(model.sample_tokens(2, **given_orders, **how), latents, atol=1e-2)
+
+
+@torch.no_grad()
+def plain_sampler(model, labels, orders, num_iter, cfg):
+    """Greedy sampling with the public training methods only: one pass a half, one head pass a channel."""
+    bsz, seq_len = orders.shape
+    tokens, mask = torch.zeros(bsz, seq_len, model.token_dim), torch.ones(bsz, seq_len)
+    order = model.head.generation_order
+    left = seq_len
+    for step in range(num_iter):
+        left_after = max(1, min(left - 1, math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter))))
+        guidance = 1 + (cfg - 1) * (seq_len - left_after) / seq_len
+        left_after = 0 if step == num_iter - 1 else left_after
+        halves = []
+        for classes in (model.class_emb(labels), model.backbone.fake_latent.expand(bsz, -1)):
+            halves.append(model.forward_mae_decoder(model.forward_mae_encoder(tokens, mask, classes), mask))
+        z = halves[1] + guidance * (halves[0] - halves[1])
+        wanted = torch.zeros(bsz, seq_len).scatter(1, orders[:, left_after:left], 1.0)
+        targets = torch.zeros(bsz, seq_len, model.token_dim, dtype=torch.long)
+        for place in range(model.token_dim):
+            logits = model.forward_channel_ar(z, targets, wanted)
+            known = targets[..., place].masked_scatter(wanted.bool(), logits[:, place].argmax(-1))
+            targets[..., place] = known
+        new = model.quantizer.dequantize(targets[..., order.argsort()])
+        tokens = torch.where(wanted.bool()[..., None], new, tokens)
+        mask, left = mask - wanted, left_after
+    return model.unpatchify(tokens)
+
+
+def test_sampling_equals_a_plain_loop(small_model):
+    labels, orders = torch.tensor([3, 1, 0]), small_model.sample_orders(3)
+    sampled = small_model.sample_tokens(3, 6, 2.5, "linear", labels, temperature=0, orders=orders)
+    assert torch.allclose(sampled, plain_sampler(small_model, labels, orders, 6, 2.5), atol=1e-5)
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_the_plan_takes_every_token_once(num_iter, seq_len):
+    plan = sampling.sampling_plan(SamplingOptions(num_iter, 3.0, "linear"), seq_len)
+    assert plan[0].masked == seq_len and plan[-1].left == 0
+    assert all(a.left == b.masked for a, b in pairwise(plan))
+    assert all(step.left < step.masked for step in plan) and len(plan) <= num_iter
+    scales = [step.guidance for step in plan]
+    assert scales == sorted(scales) and scales[-1] == pytest.approx(1 + 2 * (seq_len - 1) / seq_len)
+    constant = sampling.sampling_plan(SamplingOptions(num_iter, 3.0, "constant"), seq_len)
+    assert {step.guidance for step in constant} == {3.0}
+
+
+def test_the_cosine_schedule():
+    assert sampling.mask_schedule(4, 16) == [14, 11, 6, 1]
+    assert sampling.mask_schedule(20, 4) == [3, 2, 1] + [1] * 17
+
+
+def test_images_follow_their_seeds_alone(small_model):
+    labels, seeds = torch.tensor([0, 1, 2, 3]), [5, 6, 7, 8]
+    torch.manual_seed(1)
+    together = small_model.sample_tokens(4, 5, 2.0, labels=labels, seeds=seeds)
+    torch.manual_seed(2)
+    alone = torch.cat(
+        [small_model.sample_tokens(1, 5, 2.0, labels=labels[i : i + 1], seeds=seeds[i : i + 1]) for i in range(4)]
+    )
+    assert torch.allclose(together, alone, atol=1e-5)
+    other = small_model.sample_tokens(4, 5, 2.0, labels=labels, seeds=[9, 10, 11, 12])
+    assert not torch.allclose(together, other, atol=1e-2)
+
+
+def test_without_seeds_the_global_generator_decides(small_model):
+    draws = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        draws.append(small_model.sample_tokens(2, 4, labels=torch.tensor([0, 1])))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_guidance_labels_and_modes(small_model):
+    orders, labels = small_model.sample_orders(2), torch.tensor([0, 1])
+    common = {"bsz": 2, "num_iter": 4, "temperature": 0, "orders": orders}
+    unconditional = small_model.sample_tokens(**common)
+    assert torch.equal(small_model.sample_tokens(**common, cfg=4.0), unconditional)
+    # At scale 0 only the unconditional half counts.
+    zero = small_model.sample_tokens(**common, labels=labels, cfg=0.0, cfg_schedule="constant")
+    assert torch.allclose(zero, unconditional, atol=1e-5)
+    assert not torch.allclose(small_model.sample_tokens(**common, labels=labels), unconditional, atol=1e-2)
+    small_model.train()
+    assert torch.equal(small_model.sample_tokens(**common), unconditional) and small_model.training
+
+
+def test_the_head_in_parts_changes_nothing(small_model, monkeypatch):
+    labels, seeds = torch.tensor([0, 1]), [1, 2]
+    whole = small_model.sample_tokens(2, 3, 2.0, labels=labels, seeds=seeds)
+    monkeypatch.setattr("models.fast.MODULATION_BUDGET", 20000)
+    assert small_model.head.rows_at_once() == 2
+    assert torch.allclose(small_model.sample_tokens(2, 3, 2.0, labels=labels, seeds=seeds), whole, atol=1e-5)
+
+
+def test_bad_arguments_are_named(small_model):
+    for message, options in {
+        "num_iter=0": {"num_iter": 0},
+        "linear": {"cfg_schedule": "cosine"},
+        "negative": {"temperature": -1.0},
+        "labels run from 4 to 4": {"labels": torch.tensor([4, 4])},
+        "3 labels for 2": {"labels": torch.tensor([1, 1, 1])},
+        "1 seeds for 2": {"seeds": [1]},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            small_model.sample_tokens(2, **options)
+
+
+def test_patches_sample_too():
+    model = filled(TokenBridge(**{**SMALL, "vae_stride": 8, "patch_size": 2, "vae_embed_dim": 4}))
+    assert model.sample_tokens(2, 4, seeds=[1, 2]).shape == (2, 4, 8, 8)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Orders of tokens, and tokens that are given.
+
+
+@torch.no_grad()
+def plain_confidence(model: TokenBridge, labels: torch.Tensor, num_iter: int, cfg: float) -> tuple[torch.Tensor, list]:
+    """Order by confidence at temperature 0, one image after the other, without cache, gathers or sorting."""
+    latents, order = [], []
+    for label in labels:
+        tokens, unknown, taken = torch.zeros(1, 16, 16), set(range(16)), []
+        schedule = [*sampling.mask_schedule(num_iter, 16)[:-1], 0]
+        for left in schedule:
+            known = torch.tensor([sorted(set(range(16)) - unknown)], dtype=torch.long)
+            scale = 1 + (cfg - 1) * (16 - max(left, 1)) / 16
+            conditional = model.backbone(tokens, known, model.class_emb(label[None]))
+            unconditional = model.backbone(tokens, known, model.backbone.fake_latent)
+            features = unconditional + scale * (conditional - unconditional)
+            found = {}
+            for position in unknown:
+                chosen, log_prob = torch.zeros(1, 16, dtype=torch.long), 0.0
+                for place in range(16):
+                    logits = model.head(features[:, position], chosen)[0, place].log_softmax(0)
+                    chosen[0, place] = logits.argmax()
+                    log_prob += logits.max().item()
+                found[position] = (log_prob, chosen)
+            best = sorted(found, key=lambda position: found[position][0], reverse=True)[: len(unknown) - left]
+            for position in best:
+                levels = found[position][1][0, model.head.from_generation_order]
+                tokens[0, position] = model.quantizer.dequantize(levels)
+                unknown.remove(position)
+            taken.append(sorted(best))
+        latents.append(model.unpatchify(tokens))
+        order.append(taken)
+    return torch.cat(latents), order
+
+
+def test_order_by_confidence_takes_the_most_confident_tokens(small_model):
+    labels = torch.tensor([2, 0])
+    sampled = small_model.sample_tokens(2, 5, 2.0, labels=labels, temperature=0, order="confidence")
+    expected, order = plain_confidence(small_model, labels, 5, 2.0)
+    assert torch.allclose(sampled, expected, atol=1e-4)
+    assert order[0] != order[1]  # each image has its own
+
+
+def test_confidence_is_what_the_head_says(small_model):
+    latents, confidence = small_model.sample_tokens(1, 1, temperature=0, seeds=[1], return_confidence=True)
+    features = small_model.backbone(
+        torch.zeros(1, 16, 16), torch.zeros(1, 0, dtype=torch.long), small_model.backbone.fake_latent
+    )
+    levels = small_model.quantize(small_model.patchify(latents))[0][..., small_model.head.generation_order]
+    logits = small_model.forward_channel_ar(features, levels, torch.ones(1, 16)).log_softmax(-1)
+    assert torch.allclose(logits.gather(-1, levels[0][..., None]).sum(dim=(1, 2)), confidence[0], atol=1e-4)
+
+
+def test_noise_makes_orders_by_confidence_differ(small_model):
+    options = {"bsz": 3, "num_iter": 6, "order": "confidence", "temperature": 0, "return_confidence": True}
+    plain = small_model.sample_tokens(**options, seeds=[1, 2, 3])[1]
+    assert torch.allclose(plain[:1].expand(3, -1), plain, atol=1e-5)  # at temperature 0 nothing is drawn
+    noisy = small_model.sample_tokens(**options, seeds=[1, 2, 3], confidence_noise=50.0)[1]
+    assert not torch.allclose(noisy[0], noisy[1], atol=1e-2)
+    assert torch.equal(noisy, small_model.sample_tokens(**options, seeds=[1, 2, 3], confidence_noise=50.0)[1])
+
+
+def test_raster_order_goes_row_by_row(small_model):
+    reversed_rows = torch.arange(15, -1, -1).expand(2, -1)
+    options = {"bsz": 2, "num_iter": 16, "temperature": 0, "labels": torch.tensor([0, 1])}
+    expected = small_model.sample_tokens(**options, orders=reversed_rows)
+    assert torch.equal(small_model.sample_tokens(**options, order="raster"), expected)
+
+
+@pytest.mark.parametrize("order", sampling.ORDERS)
+def test_known_tokens_stay_a_different_number_in_each_image(small_model, order):
+    known = torch.randn(4, 16, 4, 4)
+    mask = torch.rand(4, 16).argsort(dim=1) < torch.tensor([0, 3, 9, 16])[:, None]
+    options = {"num_iter": 4, "cfg": 2.0, "order": order}
+    labels, seeds = torch.tensor([0, 1, 2, 3]), [4, 5, 6, 7]
+    together, confidence = small_model.sample_tokens(
+        4, **options, labels=labels, seeds=seeds, known_latents=known, known_mask=mask, return_confidence=True
+    )
+    alone = [
+        small_model.sample_tokens(
+            1, **options, labels=labels[i : i + 1], seeds=seeds[i : i + 1],
+            known_latents=known[i : i + 1], known_mask=mask[i : i + 1],
+        )
+        for i in range(4)
+    ]  # fmt: skip
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
+    tokens, kept = small_model.patchify(together), small_model.quantize(small_model.patchify(known))[1]
+    assert torch.allclose(tokens[mask], kept[mask], atol=1e-6)
+    assert ((tokens - kept)[~mask].abs() > 1e-3).any(dim=-1).float().mean() > 0.9
+    assert (confidence[mask] == 0).all() and (confidence[~mask] < 0).all()
+    # Without known tokens nothing changes.
+    plain = small_model.sample_tokens(1, **options, labels=labels[:1], seeds=seeds[:1])
+    assert torch.allclose(plain, together[:1], atol=1e-4)
+
+
+def test_bad_orders_and_known_tokens_are_named(small_model):
+    latents, mask = torch.zeros(2, 16, 4, 4), torch.zeros(2, 16)
+    for message, options in {
+        "order is one of": {"order": "spiral"},
+        "leave orders out": {"order": "confidence", "orders": small_model.sample_orders(2)},
+        "must not be negative": {"confidence_noise": -1.0},
+        "go together": {"known_mask": mask},
+        r"expected \[2, 16, 4, 4\] and \[2, 16\]": {"known_latents": latents[:1], "known_mask": mask},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            small_model.sample_tokens(2, **options)

@@ -1,0 +1,69 @@
+"""What benchmarks compare with does the same, and every benchmark runs."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks.baselines import DiffusionHead, argmin_over_levels, plain_kernels, sample_recomputing
+from models.quantizer import GaussianQuantizer
+from tests.conftest import NO_DROPOUT, ROOT, batch, small
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["ar", "pairs", "patches"])
+def test_the_head_that_recomputes_gives_the_same(head):
+    with plain_kernels():
+        plain = small(head).head
+    features, uniform = torch.randn(9, 32), torch.rand(9, plain.channel_steps)
+    recomputed = sample_recomputing(plain, features, 1.0, uniform)
+    assert torch.equal(recomputed, small(head).head.sample(features, 1.0, uniform)[0])
+
+
+def test_the_argmin_over_all_levels_gives_the_same():
+    quantizer, x = GaussianQuantizer(64), 3 * torch.randn(4, 256, 16)
+    assert all(torch.equal(a, b) for a, b in zip(argmin_over_levels(quantizer, x), quantizer(x), strict=True))
+
+
+def test_the_releases_way_trains_the_same():
+    model = small("ar", **NO_DROPOUT).train()
+    with plain_kernels():
+        plain = small("ar", **NO_DROPOUT).train()
+    given = batch(model)
+    assert model(*given).item() == pytest.approx(plain(*given).item(), abs=1e-4)
+
+
+def test_the_diffusion_head_samples_what_it_should():
+    # A head whose noise estimate is exact for data of one value gives that value back.
+    head = DiffusionHead(8, channels=3, width=16, depth=1)
+    value = torch.tensor([0.5, -1.0, 2.0])
+
+    def exact(x, t, feature):
+        alpha = head.alphas[head.kept == t].item()
+        return (x - alpha**0.5 * value) / (1 - alpha) ** 0.5, torch.zeros_like(x)
+
+    head.forward = exact
+    for features, guidance in ((torch.randn(5, 8), 1.0), (torch.randn(10, 8), 3.0)):
+        assert torch.allclose(head.sample(features, guidance), value.expand(5, -1), atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("quantizer", ""),
+        ("head_speed", "--model tokenbridge_tiny --tokens 2 --precision fp32"),
+        ("sampling", "--model tokenbridge_tiny --num_iter 2 --ways release bf16"),
+        ("training", "--model tokenbridge_tiny --ways release bf16"),
+        ("loader", "--images 40 --workers 0"),
+    ],
+)
+def test_benchmarks_run(name, flags, tmp_path):
+    path = tmp_path / "results.json"
+    command = f"-m benchmarks.{name} --device cpu --repeats 1 --json {path} {flags}"
+    subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, capture_output=True)
+    content = json.loads(path.read_text())
+    assert content["benchmark"] == name and content["machine"]["matmul_tflops"]["fp32"] > 0
+    assert all(row["median_s"] > 0 for row in content["rows"])

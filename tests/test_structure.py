@@ -1,0 +1,102 @@
+"""What the code's structure promises: imports point one way, models are light, files and functions are short."""
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+FILES = sorted(
+    path for folder in ("models", "util", "tools", "benchmarks", "demo") for path in (ROOT / folder).rglob("*.py")
+)
+FILES += [ROOT / f"{script}.py" for script in SCRIPTS]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+@cache
+def imports_of(module: str) -> set[str]:
+    """The project's modules that ``module`` imports anywhere in its file."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            # A name may be a submodule, or something in the module.
+            names = [
+                name if (name := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names
+            ]
+        else:
+            continue
+        found.update(name for name in names if name in MODULES)
+    return found - {module}
+
+
+def circle_from(module: str, path: tuple[str, ...] = ()) -> list[str]:
+    """A way along imports that comes back to where it has been."""
+    if module in path:
+        return [*path[path.index(module) :], module]
+    for other in imports_of(module):
+        if other not in done and (circle := circle_from(other, (*path, module))):
+            return circle
+    done.add(module)
+    return []
+
+
+done: set[str] = set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_imports_itself_by_way_of_others(module):
+    assert not circle_from(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_from_scripts_to_models_to_util(module):
+    room = module.split(".")[0]
+    above = {"util": {"models", "tools", "benchmarks", *SCRIPTS}, "models": {"tools", "benchmarks", *SCRIPTS}}
+    wrong = {name for name in imports_of(module) if name.split(".")[0] in above.get(room, ())}
+    assert not wrong
+
+
+def test_a_model_loads_no_metrics_plots_or_downloads():
+    heavy = ["torch_fidelity", "matplotlib", "tensorboard", "util.checkpoint", "util.checkpoint.hub", "tools.download"]
+    heavy += ["util.plots", "util.metrics"]
+    code = f"import sys, models.tokenbridge, models.vae; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"
+
+
+def body_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function without its signature and docstring."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return function.end_lineno - body[0].lineno + 1 if body else 0
+
+
+def too_long(path: Path) -> set[str]:
+    """The file, and those of its functions, that are longer than one can take in, or take too many parameters."""
+    text, name = path.read_text(), str(path.relative_to(ROOT))
+    found = {name} if len(text.splitlines()) > 450 else set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+            parameters = sum(argument.arg not in ("self", "cls", "ctx") for argument in arguments)
+            if body_lines(node) > 60 or (parameters > 12 and node.name not in ("__init__", "sample_tokens")):
+                found.add(f"{name}:{node.name}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    assert not too_long(path)

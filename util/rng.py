@@ -1,0 +1,40 @@
+"""Random numbers for a batch of images."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class ImageDraws:
+    """Random numbers for B images.
+
+    With ``seeds``, one for each image, an image's numbers come from its own generator on the CPU: they depend neither
+    on the batch around it nor on the device. Without seeds all come from the device's global generator.
+    """
+
+    def __init__(self, bsz: int, device: torch.device | str = "cpu", seeds: Sequence[int] | None = None):
+        self.bsz, self.device = bsz, device
+        self.generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), ``[B, *shape]``."""
+        return self._draw(torch.rand, shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers, ``[B, *shape]``."""
+        return self._draw(torch.randn, shape)
+
+    def _draw(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
+        if self.generators is None:
+            return draw(self.bsz, *shape, device=self.device)
+        return torch.stack([draw(*shape, generator=generator) for generator in self.generators]).to(self.device)
+
+
+def numbered_draws(seed: int, numbers: Sequence[int]) -> ImageDraws:
+    """Random numbers on the CPU for images that are known by their ``numbers``: they follow from it and ``seed`` alone.
+
+    So results depend neither on the batch size nor on the number of processes.
+    """
+    seeds = [(2**20 * seed + number) % 2**63 for number in numbers]
+    return ImageDraws(len(seeds), seeds=seeds)
