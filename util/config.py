@@ -113,7 +113,6 @@ FACTS = (
     Fact("proj_dropout",       "--proj_dropout",       compared=False),
     Fact("grad_checkpointing", "--grad_checkpointing", compared=False),
 )  # fmt: skip
-PUBLISHED = {fact.name: fact.published for fact in FACTS if fact.published is not None}
 
 
 def add_model_args(parser: argparse.ArgumentParser, models: Sequence[str], checkpointed: Sequence[str]) -> None:
