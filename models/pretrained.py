@@ -21,7 +21,9 @@ from util.errors import UserError, reason
 # TokenBridge.
 
 
-class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-generation", "arxiv:2503.16430"]):
+class PretrainedTokenBridge(
+    PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-generation", "arxiv:2503.16430"]
+):
     """``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` of :class:`models.tokenbridge.TokenBridge`.
 
     A folder holds ``model.safetensors`` under the published names, ``config.json`` and a model card.
@@ -31,7 +33,7 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
     metadata: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "HubModel":
+    def from_config(cls, config: Mapping[str, Any]) -> "PretrainedTokenBridge":
         """The model that ``config``, a model's own or a checkpoint's, describes; entries of other things are ignored.
 
         Raises:
@@ -52,7 +54,7 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
         force_download: bool = False,
         local_files_only: bool = False,
         **model_kwargs,
-    ) -> "HubModel":
+    ) -> "PretrainedTokenBridge":
         """The model of a folder, file or repository with its weights, on the CPU, in evaluation mode.
 
         Args:
@@ -98,7 +100,7 @@ class HubModel(PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-ge
     @classmethod
     def from_content(
         cls, content: Mapping[str, Any], path: str | Path, ema: bool | None = None, **model_kwargs
-    ) -> "HubModel":
+    ) -> "PretrainedTokenBridge":
         """:meth:`from_pretrained` of what :func:`util.checkpoint.read_run` read from ``path``."""
         from util.checkpoint.load import load_weights
 

@@ -13,7 +13,7 @@ from models import fast, sampling
 from models.backbone import MaskedBackbone, gather_tokens
 from models.channel_head import ChannelHead, checked_order
 from models.fast import speed_up
-from models.pretrained import HubModel
+from models.pretrained import PretrainedTokenBridge
 from models.published import PublishedNames, default_channel_order
 from models.quantizer import build_quantizer
 from util.config import KL16_CHANNEL_ORDER  # noqa: F401, others import it from here
@@ -43,7 +43,7 @@ SIZES = {
 # The model.
 
 
-class TokenBridge(PublishedNames, HubModel):
+class TokenBridge(PublishedNames, PretrainedTokenBridge):
     """Masked autoregressive generation over post-training-quantized latents.
 
     Args:
