@@ -2,12 +2,14 @@
 
 import ctypes
 import logging
+import math
 import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -210,8 +212,21 @@ class NumberedDraws:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@lru_cache
+def effective_precision(device_type: str, precision: str) -> str:
+    """``precision``, or fp32 where bf16 would only cost: on CPUs without its instructions (AVX2 at most).
+
+    There PyTorch multiplies bf16 matrices entry by entry, some 100 times more slowly than fp32 ones.
+    """
+    if precision == "bf16" and device_type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+        log.info("this CPU has no bf16 instructions: bf16 runs as fp32, which is faster and more exact")
+        return "fp32"
+    return precision
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Autocast for a ``--precision`` of ``bf16``, ``fp16`` or ``fp32`` (none)."""
+    """Autocast for a ``--precision`` of ``bf16``, ``fp16`` or ``fp32`` (none); see :func:`effective_precision`."""
+    precision = effective_precision(device.type, precision)
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=PRECISIONS[precision])
@@ -233,18 +248,22 @@ def matmul_flops(device: torch.device, precision: str) -> float:
     """Operations a second of a large matrix product here and now: what utilization is measured against."""
     import time
 
-    size = 8192 if device.type == "cuda" else 1536
-    a = torch.randn(size, size, device=device, dtype=PRECISIONS[precision])
-    best = float("inf")
-    for _ in range(4):  # the first warms up
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    dtype = PRECISIONS[effective_precision(device.type, precision)]
+    largest = 8192 if device.type == "cuda" else 1536
+    size, best = largest // 8, 0.0
+    while size <= largest and best < 0.05:  # large enough to be measured, small enough not to be waited for
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        best = math.inf
+        for _ in range(4):  # the first warms up
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            a @ a
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - start)
+        size *= 2
+    return 2 * (size // 2) ** 3 / best
 
 
 def memory_in_use(device: torch.device) -> float:
