@@ -21,24 +21,16 @@ from tests.scripts.trace import Trace
 from util import misc
 
 FACTOR = 0.5  # of the small tokenizer
-#: In fp32, since not every CPU multiplies bf16 in reasonable time.
+#: A head of steps in milliseconds, and fp32, which every CPU computes alike.
 QUICK = f"{TINY} --head_dim 32 --head_depth 1 --head_heads 2 --precision fp32 --device cpu"
 #: 4 steps an epoch.
 BASE = f"{QUICK} --warmup_epochs 0 --lr 1e-3"
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """What a large product takes is nothing to these tests; on some CPUs it is half a minute."""
+def known_peak(monkeypatch):
+    """Nothing is measured, and the peak that utilization is told against is known."""
     monkeypatch.setattr(misc, "matmul_flops", lambda device, precision: 1e9)
-
-
-@pytest.fixture
-def trace(monkeypatch) -> Trace:
-    """What the scripts of this test do."""
-    trace = Trace()
-    trace.install(monkeypatch.setattr)
-    return trace
 
 
 @pytest.fixture

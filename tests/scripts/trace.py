@@ -117,7 +117,7 @@ def main(path: str, script: str, *flags: str) -> None:
     """Runs ``script`` and writes the trace; with ``SIGNAL_RANK`` set, that process is signalled in its second pass."""
     trace = Trace()
     trace.install(setattr)
-    misc.matmul_flops = lambda device, precision: 1e9  # half a minute on some CPUs
+    misc.matmul_flops = lambda device, precision: 1e9
     if os.environ.get("SIGNAL_RANK") == os.environ.get("RANK", "0"):
         forward, calls = TokenBridge.forward, []
 
