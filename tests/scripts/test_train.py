@@ -213,9 +213,9 @@ def test_values_out_of_range_are_refused_by_name_before_anything_is_read(refused
 
 
 def test_rates_and_losses_in_the_log_are_those_of_the_steps(run, vae_path, tmp_path, trace):
-    data = write_images(tmp_path / "more", each=6)
+    data = write_images(tmp_path / "more", each=12)
     common = f"--data_path {data} --vae_path {vae_path}"
-    flags = "--batch_size 1 --epochs 2 --warmup_epochs 1 --min_lr 1e-4 --grad_clip 0.01"
+    flags = "--batch_size 2 --epochs 2 --warmup_epochs 1 --min_lr 1e-4 --grad_clip 0.01"
     run("main_tokenbridge", f"{BASE} {common} {flags} --output_dir {tmp_path}/run")  # 24 steps an epoch
     losses = [batch["loss"] for batch in trace.batches]
     # Every 20 steps and at an epoch's end: each the mean of the steps since the last.
@@ -289,8 +289,13 @@ def test_measurements_during_training_are_of_that_epochs_averages_or_weights(tra
     online = f"--online_eval --no_metrics --num_images 4 --num_iter 2 --cfg 3 1 --vae_path {vae_path} {flag}"
     for seed in (2,) if flag else (1, 2):  # pictures of another run in the same folder are not taken for this one's
         trace.clear()
-        content = load(train("run", f"--epochs 3 --eval_freq 2 --ema_rate 0.5 --seed {seed} {online}"))
-        assert [sampled["cfg"] for sampled in trace.sampled] == [1.0, 3.0, 1.0, 3.0]  # after epochs 1 and 2
+        folder = train("run", f"--epochs 3 --eval_freq 2 --ema_rate 0.5 --seed {seed} {online}")
+        content, pictures = (
+            load(folder),
+            sorted(path.name for path in (folder / "online_eval").iterdir() if path.is_dir()),
+        )
+        assert pictures == [f"epoch000{epoch}-cfg{cfg}" for epoch in (1, 2) for cfg in (1, 3)]
+        assert [sampled["cfg"] for sampled in trace.sampled] == [1.0, 3.0, 1.0, 3.0]
         weights = [sampled["class_emb"] for sampled in trace.sampled]
         assert torch.equal(weights[3], content["model" if flag else "model_ema"]["class_emb.weight"])
         assert not torch.equal(weights[1], weights[3])
@@ -305,11 +310,20 @@ def test_weights_start_from_the_seed_or_from_another_runs_averages_or_weights(tr
     stay = "--epochs 1 --lr 0"
     starts = [learned(load(train(f"seed{i}", f"{stay} --seed {seed}")), "model") for i, seed in enumerate((1, 1, 2))]
     assert equal(starts[0], starts[1]) and not torch.equal(starts[0]["mask_token"], starts[2]["mask_token"])
-    other = train("other", "--epochs 1 --ema_rate 0.5")
+    other = train("other", "--epochs 1 --ema_rate 0.5 --quant_min -4 --quant_max 3")
     for flag, key in {"": "model_ema", "--no_ema": "model"}.items():
         content = load(train(f"from-{key}", f"{stay} --finetune {other} {flag}"))
         assert equal(learned(content, "model"), learned(load(other), key)), key
         assert equal(content["model_ema"], learned(content, "model"))
+        assert (content["config"]["quant_min"], content["config"]["quant_max"]) == (-4, 3)
+
+
+def test_the_average_is_of_the_weights_after_each_step(train, trace):
+    content = load(train("run", "--epochs 1 --ema_rate 0.5"))
+    average, *weights = [batch["class_emb"] for batch in trace.batches]
+    for weight in [*weights, content["model"]["class_emb.weight"]]:
+        average = average.lerp(weight, 0.5)
+    assert torch.allclose(content["model_ema"]["class_emb.weight"], average, atol=1e-7)
 
 
 def test_without_averages_in_the_checkpoint_they_start_from_its_weights(train):
@@ -414,6 +428,14 @@ def test_a_second_interrupt_ends_a_run_at_once(train, trace, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train("run", "--epochs 3")
     assert not trace.steps and not trace.saved
+
+
+def test_the_cache_of_a_split_is_of_its_images(run, refused, images, vae_path, tmp_path):
+    (images / "train").rename(images / "val")
+    cache = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --device cpu"
+    assert "train" in refused("main_cache", f"{cache} --cached_path {tmp_path}/train")
+    run("main_cache", f"{cache} --cached_path {tmp_path}/val --split val")
+    assert len(list((tmp_path / "val").glob("*/*.npz"))) == 16
 
 
 def test_calibration_is_of_the_same_latents_from_images_as_from_their_cache(run, images, vae_path, train, tmp_path):

@@ -31,7 +31,8 @@ class Trace:
 
     Attributes:
         batches: each forward pass of a TokenBridge: ``latents``, ``labels``, ``loss``, whether ``training``, the type
-            of ``autocast``, whether there were ``gradients`` already, and in training the ``order`` of its tokens.
+            of ``autocast``, whether there were ``gradients`` already, the model's ``class_emb``, and in training the
+            ``order`` of the tokens.
         drawn: each posterior that was sampled: its ``moments`` and the ``latents`` drawn.
         images: each batch that a tokenizer encoded.
         decoded: each batch that one decoded.
@@ -57,6 +58,7 @@ class Trace:
         def traced_forward(model, latents, labels, *args):
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
             batch = {"latents": latents.detach().clone(), "labels": labels.clone(), "autocast": dtype}
+            batch |= {"class_emb": model.class_emb.weight.detach().clone()}
             batch |= {"training": model.training, "gradients": any(p.grad is not None for p in model.parameters())}
             loss = forward(model, latents, labels, *args)
             self.batches.append(batch | {"loss": loss.item(), "order": self.orders[-1] if not args else None})
