@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.fill import deterministic_fill
+from tests.scripts.trace import Trace
 from util import checkpoint, errors
 from util.training_state import TrainingState
 
@@ -178,6 +179,14 @@ def refused(monkeypatch, capsys):
         return lines[0]
 
     return expect
+
+
+@pytest.fixture
+def trace(monkeypatch) -> Trace:
+    """What the scripts of this test do."""
+    trace = Trace()
+    trace.install(monkeypatch.setattr)
+    return trace
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -21,9 +21,11 @@ import main_cache
 import main_tokenbridge
 import main_vae
 import reconstruction
+from models import backbone
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import ROOT, SHORT, TINY, processes_of
 from tools import checkpoint as commands
+from util import misc
 from util.loader import CachedFolder
 from util.training_state import TrainingState
 
@@ -403,9 +405,18 @@ def test_accumulation_makes_one_step_of_several_batches(run, cached, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--grad_checkpointing", "--precision fp16", "--precision fp32 --accum_iter 2", "--lr_schedule constant"]
-)
-def test_uncached_training_and_other_flags(run, images, vae_path, tmp_path, flags):
+    "flags",
+    [
+        "--grad_checkpointing", "--precision fp16", "--precision fp32 --accum_iter 2",
+        "--lr_schedule constant --epochs 2",
+    ],
+)  # fmt: skip
+def test_uncached_training_and_other_flags(run, images, vae_path, tmp_path, trace, monkeypatch, flags):
+    recomputed = []
+    original = backbone.checkpoint
+    monkeypatch.setattr(
+        backbone, "checkpoint", lambda *args, **options: recomputed.append(1) or original(*args, **options)
+    )
     run(
         "main_tokenbridge",
         f"{TINY} {SHORT} --epochs 1 --data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/run {flags}",
@@ -413,6 +424,16 @@ def test_uncached_training_and_other_flags(run, images, vae_path, tmp_path, flag
     content = load(tmp_path / "run")
     assert ("scaler" in content) == ("fp16" in flags)
     assert content["config"]["vae_embed_dim"] == 8 and content["config"]["latent_factor"] == 0.5
+    # 16 images, 4 at once.
+    epochs, parts = 1 + ("epochs 2" in flags), 1 + ("accum_iter 2" in flags)
+    assert len(trace.batches) == 4 * epochs and len(trace.steps) == 4 * epochs / parts
+    assert (content["epoch"], content["steps_per_epoch"]) == (epochs - 1, 4 / parts)
+    precision = next((name for name in misc.PRECISIONS if name in flags), misc.effective_precision("cpu", "bf16"))
+    assert {batch["autocast"] for batch in trace.batches} == {misc.PRECISIONS[precision]}
+    assert bool(recomputed) == ("grad_checkpointing" in flags) == (content["config"]["grad_checkpointing"] is True)
+    # Amid the warm-up, or after it at the peak.
+    rate = 1e-3 if "constant" in flags else 1e-3 * (1 - parts / 4)
+    assert content["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate)
 
 
 def test_evaluation_writes_the_same_pictures_every_time(run, trained, vae_path, tmp_path):
@@ -452,6 +473,10 @@ def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
     result = torchrun(f"main_vae.py {small} --data_path {images} --output_dir {tmp_path}/vae2")
     assert result.returncode == 0, result.stderr
     assert AutoencoderKL.from_pretrained(tmp_path / "vae2" / "vae.ckpt")[0].stride == 2
+    # 16 images, 4 for each of two: one log, of two steps.
+    assert len(list((tmp_path / "vae2" / "tokenizer_log").iterdir())) == 1
+    log = EventAccumulator(str(tmp_path / "vae2" / "tokenizer_log")).Reload()
+    assert [event.step for event in log.Scalars("tokenizer/error")] == [2]
 
     shared = f"--img_size 16 --num_workers 0 --data_path {images} --vae_path {vae_path}"
     result = torchrun(f"main_cache.py {shared} --cached_path {tmp_path}/cache2 --batch_size 3 --device cpu")
@@ -459,6 +484,10 @@ def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
     for path in sorted(cached.rglob("*.npz")):
         with np.load(path) as one, np.load(tmp_path / "cache2" / path.relative_to(cached)) as two:
             assert all(np.allclose(one[name], two[name], atol=1e-5) for name in ("moments", "moments_flip"))
+    assert len(list((tmp_path / "cache2").rglob("*.npz"))) == 16
+    assert result.stderr.count("cached 16 images") == 1 and "0 were there, 16 are new, 0 replace" in result.stderr
+    abouts = [json.loads((folder / "cache.json").read_text()) for folder in (cached, tmp_path / "cache2")]
+    assert abouts[0] == abouts[1] and abouts[0]["complete"]
 
     train = f"main_tokenbridge.py {TINY} {SHORT} --epochs 1 --use_cached --cached_path {cached} --device cpu"
     result = torchrun(f"{train} --output_dir {tmp_path}/run2")
@@ -466,12 +495,19 @@ def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
     content = load(tmp_path / "run2")
     assert {int(s["step"]) for s in content["optimizer"]["state"].values()} == {2}  # 16 images, 4 for each of two
     assert result.stderr.count("whole batch 8") == 1
+    assert (content["world_size"], content["steps_per_epoch"], content["epoch"]) == (2, 2, 0)
+    assert content["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3 / 2)
+    assert len(list((tmp_path / "run2").glob("events.*"))) == 1
+    log = EventAccumulator(str(tmp_path / "run2")).Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [2]
 
     out = f"--vae_path {vae_path} --evaluate --no_metrics --num_images 8 --num_iter 3 --eval_bsz 3"
     out += f" --resume {tmp_path}/run2"
     result = torchrun(f"main_tokenbridge.py {TINY} {out} --output_dir {tmp_path}/eval2 --device cpu")
     assert result.returncode == 0, result.stderr
     assert sorted(os.listdir(tmp_path / "eval2" / "samples")) == [f"{i:05d}.png" for i in range(8)]
+    assert len({path.read_bytes() for path in (tmp_path / "eval2" / "samples").iterdir()}) == 8
+    assert json.loads((tmp_path / "eval2" / "samples.json").read_text())["settings"]["num_images"] == 8
 
 
 # --------------------------------------------------------------------------------------------------------------------
