@@ -126,15 +126,15 @@ def test_images_of_another_run_go_and_what_else_lies_there_stays(run, weights, t
     run("main_tokenbridge", f"{common} --num_images 8")
     folder, maps = tmp_path / "out" / "samples", tmp_path / "out" / "samples-confidence"
     (folder / "notes.txt").write_text("mine")
-    (folder / "mine.PNG").write_bytes((folder / "00000.png").read_bytes())
+    (folder / "mine.png").write_bytes((folder / "00000.png").read_bytes())
     assert "holds 5 images, not 4" in refused("main_tokenbridge", f"{common} --num_images 4")
     assert sorted(path.name for path in folder.iterdir()) == [
         *(f"{n:05d}.png" for n in range(4)),
-        "mine.PNG",
+        "mine.png",
         "notes.txt",
     ]
     assert len(list(maps.iterdir())) == 4
-    (folder / "mine.PNG").unlink()
+    (folder / "mine.png").unlink()
     run("main_tokenbridge", f"{common.removesuffix('--save_confidence')} --num_images 4")
     assert not maps.exists() and (folder / "notes.txt").read_text() == "mine"
 
@@ -210,6 +210,7 @@ def test_a_search_is_taken_up_only_where_it_was_measured_alike(
     assert rows() == [1, 2] and sampler.all("cfg") == [1, 2]
     run("main_tokenbridge", first)
     assert rows() == [1, 2] and len(sampler.calls) == 2
+    assert [row["images"] for row in json.loads((tmp_path / "out" / "search.json").read_text())] == [4, 4]
     run("main_tokenbridge", second)
     assert rows() == [3, 4]
     run("main_tokenbridge", f"{second} --reference {reference}")
@@ -224,7 +225,7 @@ def test_a_search_is_taken_up_only_where_it_was_measured_alike(
     for _ in range(2):
         run("main_tokenbridge", f"{second} --cfg 2 --keep_images")
     assert measured.call_count == 11
-    run("main_tokenbridge", f"{second} --cfg 2 3 --no_metrics")
+    run("main_tokenbridge", f"{second} --reference {reference} --cfg 2 3 --no_metrics")
     assert len(list((tmp_path / "out" / "samples-cfg3-t1").glob("*.png"))) == 4
 
 
