@@ -2,8 +2,13 @@
 
 import argparse
 import contextlib
+import inspect
 import json
+import multiprocessing
+import os
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +17,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from models.tokenbridge import TokenBridge
+from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.vae import AutoencoderKL
 from tests.fill import deterministic_fill
 from tests.scripts.trace import Trace
@@ -189,6 +195,129 @@ def trace(monkeypatch) -> Trace:
     return trace
 
 
+def _run_as(rank: int, port: int, script: str, command: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    torch.set_num_threads(1)  # the threads of the process that was forked are not there
+    sys.argv = [f"{script}.py", *command.split()]
+    try:
+        errors.run(__import__(script).main)
+    except BaseException as error:
+        traceback.print_exc()
+        os._exit(0 if isinstance(error, SystemExit) and not error.code else 1)
+    os._exit(0)
+
+
+@pytest.fixture
+def run_two():
+    """``run_two("main_cache", "--flag value")``: in two processes, as torchrun would, that share what is patched here.
+
+    They are forked: what took seconds to import is there.
+    """
+
+    def run(script: str, command: str) -> None:
+        __import__(script)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        fork = multiprocessing.get_context("fork")
+        ranks = [fork.Process(target=_run_as, args=(rank, port, script, f"{command} --device cpu")) for rank in (0, 1)]
+        for process in ranks:
+            process.start()
+        try:
+            for process in ranks:
+                process.join(120)
+            assert [process.exitcode for process in ranks] == [0, 0]
+        finally:
+            for process in ranks:
+                process.kill()
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the scripts call, watched.
+
+
+class Watched:
+    """Calls of a method, as dictionaries of its arguments by name."""
+
+    def __init__(self, method):
+        self.calls: list[dict] = []
+        self.signature = inspect.signature(method)
+
+    def note(self, *args, **kwargs) -> dict:
+        """One call's arguments, defaults included."""
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        self.calls.append({**bound.arguments, "autocast": dtype})
+        return bound.arguments
+
+    def all(self, name: str) -> list:
+        """One argument of every call."""
+        return [call[name] for call in self.calls]
+
+    def joined(self, name: str) -> list:
+        """One argument, that has a value for each image, over all calls."""
+        return [value for call in self.calls for value in list(call[name])]
+
+
+@pytest.fixture
+def sampler(monkeypatch):
+    """TokenBridge.sample_tokens, watched and in no time: an image's latents all equal its label.
+
+    A call also notes the model's ``mask_token``, which tells the weights from their average. Confidences rise from
+    token to token.
+    """
+    watched = Watched(TokenBridge.sample_tokens)
+
+    def sample_tokens(model, *args, **kwargs):
+        given = watched.note(model, *args, **kwargs)
+        watched.calls[-1]["mask_token"] = model.state_dict()["mask_token"].clone()
+        side = model.grid_size * model.patch_size
+        latents = given["labels"].float()[:, None, None, None].expand(-1, model.vae_embed_dim, side, side)
+        confidence = torch.arange(model.seq_len).float().expand(len(latents), -1) - 20
+        return (latents, confidence) if given["return_confidence"] else latents
+
+    monkeypatch.setattr(TokenBridge, "sample_tokens", sample_tokens)
+    return watched
+
+
+@pytest.fixture
+def decoder(monkeypatch):
+    """AutoencoderKL.decode, watched and in no time: pixels are the latents' mean over 40."""
+    watched = Watched(AutoencoderKL.decode)
+
+    def decode(vae, *args, **kwargs):
+        z = watched.note(vae, *args, **kwargs)["z"]
+        side = z.shape[-1] * vae.stride
+        return z.float().mean(dim=(1, 2, 3))[:, None, None, None].expand(-1, 3, side, side) / 40
+
+    monkeypatch.setattr(AutoencoderKL, "decode", decode)
+    return watched
+
+
+@pytest.fixture
+def quick_inception(monkeypatch, tmp_path):
+    """Inception that only averages colours, watched, and no distance of 2048 dimensions: the flag that asks for it."""
+    watched = Watched(FeatureExtractorInceptionV3.forward)
+
+    def init(self, *args, **kwargs):
+        torch.nn.Module.__init__(self)
+
+    def forward(self, *args, **kwargs):
+        image = watched.note(self, *args, **kwargs)["x"].float()
+        colours = image.mean(dim=(2, 3)) / 255
+        return torch.nn.functional.pad(colours, (0, 2045)), torch.nn.functional.pad(10 * colours, (0, 1005))
+
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "__init__", init)
+    monkeypatch.setattr(FeatureExtractorInceptionV3, "forward", forward)
+    torch.save({}, tmp_path / "inception.pth")
+    watched.flag = f"--inception_weights {tmp_path}/inception.pth"
+    return watched
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Small runs.
 
@@ -216,6 +345,19 @@ def trained(run, cached, tmp_path):
         "main_tokenbridge", f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {tmp_path}/run"
     )
     return tmp_path / "run"
+
+
+@pytest.fixture
+def weights(tmp_path, vae_path):
+    """Flags that name a checkpoint of the tiny model, whose average is 1.1 times the weights, and its tokenizer."""
+    kwargs = {"img_size": 16, "vae_stride": 4, "vae_embed_dim": 8, "class_num": 4, "buffer_size": 4, "quant_levels": 8}
+    model = filled(tokenbridge_tiny(**kwargs))
+    learned = {name: value.detach() for name, value in model.named_parameters()}
+    config = {**model.config, "latent_factor": 0.5}
+    content = {"model": model.state_dict(), "model_ema": {n: 1.1 * v for n, v in learned.items()}, "config": config}
+    (tmp_path / "weights").mkdir()
+    torch.save(content, tmp_path / "weights" / "checkpoint-last.pth")
+    return f"{TINY} --vae_path {vae_path} --resume {tmp_path}/weights --device cpu"
 
 
 def processes_of(folder) -> list[int]:

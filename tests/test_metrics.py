@@ -303,9 +303,13 @@ def test_everything_is_checked_before_the_first_image(refused, trained, inceptio
     assert not (tmp_path / "out").exists()
 
 
-def test_a_search_makes_a_table_and_a_heat_map(run, trained, inception, stats, tmp_path, monkeypatch):
+def test_a_search_makes_a_table_and_a_heat_map(run, trained, inception, stats, tmp_path, monkeypatch, sampler):
     counted = mock.Mock(
-        side_effect=lambda features, *_: {"frechet_inception_distance": 5.0, "inception_score_mean": 2.0}
+        side_effect=lambda features, *_: {
+            "frechet_inception_distance": 5.0,
+            "inception_score_mean": 2.0,
+            "precision": 10 * sampler.calls[-1]["cfg"] + sampler.calls[-1]["temperature"],  # tells one pair's images
+        }
     )
     monkeypatch.setattr("util.metrics.compute_metrics", counted)
     run(
@@ -318,6 +322,14 @@ def test_a_search_makes_a_table_and_a_heat_map(run, trained, inception, stats, t
     assert "| 3.5 | 0.9 | 5 | 2 |" in (tmp_path / "out" / "search.md").read_text() and counted.call_count == 4
     with Image.open(tmp_path / "out" / "search.png") as picture:
         assert picture.size[0] > 500
+    # Every pair is sampled as its row says, and each row holds the figures of its own images.
+    pairs = list(zip(sampler.all("cfg"), sampler.all("temperature"), strict=True))
+    assert pairs == [(row["cfg"], row["temperature"]) for row in rows]
+    for cfg, temperature in pairs:
+        about = json.loads((tmp_path / "out" / f"samples-cfg{cfg:g}-t{temperature:g}.json").read_text())
+        assert (about["settings"]["cfg"], about["settings"]["temperature"]) == (cfg, temperature)
+    assert [row["precision"] for row in rows] == [10.9, 11.0, 35.9, 36.0]
+    assert all(row["images"] == 4 for row in rows)
 
 
 def test_the_heat_map_has_the_scales_across_and_temperatures_up(tmp_path):
@@ -409,9 +421,14 @@ def test_an_interrupted_search_keeps_what_it_measured(run, trained, inception, s
     assert counted.call_count == 5
 
 
-def test_online_metrics_go_to_tensorboard(run, images, vae_path, inception, stats, tmp_path, monkeypatch):
+def test_online_metrics_go_to_tensorboard(run, images, vae_path, inception, stats, tmp_path, monkeypatch, sampler):
     monkeypatch.setattr(
-        "util.metrics.compute_metrics", lambda *_: {"frechet_inception_distance": 5.0, "inception_score_mean": 2.0}
+        "util.metrics.compute_metrics",
+        lambda *_: {
+            "frechet_inception_distance": 5.0,
+            "inception_score_mean": 2.0,
+            "precision": 10 * sampler.calls[-1]["cfg"],
+        },
     )
     run(
         "main_tokenbridge",
@@ -419,8 +436,11 @@ def test_online_metrics_go_to_tensorboard(run, images, vae_path, inception, stat
         f"--cfg 2.5 --fid_stats {stats} --inception_weights {inception} --output_dir {tmp_path}/run",
     )
     log = EventAccumulator(str(tmp_path / "run")).Reload()
-    for name in ("cfg1", "cfg2.5"):
+    for name, cfg in {"cfg1": 1, "cfg2.5": 2.5}.items():
         assert [event.value for event in log.Scalars(f"eval/frechet_inception_distance-{name}")] == [5.0]
+        events = log.Scalars(f"eval/precision-{name}")
+        assert [(event.step, event.value) for event in events] == [(1, 10 * cfg)]
+    assert not [path for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir()]  # measured, removed
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -22,10 +22,12 @@ import main_tokenbridge
 import main_vae
 import reconstruction
 from models import backbone
+from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import ROOT, SHORT, TINY, processes_of
 from tools import checkpoint as commands
 from util import misc
+from util.images import to_uint8
 from util.loader import CachedFolder
 from util.training_state import TrainingState
 
@@ -450,9 +452,18 @@ def test_evaluation_writes_the_same_pictures_every_time(run, trained, vae_path, 
             assert grid.size == (8 * 66 + 2, 66 + 2)
     assert max(np.abs(a - b).max() for a, b in zip(pictures[0], pictures[1], strict=True)) <= 1
     assert any(np.abs(a - b).max() > 1 for a, b in zip(pictures[0], pictures[2], strict=True))
+    # What is pictured: the average's samples of every class, two each, with their seeds and the flags.
+    content = load(trained)
+    model = TokenBridge.from_content(content, trained, ema=True)
+    vae, factor = AutoencoderKL.from_pretrained(vae_path)
+    labels, seeds = torch.arange(8) // 2, engine_tokenbridge.image_seeds(0, range(8))
+    with torch.no_grad():
+        latents = model.sample_tokens(8, 4, 2.0, labels=labels, seeds=seeds)
+        expected = to_uint8(vae.decode(latents / factor)).permute(0, 2, 3, 1).numpy().astype(int)
+    assert max(np.abs(a - b).max() for a, b in zip(pictures[0], expected, strict=True)) <= 1
 
 
-def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_path, tmp_path):
+def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_path, tmp_path, sampler):
     run(
         "main_tokenbridge",
         f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --vae_path {vae_path} "
@@ -460,6 +471,14 @@ def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_pa
     )
     folders = sorted(path.name for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir())
     assert folders == [f"epoch000{epoch}-cfg{cfg}" for epoch in (0, 1) for cfg in (1, 3)]
+    assert sampler.all("cfg") == [1, 3, 1, 3] and {call["num_iter"] for call in sampler.calls} == {2}
+    assert all(call["labels"].tolist() == [0, 1, 2, 3] for call in sampler.calls)
+    averages = [
+        torch.load(tmp_path / "run" / f"checkpoint-last{age}.pth", weights_only=True)["model_ema"]["mask_token"]
+        for age in (".1", "")
+    ]
+    for call, epoch in zip(sampler.calls, (0, 0, 1, 1), strict=True):
+        assert torch.equal(call["mask_token"], averages[epoch])
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,167 @@
+"""The figures and pictures of reconstruction.py against what they should be of what the tokenizer was asked."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.quantizer import GaussianQuantizer
+from models.vae import AutoencoderKL, DiagonalGaussianDistribution
+from tests.conftest import Watched
+from util.images import psnr, ssim
+from util.loader import image_transform, read_image
+
+FACTOR = 0.5
+
+
+def pixels(path) -> torch.Tensor:
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+@pytest.fixture
+def posteriors(monkeypatch):
+    """Posterior, noise and sample of every draw."""
+    draws, sample = [], DiagonalGaussianDistribution.sample
+
+    def noted(posterior, noise=None):
+        draws.append((posterior, noise, sample(posterior, noise)))
+        return draws[-1][-1]
+
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", noted)
+    return draws
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """AutoencoderKL.decode, watched."""
+    watched, decode = Watched(AutoencoderKL.decode), AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, z: decode(vae, watched.note(vae, z)["z"]))
+    return watched
+
+
+@pytest.fixture
+def common(images, vae_path, tmp_path) -> str:
+    """Flags of all runs: 12 images, the first three of each class, in batches of 5, 5 and 2."""
+    return (
+        f"--img_size 16 --vae_path {vae_path} --image_dir {images} --num_workers 0 --device cpu --images_per_class 3 "
+        f"--batch_size 5 --no_metrics --output_dir {tmp_path}/out"
+    )
+
+
+def results(folder) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_figures_are_those_of_scaled_posterior_samples(run, common, posteriors, decoded, tmp_path, images):
+    run("reconstruction", f"{common} --bits 3 --range 0.8")
+    folder = tmp_path / "out" / "quant_b3_r0.8_n3"
+    latents = FACTOR * torch.cat([sample for _, _, sample in posteriors])
+    assert latents.shape == (12, 8, 4, 4) and all(noise is not None for _, noise, _ in posteriors)
+    spread = torch.cat([(sample - posterior.mean) / posterior.std for posterior, _, sample in posteriors])
+    assert spread.std().item() == pytest.approx(1, abs=0.1)
+    indices, quantized = GaussianQuantizer(8, -0.8, 0.8)(latents)
+    # What is decoded of each batch: some continuous latents to show, then the quantized ones.
+    expected = quantized / FACTOR
+    given = [z for z in decoded.all("z") if torch.isclose(z[:, None], expected, atol=1e-5).flatten(2).all(2).any()]
+    assert torch.allclose(torch.cat(given), quantized / FACTOR, atol=1e-5)
+
+    figures = results(folder)
+    below, above = (latents < -0.8).sum().item(), (latents > 0.8).sum().item()
+    assert min(below, above) > 5
+    assert figures["out_of_range_share"] == pytest.approx((below + above) / latents.numel(), rel=1e-6)
+    assert figures["latent_mse"] == pytest.approx((latents - quantized).square().mean().item(), rel=1e-4)
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=8) for channel in indices.transpose(0, 1)])
+    shares = (counts / counts.sum(dim=1, keepdim=True)).double()
+    bits = -(shares * shares.clamp(min=1e-12).log2()).sum(dim=1)
+    assert figures["entropy_bits"] == pytest.approx(bits.tolist(), abs=1e-6)
+    assert figures["levels_used"] == (counts > 0).sum(dim=1).tolist() and figures["levels"] == 8
+    real, recon = (
+        torch.stack([pixels(path) for path in sorted((folder / part).iterdir())]) for part in ("real", "recon")
+    )
+    assert figures["psnr_db"] == pytest.approx(psnr(real, recon).mean().item())
+    assert figures["ssim"] == pytest.approx(ssim(real, recon).mean().item())
+    assert (figures["images"], figures["bits"], figures["range"], figures["seed"]) == (12, 3, 0.8, 0)
+
+    # The first of each class, in order, each under its number; shown are eight of them, evenly spaced.
+    for number in range(12):
+        path = images / "train" / f"class{number // 3}" / f"{number % 3}.png"
+        expected = (image_transform(16)(read_image(str(path))) + 1) * 127.5
+        assert (real[number].float() - expected).abs().max() <= 1, number
+    sheet = pixels(folder / "reconstruction.png")
+    vae = AutoencoderKL.from_pretrained(common.split()[3])[0]
+    with torch.no_grad():
+        continuous = ((vae.decode(latents / FACTOR) + 1) * 127.5).clamp(0, 255)
+    for row, number in enumerate((0, 1, 3, 4, 6, 7, 9, 10)):
+        for column, picture in enumerate((real[number], continuous[number], recon[number])):
+            shown = sheet[:, 18 + 130 * row :, 2 + 130 * column :][:, 4:128:8, 4:128:8]
+            assert (shown.float() - picture.float()).abs().max() <= 1, (row, column)
+
+
+def test_continuous_latents_are_decoded_as_they_were_drawn(run, common, posteriors, decoded, tmp_path):
+    run("reconstruction", f"{common} --bits -1 --precision fp16")
+    for (_, _, sample), call in zip(posteriors, decoded.calls, strict=True):
+        assert torch.allclose(call["z"], sample.float(), atol=1e-5) and call["autocast"] == torch.float16
+    noise = [noise for _, noise, _ in posteriors]
+    # Every image's noise is its number's, another seed's another.
+    first = results(tmp_path / "out" / "quant_b-1_r5.0_n3")
+    posteriors.clear()
+    run("reconstruction", f"{common} --bits -1 --seed 1")
+    assert not any(torch.allclose(old, new, atol=0.1) for old, (_, new, _) in zip(noise, posteriors, strict=True))
+    assert results(tmp_path / "out" / "quant_b-1_r5.0_n3")["psnr_db"] != first["psnr_db"]
+
+
+def test_calibration_is_of_the_posteriors_and_gives_each_channel_its_range(run, run_two, common, posteriors, tmp_path):
+    run("reconstruction", f"{common} --quant_calibrate --range 0.1")
+    folder = tmp_path / "out" / "quant_b6_calibrated_n3"
+    figures = results(folder)
+    mean = torch.cat([posterior.mean for posterior, _, _ in posteriors]).double()
+    std = torch.cat([posterior.std for posterior, _, _ in posteriors]).double()
+    deviation = ((mean**2 + std**2).mean(dim=(0, 2, 3)) - mean.mean(dim=(0, 2, 3)) ** 2).sqrt()
+    assert figures["channel_mean"] == pytest.approx((FACTOR * mean.mean(dim=(0, 2, 3))).tolist(), abs=1e-5)
+    assert figures["channel_std"] == pytest.approx((FACTOR * deviation).tolist(), rel=1e-4)
+    assert figures["out_of_range_share"] < 0.01  # of three times the root of three deviations, not of 0.1
+    run_two("reconstruction", f"{common} --quant_calibrate --output_dir {tmp_path}/two")
+    two = results(tmp_path / "two" / folder.name)
+    for name in ("channel_mean", "channel_std", "psnr_db", "ssim", "latent_mse", "images", "entropy_bits"):
+        assert two[name] == pytest.approx(figures[name], rel=1e-4, abs=1e-6), name
+    for part in ("real", "recon"):
+        for path in (folder / part).iterdir():
+            other = tmp_path / "two" / folder.name / part / path.name
+            assert (pixels(path).int() - pixels(other).int()).abs().max() <= 1
+    posteriors.clear()
+    run("reconstruction", f"{common} --quant_calibrate --quantizer linear")
+    assert results(tmp_path / "out" / "linear_b6_calibrated_n3")["latent_mse"] != figures["latent_mse"]
+
+
+def test_what_another_run_left_in_the_folder_goes(run, common, tmp_path):
+    folder = tmp_path / "out" / "quant_b6_r5.0_n3"
+    for part in ("real", "recon"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "00012.png").write_bytes(b"of a run with more classes")
+    run("reconstruction", common)
+    assert all(len(list((folder / part).iterdir())) == 12 for part in ("real", "recon"))
+
+
+def test_a_sweeps_rows_and_columns_are_each_settings_own(run, common, tmp_path):
+    run("reconstruction", f"{common} --sweep")
+    folder = tmp_path / "out" / "sweep_n3"
+    rows = {(row["bits"], row["range"]): row for row in json.loads((folder / "table1.json").read_text())["rows"]}
+    table = (folder / "table1.md").read_text().splitlines()
+    pictures = {}
+    for bits, bound in ((-1, 5.0), (6, 5.0), (3, 5.0), (6, 2.0)):
+        run("reconstruction", f"{common} --bits {bits} --range {bound}")
+        alone = results(tmp_path / "out" / f"quant_b{bits}_r{bound}_n3")
+        for name in ("latent_mse", "psnr_db", "ssim", "out_of_range_share"):
+            assert rows[bits, bound][name] == alone[name], (bits, bound, name)
+        title = "continuous" if bits < 0 else f"{2**bits} levels, range {bound:g}"
+        (line,) = [line for line in table if line.startswith(f"| {title} |")]
+        assert f"{alone['psnr_db']:.4g}" in line
+        pictures[bits, bound] = tmp_path / "out" / f"quant_b{bits}_r{bound}_n3" / "recon" / "00001.png"
+    for name, column, setting in (("figure5", 1, (-1, 5.0)), ("figure5", 2, (6, 5.0)), ("figure6", 4, (3, 5.0))):
+        shown = pixels(folder / f"{name}.png")[:, 18 + 130 :, 2 + 130 * column :][:, 4:128:8, 4:128:8]
+        assert torch.equal(shown, pixels(pictures[setting])), (name, column)
+    assert rows[6, 2.0]["paper_rfid"] == 2.26 and not math.isnan(rows[6, 2.0]["psnr_db"])
