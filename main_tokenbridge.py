@@ -138,6 +138,8 @@ def check_args(args: argparse.Namespace) -> None:
     check_range(args, 0, math.inf, "confidence_noise", "gen_seed", "seed")
     if min(args.temperature) < 0:
         raise errors.UserError(f"--temperature {min(args.temperature)}: it must not be negative")
+    if args.online_eval:
+        check_num_images(args.num_images, args.class_num)
     if (args.evaluate or args.evaluate_nll) and not args.resume:
         flag = "--evaluate" if args.evaluate else "--evaluate_nll"
         raise errors.UserError(f"{flag} needs --resume, the folder that holds the weights to measure")
@@ -295,7 +297,7 @@ def main() -> None:
         start = open_start(args)
         vae, tokenizer = load_tokenizer(args, splits)
         config = resolve(args, get_args_parser().parse_args([]), SIZES, tokenizer, start)
-        if args.evaluate or args.online_eval:
+        if args.evaluate:  # of as many classes as the weights tell
             check_num_images(args.num_images, args.class_num)
         data = {split: load_data(args, split, tokenizer) for split in splits}
         misc.seed_everything(args.seed + misc.get_rank())

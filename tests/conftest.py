@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import inspect
 import json
 import multiprocessing
@@ -160,8 +161,6 @@ def vae_path(tmp_path) -> Path:
 
 def run_script(monkeypatch, script: str, command: str) -> None:
     """Runs a script's main in this process, as ``python <script>.py <command>`` would; SystemExit for user errors."""
-    import importlib
-
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *command.split()])
     errors.run(importlib.import_module(script).main)
 
@@ -201,7 +200,7 @@ def _run_as(rank: int, port: int, script: str, command: str) -> None:
     torch.set_num_threads(1)  # the threads of the process that was forked are not there
     sys.argv = [f"{script}.py", *command.split()]
     try:
-        errors.run(__import__(script).main)
+        errors.run(importlib.import_module(script).main)
     except BaseException as error:
         traceback.print_exc()
         os._exit(0 if isinstance(error, SystemExit) and not error.code else 1)
@@ -216,7 +215,7 @@ def run_two():
     """
 
     def run(script: str, command: str) -> None:
-        __import__(script)
+        importlib.import_module(script)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

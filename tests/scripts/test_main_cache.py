@@ -100,7 +100,7 @@ def test_channels_are_ordered_alike_by_two_processes_and_by_patches(run, run_two
     maps = sizes * wave[None, :, None].expand(13, 3, 16, 16) + 0.1 * torch.randn(13, 3, 16, 16)
     cache = write_cache(tmp_path / "cache", maps)
     run("tools.channel_order", f"{cache} --output_dir {tmp_path}/one")
-    run_two("channel_order", f"{cache} --output_dir {tmp_path}/two")
+    run_two("tools.channel_order", f"{cache} --output_dir {tmp_path}/two")
     one, two = (json.loads((tmp_path / n / "channel_order.json").read_text()) for n in ("one", "two"))
     assert one["order"] == [1, 2, 0] and one["images"] == 13 and one["cutoff"] == 0.5
     assert two["order"] == one["order"] and two["shares"] == pytest.approx(one["shares"], rel=1e-9)
@@ -196,7 +196,7 @@ def test_figure_3_is_of_scaled_posterior_samples_channel_by_channel(run, tmp_pat
     offsets = torch.tensor([-3.0, 0.0, 3.0])[:, None, None]
     write_cache(tmp_path / "cache", offsets.expand(20, 3, 16, 16))  # of deviation e
     run(
-        "figures",
+        "tools.figures",
         f"levels --cached_path {tmp_path}/cache --num_workers 0 --quant_bits 3 --num_images 10 "
         f"--output {tmp_path}/levels.png {'--quant_calibrate' * calibrate}",
     )
