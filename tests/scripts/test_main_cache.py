@@ -29,7 +29,9 @@ def test_an_interrupted_cache_is_refused_and_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         run("main_cache", f"{command} --num_workers 0")
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 6
-    line = refused("main_tokenbridge", f"{TINY} --use_cached --cached_path {tmp_path}/cache --output_dir {tmp_path}/x")
+    assert json.loads((tmp_path / "cache" / "cache.json").read_text())["complete"] is False
+    train = f"{TINY} --epochs 1 --output_dir {tmp_path}/x --use_cached"
+    line = refused("main_tokenbridge", f"{train} --cached_path {tmp_path}/cache")
     assert "incomplete: 6 of 16 files" in line
     watched.calls.clear()
     monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: encode(vae, watched.note(vae, x)["x"]))
@@ -41,7 +43,8 @@ def test_a_cache_whose_files_are_all_there_but_was_not_finished_is_refused(refus
     about = json.loads((cached / "cache.json").read_text())
     assert about["complete"] is True
     (cached / "cache.json").write_text(json.dumps({**about, "complete": False}))
-    line = refused("main_tokenbridge", f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/x")
+    train = f"{TINY} --epochs 1 --output_dir {tmp_path}/x --use_cached"
+    line = refused("main_tokenbridge", f"{train} --cached_path {cached}")
     assert "is incomplete" in line
 
 
@@ -63,11 +66,11 @@ def test_precision_and_split_are_those_asked_for(run, images, vae_path, tmp_path
 
 
 def test_two_processes_cache_and_count_together(run_two, images, vae_path, cached, tmp_path, capfd):
-    (cached / "class1" / "0.png.npz").unlink()
+    (cached / "class1" / "1.png.npz").unlink()
     (cached / "class2" / "1.png.npz").write_bytes(b"damaged")
     (cached / "class2" / "2.png.npz").write_bytes(b"damaged")
-    (images / "train" / "class1" / "0.png").write_bytes(b"no image")
-    (cached / "class1" / ".0.png.npz.7.part").write_bytes(b"left over")
+    (images / "train" / "class1" / "1.png").write_bytes(b"no image")  # the second process meets it
+    (cached / "class1" / ".1.png.npz.7.part").write_bytes(b"left over")
     command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
     run_two("main_cache", f"{command} --skip_bad_images")
     said = capfd.readouterr().err
