@@ -257,20 +257,12 @@ def sample_chunk(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``."""
-    per_class = settings.num_images // model.class_num
+    labels = torch.tensor([number // (settings.num_images // model.class_num) for number in numbers])
+    names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise")
+    options = {name: getattr(settings, name) for name in names}
+    options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
     with misc.autocast(device, settings.precision):
-        latents, confidence = model.sample_tokens(
-            len(numbers),
-            settings.num_iter,
-            settings.cfg,
-            settings.cfg_schedule,
-            torch.tensor([number // per_class for number in numbers]),
-            settings.temperature,
-            seeds=image_seeds(settings.gen_seed, numbers),
-            order=settings.order,
-            confidence_noise=settings.confidence_noise,
-            return_confidence=True,
-        )
+        latents, confidence = model.sample_tokens(len(numbers), labels=labels, **options)
     images = decode_images(vae, latents / latent_factor, settings.vae_precision or settings.precision)
     return images, confidence.unflatten(1, (model.grid_size, -1)).cpu()
 

@@ -141,12 +141,8 @@ def measure_likelihood(run: Run, model: TokenBridge) -> dict[str, float]:
     """Held-out cross-entropy, said in the log: ``nats_per_dim``, ``bits_per_dim`` and ``images``."""
     vae = None if run.args.use_cached else run.vae
     figures = held_out_likelihood(model, vae, run.latent_factor, run.held_out, run.device, run.args.precision)
-    misc.log.info(
-        "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension",
-        figures["images"],
-        figures["nats_per_dim"],
-        figures["bits_per_dim"],
-    )
+    text = "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension"
+    misc.log.info(text, *(figures[name] for name in ("images", "nats_per_dim", "bits_per_dim")))
     return figures
 
 
