@@ -64,15 +64,23 @@ def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) 
     return Sampling(cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names})
 
 
+def identity(path: str | Path | None) -> dict[str, str | int] | None:
+    """What tells a file from a later one in its place; None for none."""
+    if path is None:
+        return None
+    status = Path(path).stat()
+    return {"file": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
 def weights_identity(args: argparse.Namespace, path: Path) -> dict:
     """What tells the weights of a checkpoint and of its tokenizer from others: samples are kept with it."""
-
-    def identity(file: Path) -> dict[str, str | int]:
-        status = file.stat()
-        return {"file": str(file), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
     vae_file = checkpoint.located(args.vae_path, checkpoint.VAE_NAMES)
     return {"ema": not args.no_ema, "model": identity(path), "vae": identity(vae_file)}
+
+
+def measured_against(args: argparse.Namespace) -> dict:
+    """What tells the reference of a measurement from others: metrics are kept with it."""
+    return {name: identity(getattr(args, name)) for name in ("fid_stats", "reference", "inception_weights")}
 
 
 def sample_and_measure(
@@ -103,6 +111,8 @@ def sample_and_measure(
         if figures:
             misc.log.info("%s", table(figures))
         made_with = {"settings": asdict(settings), "weights": weights, "args": vars(args)}
+        if run.evaluator is not None:
+            made_with["measured_against"] = measured_against(args)
         write_json(folder.results_path, {**figures, "seed": args.gen_seed, **made_with, **provenance()})
         if run.evaluator is not None and not args.keep_images:
             folder.remove_images()
@@ -115,10 +125,9 @@ def finished_before(run: Run, path: Path, cfg: float, temperature: float, weight
     """The metrics that an interrupted search by the same command already has of this pair; empty if none."""
     folder = SampleFolder(path)
     before = folder.results()
-    same = folder.is_of({"settings": asdict(sampling_settings(run.args, cfg, temperature)), "weights": weights})
-    against = all(before.get("args", {}).get(name) == getattr(run.args, name) for name in ("fid_stats", "reference"))
+    made_with = {"settings": asdict(sampling_settings(run.args, cfg, temperature)), "weights": weights}
+    done = run.evaluator is not None and folder.is_of({**made_with, "measured_against": measured_against(run.args)})
     misc.barrier()  # all processes have looked before one writes
-    done = run.evaluator is not None and same and against
     return {name: before[name] for name in ("images", *TITLES) if name in before} if done else {}
 
 

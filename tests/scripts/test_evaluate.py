@@ -229,6 +229,16 @@ def test_a_search_is_taken_up_only_where_it_was_measured_alike(
     assert len(list((tmp_path / "out" / "samples-cfg3-t1").glob("*.png"))) == 4
 
 
+def test_statistics_made_anew_in_place_are_measured_against_anew(
+    run, weights, tmp_path, sampler, decoder, quick_inception, fid_stats, measured
+):
+    common = f"{weights} --evaluate --num_images 4 --cfg 1 2 --output_dir {tmp_path}/out --num_workers 0"
+    run("main_tokenbridge", f"{common} {quick_inception.flag} --fid_stats {fid_stats[0]}")
+    np.savez(fid_stats[0], mu=np.ones(2048), sigma=np.eye(2048))
+    run("main_tokenbridge", f"{common} {quick_inception.flag} --fid_stats {fid_stats[0]}")
+    assert measured.call_count == 4
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # During training.
 
