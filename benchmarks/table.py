@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
+from benchmarks.common import table
 from util.files import read_json
-from util.tables import markdown, write_text
+from util.tables import write_text
 
 HERE = Path(__file__).parent
 COMMANDS = {
@@ -17,7 +18,7 @@ COMMANDS = {
 
 
 def tables(device: str) -> str:
-    """All results of ``device``, cpu or cuda; of those that are missing, the command that would give them."""
+    """The section of ``device``, cpu or cuda: a table for each benchmark, or the command that would measure it."""
     parts = []
     for name, command in COMMANDS.items():
         path = HERE / "results" / f"{device}-{name}.json"
@@ -26,9 +27,8 @@ def tables(device: str) -> str:
             parts.append(f"Not measured. `{command} --device {device} --json benchmarks/results/{path.name}`\n")
             continue
         content = read_json(path)
-        about, rows = content["machine"], content["rows"]
-        header = list(dict.fromkeys(key for row in rows for key in row))
-        parts.append(markdown(header, [[row.get(key) for key in header] for row in rows]))
+        about = content["machine"]
+        parts.append(table(content["rows"]))
         peaks = ", ".join(f"{value} TFLOP/s {precision}" for precision, value in about["matmul_tflops"].items())
         versions = f"torch {about['torch_version']}, commit {about['commit'][:12]}."
         parts.append(
@@ -39,7 +39,7 @@ def tables(device: str) -> str:
 
 
 def reached() -> dict[str, str]:
-    """The measured ratios that README's first table asks for."""
+    """What was measured of each target of the README's first table, by the name of its place there."""
 
     def rows(name: str) -> list[dict]:
         return read_json(HERE / "results" / f"cpu-{name}.json")["rows"]
@@ -63,7 +63,7 @@ def reached() -> dict[str, str]:
 
 
 def main() -> None:
-    """Fills in the tables."""
+    """Fills in the README's tables."""
     path = HERE / "README.md"
     text = path.read_text()
     for name, value in reached().items():
