@@ -92,7 +92,7 @@ class DiffusionHead(nn.Module):
         self.alphas = cosine_alphas(1000)[self.kept]
 
     def forward(self, x: Tensor, t: int, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise at training step ``t``, and where between its bounds (-1 to 1) its log-variance is: ``[M, C]`` each."""
+        """The noise at training step ``t``, and its log-variance from lowest (-1) to highest (1): ``[M, C]`` each."""
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=x.device) / 128)
         angles = (t * frequencies)[None]
         condition = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.condition(feature)
