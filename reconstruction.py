@@ -194,11 +194,17 @@ def reconstruct(
     rank, world, share = misc.get_rank(), misc.get_world_size(), len(loader.sampler)
     shown = {rank + world * (i * share // PICTURE_ROWS) for i in range(PICTURE_ROWS)}  # evenly spaced
     pictures = {title: [] for title in ("original", "continuous", *(setting.title for setting in settings))}
-    features, numbers = [], range(rank, rank)
+    features, numbers, bounds = [], range(rank, rank), None
+    if calibration:
+        bounds = [b.to(device)[:, None, None] for b in calibrated_bounds(**calibration, std_range=3.0)]
 
     def decode(latents: Tensor) -> Tensor:
         with misc.autocast(device, args.precision):
             return to_uint8(vae.decode(latents / latent_factor))
+
+    def save(part: str, images: Tensor) -> None:
+        for number, image in zip(numbers, images, strict=True) if folder else ():
+            save_png(image, folder / part / f"{number:05d}.png")
 
     with misc.progress(loader, unit="batch", desc="reconstructing") as batches:
         for images, _, _ in batches:
@@ -211,7 +217,7 @@ def reconstruct(
                 noise = numbered_draws(args.seed, numbers).normal(*posterior.mean.shape[1:]).to(device)
                 latents = posterior.sample(noise).float() * latent_factor
             features += [] if evaluator is None else [evaluator.inception(real)]
-            save_numbered(real, numbers, folder and folder / "real")
+            save("real", real)
             pictures["original"] += real[picked].cpu()
             if picked and all(setting.levels for setting in settings):
                 pictures["continuous"] += decode(latents[picked]).cpu()
@@ -221,20 +227,12 @@ def reconstruct(
                     latents, bits, -bound, bound, quantizer=args.quantizer, **calibration
                 )
                 recon = decode(quantized)
-                low, high = -bound, bound
-                if calibration:
-                    low, high = (b.to(device)[:, None, None] for b in calibrated_bounds(**calibration, std_range=3.0))
+                low, high = bounds or (-bound, bound)
                 stats.add(real, recon, indices, (latents - quantized).double() ** 2, (latents < low) | (latents > high))
                 stats.features += [] if evaluator is None else [evaluator.inception(recon)]
                 pictures[stats.setting.title] += recon[picked].cpu()
-                save_numbered(recon, numbers, folder and folder / "recon")
+                save("recon", recon)
     return pictures, features, all_stats
-
-
-def save_numbered(images: Tensor, numbers: Sequence[int], folder: Path | None) -> None:
-    """Writes byte images ``[B, 3, H, W]`` to ``folder``, named by their numbers; nothing where it is None."""
-    for number, image in zip(numbers, images, strict=True) if folder else ():
-        save_png(image, folder / f"{number:05d}.png")
 
 
 def add_metrics(
@@ -279,14 +277,6 @@ def summary(figures: dict[str, Any]) -> dict[str, str | float]:
     return {t: f"{min(v):.4g} to {max(v):.4g}" if isinstance(v, list) else v for t, v in shown.items()}
 
 
-def report(setting: Setting, figures: dict[str, Any]) -> str:
-    """A setting's figures as lines for the terminal."""
-    lines = [f"{figures['images']} images, {setting.title}"]
-    for title, value in summary(figures).items():
-        lines.append(f"{title:<42}{value if isinstance(value, str) else f'{value:.5g}':>16}")
-    return "\n".join(lines)
-
-
 def write_sweep(results: list[dict[str, Any]], pictures: dict[str, list[Tensor]], folder: Path) -> None:
     """Writes Table 1, with the paper's figures beside ours, and the pictures of Figures 5 and 6.
 
@@ -317,12 +307,6 @@ def write_picture(path: Path, pictures: dict[str, list[Tensor]]) -> None:
 # The script.
 
 
-def first_of_each_class(dataset: ImageFolderWithFilename, images_per_class: int) -> Subset:
-    """The first images of each class, in the data set's order, which sorts them by class."""
-    classes, n = dataset.targets, images_per_class
-    return Subset(dataset, [i for i, label in enumerate(classes) if i < n or classes[i - n] != label])
-
-
 def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
     """What rFID and Inception Score need; None with ``--no_metrics``, or where it is missing and no flag names it.
 
@@ -340,15 +324,6 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator 
         return None
 
 
-def result_folder(args: argparse.Namespace) -> Path:
-    """The folder in ``--output_dir`` that is named after the flags."""
-    if args.sweep:
-        return Path(args.output_dir) / f"sweep_n{args.images_per_class}"
-    kind = "quant" if args.quantizer == "gaussian" else args.quantizer
-    bound = "calibrated" if args.quant_calibrate else f"r{args.range}"
-    return Path(args.output_dir) / f"{kind}_b{args.bits}_{bound}_n{args.images_per_class}"
-
-
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
@@ -360,13 +335,18 @@ def main() -> None:
         root = existing_folder(args.image_dir, "image folder")
         root = root / "train" if (root / "train").is_dir() else root
         dataset = ImageFolderWithFilename(root, image_transform(args.img_size))
-        chosen = first_of_each_class(dataset, args.images_per_class)
+        # Images are sorted by class: one is among its class's first n if the n-th before it is of another class.
+        n, classes = args.images_per_class, dataset.targets
+        chosen = Subset(dataset, [i for i, label in enumerate(classes) if i < n or classes[i - n] != label])
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         check_stride(args.img_size, vae.stride)
         evaluator = make_evaluator(args, device)
         if evaluator is not None:
             warn_if_few(len(chosen), "images")
-        folder = result_folder(args)
+        kind = "quant" if args.quantizer == "gaussian" else args.quantizer
+        bound = "calibrated" if args.quant_calibrate else f"r{args.range}"
+        name = "sweep" if args.sweep else f"{kind}_b{args.bits}_{bound}"
+        folder = Path(args.output_dir) / f"{name}_n{n}"
         for part in ("", "real", "recon"):
             empty_of_images(folder / part)
 
@@ -385,7 +365,8 @@ def main() -> None:
             add_metrics(results, all_stats, features, evaluator)
         if misc.is_main_process():
             for setting, figures in zip(settings, results, strict=True):
-                misc.log.info("%s\n", report(setting, figures))
+                shown = {"images": figures["images"], **summary(figures)}
+                misc.log.info("\n%s", markdown(["", setting.title], list(shown.items())))
             if args.sweep:
                 write_sweep(results, pictures, folder)
             else:

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from models.channel_head import ChannelHead
+from models.channel_head import ChannelHead, FinalLayer, ada_ln, modulate
 from models.quantizer import ScalarQuantizer
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -67,11 +67,11 @@ class DiffusionBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.modulation = ada_ln(width, 3)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
-        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+        return x + gate * self.mlp(modulate(self.norm(x), shift, scale))
 
 
 class DiffusionHead(nn.Module):
@@ -84,8 +84,7 @@ class DiffusionHead(nn.Module):
         self.condition = nn.Linear(feature_dim, width)
         self.into = nn.Linear(channels, width)
         self.blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.final = FinalLayer(width)
         self.out = nn.Linear(width, 2 * channels)
         # Sampling takes ``steps`` of the 1000 training steps, evenly spaced.
         self.kept = torch.linspace(0, 999, steps).round().long()
@@ -99,26 +98,23 @@ class DiffusionHead(nn.Module):
         x = self.into(x)
         for block in self.blocks:
             x = block(x, condition)
-        shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return self.out(self.norm(x) * (1 + scale) + shift).chunk(2, dim=-1)
+        return self.out(self.final(x, self.final.adaLN_modulation(condition))).chunk(2, dim=-1)
 
     @torch.no_grad()
     def sample(self, features: Tensor, guidance: float = 1.0) -> Tensor:
         """Draws tokens ``[M, C]`` from ``features [M, F]``; guidance takes ``[2M, F]``, the conditional ones first."""
-        rows = len(features) // 2 if guidance != 1.0 else len(features)
-        x = torch.randn(rows, self.channels, device=features.device)
+        guided = guidance != 1.0
+        x = torch.randn(len(features) // (1 + guided), self.channels, device=features.device)
         alphas = self.alphas.tolist()
         for step in reversed(range(len(alphas))):
-            both = torch.cat([x, x]) if guidance != 1.0 else x
-            noise, ratio = self(both, int(self.kept[step]), features)
-            if guidance != 1.0:
+            noise, ratio = self(torch.cat([x, x]) if guided else x, int(self.kept[step]), features)
+            if guided:
                 conditional, unconditional = noise.chunk(2)
                 noise, ratio = unconditional + guidance * (conditional - unconditional), ratio.chunk(2)[0]
             alpha, before = alphas[step], alphas[step - 1] if step else 1.0
             beta = 1 - alpha / before
             start = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
-            mean = math.sqrt(before) * beta * start + math.sqrt(1 - beta) * (1 - before) * x
-            mean = mean / (1 - alpha)
+            mean = (math.sqrt(before) * beta * start + math.sqrt(1 - beta) * (1 - before) * x) / (1 - alpha)
             if not step:
                 return mean
             smallest = math.log(max(beta * (1 - before) / (1 - alpha), 1e-20))

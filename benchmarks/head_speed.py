@@ -28,15 +28,15 @@ def main() -> None:
     def head_of(channels: int, kind: type[ChannelHead] = ChannelHead) -> ChannelHead:
         return kind(models[channels].config, partial(nn.LayerNorm, eps=1e-6)).to(device).eval()
 
-    heads = {"channel head": head_of(16), "channel head, 4 channels": head_of(4)}
+    ours = {"channel head": head_of(16), "channel head, 4 channels": head_of(4)}
     if args.compile:
-        heads["channel head, compiled"] = head_of(16)
-    for name, head in heads.items():
+        ours["channel head, compiled"] = head_of(16)
+    for head in ours.values():
         speed_up(head)
-        if name == "channel head, compiled":
-            compile_blocks(head)
-    heads = {"channel head, prefix recomputed": head_of(16, RecomputingHead), **heads}
-    feature_dim, token_flops = heads["channel head"].condition_proj.in_features, models[16].token_flops()
+    if args.compile:
+        compile_blocks(ours["channel head, compiled"])
+    heads = {"channel head, prefix recomputed": head_of(16, RecomputingHead), **ours}
+    feature_dim, token_flops = models[16].config["decoder_embed_dim"], models[16].token_flops()
     diffusion = DiffusionHead(feature_dim).to(device).eval()
 
     def sample(head: nn.Module, precision: str, *inputs) -> None:
@@ -55,13 +55,11 @@ def main() -> None:
             }
             works |= {name: partial(sample, head, precision, features, 1.0, uniform) for name, head in heads.items()}
             times = timings(works, args.repeats, device)
+            recomputed, mar = times["channel head, prefix recomputed"], times["diffusion head (MAR), 100 steps"]
             for name, figures in times.items():
                 row = {"way": name, "precision": precision, "tokens": tokens, **figures}
-                for title, slow in {
-                    "times faster than recomputing": "channel head, prefix recomputed",
-                    "times faster than diffusion": "diffusion head (MAR), 100 steps",
-                }.items():
-                    row[title] = times[slow]["median_s"] / figures["median_s"]
+                row["times faster than recomputing"] = recomputed["median_s"] / figures["median_s"]
+                row["times faster than diffusion"] = mar["median_s"] / figures["median_s"]
                 if name in ("channel head", "channel head, compiled"):
                     peak = about["matmul_tflops"].get(precision)
                     row["utilization"] = token_flops * tokens / figures["median_s"] / peak / 1e12 if peak else None
