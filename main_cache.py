@@ -26,10 +26,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
     add_vae_arg(parser)
-    parser.add_argument("--vae_embed_dim", type=int, default=16, help="latent channels; a file that tells its own wins")
+    parser.add_argument(
+        "--vae_embed_dim", type=int, default=16, help="latent channels; the tokenizer's own number wins"
+    )
     parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
     parser.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
-    parser.add_argument("--split", choices=["train", "val"], default="train", help="which folder of --data_path")
+    parser.add_argument("--split", choices=["train", "val"], default="train", help="folder of --data_path to cache")
     parser.add_argument("--cached_path", default="", help="folder to write <class>/<image>.npz to")
     add_skip_arg(parser)
     add_run_args(parser, batch_size=128, seed=0, precision="fp32")
@@ -37,27 +39,27 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_same(cached_path: str | Path, about: dict) -> None:
-    """Compares the cache that lies in ``cached_path``, if there is one, with that to be made.
+    """Makes sure that a cache in ``cached_path``, if there is one, can be completed by this run.
+
+    Args:
+        about: the metadata of the cache to be written.
 
     Raises:
-        UserError: it is another one; continuing would mix the two.
+        UserError: it is a packed cache, another program's, or has other metadata.
     """
-    if (Path(cached_path) / PACKED_METADATA).exists():
-        raise errors.UserError(f"{cached_path} holds a packed cache; choose another folder")
-    before = read_cache_metadata(cached_path)
-    if before is None:
-        if next(Path(cached_path).glob("*/*.npz"), None) is not None:
-            raise errors.UserError(
-                f"{cached_path} holds moments without {CACHE_METADATA}, of another program; choose another folder"
-            )
+    folder = Path(cached_path)
+    if (folder / PACKED_METADATA).exists():
+        raise errors.UserError(f"{folder} holds a packed cache; choose another folder")
+    there = read_cache_metadata(folder)
+    if there is None:
+        if any(folder.glob("*/*.npz")):
+            raise errors.UserError(f"{folder} holds moments without {CACHE_METADATA}; choose another folder")
         return
-    differences = [
-        f"{name} {before.get(name)} there, {value} here" for name, value in about.items() if before.get(name) != value
-    ]
-    if differences:
-        raise errors.UserError(
-            f"{cached_path} holds another cache ({'; '.join(differences)}); delete it or choose another folder"
-        )
+    pairs = {name: (there.get(name), here) for name, here in about.items()}
+    different = [f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
+    if different:
+        what = "; ".join(different)
+        raise errors.UserError(f"{folder} holds another cache ({what}); delete it or choose another folder")
 
 
 def main() -> None:
@@ -94,14 +96,13 @@ def main() -> None:
         )
         loader = loader_of_all(dataset, device, args, collate_fn=collate_present)
 
-        def describe(images: int, complete: bool) -> None:
-            if misc.is_main_process():
-                write_json(Path(args.cached_path) / CACHE_METADATA, {"images": images, **about, "complete": complete})
-
-        describe(len(dataset), complete=False)  # training refuses a cache whose run stopped half-way
+        metadata_path = Path(args.cached_path) / CACHE_METADATA
+        if misc.is_main_process():  # training refuses a cache that is not complete
+            write_json(metadata_path, {"images": len(dataset), **about, "complete": False})
         written, replaced = cache_latents(vae.to(device), loader, args.cached_path, device, args.precision)
         images = len(dataset) - (0 if bad_images is None else bad_images.count())
-        describe(images, complete=True)
+        if misc.is_main_process():
+            write_json(metadata_path, {"images": images, **about, "complete": True})
         misc.log.info(
             "cached %d images and their mirror images in %s: %d were there, %d are new, %d replace damaged ones",
             *(images, args.cached_path, images - written, written - replaced, replaced),

@@ -23,14 +23,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that make no sense together."""
-    check_positive(args, "batch_size")
+    """Raises UserError for flags that are missing, out of range or do not go together."""
+    check_positive(args, "batch_size", *(["img_size"] if args.img_size is not None else []))
     if not args.images:
         raise errors.UserError("--images is missing: name a folder of images, or an .npz with arr_0")
     if args.img_size is not None and not args.save_stats:
         raise errors.UserError("--img_size goes with --save_stats only; images to measure are read as they are")
-    if args.img_size is not None:
-        check_positive(args, "img_size")
 
 
 def main() -> None:

@@ -29,16 +29,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", default="./output_dir", help=f"where {VAE_NAME} and TensorBoard's logs go")
     parser.add_argument("--vae_embed_dim", type=int, default=16, help="latent channels")
     parser.add_argument("--ch", type=int, default=128, help="base width")
-    parser.add_argument(
-        "--ch_mult",
-        type=int,
-        nargs="+",
-        default=[1, 1, 2, 2, 4],
-        help="width of each resolution in units of --ch; each but the last halves the image",
-    )
+    widths = "width of each resolution in units of --ch; each but the last halves the image"
+    parser.add_argument("--ch_mult", type=int, nargs="+", default=[1, 1, 2, 2, 4], help=widths)
     parser.add_argument("--num_res_blocks", type=int, default=2, help="residual blocks a resolution")
     parser.add_argument(
-        "--kl_weight", type=float, default=1e-6, help="of the KL divergence against the summed L1 error"
+        "--kl_weight", type=float, default=1e-6, help="weight of the KL divergence; the L1 error's is 1"
     )
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
@@ -53,7 +48,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def losses(vae: nn.Module, images: Tensor, kl_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, absolute error a pixel value, and KL divergence in nats an image: means over the batch."""
+    """Means over the batch: the loss, the absolute error of a pixel value, the KL divergence of an image in nats.
+
+    Args:
+        vae: returns the reconstruction and the posterior of ``images [B, 3, H, W]`` in [-1, 1].
+    """
     reconstruction, posterior = vae(images)
     error = (reconstruction.float() - images).abs()
     kl = posterior.kl().mean()
@@ -82,9 +81,8 @@ def train(vae: AutoencoderKL, loader: DataLoader, device: torch.device, args: ar
                 scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(vae.parameters(), args.grad_clip or math.inf)
                 if not torch.isfinite(loss if scaler.is_enabled() else norm):
-                    raise errors.UserError(
-                        f"loss {loss.item():.4g} at epoch {epoch}, step {step} is not finite; lower --lr"
-                    )
+                    where = f"at epoch {epoch}, step {step}"
+                    raise errors.UserError(f"loss {loss.item():.4g} {where} is not finite; lower --lr")
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad(set_to_none=True)
@@ -99,7 +97,7 @@ def train(vae: AutoencoderKL, loader: DataLoader, device: torch.device, args: ar
 
 @torch.no_grad()
 def measure_latent_factor(vae: AutoencoderKL, loader: DataLoader, device: torch.device) -> float:
-    """1/std of posterior samples over the loader's images: times this, latents have unit deviation."""
+    """The factor that gives posterior samples unit deviation over the loader's images, of all processes."""
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # count, sum, sum of squares
     for images, _ in loader:
         latents = vae.encode(images.to(device)).sample().double()
@@ -125,9 +123,8 @@ def main() -> None:
                 f"{len(dataset)} images do not fill a batch of {args.batch_size}; lower --batch_size"
             )
         vae = AutoencoderKL(args.vae_embed_dim, args.ch_mult, ch=args.ch, num_res_blocks=args.num_res_blocks).to(device)
-        misc.log.info(
-            "tokenizer: stride %d, %.2fM parameters", vae.stride, sum(p.numel() for p in vae.parameters()) / 1e6
-        )
+        millions = sum(p.numel() for p in vae.parameters()) / 1e6
+        misc.log.info("tokenizer: stride %d, %.2fM parameters", vae.stride, millions)
         train(vae, loader, device, args)
         latent_factor = measure_latent_factor(vae.eval(), loader, device)
         path = Path(args.output_dir) / VAE_NAME

@@ -2,8 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from engine_tokenbridge import channel_statistics
-from models.quantizer import QUANTIZERS, ScalarQuantizer, calibrated_bounds
+from models.quantizer import QUANTIZERS, calibrated_bounds
 from models.vae import AutoencoderKL
 from util import errors, misc
 from util.args import add_quantizer_args, add_run_args, add_vae_arg, check_bits, check_positive, new_parser
@@ -33,35 +32,26 @@ from util.metrics import (
 from util.rng import numbered_draws
 from util.tables import markdown, write_text
 
-PICTURE_ROWS = 8
+PICTURE_ROWS = 8  # images shown in pictures
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
     add_vae_arg(parser)
-    parser.add_argument(
-        "--image_dir", default="./data/imagenet/train", help="folder of class folders, or one that holds train/"
-    )
-    parser.add_argument(
-        "--output_dir", default="quantization_results", help="results go to a folder of their own in it"
-    )
+    parser.add_argument("--image_dir", default="./data/imagenet/train", help="folder of classes, or one with train/")
+    parser.add_argument("--output_dir", default="quantization_results", help="each call's results go to a folder in it")
     parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
     parser.add_argument("--bits", type=int, default=6, help="2^bits levels a channel; -1 for continuous latents")
     parser.add_argument("--range", type=float, default=5.0, help="latents are clipped to [-range, range]")
     add_quantizer_args(parser, default="gaussian")
-    parser.add_argument("--images_per_class", type=int, default=50, help="the first of each class, sorted by name")
-    parser.add_argument("--sweep", action="store_true", help="the paper's Table 1: all its levels and ranges")
+    parser.add_argument("--images_per_class", type=int, default=50, help="takes the first of each, by name")
+    parser.add_argument("--sweep", action="store_true", help="all levels and ranges of the paper's Table 1")
     parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for rFID against it")
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
-    parser.add_argument("--no_metrics", action="store_true", help="without rFID and Inception Score")
+    parser.add_argument("--no_metrics", action="store_true", help="measure no rFID and no Inception Score")
     add_run_args(parser, batch_size=16, seed=0, precision="fp32")
     return parser
-
-
-@lru_cache
-def _quantizer(kind: str, *options) -> ScalarQuantizer:
-    return QUANTIZERS[kind](*options)
 
 
 def post_training_quantize(
@@ -74,15 +64,15 @@ def post_training_quantize(
     channel_mean: Sequence[float] | None = None,
     channel_std: Sequence[float] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """Latents to levels and back (Eq. 1 to 5).
+    """Quantizes latents and dequantizes them (Eq. 1 to 5).
 
     Args:
-        x: scaled latents, any shape; with channels' statistics ``[B, C, h, w]``.
+        x: scaled latents of any shape; calibrated ones ``[B, C, h, w]``.
         bits: 1 to 9, for 2^bits levels; negative for continuous latents.
-        min_range, max_range: clipped to.
-        std_range: half-width of the normalized range.
+        min_range, max_range: bounds that the latents are clipped to.
+        std_range: half-width of the normalized range, in standard deviations.
         quantizer: ``"gaussian"`` or ``"linear"``.
-        channel_mean, channel_std: calibrate each channel, in place of the bounds.
+        channel_mean, channel_std: ``C`` numbers each, which set each channel's bounds in place of the two above.
 
     Returns:
         indices (int64) and dequantized latents (float32), shaped like ``x``; None and ``x`` itself if ``bits < 0``.
@@ -92,47 +82,35 @@ def post_training_quantize(
     """
     if bits < 0:
         return None, x
-    channels = [None if values is None else tuple(values) for values in (channel_mean, channel_std)]
-    levels = _quantizer(quantizer, 2**bits, min_range, max_range, std_range, *channels).to(x.device)
+    levels = QUANTIZERS[quantizer](2**bits, min_range, max_range, std_range, channel_mean, channel_std).to(x.device)
     if not levels.calibrated:
         return levels(x)
-    indices, quantized = levels(x.movedim(1, -1))  # its channels come last
+    indices, quantized = levels(x.movedim(1, -1))  # a calibrated quantizer takes channels last
     return indices.movedim(-1, 1), quantized.movedim(-1, 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The script.
-
-
-def first_of_each_class(dataset: ImageFolderWithFilename, images_per_class: int) -> Subset:
-    """The first images of each class, in the data set's sorted order."""
-    seen: dict[int, int] = {}
-    chosen = []
-    for index, label in enumerate(dataset.targets):
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] <= images_per_class:
-            chosen.append(index)
-    return Subset(dataset, chosen)
+# The settings that are compared.
 
 
 class Setting(NamedTuple):
-    """One quantizer: its bits (-1 for none) and range."""
+    """A quantizer's bits, -1 for continuous latents, and range."""
 
     bits: int
     range: float
 
     @property
     def levels(self) -> int:
-        """Levels a channel, 0 for continuous latents."""
+        """Levels of each channel; 0 for continuous latents."""
         return 2**self.bits if self.bits > 0 else 0
 
     @property
     def title(self) -> str:
-        """For people."""
+        """The setting's name in tables and pictures."""
         return f"{self.levels} levels, range {self.range:g}" if self.levels else "continuous"
 
 
-#: The paper's Table 1: rFID and Inception Score of each setting.
+#: Table 1 of the paper: rFID and Inception Score of each setting.
 TABLE_1 = {
     Setting(-1, 5.0): (1.11, 306.1),
     Setting(3, 5.0): (3.69, 250.3),
@@ -143,63 +121,50 @@ TABLE_1 = {
     Setting(6, 3.0): (1.22, 299.7),
     Setting(6, 4.0): (1.13, 305.3),
 }
-#: Figure 5 compares tokenizers, Figure 6 levels; after the original.
-FIGURE_5 = [Setting(-1, 5.0), Setting(6, 5.0)]
-FIGURE_6 = [Setting(6, 5.0), Setting(5, 5.0), Setting(4, 5.0), Setting(3, 5.0)]
+#: The settings in the columns of Figure 5 (continuous against discrete) and Figure 6 (numbers of levels).
+FIGURES = {
+    "figure5.png": [Setting(-1, 5.0), Setting(6, 5.0)],
+    "figure6.png": [Setting(6, 5.0), Setting(5, 5.0), Setting(4, 5.0), Setting(3, 5.0)],
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reconstruction.
+
+MEANS = ("psnr_db", "ssim", "latent_mse", "out_of_range_share")  # over images
 
 
 class ReconstructionStats:
-    """What one setting does to images and latents: sums over images, and over processes at the end."""
+    """What one setting does to this process's images and their latents, as sums over the images.
+
+    Attributes:
+        features: Inception's of the reconstructions, batch by batch; empty without an evaluator.
+    """
 
     def __init__(self, setting: Setting, channels: int, device: torch.device):
         self.setting = setting
-        names = ("images", "psnr", "ssim", "elements", "outside", "squared_error")
-        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
-        self.counts = torch.zeros(channels, setting.levels, dtype=torch.int64, device=device)
-        self.features: list[tuple[Tensor, ...]] = []  # Inception's, of the reconstructions
+        self.sums = torch.zeros(len(MEANS), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(channels, setting.levels, dtype=torch.int64, device=device)  # uses of each level
+        self.features: list[tuple[Tensor, ...]] = []
 
-    def add(
-        self,
-        real: Tensor,
-        recon: Tensor,
-        latents: Tensor,
-        indices: Tensor | None,
-        quantized: Tensor,
-        outside: Tensor,
-    ) -> None:
-        """One batch: byte images, scaled latents ``[B, C, h, w]``, what the quantizer makes of them and clips."""
-        self.sums["images"] += len(real)
-        self.sums["psnr"] += psnr(real, recon).sum()
-        self.sums["ssim"] += ssim(real, recon).sum()
-        self.sums["elements"] += latents.numel()
-        self.sums["outside"] += outside.sum()
-        self.sums["squared_error"] += ((latents - quantized).double() ** 2).sum()
-        if indices is not None:
-            levels = self.setting.levels
-            offset = levels * torch.arange(indices.shape[1], device=indices.device)[:, None, None]
-            flat = (indices + offset).flatten()
-            self.counts += torch.bincount(flat, minlength=self.counts.numel()).view_as(self.counts)
+    def add(self, real: Tensor, recon: Tensor, indices: Tensor | None, squared_error: Tensor, outside: Tensor) -> None:
+        """Adds a batch: byte images ``[B, 3, H, W]``, and of each latent ``[B, C, h, w]`` its level, its squared
+        quantization error, and whether it was out of range."""
+        of_latents = [values.double().flatten(1).mean(1) for values in (squared_error, outside)]
+        self.sums += torch.stack([psnr(real, recon), ssim(real, recon), *of_latents]).sum(1)
+        for channel, used in enumerate(indices.transpose(0, 1).flatten(1) if indices is not None else ()):
+            self.counts[channel] += torch.bincount(used, minlength=self.setting.levels)
 
-    def results(self) -> dict[str, Any]:
-        """The figures, over all processes."""
-        world = misc.get_world_size()
-        sums = {name: misc.all_reduce_mean(value).item() * world for name, value in self.sums.items()}
-        figures = {
-            "images": round(sums["images"]),
-            "psnr_db": sums["psnr"] / sums["images"],
-            "ssim": sums["ssim"] / sums["images"],
-            "latent_mse": sums["squared_error"] / sums["elements"],
-            "out_of_range_share": sums["outside"] / sums["elements"],
-        }
+    def figures(self, images: int) -> dict[str, Any]:
+        """The setting's means and use of levels, over all processes' ``images``."""
+        means = misc.all_reduce_mean(self.sums) * misc.get_world_size() / images
+        figures = {"images": images, **dict(zip(MEANS, means.tolist(), strict=True))}
         if self.setting.levels:
             share = misc.all_reduce_mean(self.counts.double())
             share = share / share.sum(dim=1, keepdim=True)
-            figures |= {
-                "levels": self.setting.levels,
-                "levels_used": (share > 0).sum(dim=1).tolist(),
-                "entropy_bits": torch.special.entr(share).sum(dim=1).div(math.log(2)).tolist(),
-            }
-        return figures
+            figures["levels"] = self.setting.levels
+            figures["levels_used"] = (share > 0).sum(dim=1).tolist()
+            figures["entropy_bits"] = torch.special.entr(share).sum(dim=1).div(math.log(2)).tolist()
+        return {"bits": self.setting.bits, "range": self.setting.range, **figures}
 
 
 @torch.no_grad()
@@ -208,84 +173,92 @@ def reconstruct(
     latent_factor: float,
     loader: DataLoader,
     settings: Sequence[Setting],
-    evaluator: Evaluator | None,
-    save: Callable[[str, int, Tensor], None],
-    device: torch.device,
-    args: argparse.Namespace,
     calibration: dict[str, list[float]],
+    evaluator: Evaluator | None,
+    folder: Path | None,
+    args: argparse.Namespace,
 ) -> tuple[dict[str, list[Tensor]], list[tuple[Tensor, ...]], list[ReconstructionStats]]:
-    """Reconstructs this process's images under every setting, from one posterior sample of each.
+    """Reconstructs this process's images under every setting, from one posterior sample of each image.
 
     Args:
-        save: takes ``"real"`` or ``"recon"``, an image's number, and the image.
         calibration: ``channel_mean`` and ``channel_std``, or nothing.
+        folder: where every image is written, to ``real/`` and ``recon/``; None writes none.
+        args: ``seed``, ``quantizer`` and ``precision``.
 
     Returns:
-        some pictures to show by title (the original, the continuous reconstruction, every setting's), Inception's
-        features of all originals, and the settings' stats_of_settings.
+        by column title, :data:`PICTURE_ROWS` images to show; Inception's features of the originals, batch by batch; and
+        the statistics of each setting.
     """
-    stats_of_settings = [ReconstructionStats(setting, vae.embed_dim, device) for setting in settings]
-    rank, world, done = misc.get_rank(), misc.get_world_size(), 0
-    share = len(loader.sampler)  # shown are the main process's images, evenly spaced
-    shown = {rank + world * (i * share // PICTURE_ROWS) for i in range(PICTURE_ROWS)}
+    device = next(vae.parameters()).device
+    all_stats = [ReconstructionStats(setting, vae.embed_dim, device) for setting in settings]
+    rank, world, share = misc.get_rank(), misc.get_world_size(), len(loader.sampler)
+    shown = {rank + world * (i * share // PICTURE_ROWS) for i in range(PICTURE_ROWS)}  # evenly spaced
     pictures = {title: [] for title in ("original", "continuous", *(setting.title for setting in settings))}
-    features = []
+    features, numbers, bounds = [], range(rank, rank), None
+    if calibration:
+        bounds = [b.to(device)[:, None, None] for b in calibrated_bounds(**calibration, std_range=3.0)]
+
+    def decode(latents: Tensor) -> Tensor:
+        with misc.autocast(device, args.precision):
+            return to_uint8(vae.decode(latents / latent_factor))
+
+    def save(part: str, images: Tensor) -> None:
+        for number, image in zip(numbers, images, strict=True) if folder else ():
+            save_png(image, folder / part / f"{number:05d}.png")
+
     with misc.progress(loader, unit="batch", desc="reconstructing") as batches:
         for images, _, _ in batches:
-            numbers = [rank + world * (done + i) for i in range(len(images))]  # as RankSampler deals them
+            numbers = range(numbers.stop, numbers.stop + world * len(images), world)  # as RankSampler deals them
             picked = [i for i, number in enumerate(numbers) if number in shown]
-            done += len(images)
             images = images.to(device)
             real = to_uint8(images)
-            pictures["original"] += real[picked].cpu()
-            features += [] if evaluator is None else [evaluator.inception(real)]
-            for number, image in zip(numbers, real, strict=True):
-                save("real", number, image)
             with misc.autocast(device, args.precision):
                 posterior = vae.encode(images)
                 noise = numbered_draws(args.seed, numbers).normal(*posterior.mean.shape[1:]).to(device)
                 latents = posterior.sample(noise).float() * latent_factor
-                if picked and all(setting.levels for setting in settings):
-                    pictures["continuous"] += to_uint8(vae.decode(latents[picked] / latent_factor)).cpu()
-            for stats in stats_of_settings:
+            features += [] if evaluator is None else [evaluator.inception(real)]
+            save("real", real)
+            pictures["original"] += real[picked].cpu()
+            if picked and all(setting.levels for setting in settings):
+                pictures["continuous"] += decode(latents[picked]).cpu()
+            for stats in all_stats:
                 bits, bound = stats.setting
-                low, high = -bound, bound
-                if calibration:
-                    low, high = (b.to(device)[:, None, None] for b in calibrated_bounds(**calibration, std_range=3.0))
-                options = {"quantizer": args.quantizer, **calibration}
-                indices, quantized = post_training_quantize(latents, bits, -bound, bound, **options)
-                with misc.autocast(device, args.precision):
-                    recon = to_uint8(vae.decode(quantized / latent_factor))
-                stats.add(real, recon, latents, indices, quantized, (latents < low) | (latents > high))
+                indices, quantized = post_training_quantize(
+                    latents, bits, -bound, bound, quantizer=args.quantizer, **calibration
+                )
+                recon = decode(quantized)
+                low, high = bounds or (-bound, bound)
+                stats.add(real, recon, indices, (latents - quantized).double() ** 2, (latents < low) | (latents > high))
                 stats.features += [] if evaluator is None else [evaluator.inception(recon)]
                 pictures[stats.setting.title] += recon[picked].cpu()
-                for number, image in zip(numbers, recon, strict=True):
-                    save("recon", number, image)
-    return pictures, features, stats_of_settings
+                save("recon", recon)
+    return pictures, features, all_stats
 
 
-def measure(
-    stats: ReconstructionStats, evaluator: Evaluator | None, real: dict[str, Any] | None, total: int
-) -> dict[str, Any]:
-    """A setting's figures; with an evaluator also rFID against ``--fid_stats`` and the originals, and Inception Score.
+def add_metrics(
+    results: list[dict[str, Any]], all_stats: list[ReconstructionStats], features: list, evaluator: Evaluator
+) -> None:
+    """Adds each setting's rFID and Inception Score to its figures in ``results``, on the main process.
+
+    rFID is measured against the originals, and against ``--fid_stats`` where that is given.
 
     Args:
-        real: statistics of the originals, on the main process.
+        features: Inception's of this process's originals, batch by batch.
     """
-    figures = {"bits": stats.setting.bits, "range": stats.setting.range, **stats.results()}
-    if evaluator is not None:
+    total = results[0]["images"]
+    originals = gather_features(features, total, evaluator.device)
+    real = statistics(originals) if misc.is_main_process() else None
+    for figures, stats in zip(results, all_stats, strict=True):
         recon = gather_features(stats.features, total, evaluator.device)
         if misc.is_main_process():
             figures |= compute_metrics(recon, evaluator.stats)
-            to_originals = frechet_distance(statistics(recon), real)
-            figures["frechet_inception_distance_to_originals"] = to_originals
-    return figures
+            figures["frechet_inception_distance_to_originals"] = frechet_distance(statistics(recon), real)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Results.
+# Reports.
 
-ROWS = {
+TITLES = {
     "frechet_inception_distance": "rFID, to the statistics",
     "frechet_inception_distance_to_originals": "rFID, to the originals",
     "inception_score_mean": "Inception Score",
@@ -299,51 +272,46 @@ ROWS = {
 
 
 def summary(figures: dict[str, Any]) -> dict[str, str | float]:
-    """Figures by title; those of each channel as least to most."""
-    shown = {title: figures[name] for name, title in ROWS.items() if name in figures}
+    """Figures by their titles; of those that each channel has, the least and the most."""
+    shown = {title: figures[name] for name, title in TITLES.items() if name in figures}
     return {t: f"{min(v):.4g} to {max(v):.4g}" if isinstance(v, list) else v for t, v in shown.items()}
 
 
-def report(setting: Setting, figures: dict[str, Any]) -> str:
-    """A setting's figures as lines for the terminal."""
-    lines = [f"{figures['images']} images, {setting.title}"]
-    for title, value in summary(figures).items():
-        lines.append(f"{title:<42}{value if isinstance(value, str) else f'{value:.5g}':>16}")
-    return "\n".join(lines)
+def write_sweep(results: list[dict[str, Any]], pictures: dict[str, list[Tensor]], folder: Path) -> None:
+    """Writes Table 1, with the paper's figures beside ours, and the pictures of Figures 5 and 6.
 
-
-def write_sweep(
-    results: list[dict[str, Any]],
-    pictures: dict[str, list[Tensor]],
-    stats_of_settings: list[ReconstructionStats],
-    folder: Path,
-) -> None:
-    """Table 1 beside the paper's figures, as Markdown and JSON, and the pictures of Figures 5 and 6."""
-    titles = [title for name, title in ROWS.items() if any(name in figures for figures in results)]
+    Args:
+        results: the figures of each setting of :data:`TABLE_1`.
+    """
+    titles = [title for name, title in TITLES.items() if any(name in figures for figures in results)]
     rows = []
-    for stats, figures in zip(stats_of_settings, results, strict=True):
-        values = summary(figures)
-        rows.append([stats.setting.title, *TABLE_1[stats.setting], *(values.get(title) for title in titles)])
-        figures |= dict(zip(("paper_rfid", "paper_inception_score"), TABLE_1[stats.setting], strict=True))
+    for (setting, paper), figures in zip(TABLE_1.items(), results, strict=True):
+        ours = summary(figures)
+        rows.append([setting.title, *paper, *(ours.get(title) for title in titles)])
+        figures |= dict(zip(("paper_rfid", "paper_inception_score"), paper, strict=True))
     header = ["tokenizer", "paper: rFID", "paper: Inception Score", *titles]
     write_text(folder / "table1.md", markdown(header, rows))
     write_json(folder / "table1.json", {"rows": results, **provenance()})
-    for name, settings in {"figure5.png": FIGURE_5, "figure6.png": FIGURE_6}.items():
+    for name, settings in FIGURES.items():
         titles = ["original", *(setting.title for setting in settings)]
         write_picture(folder / name, {title: pictures[title] for title in titles})
 
 
 def write_picture(path: Path, pictures: dict[str, list[Tensor]]) -> None:
-    """Views of the same images side by side, one title a column."""
+    """Writes a picture with a row for each image, and a column of its reconstructions under each title."""
     rows = [torch.stack(views) for views in zip(*pictures.values(), strict=True)]
     save_grid(torch.cat(rows), path, columns=len(pictures), titles=list(pictures), min_size=128)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# The script.
+
+
 def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
-    """What rFID and Inception Score need; None without Inception's weights, where nobody asked for them by flag.
+    """What rFID and Inception Score need; None with ``--no_metrics``, or where it is missing and no flag names it.
 
     Raises:
-        UserError: something asked for is missing.
+        UserError: a file that a flag names is missing or damaged.
     """
     if args.no_metrics:
         return None
@@ -364,54 +332,47 @@ def main() -> None:
         check_positive(args, "range", "images_per_class", "img_size", "batch_size")
         if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
             raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
-        image_dir = existing_folder(args.image_dir, "image folder")
-        root = image_dir / "train" if (image_dir / "train").is_dir() else image_dir
+        root = existing_folder(args.image_dir, "image folder")
+        root = root / "train" if (root / "train").is_dir() else root
         dataset = ImageFolderWithFilename(root, image_transform(args.img_size))
-        chosen = first_of_each_class(dataset, args.images_per_class)
+        # Images are sorted by class: one is among its class's first n if the n-th before it is of another class.
+        n, classes = args.images_per_class, dataset.targets
+        chosen = Subset(dataset, [i for i, label in enumerate(classes) if i < n or classes[i - n] != label])
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         check_stride(args.img_size, vae.stride)
         evaluator = make_evaluator(args, device)
         if evaluator is not None:
             warn_if_few(len(chosen), "images")
-
-        settings = list(TABLE_1) if args.sweep else [Setting(args.bits, args.range)]
-        name = f"sweep_n{args.images_per_class}"
-        if not args.sweep:
-            bound = "calibrated" if args.quant_calibrate else f"r{args.range}"
-            kind = "quant" if args.quantizer == "gaussian" else args.quantizer
-            name = f"{kind}_b{args.bits}_{bound}_n{args.images_per_class}"
-        folder = Path(args.output_dir) / name
+        kind = "quant" if args.quantizer == "gaussian" else args.quantizer
+        bound = "calibrated" if args.quant_calibrate else f"r{args.range}"
+        name = "sweep" if args.sweep else f"{kind}_b{args.bits}_{bound}"
+        folder = Path(args.output_dir) / f"{name}_n{n}"
         for part in ("", "real", "recon"):
             empty_of_images(folder / part)
-
-        def save(part: str, number: int, image: Tensor) -> None:
-            if not args.sweep:  # a sweep has eight reconstructions of each image
-                save_png(image, folder / part / f"{number:05d}.png")
 
         loader = loader_of_all(chosen, device, args)
         vae, calibration = vae.to(device), {}
         if args.quant_calibrate:
             measured = channel_statistics(vae, loader, vae.embed_dim, latent_factor, device, args.precision)
             calibration = dict(zip(("channel_mean", "channel_std"), measured, strict=True))
-        pictures, features, stats_of_settings = reconstruct(
-            vae, latent_factor, loader, settings, evaluator, save, device, args, calibration
+        settings = list(TABLE_1) if args.sweep else [Setting(args.bits, args.range)]
+        images_to = None if args.sweep else folder  # a sweep has eight reconstructions of each image
+        pictures, features, all_stats = reconstruct(
+            vae, latent_factor, loader, settings, calibration, evaluator, images_to, args
         )
-        real = None
+        results = [stats.figures(len(chosen)) for stats in all_stats]
         if evaluator is not None:
-            gathered = gather_features(features, len(chosen), device)
-            real = statistics(gathered) if misc.is_main_process() else None
-        results = [measure(stats, evaluator, real, len(chosen)) for stats in stats_of_settings]
+            add_metrics(results, all_stats, features, evaluator)
         if misc.is_main_process():
-            for stats, figures in zip(stats_of_settings, results, strict=True):
-                misc.log.info("%s\n", report(stats.setting, figures))
+            for setting, figures in zip(settings, results, strict=True):
+                shown = {"images": figures["images"], **summary(figures)}
+                misc.log.info("\n%s", markdown(["", setting.title], list(shown.items())))
             if args.sweep:
-                write_sweep(results, pictures, stats_of_settings, folder)
+                write_sweep(results, pictures, folder)
             else:
                 write_picture(folder / "reconstruction.png", pictures)
-                write_json(
-                    folder / "results.json",
-                    {**results[0], **calibration, "seed": args.seed, "args": vars(args), **provenance()},
-                )
+                made_with = {"seed": args.seed, "args": vars(args), **provenance()}
+                write_json(folder / "results.json", {**results[0], **calibration, **made_with})
             misc.log.info("wrote %s", folder)
         misc.barrier()
 

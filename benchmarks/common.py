@@ -1,4 +1,4 @@
-"""What all benchmarks share: timing, the machine's own peaks, rows of results, their table."""
+"""What the benchmarks share: flags, timing, the machine's peak rates, tables of results."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,27 @@ from util.metrics import provenance
 from util.tables import markdown
 
 
-def parse(description: str, repeats: int, add: Callable[[argparse.ArgumentParser], None] | None = None):
-    """Arguments of a benchmark: device, repeats, threads, ``--json``, and its own."""
+def benchmark_parser(description: str, repeats: int) -> argparse.ArgumentParser:
+    """A parser with the flags of every benchmark."""
     parser = new_parser(description)
     parser.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
-    parser.add_argument("--repeats", type=int, default=repeats, help="measured runs of each, after one that warms up")
-    parser.add_argument("--threads", type=int, help="of the CPU; by default torch's choice")
-    parser.add_argument("--json", help="also write the results to this file")
-    if add is not None:
-        add(parser)
+    parser.add_argument("--repeats", type=int, default=repeats, help="measured runs, after one that warms up")
+    parser.add_argument("--threads", type=int, help="threads of the CPU; by default torch's choice")
+    parser.add_argument("--json", help="file to write the results to")
+    return parser
+
+
+def add_ways(parser: argparse.ArgumentParser, batch: int, what: str) -> None:
+    """Adds the flags of :func:`compare_ways`."""
+    parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
+    parser.add_argument("--batch", type=int, default=batch, help=what)
+    ways = "the release's way, and precisions of ours: fp32, bf16, fp16"
+    parser.add_argument("--ways", nargs="+", default=["release", "fp32", "bf16"], help=ways)
+    parser.add_argument("--compile", action="store_true", help="compile our models")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line's arguments, ``device`` as a torch.device; ``--threads`` takes effect."""
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -37,99 +50,84 @@ def parse(description: str, repeats: int, add: Callable[[argparse.ArgumentParser
     return args
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timings(works: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
+    """Median, fastest and slowest of ``repeats`` runs of each function in seconds, after one run that warms up.
 
-
-def seconds(work: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
-    """Times of ``repeats`` runs, after one that warms up."""
-    return alternating({"": work}, repeats, device)[""]
-
-
-def alternating(works: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Times of several pieces of work taken in turns, so that a machine's moods fall on all of them."""
+    The functions take turns: a machine that slows down meanwhile slows all of them down, and ratios stay fair.
+    """
+    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()
     for _ in range(repeats):
         for name, work in works.items():
-            synchronize(device)
+            synchronize()
             start = time.perf_counter()
             work()
-            synchronize(device)
+            synchronize()
             times[name].append(time.perf_counter() - start)
-    return times
+    return {
+        name: {"median_s": statistics.median(taken), "min_s": min(taken), "max_s": max(taken)}
+        for name, taken in times.items()
+    }
 
 
-def in_own_process(work: Callable[..., Any], *args) -> Any:
-    """What ``work(*args)`` returns in a process of its own: its memory, its allocator, no traces of others."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, args)
-
-
-def add_ways(parser: argparse.ArgumentParser, batch: int, what: str) -> None:
-    """What :func:`compare_ways` needs: model, batch, ways, and whether ours are compiled."""
-    parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
-    parser.add_argument("--batch", type=int, default=batch, help=what)
-    parser.add_argument("--ways", nargs="+", default=["release", "fp32", "bf16"], help="or fp16")
-    parser.add_argument("--compile", action="store_true", help="of our ways")
-
-
-def prepare_way(args: argparse.Namespace, way: str) -> str:
-    """Sets up a process for one way, ``release`` or a precision of ours; the precision of its autocast."""
+def measure_way(prepare: Callable, args: argparse.Namespace, way: str) -> dict[str, float]:
+    """Times, images a second, operations, utilization and peak memory of one way; see :func:`compare_ways`."""
+    release = way == "release"
     if args.threads:
         torch.set_num_threads(args.threads)
-    if way == "release":
-        return "fp32"
-    if args.device.type == "cpu":
-        misc.keep_freed_memory()  # as every script does
-    return way
+    if args.device.type == "cpu" and not release:
+        misc.keep_freed_memory()  # as our scripts do
+    torch.manual_seed(0)
+    precision = "fp32" if release else way
+    work, operations = prepare(args, release, precision)
+    times = timings({way: work}, args.repeats, args.device)[way]
+    memory = misc.memory_in_use(args.device)  # before the matrix products below
+    return {
+        **times,
+        "images_per_s": args.batch / times["median_s"],
+        "tflop": operations / 1e12,
+        "utilization": operations / times["median_s"] / misc.matmul_flops(args.device, precision),
+        "peak_memory_gib": memory,
+    }
 
 
-def compare_ways(name: str, measure: Callable[..., tuple], args: argparse.Namespace, **columns: Any) -> None:
-    """Measures each of ``args.ways`` in a process of its own, and finishes with a row for each.
+def compare_ways(name: str, prepare: Callable, args: argparse.Namespace, **columns: Any) -> None:
+    """Measures each of ``args.ways``, ``release`` or a precision of ours, and reports a row for each.
 
     Args:
-        measure: takes the arguments and a way; gives times, peak memory in GiB, operations, and the matrix peak.
+        prepare: takes ``args``, whether the way is the release's, and the precision; returns the function to measure
+            and its number of floating-point operations. Must be a module's function: other processes import it.
         columns: shown in every row.
     """
     about, rows, slow = machine(args.device), [], None
     for way in args.ways:
-        times, memory, work, peak = in_own_process(measure, args, way)
-        figures = spread(times)
-        slow = figures["median_s"] if way == "release" else slow
-        row = {"way": "the release's, fp32" if way == "release" else f"ours, {way}", "model": args.model}
-        row |= {"batch": args.batch, **columns, **figures, "images_per_s": args.batch / figures["median_s"]}
-        row |= {"tflop": work / 1e12, "utilization": work / figures["median_s"] / peak, "peak_memory_gib": memory}
-        rows.append({**row, "ratio": slow / figures["median_s"] if slow and way != "release" else None})
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process has one peak of memory
+            figures = pool.apply(measure_way, (prepare, args, way))
+        release = way == "release"
+        slow = figures["median_s"] if release else slow
+        row = {"way": "the release's, fp32" if release else f"ours, {way}", "model": args.model, "batch": args.batch}
+        row |= {**columns, **figures, "ratio": slow / figures["median_s"] if slow and not release else None}
+        rows.append(row)
     finish(name, rows, about, args.json)
 
 
-def spread(times: list[float]) -> dict[str, float]:
-    """Median, fastest and slowest of ``times``, in seconds."""
-    return {"median_s": statistics.median(times), "min_s": min(times), "max_s": max(times)}
+def machine(device: torch.device) -> dict[str, Any]:
+    """The device and software of a measurement, and the rates reached now: matrix products, and copies (read + write).
 
-
-def bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy, read and written."""
+    Other programs on the machine lower the rates, and the measurements with them.
+    """
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / min(seconds(lambda: target.copy_(source), 4, device))
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What was measured on, and its peaks now: matrix products in TFLOP/s, copies in GB/s."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    precisions = ("fp32", "bf16")
+    copy = timings({"copy": lambda: target.copy_(source)}, 4, device)["copy"]["min_s"]
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "matmul_tflops": {p: round(misc.matmul_flops(device, p) / 1e12, 3) for p in precisions},
-        "copy_gb_per_s": round(bandwidth(device) / 1e9, 1),
+        "matmul_tflops": {p: round(misc.matmul_flops(device, p) / 1e12, 3) for p in ("fp32", "bf16")},
+        "copy_gb_per_s": round(2 * size / copy / 1e9, 1),
         **provenance(),
     }
 
@@ -143,10 +141,15 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def finish(name: str, rows: list[dict[str, Any]], about: dict[str, Any], path: str | None) -> None:
-    """Prints rows as a table, with what they were measured on, and writes them to ``path``."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table, with a column for every key."""
     header = list(dict.fromkeys(key for row in rows for key in row))
-    print(markdown(header, [[row.get(key) for key in header] for row in rows]))
+    return markdown(header, [[row.get(key) for key in header] for row in rows])
+
+
+def finish(name: str, rows: list[dict[str, Any]], about: dict[str, Any], path: str | None) -> None:
+    """Prints the rows and the :func:`machine` they were measured on, and writes both to ``path`` as JSON."""
+    print(table(rows))
     print(json.dumps({key: about[key] for key in ("device", "threads", "matmul_tflops", "copy_gb_per_s")}))
     if path:
         write_json(path, {"benchmark": name, "machine": about, "rows": rows})

@@ -1,73 +1,65 @@
 """The paper's Table 5: the channel head, with and without cache and with 4 channels, against MAR's diffusion head."""
 
-import copy
 from functools import partial
 
 import torch
+from torch import nn
 
-from benchmarks.baselines import DiffusionHead, sample_recomputing
-from benchmarks.common import alternating, finish, machine, parse, spread
+from benchmarks.baselines import DiffusionHead, RecomputingHead
+from benchmarks.common import benchmark_parser, finish, machine, parse, timings
 from models.channel_head import ChannelHead
 from models.fast import compile_blocks, speed_up
 from models.tokenbridge import MODELS
 from util import misc
 
 
-def head_of(model: str, channels: int) -> tuple[ChannelHead, float]:
-    """The plain head of a model, without its backbone, and its operations for one token."""
-    with torch.device("meta"):
-        whole = MODELS[model](vae_embed_dim=channels, quant_levels=64)
-    return ChannelHead(whole.config, partial(type(whole.head.channel_norm), eps=1e-6)), whole.token_flops()
-
-
 def main() -> None:
     """Runs the command line."""
+    parser = benchmark_parser(__doc__, repeats=5)
+    parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="tokens sampled at once")
+    parser.add_argument("--compile", action="store_true", help="also measure our head compiled")
+    parser.add_argument("--precision", choices=misc.PRECISIONS, nargs="+", default=["fp32", "bf16"])
+    args = parse(parser)
+    about, device = machine(args.device), args.device
+    with torch.device("meta"):  # for their configurations: a head is measured without its backbone
+        models = {channels: MODELS[args.model](vae_embed_dim=channels, quant_levels=64) for channels in (16, 4)}
 
-    def add(parser) -> None:
-        parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
-        parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="of one call")
-        parser.add_argument("--compile", action="store_true", help="also measure our head compiled")
-        parser.add_argument("--precision", choices=misc.PRECISIONS, nargs="+", default=["fp32", "bf16"])
+    def head_of(channels: int, kind: type[ChannelHead] = ChannelHead) -> ChannelHead:
+        return kind(models[channels].config, partial(nn.LayerNorm, eps=1e-6)).to(device).eval()
 
-    args = parse(__doc__, 5, add)
-    about = machine(args.device)
-    (plain, token_flops), (few, _) = (head_of(args.model, channels) for channels in (16, 4))
-    plain, few = plain.to(args.device).eval(), few.to(args.device).eval()
-    ours = copy.deepcopy(plain)
-    for head in (ours, few):
+    ours = {"channel head": head_of(16), "channel head, 4 channels": head_of(4)}
+    if args.compile:
+        ours["channel head, compiled"] = head_of(16)
+    for head in ours.values():
         speed_up(head)
     if args.compile:
-        compiled = copy.deepcopy(ours)
-        compile_blocks(compiled)
-    diffusion = DiffusionHead(ours.condition_proj.in_features).to(args.device).eval()
+        compile_blocks(ours["channel head, compiled"])
+    heads = {"channel head, prefix recomputed": head_of(16, RecomputingHead), **ours}
+    feature_dim, token_flops = models[16].config["decoder_embed_dim"], models[16].token_flops()
+    diffusion = DiffusionHead(feature_dim).to(device).eval()
+
+    def sample(head: nn.Module, precision: str, *inputs) -> None:
+        with misc.autocast(device, precision):  # anew in each run: autocast keeps weights' copies to its end
+            head.sample(*inputs)
+
     rows = []
     for precision in args.precision:
-        torch.compiler.reset()  # which keeps but few programs of a function
+        torch.compiler.reset()  # it keeps few programs of a function, too few for all precisions and sizes
         for tokens in args.tokens:
-            features = torch.randn(tokens, ours.condition_proj.in_features, device=args.device)
-            uniform = torch.rand(tokens, 16, device=args.device)
+            features = torch.randn(tokens, feature_dim, device=device)
+            uniform = torch.rand(tokens, 16, device=device)
             works = {
-                "diffusion head (MAR), 100 steps": lambda f=features: diffusion.sample(f),
-                "diffusion head (MAR), guidance": lambda f=features: diffusion.sample(torch.cat([f, f]), 3.0),
-                "channel head, prefix recomputed": partial(sample_recomputing, plain, features, 1.0, uniform),
-                "channel head": partial(ours.sample, features, 1.0, uniform),
-                "channel head, 4 channels": partial(few.sample, features, 1.0, uniform),
+                "diffusion head (MAR), 100 steps": partial(sample, diffusion, precision, features),
+                "diffusion head (MAR), guidance": partial(sample, diffusion, precision, features.repeat(2, 1), 3.0),
             }
-            if args.compile:
-                works["channel head, compiled"] = partial(compiled.sample, features, 1.0, uniform)
-
-            def inside(work, precision=precision):
-                with torch.no_grad(), misc.autocast(args.device, precision):
-                    return work()
-
-            works = {name: partial(inside, work) for name, work in works.items()}
-            times = {name: spread(taken) for name, taken in alternating(works, args.repeats, args.device).items()}
-            recomputed = times["channel head, prefix recomputed"]["median_s"]
-            mar = times["diffusion head (MAR), 100 steps"]["median_s"]
+            works |= {name: partial(sample, head, precision, features, 1.0, uniform) for name, head in heads.items()}
+            times = timings(works, args.repeats, device)
+            recomputed, mar = times["channel head, prefix recomputed"], times["diffusion head (MAR), 100 steps"]
             for name, figures in times.items():
                 row = {"way": name, "precision": precision, "tokens": tokens, **figures}
-                row["times faster than recomputing"] = recomputed / figures["median_s"]
-                row["times faster than diffusion"] = mar / figures["median_s"]
+                row["times faster than recomputing"] = recomputed["median_s"] / figures["median_s"]
+                row["times faster than diffusion"] = mar["median_s"] / figures["median_s"]
                 if name in ("channel head", "channel head, compiled"):
                     peak = about["matmul_tflops"].get(precision)
                     row["utilization"] = token_flops * tokens / figures["median_s"] / peak / 1e12 if peak else None

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 
-from benchmarks.common import alternating, finish, machine, parse, spread
+from benchmarks.common import benchmark_parser, finish, machine, parse, timings
 from util.loader import CachedFolder
 from util.packed import DTYPES, PackedCache, pack
 
 
 def write_cache(root: Path, images: int) -> None:
-    """Random moments in MAR's layout."""
+    """Writes random moments of ``images`` images in MAR's layout, one file each."""
     random = np.random.RandomState(0)
     for number in range(images):
         path = root / f"{number % 10}" / f"{number:06d}.JPEG.npz"
@@ -23,13 +23,11 @@ def write_cache(root: Path, images: int) -> None:
 
 def main() -> None:
     """Runs the command line."""
-
-    def add(parser) -> None:
-        parser.add_argument("--images", type=int, default=4000)
-        parser.add_argument("--batch", type=int, default=64)
-        parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-
-    args = parse(__doc__, 5, add)
+    parser = benchmark_parser(__doc__, repeats=5)
+    parser.add_argument("--images", type=int, default=4000, help="images in each cache")
+    parser.add_argument("--batch", type=int, default=64, help="images of a batch")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="processes that read; 0 for none")
+    args = parse(parser)
     about, rows = machine(args.device), []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -45,14 +43,12 @@ def main() -> None:
                 options = {"batch_size": args.batch, "shuffle": True, "num_workers": workers}
                 loader = DataLoader(cache, **options, persistent_workers=workers > 0)
                 works[name] = lambda loader=loader: [None for _ in loader]
-            times = alternating(works, args.repeats, args.device)
-            slow = None
-            for name, taken in times.items():
-                figures = spread(taken)
-                slow = slow or figures["median_s"]
+            times = timings(works, args.repeats, args.device)
+            slow = times["one file an image"]["median_s"]
+            for name, figures in times.items():
                 row = {"cache": name, "workers": workers, "images": args.images, **figures}
-                rate = args.images / figures["median_s"]
-                rows.append({**row, "images_per_s": rate, "ratio": slow / figures["median_s"]})
+                row["images_per_s"] = args.images / figures["median_s"]
+                rows.append({**row, "ratio": slow / figures["median_s"]})
     finish("loader", rows, about, args.json)
 
 

@@ -1,35 +1,34 @@
 """Quantizing a batch of latents: bucketized thresholds against the argmin over all levels."""
 
+from functools import partial
+
 import torch
 
 from benchmarks.baselines import argmin_over_levels
-from benchmarks.common import alternating, finish, machine, parse, spread
+from benchmarks.common import benchmark_parser, finish, machine, parse, timings
 from models.quantizer import GaussianQuantizer
 
 
 def main() -> None:
     """Runs the command line."""
-    args = parse(__doc__, repeats=20)
+    args = parse(benchmark_parser(__doc__, repeats=20))
     about = machine(args.device)
     rows = []
     for batch in (16, 256):
         latents = torch.randn(batch, 256, 16, device=args.device)
         for levels in (16, 64, 512):
             quantizer = GaussianQuantizer(levels).to(args.device)
-            works = {
-                "argmin over all levels": lambda q=quantizer, x=latents: argmin_over_levels(q, x),
-                "bucketize": lambda q=quantizer, x=latents: q(x),
-            }
-            if batch * levels > 256 * 64:
-                works.pop("argmin over all levels")  # an array of gigabytes
-            times = alternating(works, args.repeats, args.device)
-            slow = None
-            for name, taken in times.items():
-                figures = spread(taken)
-                slow = slow or figures["median_s"]
-                moved = 4 * latents.numel() * 4 / figures["median_s"] / 1e9  # in, indices (8 bytes), out
-                row = {"way": name, "batch": batch, "levels": levels, **figures, "gb_per_s": moved}
-                rows.append({**row, "ratio": slow / figures["median_s"] if len(works) > 1 else None})
+            works = {"bucketize": partial(quantizer, latents)}
+            if batch * levels <= 256 * 64:  # with more, the array of all distances takes gigabytes
+                works = {"argmin over all levels": partial(argmin_over_levels, quantizer, latents), **works}
+            times = timings(works, args.repeats, args.device)
+            slow = times.get("argmin over all levels")
+            for name, figures in times.items():
+                # Moved are, for each latent, itself (4 bytes), its index (8) and its value (4).
+                gigabytes = 16 * latents.numel() / 1e9
+                row = {"way": name, "batch": batch, "levels": levels, **figures}
+                row["gb_per_s"] = gigabytes / figures["median_s"]
+                rows.append({**row, "ratio": slow and slow["median_s"] / figures["median_s"]})
     finish("quantizer", rows, about, args.json)
 
 

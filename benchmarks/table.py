@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
+from benchmarks.common import table
 from util.files import read_json
-from util.tables import markdown, write_text
+from util.tables import write_text
 
 HERE = Path(__file__).parent
 COMMANDS = {
@@ -17,7 +18,7 @@ COMMANDS = {
 
 
 def tables(device: str) -> str:
-    """All results of ``device``, cpu or cuda; of those that are missing, the command that would give them."""
+    """The section of ``device``, cpu or cuda: a table for each benchmark, or the command that would measure it."""
     parts = []
     for name, command in COMMANDS.items():
         path = HERE / "results" / f"{device}-{name}.json"
@@ -26,30 +27,24 @@ def tables(device: str) -> str:
             parts.append(f"Not measured. `{command} --device {device} --json benchmarks/results/{path.name}`\n")
             continue
         content = read_json(path)
-        about, rows = content["machine"], content["rows"]
-        header = list(dict.fromkeys(key for row in rows for key in row))
-        parts.append(markdown(header, [[row.get(key) for key in header] for row in rows]))
+        about = content["machine"]
+        parts.append(table(content["rows"]))
         peaks = ", ".join(f"{value} TFLOP/s {precision}" for precision, value in about["matmul_tflops"].items())
-        versions = f"torch {about['torch_version']}, commit {about['commit'][:12]}."
-        parts.append(
-            f"{about['device']}, {about['threads']} threads; matrix products {peaks}; copies "
-            f"{about['copy_gb_per_s']} GB/s. {versions}\n"
-        )
+        rates = f"matrix products {peaks}; copies {about['copy_gb_per_s']} GB/s"
+        versions = f"torch {about['torch_version']}, commit {about['commit'][:12]}"
+        parts.append(f"{about['device']}, {about['threads']} threads; {rates}. {versions}.\n")
     return "\n".join(parts)
 
 
 def reached() -> dict[str, str]:
-    """The measured ratios that README's first table asks for."""
+    """What was measured of each target of the README's first table, by the name of its place there."""
 
     def rows(name: str) -> list[dict]:
         return read_json(HERE / "results" / f"cpu-{name}.json")["rows"]
 
     quantizer = [row["ratio"] for row in rows("quantizer") if row["way"] == "bucketize" and row["levels"] == 64]
-    head = next(
-        row["times faster than recomputing"]
-        for row in rows("head_speed")
-        if (row["way"], row["precision"], row["tokens"]) == ("channel head", "fp32", 64)
-    )
+    heads = {(row["way"], row["precision"], row["tokens"]): row for row in rows("head_speed")}
+    head = heads["channel head", "fp32", 64]["times faster than recomputing"]
     sampling, training = ({row["way"]: row for row in rows(name)} for name in ("sampling", "training"))
     loader = {(row["cache"], row["workers"]): row["ratio"] for row in rows("loader")}
     memory = training["ours, bf16"]["peak_memory_gib"] * 2**30 / 1e9
@@ -63,7 +58,7 @@ def reached() -> dict[str, str]:
 
 
 def main() -> None:
-    """Fills in the tables."""
+    """Fills in the README's tables."""
     path = HERE / "README.md"
     text = path.read_text()
     for name, value in reached().items():

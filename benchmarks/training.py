@@ -1,71 +1,73 @@
-"""A training step, forward, backward, optimizer and average: this project's way against the release's in float32.
-
-Each way runs in a process of its own, so that its peak memory is its own.
-"""
+"""A training step, forward, backward, optimizer and average: this project's way against the release's in float32."""
 
 import argparse
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import Tensor
 
 from benchmarks.baselines import plain_kernels
-from benchmarks.common import add_ways, compare_ways, parse, prepare_way, seconds
-from models.tokenbridge import MODELS
+from benchmarks.common import add_ways, benchmark_parser, compare_ways, parse
+from models.tokenbridge import MODELS, TokenBridge
 from util import misc
 from util.training_state import TrainingState
 
 
-def steps(args: argparse.Namespace, way: str) -> tuple[list[float], float, float, float]:
-    """Times of one way, peak memory in GiB, operations, and the matrix peak."""
-    device, precision = args.device, prepare_way(args, way)
-    torch.manual_seed(0)
-    with plain_kernels() if way == "release" else nullcontext():
-        model = MODELS[args.model](quant_levels=64, grad_checkpointing=args.grad_checkpointing).to(device)
-    side = model.grid_size
-    latents = torch.randn(args.batch, 16, side, side, device=device)
-    labels = torch.arange(args.batch, device=device)
-    if way == "release":
-        ema = ModelEmaV3(model, decay=0.9999, exclude_buffers=True)
-        optimizer = torch.optim.AdamW(misc.add_weight_decay(model, 0.02), lr=1e-4, betas=(0.9, 0.95))
-    else:
-        options = {"ema_rate": 0.9999, "weight_decay": 0.02, "lr": 1e-4, "grad_clip": 1.0, "start_epoch": 0}
-        run = argparse.Namespace(**options, precision=precision, compile=args.compile)
-        state = TrainingState(model, run, steps_per_epoch=1)
+def release_step(model: TokenBridge, batch: Sequence[Tensor]) -> Callable[[], None]:
+    """A function that takes a step as the release does: optimizer and average one tensor after the other."""
+    ema = ModelEmaV3(model, decay=0.9999, exclude_buffers=True)
+    optimizer = torch.optim.AdamW(misc.add_weight_decay(model, 0.02), lr=1e-4, betas=(0.9, 0.95))
 
     def step() -> None:
-        if way == "release":
-            model(latents, labels).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for average, value in zip(ema.module.parameters(), model.parameters(), strict=True):
-                    average.mul_(0.9999).add_(value, alpha=1e-4)
-            return
-        with misc.autocast(device, precision):
-            loss = model(latents, labels)
+        model(*batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for average, value in zip(ema.module.parameters(), model.parameters(), strict=True):
+                average.mul_(0.9999).add_(value, alpha=1e-4)
+
+    return step
+
+
+def our_step(model: TokenBridge, batch: Sequence[Tensor], precision: str, compiled: bool) -> Callable[[], None]:
+    """A function that takes a step as ``engine_tokenbridge.train_one_epoch`` does."""
+    options = {"ema_rate": 0.9999, "weight_decay": 0.02, "lr": 1e-4, "grad_clip": 1.0, "start_epoch": 0}
+    options |= {"precision": precision, "compile": compiled}
+    state = TrainingState(model, argparse.Namespace(**options), steps_per_epoch=1)
+
+    def step() -> None:
+        with misc.autocast(state.device, precision):
+            loss = model(*batch)
         state.scaler.scale(loss).backward()
         state.take_step(loss.detach(), 1e-4)
         state.settle()
 
-    # The number of masked tokens is drawn anew each step; here it is always the middle one.
+    return step
+
+
+def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Callable[[], None], float]:
+    """A function that takes a step, and its operations; see :func:`benchmarks.common.compare_ways`."""
+    with plain_kernels() if release else nullcontext():
+        model = MODELS[args.model](quant_levels=64, grad_checkpointing=args.grad_checkpointing).to(args.device)
+    latents = torch.randn(args.batch, 16, model.grid_size, model.grid_size, device=args.device)
+    labels = torch.arange(args.batch, device=args.device)
+    # Training draws the number of masked tokens at each step; here it is always the median, so that steps compare.
     model.draw_num_masked = partial(model.num_masked_at, 0.5)
-    times = seconds(step, args.repeats, device)
-    memory = misc.memory_in_use(device)
-    work = model.training_flops(model.num_masked_at(0.5)) * args.batch
-    return times, memory, work, misc.matmul_flops(device, precision)
+    batch = latents, labels
+    step = release_step(model, batch) if release else our_step(model, batch, precision, args.compile)
+    return step, args.batch * model.training_flops(model.num_masked_at(0.5))
 
 
 def main() -> None:
     """Runs the command line."""
-
-    def add(parser) -> None:
-        add_ways(parser, 4, "images of a step")
-        parser.add_argument("--grad_checkpointing", action="store_true")
-
-    compare_ways("training", steps, parse(__doc__, 3, add))
+    parser = benchmark_parser(__doc__, repeats=3)
+    add_ways(parser, batch=4, what="images of a step")
+    parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    compare_ways("training", prepare, parse(parser))
 
 
 if __name__ == "__main__":

@@ -8,22 +8,16 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 ROOT = Path(__file__).resolve().parent.parent
 IMG_SIZE = 16
 SAMPLES_PER_DIGIT = 10
-
-# --------------------------------------------------------------------------------------------------------------------
-# The data: scikit-learn's digits as an image folder.
 
 
 def write_digits(folder: Path) -> None:
@@ -42,42 +36,33 @@ def write_digits(folder: Path) -> None:
         Image.fromarray(pixels).save(path)
 
 
-def read_digit(path: Path) -> np.ndarray:
-    """An image as the classifier sees it: 8x8 values of 0 to 16, flattened."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("L").resize((8, 8), Image.Resampling.BOX), dtype=np.float64).ravel() * 16 / 255
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The evaluator and the pictures.
+def read_digits(paths: list[Path]) -> np.ndarray:
+    """Images as the classifier sees them: 8x8 values of 0 to 16 each, ``[N, 64]``."""
+    small = [Image.open(path).convert("L").resize((8, 8), Image.Resampling.BOX) for path in paths]
+    return np.stack(small).reshape(len(paths), -1) * (16 / 255)
 
 
 def recognized(data: Path, samples: Path) -> dict[str, float]:
-    """Shares of the held-out digits and of the samples that a classifier trained on the real digits gets right."""
-
-    def folder_of(part: str) -> tuple[np.ndarray, list[int]]:
-        paths = sorted((data / part).glob("*/*.png"))
-        return np.stack([read_digit(path) for path in paths]), [int(path.parent.name) for path in paths]
-
-    classifier = SVC(gamma=0.001).fit(*folder_of("train"))
-    paths = sorted(samples.glob("*.png"))
-    labels = np.arange(len(paths)) // SAMPLES_PER_DIGIT
-    right = classifier.predict(np.stack([read_digit(path) for path in paths])) == labels
-    return {"recognized_val": classifier.score(*folder_of("val")), "recognized_samples": float(right.mean())}
+    """Accuracies of a classifier trained on the real digits: on held-out ones, and on samples by their class."""
+    real = {part: sorted((data / part).glob("*/*.png")) for part in ("train", "val")}
+    digits = {part: [int(path.parent.name) for path in paths] for part, paths in real.items()}
+    classifier = SVC(gamma=0.001).fit(read_digits(real["train"]), digits["train"])
+    drawn = sorted(samples.glob("*.png"))
+    return {
+        "recognized_val": classifier.score(read_digits(real["val"]), digits["val"]),
+        "recognized_samples": classifier.score(read_digits(drawn), np.arange(len(drawn)) // SAMPLES_PER_DIGIT),
+    }
 
 
 def plot_loss(log: Path, path: Path) -> None:
-    """Draws the training loss from TensorBoard's log."""
+    """Plots the training loss in TensorBoard's ``log`` to ``path``, a PNG."""
     events = EventAccumulator(str(log)).Reload().Scalars("train/loss")
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot([event.step for event in events], [event.value for event in events])
     axes.set(xlabel="step", ylabel="cross-entropy (nats a channel)", title="TokenBridge on digits")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The pipeline.
 
 
 def run(command: str) -> None:
