@@ -1,4 +1,4 @@
-"""What several test files need: reference vectors, small models, folders of images, scripts run in place."""
+"""What several test files need: vectors, small models, images, scripts run in place, trainings, statistics, a Hub."""
 
 import argparse
 import contextlib
@@ -8,23 +8,30 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from huggingface_hub import constants
+from PIL import Image, ImageFilter
 from safetensors import safe_open
 from safetensors.torch import load_file
+from sklearn.datasets import load_sample_images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.vae import AutoencoderKL
 from tests.fill import deterministic_fill
+from tests.hub_server import serving
 from tests.scripts.trace import Trace
-from util import checkpoint, errors
+from util import checkpoint, errors, misc
+from util.misc import add_weight_decay
 from util.training_state import TrainingState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +166,59 @@ def vae_path(tmp_path) -> Path:
     return path
 
 
+def released(model: TokenBridge) -> dict:
+    """What the release's training script writes, an optimizer after one step included."""
+    optimizer = torch.optim.AdamW(add_weight_decay(model, 0.02), lr=1e-3, betas=(0.9, 0.95))
+    model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1])).backward()
+    optimizer.step()
+    learned = dict(model.named_parameters())
+    return {
+        "model": model.state_dict(),
+        "model_ema": {name: 2 * value.detach() for name, value in learned.items()},
+        "optimizer": optimizer.state_dict(),
+        "epoch": 3,
+        "args": argparse.Namespace(model="tokenbridge_large", blr=5e-5, device="cuda"),
+    }
+
+
+def same(a, b) -> bool:
+    """Whether two nested values are equal, types included."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and a == b
+
+
+def damaged(path) -> None:
+    """Cuts an image short, or makes it empty."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if path.stem != "3" else 0])
+
+
+def load(folder: Path, name: str = "checkpoint-last.pth") -> dict:
+    """A run's checkpoint."""
+    return torch.load(folder / name, weights_only=True)
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    """A run's log: values of a tag by their steps."""
+    return {event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(tag)}
+
+
+def write_maps(root, maps: torch.Tensor) -> str:
+    """A cache whose means are ``maps [N, C, h, w]`` and whose deviations are large."""
+    moments = torch.cat([maps, torch.full_like(maps, 2.0)], dim=1).float().numpy()
+    for number, each in enumerate(moments):
+        path = root / str(number % 2) / f"{number}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, moments=each, moments_flip=0 * each)
+    about = {"images": len(maps), "vae": {"embed_dim": maps.shape[1], "ch_mult": [1, 1, 2]}, "latent_factor": 0.5}
+    (root / "cache.json").write_text(json.dumps(about))
+    return f"--cached_path {root} --num_workers 0 --batch_size 4"
+
+
 def run_script(monkeypatch, script: str, command: str) -> None:
     """Runs a script's main in this process, as ``python <script>.py <command>`` would; SystemExit for user errors."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *command.split()])
@@ -232,6 +292,40 @@ def run_two():
                 process.kill()
 
     return run
+
+
+def torchrun(command: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """A script and its flags, in several processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def two_processes(tmp_path: Path, script: str, flags: str, **variables: str) -> tuple[list[dict], list[str], list[int]]:
+    """Runs a script in two processes, started as torchrun starts them; their traces, messages and exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    started = []
+    for rank in ("0", "1"):
+        command = [sys.executable, ROOT / "tests/scripts/trace.py", tmp_path / f"trace{rank}.pt", script]
+        environment = {**os.environ, **shared, **variables, "RANK": rank, "LOCAL_RANK": rank}
+        started.append(
+            subprocess.Popen(
+                [*command, *flags.split(), "--device", "cpu"],
+                cwd=ROOT,
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate(timeout=200)[1] for process in started]
+    statuses = [process.returncode for process in started]
+    assert all((tmp_path / f"trace{rank}.pt").exists() for rank in range(2)), said
+    return [torch.load(tmp_path / f"trace{rank}.pt", weights_only=True) for rank in range(2)], said, statuses
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -366,3 +460,121 @@ def processes_of(folder) -> list[int]:
         with contextlib.suppress(OSError):  # it may have ended meanwhile
             commands[int(path.parent.name)] = path.read_bytes().decode(errors="replace")
     return sorted(pid for pid, line in commands.items() if str(folder) in line and "torch.distributed" not in line)
+
+
+FACTOR = 0.5  # of the small tokenizer
+#: A head of steps in milliseconds, and fp32, which every CPU computes alike.
+QUICK = f"{TINY} --head_dim 32 --head_depth 1 --head_heads 2 --precision fp32 --device cpu"
+#: 4 steps an epoch.
+BASE = f"{QUICK} --warmup_epochs 0 --lr 1e-3"
+
+
+@pytest.fixture
+def known_peak(monkeypatch):
+    """Nothing is measured, and the peak that utilization is told against is known."""
+    monkeypatch.setattr(misc, "matmul_flops", lambda device, precision: 1e9)
+
+
+@pytest.fixture
+def train(run, cached, tmp_path, known_peak):
+    """``train("name", "--flag value")`` trains on the cache into a folder of that name, which it returns."""
+
+    def train(name: str, flags: str = "--epochs 1") -> Path:
+        run("main_tokenbridge", f"{BASE} --use_cached --cached_path {cached} --output_dir {tmp_path}/{name} {flags}")
+        return tmp_path / name
+
+    return train
+
+
+class Views:
+    """Tells a cache's items, or a folder's images, by their values."""
+
+    def __init__(self, cache: Path):
+        self.known = {}
+        for path in sorted(cache.glob("*/*.npz")):
+            with np.load(path) as arrays:
+                for name in ("moments", "moments_flip"):
+                    self.known[arrays[name].tobytes()] = (f"{path.parent.name}/{path.stem}", name == "moments_flip")
+
+    def of(self, rows: torch.Tensor) -> list[tuple[str, bool]]:
+        """Name of each, and whether it is the mirror image."""
+        return [self.known[row.numpy().tobytes()] for row in rows]
+
+
+def seen(trace: Trace, cache: Path, each: int = 16) -> list[list[tuple[str, bool]]]:
+    """What each epoch of a traced run on a cache saw."""
+    views = Views(cache)
+    rows = [view for drawn in trace.drawn for view in views.of(drawn["moments"])]
+    return [rows[i : i + each] for i in range(0, len(rows), each)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics.
+
+#: Names of figures.
+FID, IS = "frechet_inception_distance", "inception_score_mean"
+URL = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """A file of Inception weights drawn at random, scaled so that features vary from image to image."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.manual_seed(0)
+    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"), mock.patch(URL):
+        model = FeatureExtractorInceptionV3("inception", ["2048"])
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            torch.nn.init.kaiming_normal_(parameter)
+    torch.nn.init.normal_(model.fc.weight, std=0.1)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """Two folders: 30 crops of photographs, and the same crops blurred."""
+    root = tmp_path_factory.mktemp("photographs")
+    random = np.random.RandomState(0)
+    for number in range(30):
+        photograph = load_sample_images().images[number % 2]
+        top, left = (random.randint(0, side - 80) for side in photograph.shape[:2])
+        crop = Image.fromarray(photograph[top : top + 80, left : left + 80])
+        for name, image in {"sharp": crop, "blurred": crop.filter(ImageFilter.GaussianBlur(1.5))}.items():
+            (root / name).mkdir(exist_ok=True)
+            image.save(root / name / f"{number:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def stats(tmp_path_factory, inception, photographs):
+    """Statistics of the sharp photographs, as main_metrics.py writes them."""
+    path = tmp_path_factory.mktemp("stats") / "stats.npz"
+    command = f"main_metrics.py --images {photographs}/sharp --save_stats {path} --inception_weights {inception}"
+    subprocess.run([sys.executable, *command.split(), "--device", "cpu"], cwd=ROOT, check=True)
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The Hub.
+
+OWN = "owner/repo"
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    """A Hub of the test's own, an empty cache, and no token."""
+    with serving() as server:
+        point_to(monkeypatch, server.endpoint, tmp_path / "hf")
+        yield server
+
+
+def point_to(monkeypatch, endpoint: str, home: Path) -> None:
+    """Lets the client ask this server, and keep what it fetches here."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what less has arrived is lost with the connection
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)

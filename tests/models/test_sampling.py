@@ -242,3 +242,23 @@ def test_bad_orders_and_known_tokens_are_named(small_model):
     }.items():
         with pytest.raises(ValueError, match=message):
             small_model.sample_tokens(2, **options)
+
+
+def test_noise_on_confidences_falls_to_nothing_over_the_steps():
+    model = filled(TokenBridge(**{**SMALL, "vae_embed_dim": 4}))
+    options = {"temperature": 0, "order": "confidence", "return_confidence": True}
+    ((confidence,),) = [model.sample_tokens(1, 1, **options)[1]]
+    # Of two steps the first takes 5 of 16 tokens; those of the second have seen them, and have other confidences.
+    noisy = model.sample_tokens(200, 2, **options, confidence_noise=2.0)[1]
+    first = (noisy - confidence).abs() < 1e-4
+    assert (first.sum(dim=1) == 5).all()
+    gumbel = -torch.log(-torch.log(torch.rand(20_000, 16)))
+
+    def distance(scale: float) -> float:
+        """How far shares of images that take a token first are from those that noise of this scale gives."""
+        chosen = (confidence + scale * gumbel).topk(5).indices
+        expected = torch.zeros(20_000, 16).scatter(1, chosen, 1.0).mean(dim=0)
+        return (first.float().mean(dim=0) - expected).abs().mean().item()
+
+    # Half of the noise at the first of two steps, as none is left at the second.
+    assert distance(1.0) < 0.03 < min(distance(2.0), distance(0.0))

@@ -1,8 +1,13 @@
-"""What evaluation hands to the sampler, the decoder and the metrics, and what it makes of their answers."""
+"""What evaluation.py samples, searches, measures and writes, alone and during training."""
 
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from unittest import mock
 
 import numpy as np
@@ -11,14 +16,13 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine_tokenbridge
 from engine_tokenbridge import held_out_likelihood
 from models.tokenbridge import TokenBridge
-from models.vae import DiagonalGaussianDistribution
-from tests.conftest import SHORT, SMALL, TINY, filled, write_images
+from models.vae import AutoencoderKL, DiagonalGaussianDistribution
+from tests.conftest import BASE, FACTOR, FID, IS, ROOT, SHORT, SMALL, TINY, filled, load, seen, torchrun, write_images
 from util import metrics
-from util.images import confidence_maps
-
-FID, IS = "frechet_inception_distance", "inception_score_mean"
+from util.images import confidence_maps, to_uint8
 
 
 def pixels(path) -> np.ndarray:
@@ -351,78 +355,354 @@ def test_likelihood_is_a_channels_also_where_groups_are_predicted():
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Metrics.
+# What is sampled, whatever the processes, chunks and interruptions.
 
 
-def spread(count: int, width: float) -> dict[str, torch.Tensor]:
-    """Features of images that differ by ``width`` in two dimensions."""
-    pool, logits = torch.zeros(count, 2048), torch.zeros(count, 1008)
-    pool[:, :2] = width * torch.rand(count, 2)
-    logits[:, :4] = torch.rand(count, 4)
-    return {metrics.POOL: pool, metrics.LOGITS: logits}
+def pictures(folder) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("*.png"))]
 
 
-def test_precision_is_of_the_images_and_recall_of_the_reference(monkeypatch):
-    distances = mock.Mock(side_effect=lambda a, b, **_: {FID: 7.0})
-    monkeypatch.setattr(metrics, "fid_statistics_to_metric", distances)
-    images, reference = spread(60, 0.01), spread(60, 1.0)
-    images[metrics.POOL][:, :2] += reference[metrics.POOL][0, :2]
-    # All images lie among the reference's, which are hardly covered by them.
-    figures = metrics.compute_metrics(images, None, reference)
-    assert figures["precision"] == 1 and figures["recall"] < 0.2 and figures[FID] == 7
-    # FID is against the statistics where there are any.
-    stats = {"mu": np.ones(2048), "sigma": np.eye(2048)}
-    metrics.compute_metrics(images, stats, reference)
-    assert distances.call_args.args[1] is stats
-    assert np.allclose(distances.call_args_list[0].args[1]["mu"][:2], reference[metrics.POOL][:, :2].mean(0), atol=1e-6)
-    assert not {"precision", "recall"} & set(metrics.compute_metrics(images, stats))
-    assert FID not in metrics.compute_metrics(images)
+def test_images_depend_neither_on_processes_nor_on_interruption(run, weights, tmp_path):
+    common = f"{weights} --evaluate --no_metrics --num_images 40 --num_iter 16 --cfg 2.0 --precision fp32"
+    run("main_tokenbridge", f"{common} --eval_bsz 7 --output_dir {tmp_path}/one")
+    one = pictures(tmp_path / "one" / "samples")
+    assert len(one) == 40 == len(set(one))
+
+    # Threads change sums: both sides of the comparison have one a process.
+    serial = subprocess.run(
+        [sys.executable, "main_tokenbridge.py", *f"{common} --eval_bsz 7 --output_dir {tmp_path}/serial".split()],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert serial.returncode == 0, serial.stderr
+    result = torchrun(f"main_tokenbridge.py {common} --eval_bsz 7 --output_dir {tmp_path}/two")
+    assert result.returncode == 0, result.stderr
+    assert pictures(tmp_path / "two" / "samples") == pictures(tmp_path / "serial" / "samples")
+
+    # Killed half-way, then continued: images that were there stay, the others are the same.
+    command = [sys.executable, "main_tokenbridge.py", *f"{common} --eval_bsz 2 --output_dir {tmp_path}/cut".split()]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "cut" / "samples"
+    while not (folder.is_dir() and len(list(folder.glob("*.png"))) >= 6) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert 6 <= len(before) < 40
+    run("main_tokenbridge", f"{common} --eval_bsz 2 --output_dir {tmp_path}/cut")
+    whole_chunks = [p for p in before if folder / f"{int(p.stem) ^ 1:05d}.png" in before]
+    assert all(path.stat().st_mtime_ns == before[path] for path in whole_chunks)
+    run("main_tokenbridge", f"{common} --eval_bsz 2 --output_dir {tmp_path}/uncut")
+    assert pictures(folder) == pictures(tmp_path / "uncut" / "samples")
 
 
-def test_measuring_reads_images_and_reference_where_the_flags_say(run, tmp_path, quick_inception, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "fid_statistics_to_metric", lambda a, b, **_: {FID: 7.0})
-    random = np.random.RandomState(0)
-    for name, spread_of in {"images": 4, "reference": 250}.items():
-        (tmp_path / name).mkdir()
-        for number in range(20):
-            colour = (120 + random.randint(-spread_of // 2, spread_of // 2, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(np.broadcast_to(colour, (24, 24, 3))).save(tmp_path / name / f"{number}.png")
-    common = f"--images {tmp_path}/images {quick_inception.flag} --num_workers 0 --batch_size 8 --device cpu"
-    run("main_metrics", f"{common} --reference {tmp_path}/reference --json {tmp_path}/m.json")
-    figures = json.loads((tmp_path / "m.json").read_text())
-    assert figures["precision"] == 1 and figures["recall"] < 0.5 and figures["images"] == 20
-    assert [len(x) for x in quick_inception.all("x")] == [8, 8, 4, 8, 8, 4]
-    assert "precision" in capsys.readouterr().out
+def all_pixels(folder) -> list[np.ndarray]:
+    return [np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))]
 
-    # The crop is for the statistics; figures are of the images as they are.
-    quick_inception.calls.clear()
-    run("main_metrics", f"{common} --img_size 12 --save_stats {tmp_path}/s.npz")
-    assert {x.shape[-1] for x in quick_inception.all("x")} == {12} and capsys.readouterr().out == ""
-    run("main_metrics", f"{common} --img_size 12 --save_stats {tmp_path}/s.npz --fid_stats {tmp_path}/s.npz")
-    assert {x.shape[-1] for x in quick_inception.all("x")[-3:]} == {24} and "FID" in capsys.readouterr().out
-    with np.load(tmp_path / "s.npz") as stats:
-        assert 0.4 < stats["mu"][0] < 0.6 and 0 < stats["sigma"][0, 0] < 0.001 and not stats["mu"][3:].any()
+
+def test_chunk_sizes_change_rounding_only(run, weights, tmp_path):
+    common = f"{weights} --evaluate --no_metrics --num_images 40 --num_iter 16 --cfg 2.0 --precision fp32"
+    sizes = {}
+    for size in (1, 7, 40):
+        run("main_tokenbridge", f"{common} --eval_bsz {size} --output_dir {tmp_path}/{size}")
+        sizes[size] = all_pixels(tmp_path / str(size) / "samples")
+    for size in (1, 7):
+        assert sum(np.array_equal(a, b) for a, b in zip(sizes[size], sizes[40], strict=True)) >= 38
+
+
+def test_images_of_other_settings_or_weights_are_replaced(run, weights, tmp_path, caplog):
+    caplog.set_level("INFO")
+    common = f"{weights} --evaluate --no_metrics --num_images 4 --num_iter 2 --output_dir {tmp_path}/out --eval_bsz 4"
+    folder = tmp_path / "out" / "samples"
+    seen = []
+    for flags in ("", "--gen_seed 1", "--gen_seed 1 --no_ema", "--gen_seed 1 --no_ema"):
+        run("main_tokenbridge", f"{common} {flags}")
+        seen.append(pictures(folder))
+    assert seen[0] != seen[1] != seen[2] == seen[3]
+    assert caplog.text.count("replacing the images of another run") == 2 and "gen_seed 0 then, 1 now" in caplog.text
+
+
+def test_evaluation_writes_the_same_pictures_every_time(run, trained, vae_path, tmp_path):
+    common = (
+        f"{TINY} --vae_path {vae_path} --evaluate --no_metrics --resume {trained} --num_images 8 --num_iter 4 --cfg 2.0"
+    )
+    pictures = []
+    for chunk, seed in ((8, 0), (3, 0), (8, 1)):
+        out = tmp_path / f"eval{chunk}-{seed}"
+        run("main_tokenbridge", f"{common} --eval_bsz {chunk} --gen_seed {seed} --output_dir {out} --precision fp32")
+        assert sorted(os.listdir(out / "samples")) == [f"{i:05d}.png" for i in range(8)]
+        pictures.append([np.array(Image.open(out / "samples" / f"{i:05d}.png"), dtype=int) for i in range(8)])
+        with Image.open(out / "samples.png") as grid:
+            assert grid.size == (8 * 66 + 2, 66 + 2)
+    assert max(np.abs(a - b).max() for a, b in zip(pictures[0], pictures[1], strict=True)) <= 1
+    assert any(np.abs(a - b).max() > 1 for a, b in zip(pictures[0], pictures[2], strict=True))
+    # What is pictured: the average's samples of every class, two each, with their seeds and the flags.
+    content = load(trained)
+    model = TokenBridge.from_content(content, trained, ema=True)
+    vae, factor = AutoencoderKL.from_pretrained(vae_path)
+    labels, seeds = torch.arange(8) // 2, engine_tokenbridge.image_seeds(0, range(8))
+    with torch.no_grad():
+        latents = model.sample_tokens(8, 4, 2.0, labels=labels, seeds=seeds)
+        expected = to_uint8(vae.decode(latents / factor)).permute(0, 2, 3, 1).numpy().astype(int)
+    assert max(np.abs(a - b).max() for a, b in zip(pictures[0], expected, strict=True)) <= 1
+
+
+@pytest.mark.parametrize("flag, key", [("", "model_ema"), ("--no_ema", "model")])
+def test_evaluation_samples_from_averages_or_weights_and_divides_by_the_factor(
+    run, train, vae_path, tmp_path, trace, flag, key
+):
+    folder = train("run", "--epochs 1 --ema_rate 0.5")
+    trace.clear()
+    how = "--num_images 8 --num_iter 3 --cfg 2.5 --temperature 0.8 --cfg_schedule constant --eval_bsz 4 --gen_seed 3"
+    out = f"--resume {folder} --output_dir {tmp_path}/out --vae_path {vae_path}"
+    run("main_tokenbridge", f"{BASE} {out} --evaluate --no_metrics {how} {flag}")
+    content = load(folder)
+    expected = {"num_iter": 3, "cfg": 2.5, "temperature": 0.8, "cfg_schedule": "constant"}
+    for sampled in trace.sampled:
+        assert {name: sampled[name] for name in expected} == expected
+        assert torch.equal(sampled["class_emb"], content[key]["class_emb.weight"])
+    assert torch.cat([sampled["labels"] for sampled in trace.sampled]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert len({seed for sampled in trace.sampled for seed in sampled["seeds"]}) == 8
+    latents = torch.cat([sampled["latents"] for sampled in trace.sampled])
+    assert torch.allclose(torch.cat(trace.decoded), latents / FACTOR)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Noise on confidences.
+# Figures and searches, with Inception.
 
 
-def test_noise_on_confidences_falls_to_nothing_over_the_steps():
-    model = filled(TokenBridge(**{**SMALL, "vae_embed_dim": 4}))
-    options = {"temperature": 0, "order": "confidence", "return_confidence": True}
-    ((confidence,),) = [model.sample_tokens(1, 1, **options)[1]]
-    # Of two steps the first takes 5 of 16 tokens; those of the second have seen them, and have other confidences.
-    noisy = model.sample_tokens(200, 2, **options, confidence_noise=2.0)[1]
-    first = (noisy - confidence).abs() < 1e-4
-    assert (first.sum(dim=1) == 5).all()
-    gumbel = -torch.log(-torch.log(torch.rand(20_000, 16)))
+def test_evaluation_measures_and_exports(run, weights, inception, stats, photographs, tmp_path):
+    measuring = f"--fid_stats {stats} --reference {photographs}/sharp --inception_weights {inception}"
+    common = f"{weights} --evaluate --num_images 8 --num_iter 3 {measuring} --output_dir {tmp_path}/out"
+    run("main_tokenbridge", f"{common} --save_npz --keep_images")
+    figures = json.loads((tmp_path / "out" / "samples.json").read_text())
+    names = {"frechet_inception_distance", "inception_score_mean", "inception_score_std", "precision", "recall"}
+    assert names <= set(figures) and figures["images"] == 8 and figures["seed"] == 0 and figures["commit"]
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        assert arrays["arr_0"].dtype == np.uint8 and arrays["arr_0"].shape == (8, 16, 16, 3)
+        assert np.array_equal(arrays["arr_0"], np.stack(all_pixels(tmp_path / "out" / "samples")))
+    run("main_metrics", f"--images {tmp_path}/out/samples {measuring} --json {tmp_path}/again.json --device cpu")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert all(again[name] == pytest.approx(figures[name], rel=1e-5) for name in names)
 
-    def distance(scale: float) -> float:
-        """How far shares of images that take a token first are from those that noise of this scale gives."""
-        chosen = (confidence + scale * gumbel).topk(5).indices
-        expected = torch.zeros(20_000, 16).scatter(1, chosen, 1.0).mean(dim=0)
-        return (first.float().mean(dim=0) - expected).abs().mean().item()
+    # Without --keep_images they go once they are measured; if measuring fails, they stay.
+    run("main_tokenbridge", common)
+    assert not (tmp_path / "out" / "samples").exists() and (tmp_path / "out" / "samples.png").exists()
+    with mock.patch("util.metrics.compute_metrics", side_effect=RuntimeError("broken")), pytest.raises(RuntimeError):
+        run("main_tokenbridge", common)
+    assert len(pictures(tmp_path / "out" / "samples")) == 8
 
-    # Half of the noise at the first of two steps, as none is left at the second.
-    assert distance(1.0) < 0.03 < min(distance(2.0), distance(0.0))
+
+def test_a_search_makes_a_table_and_a_heat_map(run, weights, inception, stats, tmp_path, monkeypatch, sampler):
+    counted = mock.Mock(
+        side_effect=lambda features, *_: {
+            "frechet_inception_distance": 5.0,
+            "inception_score_mean": 2.0,
+            "precision": 10 * sampler.calls[-1]["cfg"] + sampler.calls[-1]["temperature"],  # tells one pair's images
+        }
+    )
+    monkeypatch.setattr("util.metrics.compute_metrics", counted)
+    run(
+        "main_tokenbridge",
+        f"{weights} --evaluate --num_images 4 --num_iter 2 --cfg 1.0 3.5 --temperature 0.9 1.0 --fid_stats {stats} "
+        f"--inception_weights {inception} --output_dir {tmp_path}/out",
+    )
+    rows = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert [(row["cfg"], row["temperature"]) for row in rows] == [(1.0, 0.9), (1.0, 1.0), (3.5, 0.9), (3.5, 1.0)]
+    assert "| 3.5 | 0.9 | 5 | 2 |" in (tmp_path / "out" / "search.md").read_text() and counted.call_count == 4
+    with Image.open(tmp_path / "out" / "search.png") as picture:
+        assert picture.size[0] > 500
+    # Every pair is sampled as its row says, and each row holds the figures of its own images.
+    pairs = list(zip(sampler.all("cfg"), sampler.all("temperature"), strict=True))
+    assert pairs == [(row["cfg"], row["temperature"]) for row in rows]
+    for cfg, temperature in pairs:
+        about = json.loads((tmp_path / "out" / f"samples-cfg{cfg:g}-t{temperature:g}.json").read_text())
+        assert (about["settings"]["cfg"], about["settings"]["temperature"]) == (cfg, temperature)
+    assert [row["precision"] for row in rows] == [10.9, 11.0, 35.9, 36.0]
+    assert all(row["images"] == 4 for row in rows)
+
+
+def test_an_interrupted_search_keeps_what_it_measured(run, weights, inception, stats, tmp_path, monkeypatch):
+    counted = mock.Mock(side_effect=lambda *_: {"frechet_inception_distance": 5.0, "inception_score_mean": 2.0})
+    monkeypatch.setattr("util.metrics.compute_metrics", counted)
+    common = f"{weights} --evaluate --num_images 4 --num_iter 2 --fid_stats {stats} --inception_weights {inception}"
+    common += f" --output_dir {tmp_path}/out --cfg 1.0 2.0 --temperature 1.0"
+    run("main_tokenbridge", common)
+    (tmp_path / "out" / "samples-cfg2-t1.json").unlink()
+    run("main_tokenbridge", common)
+    assert counted.call_count == 3  # two pairs, then the one whose figures were lost
+    run("main_tokenbridge", f"{common} --num_iter 3")
+    assert counted.call_count == 5
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Online evaluation.
+
+
+def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_path, tmp_path, sampler):
+    run(
+        "main_tokenbridge",
+        f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --vae_path {vae_path} "
+        f"--output_dir {tmp_path}/run --online_eval --no_metrics --eval_freq 1 --num_images 4 --num_iter 2 --cfg 3.0",
+    )
+    folders = sorted(path.name for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir())
+    assert folders == [f"epoch000{epoch}-cfg{cfg}" for epoch in (0, 1) for cfg in (1, 3)]
+    assert sampler.all("cfg") == [1, 3, 1, 3] and {call["num_iter"] for call in sampler.calls} == {2}
+    assert all(call["labels"].tolist() == [0, 1, 2, 3] for call in sampler.calls)
+    averages = [
+        torch.load(tmp_path / "run" / f"checkpoint-last{age}.pth", weights_only=True)["model_ema"]["mask_token"]
+        for age in (".1", "")
+    ]
+    for call, epoch in zip(sampler.calls, (0, 0, 1, 1), strict=True):
+        assert torch.equal(call["mask_token"], averages[epoch])
+
+
+@pytest.mark.parametrize("flag", ["", "--no_ema"])
+def test_measurements_during_training_are_of_that_epochs_averages_or_weights(train, vae_path, trace, flag):
+    online = f"--online_eval --no_metrics --num_images 4 --num_iter 2 --cfg 3 1 --vae_path {vae_path} {flag}"
+    for seed in (2,) if flag else (1, 2):  # pictures of another run in the same folder are not taken for this one's
+        trace.clear()
+        folder = train("run", f"--epochs 3 --eval_freq 2 --ema_rate 0.5 --seed {seed} {online}")
+        content, pictures = (
+            load(folder),
+            sorted(path.name for path in (folder / "online_eval").iterdir() if path.is_dir()),
+        )
+        assert pictures == [f"epoch000{epoch}-cfg{cfg}" for epoch in (1, 2) for cfg in (1, 3)]
+        assert [sampled["cfg"] for sampled in trace.sampled] == [1.0, 3.0, 1.0, 3.0]
+        weights = [sampled["class_emb"] for sampled in trace.sampled]
+        assert torch.equal(weights[3], content["model" if flag else "model_ema"]["class_emb.weight"])
+        assert not torch.equal(weights[1], weights[3])
+        assert all(batch["training"] for batch in trace.batches)
+
+
+def test_online_metrics_go_to_tensorboard(run, images, vae_path, inception, stats, tmp_path, monkeypatch, sampler):
+    monkeypatch.setattr(
+        "util.metrics.compute_metrics",
+        lambda *_: {
+            "frechet_inception_distance": 5.0,
+            "inception_score_mean": 2.0,
+            "precision": 10 * sampler.calls[-1]["cfg"],
+        },
+    )
+    run(
+        "main_tokenbridge",
+        f"{TINY} --data_path {images} --vae_path {vae_path} --epochs 1 --online_eval --num_images 4 --num_iter 2 "
+        f"--cfg 2.5 --fid_stats {stats} --inception_weights {inception} --output_dir {tmp_path}/run",
+    )
+    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    for name, cfg in {"cfg1": 1, "cfg2.5": 2.5}.items():
+        assert [event.value for event in log.Scalars(f"eval/frechet_inception_distance-{name}")] == [5.0]
+        events = log.Scalars(f"eval/precision-{name}")
+        assert [(event.step, event.value) for event in events] == [(1, 10 * cfg)]
+    assert not [path for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir()]  # measured, removed
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Likelihood of models, as a command, and in training.
+
+
+def test_likelihood_of_a_model_that_knows_nothing_is_the_uniform_ones():
+    model = TokenBridge(**SMALL)
+    for head in model.head.channel_heads:
+        torch.nn.init.zeros_(head.weight)
+    moments = torch.cat([torch.randn(6, 16, 4, 4), torch.zeros(6, 16, 4, 4)], dim=1)
+    loader = [(moments[:4], torch.arange(4)), (moments[4:], torch.arange(2))]
+    figures = held_out_likelihood(model, None, 1.0, loader, torch.device("cpu"), "fp32")
+    assert figures["bits_per_dim"] == pytest.approx(4, abs=1e-5) and figures["images"] == 6
+    assert figures["nats_per_dim"] == pytest.approx(4 * math.log(2), abs=1e-5)
+
+
+def test_likelihood_does_not_depend_on_the_batches(small_model):
+    moments = torch.cat([torch.randn(6, 16, 4, 4), torch.zeros(6, 16, 4, 4)], dim=1)
+    labels = torch.arange(6) % 4
+    values = []
+    for size in (1, 4, 6):
+        torch.manual_seed(size)
+        loader = list(zip(moments.split(size), labels.split(size), strict=True))
+        values.append(held_out_likelihood(small_model.train(), None, 1.0, loader, torch.device("cpu"), "fp32"))
+        assert small_model.training
+    assert values[0]["nats_per_dim"] == pytest.approx(values[1]["nats_per_dim"], rel=1e-5)
+    assert values[0]["nats_per_dim"] == pytest.approx(values[2]["nats_per_dim"], rel=1e-5)
+
+
+def test_likelihood_as_a_command_and_in_training(run, refused, weights, images, vae_path, tmp_path):
+    shutil.copytree(images / "train", images / "val")
+    data = f"--data_path {images}"
+    run("main_tokenbridge", f"{weights} --evaluate_nll {data} --output_dir {tmp_path}/a --precision fp32")
+    direct = json.loads((tmp_path / "a" / "likelihood.json").read_text())
+    assert direct["images"] == 16 and direct["bits_per_dim"] == pytest.approx(direct["nats_per_dim"] / math.log(2))
+    cache = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0"
+    for split in ("train", "val"):
+        run("main_cache", f"{cache} --split {split} --cached_path {tmp_path}/{split}")
+    cached = f"--use_cached --cached_path {tmp_path}/train --cached_val_path {tmp_path}/val"
+    run("main_tokenbridge", f"{weights} --evaluate_nll {cached} --output_dir {tmp_path}/b --precision fp32")
+    assert json.loads((tmp_path / "b" / "likelihood.json").read_text())["nats_per_dim"] == pytest.approx(
+        direct["nats_per_dim"], rel=1e-3
+    )
+    run("main_tokenbridge", f"{TINY} {cached} --online_nll --eval_freq 1 --epochs 2 --output_dir {tmp_path}/run")
+    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in log.Scalars("eval/bits_per_dim")] == [1, 2]
+    assert "--cached_val_path" in refused("main_tokenbridge", f"{TINY} --use_cached --cached_path x --online_nll")
+
+
+def test_all_processes_average_the_same_weights(run, images, vae_path, tmp_path):
+    cache = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --cached_path {tmp_path}/cache"
+    run("main_cache", cache)
+    data = (
+        f"--use_cached --cached_path {tmp_path}/cache --cached_val_path {tmp_path}/cache --precision fp32 --device cpu"
+    )
+    result = torchrun(f"main_tokenbridge.py {TINY} {data} --epochs 1 --online_nll --output_dir {tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    # Each of the two processes measured half of the images with its own average; the file holds the first one's.
+    online = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("eval/nats_per_dim")[-1].value
+    run("main_tokenbridge", f"{TINY} {data} --evaluate_nll --resume {tmp_path}/run --output_dir {tmp_path}/run")
+    saved = json.loads((tmp_path / "run" / "likelihood.json").read_text())["nats_per_dim"]
+    assert online == pytest.approx(saved, rel=1e-4)
+
+
+def test_held_out_likelihoods_are_of_scaled_samples_of_plain_images(run, refused, train, cached, images, trace):
+    folder = train("run")
+    measure = f"{BASE} --resume {folder} --output_dir {folder} --evaluate_nll"
+    trace.clear()
+    run("main_tokenbridge", f"{measure} --use_cached --cached_val_path {cached}")
+    assert not any(mirrored for epoch in seen(trace, cached) for _, mirrored in epoch)
+    assert len(trace.batches) == 16  # four batches, four masks each
+    for i, batch in enumerate(trace.batches):
+        assert torch.equal(batch["latents"], FACTOR * trace.drawn[i // 4]["latents"]) and not batch["training"]
+
+
+def test_measurements_are_of_all_images_or_none(run, refused, train, images, vae_path):
+    folder = train("run")
+    shutil.copytree(images / "train", images / "val")
+    (images / "val" / "class1" / "2.png").write_bytes(b"no image")
+    measure = f"{BASE} --resume {folder} --output_dir {folder} --evaluate_nll --data_path {images}"
+    assert "class1/2.png" in refused("main_tokenbridge", f"{measure} --vae_path {vae_path} --skip_bad_images")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Refused.
+
+
+def test_everything_is_checked_before_the_first_image(refused, weights, inception, stats, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=OSError("no network")))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    common = f"{weights} --evaluate --num_images 4 --output_dir {tmp_path}/out"
+    assert "no FID statistics at fid_stats/adm_in256_stats.npz" in refused("main_tokenbridge", common)
+    assert "no Inception weights" in refused("main_tokenbridge", f"{common} --fid_stats {stats}")
+    missing = f"--fid_stats {stats} --inception_weights {inception} --reference {tmp_path}/nowhere"
+    assert "nowhere" in refused("main_tokenbridge", f"{common} {missing}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_tokenizer_than_the_checkpoints_is_refused(refused, run, trained, vae_path, tmp_path):
+    content = torch.load(vae_path, weights_only=True)
+    content["config"]["latent_factor"] = 0.6
+    torch.save(content, tmp_path / "other.ckpt")
+    command = f"{TINY} --evaluate --no_metrics --resume {trained} --vae_path {tmp_path}/other.ckpt --num_images 4"
+    assert "latent_factor is 0.5 there, 0.6 here" in refused("main_tokenbridge", command)
+
+
+def test_evaluation_never_takes_an_older_checkpoint_for_the_newest(refused, train, vae_path):
+    folder = train("run", "--epochs 2 --save_last_freq 1")
+    (folder / "checkpoint-last.pth").write_bytes(b"damaged")
+    measure = f"{BASE} --evaluate --no_metrics --num_images 4 --resume {folder} --output_dir {folder}"
+    assert "checkpoint-last.pth" in refused("main_tokenbridge", f"{measure} --vae_path {vae_path}")

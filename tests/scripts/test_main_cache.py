@@ -1,16 +1,17 @@
-"""What caching does with its flags, with interruptions, and in two processes; what measures caches."""
+"""What main_cache.py does with its flags, with names and damage, with interruptions, and in two processes."""
 
 import json
-import math
+import os
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from models.vae import AutoencoderKL
-from tests.conftest import TINY, Watched, write_images
-from util.loader import CachedFolder
+from tests.conftest import TINY, Watched, damaged, write_images
+from util import checkpoint
+from util.files import read_arrays
+from util.loader import CachedFolder, image_transform, read_image
 
 
 def test_an_interrupted_cache_is_refused_and_goes_on_where_it_stopped(
@@ -81,136 +82,106 @@ def test_two_processes_cache_and_count_together(run_two, images, vae_path, cache
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Measured on caches: the order of channels.
+# What a cache holds.
 
 
-def write_cache(root, maps: torch.Tensor) -> str:
-    """A cache whose means are ``maps [N, C, h, w]`` and whose deviations are large."""
-    moments = torch.cat([maps, torch.full_like(maps, 2.0)], dim=1).float().numpy()
-    for number, each in enumerate(moments):
-        path = root / str(number % 2) / f"{number}.npz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, moments=each, moments_flip=0 * each)
-    about = {"images": len(maps), "vae": {"embed_dim": maps.shape[1], "ch_mult": [1, 1, 2]}, "latent_factor": 0.5}
-    (root / "cache.json").write_text(json.dumps(about))
-    return f"--cached_path {root} --num_workers 0 --batch_size 4"
+@torch.no_grad()
+def test_the_cache_holds_both_views_of_every_image(images, vae_path, cached):
+    names = sorted(str(path.relative_to(cached)) for path in cached.rglob("*.npz"))
+    assert names == sorted(f"class{c}/{i}.png.npz" for c in range(4) for i in range(4))
+    vae, factor = AutoencoderKL.from_pretrained(vae_path)
+
+    image = image_transform(16)(read_image(str(images / "train" / "class2" / "3.png")))
+    with np.load(cached / "class2" / "3.png.npz") as arrays:
+        for name, view in {"moments": image, "moments_flip": image.flip(2)}.items():
+            assert arrays[name].dtype == np.float32 and arrays[name].shape == (16, 4, 4)
+            assert np.allclose(arrays[name], vae.encode(view[None]).parameters[0], atol=1e-4)
+    about = json.loads((cached / "cache.json").read_text())
+    assert (about["images"], about["img_size"], about["latent_factor"]) == (16, 16, factor)
 
 
-def test_channels_are_ordered_alike_by_two_processes_and_by_patches(run, run_two, tmp_path):
-    # Each row of a map is a wave of its channel's frequency, at odd places of patches another one's.
-    wave = torch.cos(math.pi * torch.arange(16) * torch.tensor([7, 1, 4])[:, None] / 8)
-    sizes = 1 + torch.rand(13, 3, 1, 1)
-    maps = sizes * wave[None, :, None].expand(13, 3, 16, 16) + 0.1 * torch.randn(13, 3, 16, 16)
-    cache = write_cache(tmp_path / "cache", maps)
-    run("tools.channel_order", f"{cache} --output_dir {tmp_path}/one")
-    run_two("tools.channel_order", f"{cache} --output_dir {tmp_path}/two")
-    one, two = (json.loads((tmp_path / n / "channel_order.json").read_text()) for n in ("one", "two"))
-    assert one["order"] == [1, 2, 0] and one["images"] == 13 and one["cutoff"] == 0.5
-    assert two["order"] == one["order"] and two["shares"] == pytest.approx(one["shares"], rel=1e-9)
-    assert one["shares"][0] < 0.2 < 0.9 < one["shares"][1]
-    run("tools.channel_order", f"{cache} --output_dir {tmp_path}/wide --cutoff 0.2")
-    assert json.loads((tmp_path / "wide" / "channel_order.json").read_text())["shares"][2] < 0.2
-    run("tools.channel_order", f"{cache} --output_dir {tmp_path}/few --num_images 5")
-    assert json.loads((tmp_path / "few" / "channel_order.json").read_text())["images"] == 5  # every third
-
-    # In patches of 2, channel 0's corners: constant at the upper left, noise elsewhere.
-    maps = torch.randn(13, 1, 16, 16)
-    maps[..., ::2, ::2] = torch.randn(13, 1, 1, 1)
-    cache = write_cache(tmp_path / "corners", maps)
-    run("tools.channel_order", f"{cache} --output_dir {tmp_path}/patches --patch_size 2")
-    patches = json.loads((tmp_path / "patches" / "channel_order.json").read_text())
-    assert patches["order"][0] == 0 and patches["shares"][0] > 0.99 and len(patches["order"]) == 4
+def test_the_cache_of_a_split_is_of_its_images(run, refused, images, vae_path, tmp_path):
+    (images / "train").rename(images / "val")
+    cache = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --device cpu"
+    assert "train" in refused("main_cache", f"{cache} --cached_path {tmp_path}/train")
+    run("main_cache", f"{cache} --cached_path {tmp_path}/val --split val")
+    assert len(list((tmp_path / "val").glob("*/*.npz"))) == 16
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Figures.
+# Names.
 
 
-def cell(path, row: int, column: int) -> int:
-    """The one grey of a cell of 128 pixels, below titles."""
-    with Image.open(path) as picture:
-        part = np.array(picture)[18 + 130 * row :, 2 + 130 * column :][:128, :128]
-    assert len(np.unique(part)) == 1
-    return int(part[0, 0, 0])
+@pytest.mark.parametrize("name", ["a b.png", "ümläut.png", "#%[x]'.png", "-dash.png", "new\nline.png", ".hidden.png"])
+def test_names_are_only_names(run, images, vae_path, tmp_path, name):
+    (images / "train" / "class0" / "0.png").rename(images / "train" / "class0" / name)
+    (images / "train" / "class1").rename(images / "train" / "class 1")
+    (images / "train" / "class2").rename(tmp_path / "elsewhere")
+    (images / "train" / "class2").symlink_to(tmp_path / "elsewhere")
+    cache = f"{tmp_path}/cache"
+    run("main_cache", f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cache} --num_workers 0")
+    assert len(CachedFolder(cache)) == 16
+    assert (tmp_path / "cache" / "class0" / f"{name}.npz").exists()
+    assert (tmp_path / "cache" / "class2").is_dir() and not list((tmp_path / "elsewhere").glob("*.npz"))
 
 
-def test_figures_sample_as_asked_and_place_what_they_sample(run, weights, vae_path, tmp_path, sampler, decoder):
-    greys = [round(255 * (label / 0.5 / 40 + 1) / 2) for label in range(4)]
-    flags = {
-        "num_iter": 3, "cfg": 2.5, "cfg_schedule": "constant", "temperature": 0.7, "order": "raster",
-        "confidence_noise": 0.4,
-    }  # fmt: skip
-    typed = " ".join(f"--{name} {value}" for name, value in flags.items())
-    common = f"--vae_path {vae_path} --resume {tmp_path}/weights --device cpu"
-    typed += " --classes 2 1 --per_class 3 --batch_size 4 --precision fp16"
-    run("tools.figures", f"samples {common} {typed} --output {tmp_path}/s.png")
-    for call in sampler.calls:
-        assert {name: call[name] for name in flags} == flags and call["autocast"] == torch.float16
-    assert sampler.all("bsz") == [4, 2] and len(set(sampler.joined("seeds"))) == 6
-    average = sampler.calls[0]["mask_token"]
-    assert [[cell(tmp_path / "s.png", row, column) for column in (0, 1)] for row in range(3)] == 3 * [
-        [greys[2], greys[1]]
-    ]
-    sampler.calls.clear()
-    run("tools.figures", f"confidence {common} --no_ema --gen_seed 5 --output {tmp_path}/c.png")
-    random, confident = sampler.calls
-    assert (random["order"], confident["order"], random["cfg"]) == ("random", "confidence", 3)
-    assert random["seeds"] == confident["seeds"] and random["labels"].tolist() == [0, 1, 2, 3]
-    assert torch.allclose(1.1 * random["mask_token"], average)
-    for row in (0, 1):
-        assert [cell(tmp_path / "c.png", row, column) for column in range(4)] == greys
-    with Image.open(tmp_path / "c.png") as picture:
-        brightness = np.array(picture).astype(int)[18 + 260 :, 2:][16:128:32, 16:128:32].sum(axis=2)
-    assert (np.diff(brightness.flatten()) > 0).all()
+def test_names_that_are_not_utf8(run, images, vae_path, tmp_path):
+    folder = images / "train" / "class0"
+    damaged(folder / "1.png")
+    for name, other in (("0.png", b"\xff.png"), ("1.png", b"\xfe.png")):
+        os.rename(folder / name, os.fsencode(folder) + b"/" + other)
+    cache = f"--cached_path {tmp_path}/cache --num_workers 0 --skip_bad_images"
+    run("main_cache", f"--img_size 16 --vae_path {vae_path} --data_path {images} {cache}")
+    assert len(CachedFolder(tmp_path / "cache")) == 15
+    assert b"\xfe.png" in (tmp_path / "cache" / "bad_images-rank0.txt").read_bytes()
 
 
-def test_figure_7_has_the_parallel_head_above(run, weights, vae_path, tmp_path, sampler, decoder, monkeypatch):
-    content = torch.load(tmp_path / "weights" / "checkpoint-last.pth", weights_only=True)
-    from models.tokenbridge import TokenBridge
+# --------------------------------------------------------------------------------------------------------------------
+# Made in several goes.
 
-    config = {name: value for name, value in content["config"].items() if name != "latent_factor"}
-    parallel = TokenBridge.from_config({**config, "head": "parallel"})
-    (tmp_path / "parallel").mkdir()
-    torch.save(
-        {"model": parallel.state_dict(), "config": {**parallel.config, "latent_factor": 0.5}},
-        tmp_path / "parallel" / "checkpoint-last.pth",
+
+def test_caching_again_makes_only_what_is_missing_or_damaged(run, images, cached, vae_path, tmp_path, caplog):
+    command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in cached.rglob("*.npz")}
+    (cached / "class0" / "1.png.npz").unlink()
+    damaged(cached / "class1" / "2.png.npz")
+    np.savez(
+        cached / "class2" / "0.png.npz", **{n: np.zeros((16, 2, 2), np.float32) for n in ("moments", "moments_flip")}
     )
-    note = sampler.note
+    (cached / "class3" / ".3.png.npz.123.part").write_bytes(b"left by a killed process")
+    caplog.set_level("INFO")
+    run("main_cache", command)
+    assert "13 were there, 1 are new, 2 replace damaged ones" in caplog.text
+    assert not list(cached.rglob(".*"))
+    changed = {path.name for path, (time, _) in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"1.png.npz", "2.png.npz", "0.png.npz"}
+    for path, (_, content) in before.items():
+        for name in ("moments", "moments_flip"):
+            (tmp_path / "old.npz").write_bytes(content)
+            old, new = read_arrays(tmp_path / "old.npz", name)[name], read_arrays(path, name)[name]
+            assert np.allclose(old, new, atol=1e-5)
 
-    def by_head(model, *args, **kwargs):  # classes in the opposite order from the parallel head
-        given = note(model, *args, **kwargs)
-        return {**given, "labels": 3 - given["labels"]} if model.config["head"] == "parallel" else given
 
-    monkeypatch.setattr(sampler, "note", by_head)
-    common = f"--vae_path {vae_path} --resume {tmp_path}/weights --resume_parallel {tmp_path}/parallel --no_ema"
-    run("tools.figures", f"parallel {common} --device cpu --output {tmp_path}/p.png")
-    above, below = ([cell(tmp_path / "p.png", row, column) for column in range(4)] for row in (0, 1))
-    assert above == below[::-1] and below == sorted(below) and below[0] < below[3]
-    assert sampler.calls[0]["seeds"] == sampler.calls[1]["seeds"]
+def test_two_caches_are_never_mixed(refused, images, cached, vae_path, tmp_path):
+    command = f"--vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
+    assert "img_size 16 there, 32 here" in refused("main_cache", f"{command} --img_size 32")
+    assert "precision fp32 there, bf16 here" in refused("main_cache", f"{command} --img_size 16 --precision bf16")
+    (images / "val").symlink_to(images / "train")
+    assert "split train there, val here" in refused("main_cache", f"{command} --img_size 16 --split val")
+    torch.manual_seed(5)
+    checkpoint.save_vae(vae_path, AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1), 0.5)
+    assert "vae_sha256" in refused("main_cache", f"{command} --img_size 16")
+    (cached / "packed.json").write_text("{}")
+    assert "holds a packed cache" in refused("main_cache", f"{command} --img_size 16")
+    (cached / "packed.json").unlink()
+    (cached / "cache.json").unlink()
+    assert "without cache.json" in refused("main_cache", f"{command} --img_size 16")
 
 
-@pytest.mark.parametrize("calibrate", [False, True])
-def test_figure_3_is_of_scaled_posterior_samples_channel_by_channel(run, tmp_path, monkeypatch, calibrate):
-    shown = []
-    monkeypatch.setattr("matplotlib.axes.Axes.hist", lambda axes, values, **_: shown.append(torch.as_tensor(values)))
-    stairs = []
-    monkeypatch.setattr("matplotlib.axes.Axes.stairs", lambda axes, values, edges, **_: stairs.append((values, edges)))
-    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda *_, **__: None)
-    offsets = torch.tensor([-3.0, 0.0, 3.0])[:, None, None]
-    write_cache(tmp_path / "cache", offsets.expand(20, 3, 16, 16))  # of deviation e
+def test_files_of_images_that_are_gone_are_named(run, refused, images, cached, vae_path, tmp_path):
+    (images / "train" / "class1" / "1.png").unlink()
     run(
-        "tools.figures",
-        f"levels --cached_path {tmp_path}/cache --num_workers 0 --quant_bits 3 --num_images 10 "
-        f"--output {tmp_path}/levels.png {'--quant_calibrate' * calibrate}",
+        "main_cache", f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
     )
-    together, *channels = shown
-    assert together.shape == (3 * 10 * 256,) and [len(values) for values in channels] == 3 * [2560]
-    means = [0, 0, 0] if calibrate else [-1.5, 0, 1.5]
-    for values, mean in zip(channels, means, strict=True):
-        assert values.mean().item() == pytest.approx(mean, abs=0.1)
-        assert values.std().item() == pytest.approx(1 if calibrate else 0.5 * np.e, rel=0.05)
-    density, edges = stairs[0]
-    assert len(density) == 8 and (density * np.diff(edges)).sum() == pytest.approx(1)
-    inside = ((together >= edges[3]) & (together < edges[4])).float().mean().item()
-    assert density[3] * (edges[4] - edges[3]) == pytest.approx(inside, abs=1e-3)
-    assert abs(edges).max() < 6 and edges[4] == pytest.approx(0, abs=1e-5)
+    line = refused("main_tokenbridge", f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run")
+    assert "holds 16 files, but was made of 15 images" in line

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -10,11 +11,9 @@ from PIL import Image
 
 from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
-from tests.conftest import Watched
+from tests.conftest import FACTOR, Watched
 from util.images import psnr, ssim
 from util.loader import image_transform, read_image
-
-FACTOR = 0.5
 
 
 def pixels(path) -> torch.Tensor:
@@ -165,3 +164,94 @@ def test_a_sweeps_rows_and_columns_are_each_settings_own(run, common, tmp_path):
         shown = pixels(folder / f"{name}.png")[:, 18 + 130 :, 2 + 130 * column :][:, 4:128:8, 4:128:8]
         assert torch.equal(shown, pixels(pictures[setting])), (name, column)
     assert rows[6, 2.0]["paper_rfid"] == 2.26 and not math.isnan(rows[6, 2.0]["psnr_db"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# With other quantizers, settings and metrics.
+
+
+def test_reconstruction_writes_figures_and_pictures(run, images, vae_path, tmp_path):
+    common = f"--img_size 16 --vae_path {vae_path} --output_dir {tmp_path}/rec --images_per_class 3 --num_workers 0"
+    results = {}
+    for bits in (-1, 3, 6):
+        run("reconstruction", f"{common} --image_dir {images} --bits {bits} --batch_size 5")
+        folder = tmp_path / "rec" / f"quant_b{bits}_r5.0_n3"
+        results[bits] = json.loads((folder / "results.json").read_text())
+        for part in ("real", "recon"):
+            assert sorted(os.listdir(folder / part)) == [f"{i:05d}.png" for i in range(12)]
+        with Image.open(folder / "reconstruction.png") as picture:
+            views = 2 if bits < 0 else 3
+            assert picture.size == (views * (128 + 2) + 2, 8 * (128 + 2) + 2 + 16)
+    assert results[-1]["latent_mse"] == 0 and "levels" not in results[-1]
+    assert 0 < results[6]["latent_mse"] < results[3]["latent_mse"]
+    assert results[6]["levels"] == 64 and max(results[6]["levels_used"]) <= 64
+    # Neither the batch size nor naming train/ itself changes an image.
+    run("reconstruction", f"{common} --image_dir {images}/train --bits 6 --batch_size 16 --range 5")
+    again = json.loads((tmp_path / "rec" / "quant_b6_r5.0_n3" / "results.json").read_text())
+    assert again["psnr_db"] == pytest.approx(results[6]["psnr_db"], abs=1e-3)
+
+
+def test_reconstruction_with_other_quantizers(run, refused, images, vae_path, tmp_path):
+    common = f"--img_size 16 --num_workers 0 --vae_path {vae_path} --image_dir {images} --no_metrics"
+    errors = {}
+    for flags in ("", "--quantizer linear", "--quant_calibrate"):
+        run("reconstruction", f"{common} --output_dir {tmp_path}/out {flags}")
+    for path in (tmp_path / "out").glob("*/results.json"):
+        errors[path.parent.name] = json.loads(path.read_text())["latent_mse"]
+    assert set(errors) == {"quant_b6_r5.0_n50", "linear_b6_r5.0_n50", "quant_b6_calibrated_n50"}
+    # The small tokenizer's channels deviate little: levels that know it lie closer.
+    assert errors["quant_b6_calibrated_n50"] < errors["quant_b6_r5.0_n50"]
+    assert "--sweep is Table 1" in refused("reconstruction", f"{common} --sweep --quantizer linear")
+
+
+def test_reconstruction_measures_against_statistics_and_originals(run, images, vae_path, inception, stats, tmp_path):
+    run(
+        "reconstruction",
+        f"--img_size 16 --vae_path {vae_path} --image_dir {images} --bits 4 --images_per_class 3 --num_workers 0 "
+        f"--output_dir {tmp_path}/out --inception_weights {inception} --fid_stats {stats} --device cpu",
+    )
+    folder = tmp_path / "out" / "quant_b4_r5.0_n3"
+    results = json.loads((folder / "results.json").read_text())
+    expected = {}
+    for name, part in {"frechet_inception_distance_to_originals": "real", "statistics": None}.items():
+        against = f"--reference {folder}/{part}" if part else f"--fid_stats {stats}"
+        run(
+            "main_metrics",
+            f"--images {folder}/recon {against} --inception_weights {inception} --json {tmp_path}/m.json --device cpu",
+        )
+        expected[name] = json.loads((tmp_path / "m.json").read_text())
+    for name, figures in expected.items():
+        key = name if name in results else "frechet_inception_distance"
+        assert results[key] == pytest.approx(figures["frechet_inception_distance"], rel=1e-3)
+        assert results["inception_score_mean"] == pytest.approx(figures["inception_score_mean"], rel=1e-3)
+    assert len(results["entropy_bits"]) == 8 and all(0 < bits <= 4 for bits in results["entropy_bits"])
+
+
+def test_the_sweep_writes_table_1_and_the_figures(run, images, vae_path, tmp_path):
+    common = (
+        f"--img_size 16 --vae_path {vae_path} --image_dir {images} --num_workers 0 --device cpu --images_per_class 3"
+    )
+    run("reconstruction", f"{common} --sweep --no_metrics --output_dir {tmp_path}/out")
+    folder = tmp_path / "out" / "sweep_n3"
+    rows = json.loads((folder / "table1.json").read_text())["rows"]
+    by_setting = {(row["bits"], row["range"]): row for row in rows}
+    assert set(by_setting) == {(-1, 5.0), *((b, 5.0) for b in (3, 4, 5, 6)), *((6, r) for r in (2.0, 3.0, 4.0))}
+    assert by_setting[6, 2.0]["paper_rfid"] == 2.26 and by_setting[-1, 5.0]["latent_mse"] == 0
+    errors = [by_setting[bits, 5.0]["latent_mse"] for bits in (3, 4, 5, 6)]
+    assert errors == sorted(errors, reverse=True)
+    table = (folder / "table1.md").read_text()
+    assert table.count("\n") == 10 and "| 8 levels, range 5 | 3.69 | 250.3 |" in table
+    for name, columns in {"figure5.png": 3, "figure6.png": 5}.items():
+        with Image.open(folder / name) as picture:
+            assert picture.size[0] == columns * 130 + 2
+    # One setting alone gives the same figures.
+    run("reconstruction", f"{common} --bits 4 --no_metrics --output_dir {tmp_path}/out")
+    alone = json.loads((tmp_path / "out" / "quant_b4_r5.0_n3" / "results.json").read_text())
+    assert alone["psnr_db"] == by_setting[4, 5.0]["psnr_db"] and alone["ssim"] == by_setting[4, 5.0]["ssim"]
+
+
+def test_reconstruction_asked_to_measure_needs_what_it_takes(refused, images, vae_path, inception, tmp_path):
+    common = f"--img_size 16 --vae_path {vae_path} --image_dir {images} --output_dir {tmp_path}/out --device cpu"
+    for flags in (f"--inception_weights {tmp_path}/no", f"--inception_weights {inception} --fid_stats {tmp_path}/no"):
+        assert str(tmp_path / "no") in refused("reconstruction", f"{common} {flags}")
+    assert not (tmp_path / "out").exists()

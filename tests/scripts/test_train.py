@@ -1,51 +1,49 @@
-"""What a run does around the model: order, mirror images, rates, averages, saving, resuming, and several processes."""
+"""What main_tokenbridge.py does in training: order, rates, averages, saving, resuming, signals, and what it refuses."""
 
+import argparse
 import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine_tokenbridge
+from models import backbone
 from models.tokenbridge import TokenBridge
-from tests.conftest import ROOT, TINY, write_images
+from models.vae import AutoencoderKL
+from tests.conftest import (
+    BASE,
+    FACTOR,
+    QUICK,
+    ROOT,
+    SHORT,
+    TINY,
+    Views,
+    filled,
+    load,
+    processes_of,
+    scalars,
+    seen,
+    torchrun,
+    two_processes,
+    write_images,
+)
 from tests.scripts.trace import Trace
-from util import misc
-
-FACTOR = 0.5  # of the small tokenizer
-#: A head of steps in milliseconds, and fp32, which every CPU computes alike.
-QUICK = f"{TINY} --head_dim 32 --head_depth 1 --head_heads 2 --precision fp32 --device cpu"
-#: 4 steps an epoch.
-BASE = f"{QUICK} --warmup_epochs 0 --lr 1e-3"
-
-
-@pytest.fixture(autouse=True)
-def known_peak(monkeypatch):
-    """Nothing is measured, and the peak that utilization is told against is known."""
-    monkeypatch.setattr(misc, "matmul_flops", lambda device, precision: 1e9)
-
-
-@pytest.fixture
-def train(run, cached, tmp_path):
-    """``train("name", "--flag value")`` trains on the cache into a folder of that name, which it returns."""
-
-    def train(name: str, flags: str = "--epochs 1") -> Path:
-        run("main_tokenbridge", f"{BASE} --use_cached --cached_path {cached} --output_dir {tmp_path}/{name} {flags}")
-        return tmp_path / name
-
-    return train
-
-
-def load(folder: Path, name: str = "checkpoint-last.pth") -> dict:
-    return torch.load(folder / name, weights_only=True)
+from tools import checkpoint as commands
+from util import checkpoint, misc
+from util.loader import CachedFolder
+from util.training_state import TrainingState
 
 
 def change(folder: Path, **entries) -> dict:
@@ -73,32 +71,6 @@ def expected_average(trace: Trace, content: dict) -> torch.Tensor:
     return average
 
 
-def scalars(folder: Path, tag: str) -> dict[int, float]:
-    return {event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(tag)}
-
-
-class Views:
-    """Tells a cache's items, or a folder's images, by their values."""
-
-    def __init__(self, cache: Path):
-        self.known = {}
-        for path in sorted(cache.glob("*/*.npz")):
-            with np.load(path) as arrays:
-                for name in ("moments", "moments_flip"):
-                    self.known[arrays[name].tobytes()] = (f"{path.parent.name}/{path.stem}", name == "moments_flip")
-
-    def of(self, rows: torch.Tensor) -> list[tuple[str, bool]]:
-        """Name of each, and whether it is the mirror image."""
-        return [self.known[row.numpy().tobytes()] for row in rows]
-
-
-def seen(trace: Trace, cache: Path, each: int = 16) -> list[list[tuple[str, bool]]]:
-    """What each epoch of a traced run on a cache saw."""
-    views = Views(cache)
-    rows = [view for drawn in trace.drawn for view in views.of(drawn["moments"])]
-    return [rows[i : i + each] for i in range(0, len(rows), each)]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # What the model sees.
 
@@ -124,7 +96,7 @@ def test_each_epoch_and_each_seed_has_its_own_order_mirror_images_and_masks(trai
 
 @pytest.mark.parametrize("source", ["cache", "images"])
 def test_training_sees_scaled_samples_of_either_view_or_of_the_plain_one(
-    run, cached, images, vae_path, tmp_path, trace, source
+    run, cached, images, vae_path, tmp_path, trace, known_peak, source
 ):
     data = (
         f"--use_cached --cached_path {cached}" if source == "cache" else f"--data_path {images} --vae_path {vae_path}"
@@ -146,25 +118,6 @@ def test_training_sees_scaled_samples_of_either_view_or_of_the_plain_one(
         noise.append((drawn["latents"] - mean) / (0.5 * logvar).exp())
     assert torch.stack(noise).std().item() == pytest.approx(1, abs=0.05)
     assert len({row.numpy().tobytes() for batch in noise for row in batch}) == 48
-
-
-def test_held_out_likelihoods_are_of_scaled_samples_of_plain_images(run, refused, train, cached, images, trace):
-    folder = train("run")
-    measure = f"{BASE} --resume {folder} --output_dir {folder} --evaluate_nll"
-    trace.clear()
-    run("main_tokenbridge", f"{measure} --use_cached --cached_val_path {cached}")
-    assert not any(mirrored for epoch in seen(trace, cached) for _, mirrored in epoch)
-    assert len(trace.batches) == 16  # four batches, four masks each
-    for i, batch in enumerate(trace.batches):
-        assert torch.equal(batch["latents"], FACTOR * trace.drawn[i // 4]["latents"]) and not batch["training"]
-
-
-def test_measurements_are_of_all_images_or_none(run, refused, train, images, vae_path):
-    folder = train("run")
-    shutil.copytree(images / "train", images / "val")
-    (images / "val" / "class1" / "2.png").write_bytes(b"no image")
-    measure = f"{BASE} --resume {folder} --output_dir {folder} --evaluate_nll --data_path {images}"
-    assert "class1/2.png" in refused("main_tokenbridge", f"{measure} --vae_path {vae_path} --skip_bad_images")
 
 
 def test_batches_that_do_not_fill_a_step_are_left_out(train, trace):
@@ -220,7 +173,7 @@ def test_values_out_of_range_are_refused_by_name_before_anything_is_read(refused
     assert not (tmp_path / "new").exists()
 
 
-def test_rates_and_losses_in_the_log_are_those_of_the_steps(run, vae_path, tmp_path, trace):
+def test_rates_and_losses_in_the_log_are_those_of_the_steps(run, vae_path, tmp_path, trace, known_peak):
     data = write_images(tmp_path / "more", each=12)
     common = f"--data_path {data} --vae_path {vae_path}"
     flags = "--batch_size 2 --epochs 2 --warmup_epochs 1 --min_lr 1e-4 --grad_clip 0.01"
@@ -270,44 +223,6 @@ def test_what_killed_runs_left_half_written_is_removed(run, train, cached, image
     cache = f"--data_path {images} --cached_path {cached} --num_workers 0 --device cpu"
     run("main_cache", f"--img_size 16 --vae_path {vae_path} {cache}")
     assert not any(path.exists() for path in left)
-
-
-@pytest.mark.parametrize("flag, key", [("", "model_ema"), ("--no_ema", "model")])
-def test_evaluation_samples_from_averages_or_weights_and_divides_by_the_factor(
-    run, train, vae_path, tmp_path, trace, flag, key
-):
-    folder = train("run", "--epochs 1 --ema_rate 0.5")
-    trace.clear()
-    how = "--num_images 8 --num_iter 3 --cfg 2.5 --temperature 0.8 --cfg_schedule constant --eval_bsz 4 --gen_seed 3"
-    out = f"--resume {folder} --output_dir {tmp_path}/out --vae_path {vae_path}"
-    run("main_tokenbridge", f"{BASE} {out} --evaluate --no_metrics {how} {flag}")
-    content = load(folder)
-    expected = {"num_iter": 3, "cfg": 2.5, "temperature": 0.8, "cfg_schedule": "constant"}
-    for sampled in trace.sampled:
-        assert {name: sampled[name] for name in expected} == expected
-        assert torch.equal(sampled["class_emb"], content[key]["class_emb.weight"])
-    assert torch.cat([sampled["labels"] for sampled in trace.sampled]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert len({seed for sampled in trace.sampled for seed in sampled["seeds"]}) == 8
-    latents = torch.cat([sampled["latents"] for sampled in trace.sampled])
-    assert torch.allclose(torch.cat(trace.decoded), latents / FACTOR)
-
-
-@pytest.mark.parametrize("flag", ["", "--no_ema"])
-def test_measurements_during_training_are_of_that_epochs_averages_or_weights(train, vae_path, trace, flag):
-    online = f"--online_eval --no_metrics --num_images 4 --num_iter 2 --cfg 3 1 --vae_path {vae_path} {flag}"
-    for seed in (2,) if flag else (1, 2):  # pictures of another run in the same folder are not taken for this one's
-        trace.clear()
-        folder = train("run", f"--epochs 3 --eval_freq 2 --ema_rate 0.5 --seed {seed} {online}")
-        content, pictures = (
-            load(folder),
-            sorted(path.name for path in (folder / "online_eval").iterdir() if path.is_dir()),
-        )
-        assert pictures == [f"epoch000{epoch}-cfg{cfg}" for epoch in (1, 2) for cfg in (1, 3)]
-        assert [sampled["cfg"] for sampled in trace.sampled] == [1.0, 3.0, 1.0, 3.0]
-        weights = [sampled["class_emb"] for sampled in trace.sampled]
-        assert torch.equal(weights[3], content["model" if flag else "model_ema"]["class_emb.weight"])
-        assert not torch.equal(weights[1], weights[3])
-        assert all(batch["training"] for batch in trace.batches)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -378,13 +293,6 @@ def test_a_bad_step_of_a_resumed_epoch_lists_its_own_files(train, cached, trace,
     assert scalars(folder, "train/loss")[4] == pytest.approx(trace.batches[0]["loss"], rel=1e-5)
 
 
-def test_evaluation_never_takes_an_older_checkpoint_for_the_newest(refused, train, vae_path):
-    folder = train("run", "--epochs 2 --save_last_freq 1")
-    (folder / "checkpoint-last.pth").write_bytes(b"damaged")
-    measure = f"{BASE} --evaluate --no_metrics --num_images 4 --resume {folder} --output_dir {folder}"
-    assert "checkpoint-last.pth" in refused("main_tokenbridge", f"{measure} --vae_path {vae_path}")
-
-
 def test_all_caches_of_a_run_are_of_one_tokenizer(refused, cached, vae_path, tmp_path):
     shutil.copytree(cached, tmp_path / "val")
     about = json.loads((cached / "cache.json").read_text())
@@ -436,14 +344,6 @@ def test_a_second_interrupt_ends_a_run_at_once(train, trace, monkeypatch):
     assert not trace.steps and not trace.saved
 
 
-def test_the_cache_of_a_split_is_of_its_images(run, refused, images, vae_path, tmp_path):
-    (images / "train").rename(images / "val")
-    cache = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --device cpu"
-    assert "train" in refused("main_cache", f"{cache} --cached_path {tmp_path}/train")
-    run("main_cache", f"{cache} --cached_path {tmp_path}/val --split val")
-    assert len(list((tmp_path / "val").glob("*/*.npz"))) == 16
-
-
 def test_calibration_is_of_the_same_latents_from_images_as_from_their_cache(run, images, vae_path, train, tmp_path):
     cached = load(train("cached", "--epochs 1 --quant_calibrate --no_mirror"))["config"]
     data = f"--data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/images"
@@ -454,62 +354,10 @@ def test_calibration_is_of_the_same_latents_from_images_as_from_their_cache(run,
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The tokenizer.
-
-SMALL_VAE = "--img_size 16 --ch 8 --ch_mult 1 2 --num_res_blocks 1 --vae_embed_dim 4 --num_workers 0 --precision fp32"
-
-
-def test_the_tokenizer_sees_every_epoch_in_its_own_order_and_follows_its_flags(run, images, tmp_path, trace):
-    common = f"{SMALL_VAE} --device cpu --data_path {images} --batch_size 8 --output_dir {tmp_path}"
-    orders, finals = {}, {}
-    for name, flags in {
-        "one": "--epochs 2 --no_mirror --lr 1e-3 --min_lr 1e-4 --warmup_epochs 0",
-        "two": "--epochs 1 --no_mirror --seed 7 --lr_schedule constant --lr 2e-3 --warmup_epochs 0",
-        "kl": "--epochs 2 --no_mirror --lr 1e-3 --min_lr 1e-4 --warmup_epochs 0 --kl_weight 1e4",
-        "mirrored": "--epochs 2",
-    }.items():
-        trace.clear()
-        run("main_vae", f"{common}/{name} {flags}")
-        orders[name] = [row.numpy().tobytes() for batch in trace.images for row in batch]
-        finals[name] = {tag: scalars(tmp_path / name / "tokenizer_log", f"tokenizer/{tag}") for tag in ("kl", "lr")}
-    one, two = orders["one"], orders["two"]
-    assert len({tuple(one[:16]), tuple(one[16:32]), tuple(two[:16])}) == 3
-    assert len(set(one)) == 16 < len(set(orders["mirrored"]))
-    assert finals["one"]["lr"][4] == pytest.approx(1e-4 + 9e-4 * (1 + math.cos(math.pi * 0.75)) / 2)
-    assert finals["two"]["lr"] == pytest.approx({2: 2e-3})
-    assert finals["kl"]["kl"][4] < 0.98 * finals["one"]["kl"][4]
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Two processes.
 
 
-def two_processes(tmp_path: Path, script: str, flags: str, **variables: str) -> tuple[list[dict], list[str], list[int]]:
-    """Runs a script in two processes, started as torchrun starts them; their traces, messages and exit statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in ("0", "1"):
-        command = [sys.executable, ROOT / "tests/scripts/trace.py", tmp_path / f"trace{rank}.pt", script]
-        environment = {**os.environ, **shared, **variables, "RANK": rank, "LOCAL_RANK": rank}
-        started.append(
-            subprocess.Popen(
-                [*command, *flags.split(), "--device", "cpu"],
-                cwd=ROOT,
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    said = [process.communicate(timeout=200)[1] for process in started]
-    statuses = [process.returncode for process in started]
-    assert all((tmp_path / f"trace{rank}.pt").exists() for rank in range(2)), said
-    return [torch.load(tmp_path / f"trace{rank}.pt", weights_only=True) for rank in range(2)], said, statuses
-
-
-def test_two_processes_share_data_and_gradients_but_no_draws(run, cached, tmp_path):
+def test_two_processes_share_data_and_gradients_but_no_draws(run, cached, tmp_path, known_peak):
     common = f"{QUICK} --use_cached --cached_path {cached} --no_mirror --quant_calibrate"
     flags = f"{common} --batch_size 2 --accum_iter 2 --epochs 2 --warmup_epochs 0 --lr_schedule constant --blr 0.032"
     traces, said, statuses = two_processes(tmp_path, "main_tokenbridge", f"{flags} --output_dir {tmp_path}/run")
@@ -550,12 +398,470 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(cached, tmp_path
     assert "by SIGUSR1" in said[1] and "another process" in said[0]
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# What a run writes and takes from its flags.
+
+
+def test_training_writes_a_whole_checkpoint_and_log(trained):
+    content = load(trained)
+    assert content["epoch"] == 1 and "scaler" not in content
+    assert set(content["model_ema"]) == set(content["model"]) - {"channel_mask", "boundaries", "reconstruction_values"}
+    assert content["config"]["latent_factor"] == 0.5 and content["config"]["vae_stride"] == 4
+    assert [group["weight_decay"] for group in content["optimizer"]["param_groups"]] == [0.0, 0.02]
+    assert not [name for name in os.listdir(trained) if name.endswith(".part")]
+    log = EventAccumulator(str(trained)).Reload()
+    tags = {"train/loss", "train/lr", "train/grad_norm", "speed/images_per_second", "speed/memory_gib"}
+    assert tags | {"speed/model_flops_utilization"} <= set(log.Tags()["scalars"])
+    assert [event.step for event in log.Scalars("train/loss")] == [4, 8]
+
+
+def test_the_ema_starts_as_a_copy_and_follows(run, cached, tmp_path):
+    common = f"{TINY} --warmup_epochs 0 --lr 1e-3 --lr_schedule constant --use_cached --cached_path {cached}"
+    # One step: 16 images in one batch. At rate 1 the average never leaves the initial weights.
+    states = {}
+    for rate in ("1.0", "0.75"):
+        run(
+            "main_tokenbridge",
+            f"{common} --batch_size 16 --epochs 1 --ema_rate {rate} --output_dir {tmp_path}/ema{rate}",
+        )
+        states[rate] = load(tmp_path / f"ema{rate}")
+    initial, final = states["1.0"]["model_ema"], states["1.0"]["model"]
+    assert not torch.equal(initial["mask_token"], final["mask_token"])
+    for name, value in states["0.75"]["model_ema"].items():
+        assert torch.allclose(value, 0.75 * initial[name] + 0.25 * final[name], atol=1e-6), name
+
+
+def test_learning_rates_follow_the_flags(run, cached, tmp_path):
+    common = f"{TINY} --use_cached --cached_path {cached} --save_last_freq 1 --output_dir {tmp_path}/run"
+    cases = {
+        # 8 images a step: blr x 8 / 256, at 3/4 of the first of two warm-up epochs.
+        "--blr 0.32 --batch_size 4 --accum_iter 2 --warmup_epochs 2 --epochs 1": 0.01 * 0.5 / 2,
+        "--lr 0.02 --warmup_epochs 0 --epochs 1 --min_lr 0.01": 0.01 + 0.01 * (1 + math.cos(math.pi * 0.75)) / 2,
+        "--lr 0.02 --warmup_epochs 0 --epochs 2 --start_epoch 1 --lr_schedule constant": 0.02,
+    }
+    for flags, rate in cases.items():
+        run("main_tokenbridge", f"{common} {flags}")
+        assert load(tmp_path / "run")["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate), flags
+
+
+def test_gradients_are_clipped(run, cached, tmp_path):
+    common = f"{TINY} --use_cached --cached_path {cached} --batch_size 16 --epochs 1 --warmup_epochs 0 --lr 1e-3"
+    norms = {}
+    for clip in ("0", "0.01"):
+        run("main_tokenbridge", f"{common} --grad_clip {clip} --output_dir {tmp_path}/{clip}")
+        states = load(tmp_path / clip)["optimizer"]["state"].values()
+        norms[clip] = math.sqrt(sum(state["exp_avg"].norm() ** 2 for state in states)) / 0.1  # of the only gradient
+    assert norms["0.01"] == pytest.approx(0.01, rel=1e-2) and norms["0"] > 0.1
+
+
+def test_accumulation_makes_one_step_of_several_batches(run, cached, tmp_path):
+    common = f"{TINY} {SHORT} --epochs 1 --use_cached --cached_path {cached}"
+    run("main_tokenbridge", f"{common} --accum_iter 2 --output_dir {tmp_path}/accumulated")
+    assert {int(s["step"]) for s in load(tmp_path / "accumulated")["optimizer"]["state"].values()} == {2}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--grad_checkpointing", "--precision fp16", "--precision fp32 --accum_iter 2",
+        "--lr_schedule constant --epochs 2",
+    ],
+)  # fmt: skip
+def test_uncached_training_and_other_flags(run, images, vae_path, tmp_path, trace, monkeypatch, flags):
+    recomputed = []
+    original = backbone.checkpoint
+    monkeypatch.setattr(
+        backbone, "checkpoint", lambda *args, **options: recomputed.append(1) or original(*args, **options)
+    )
+    run(
+        "main_tokenbridge",
+        f"{TINY} {SHORT} --epochs 1 --data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/run {flags}",
+    )
+    content = load(tmp_path / "run")
+    assert ("scaler" in content) == ("fp16" in flags)
+    assert content["config"]["vae_embed_dim"] == 8 and content["config"]["latent_factor"] == 0.5
+    # 16 images, 4 at once.
+    epochs, parts = 1 + ("epochs 2" in flags), 1 + ("accum_iter 2" in flags)
+    assert len(trace.batches) == 4 * epochs and len(trace.steps) == 4 * epochs / parts
+    assert (content["epoch"], content["steps_per_epoch"]) == (epochs - 1, 4 / parts)
+    precision = next((name for name in misc.PRECISIONS if name in flags), misc.effective_precision("cpu", "bf16"))
+    assert {batch["autocast"] for batch in trace.batches} == {misc.PRECISIONS[precision]}
+    assert bool(recomputed) == ("grad_checkpointing" in flags) == (content["config"]["grad_checkpointing"] is True)
+    # Amid the warm-up, or after it at the peak.
+    rate = 1e-3 if "constant" in flags else 1e-3 * (1 - parts / 4)
+    assert content["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rate)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Learning.
+
+
+def photographs(root, classes: int, each: int, size: int):
+    """Crops of the two photographs that scikit-learn brings, every fifth grey: ``root/train/<class>/<image>.jpg``."""
+    crops = np.random.RandomState(0)
+    for label in range(classes):
+        folder = root / "train" / f"n{label:08d}"
+        folder.mkdir(parents=True)
+        for number in range(each):
+            photograph = load_sample_images().images[(label + number) % 2]
+            top, left = (crops.randint(0, side - size) for side in photograph.shape[:2])
+            image = Image.fromarray(photograph[top : top + size, left : left + size + 30])
+            image = image.convert("L") if (label * each + number) % 5 == 4 else image
+            image.save(folder / f"{number}.JPEG", quality=95)
+    return root
+
+
+def test_loss_falls_when_a_small_model_overfits_eight_photographs(run, tmp_path):
+    data = photographs(tmp_path / "data", classes=8, each=1, size=96)
+    vae = AutoencoderKL(16, (1, 1, 2, 2, 4), use_variational=False, ch=8)  # without noise that cannot be learned
+    checkpoint.save_vae(tmp_path / "vae.ckpt", filled(vae), 0.5)
+    common = "--img_size 64 --num_workers 0"
+    run("main_cache", f"{common} --vae_path {tmp_path}/vae.ckpt --data_path {data} --cached_path {tmp_path}/cache")
+    run(
+        "main_tokenbridge",
+        f"{common} --model tokenbridge_tiny --class_num 8 --buffer_size 4 --quant_bits 4 --use_cached --no_mirror "
+        f"--cached_path {tmp_path}/cache --output_dir {tmp_path}/run --batch_size 8 --epochs 120 --warmup_epochs 10 "
+        "--lr 3e-3 --attn_dropout 0 --proj_dropout 0 --label_drop_prob 0 --save_last_freq 1000",
+    )
+    losses = [event.value for event in EventAccumulator(str(tmp_path / "run")).Reload().Scalars("train/loss")]
+    assert losses[-1] < 0.5 * losses[0]
+
+
 @pytest.mark.slow
-def test_two_processes_train_one_tokenizer(images, tmp_path):
-    flags = f"{SMALL_VAE} --data_path {images} --output_dir {tmp_path}/vae --batch_size 4 --epochs 2 --no_mirror"
-    traces, said, statuses = two_processes(tmp_path, "main_vae", flags)
-    assert statuses == [0, 0], said
-    rows = [[row.numpy().tobytes() for batch in trace["images"] for row in batch] for trace in traces]
-    assert len({*rows[0][:8], *rows[1][:8]}) == 16
-    assert len(traces[0]["steps"]) == 4 and torch.equal(traces[0]["steps"][-1], traces[1]["steps"][-1])
-    assert traces[0]["saved"] and not traces[1]["saved"]
+def test_photographs_through_full_size_kl16_and_base(run, tmp_path):
+    data = photographs(tmp_path / "data", classes=4, each=2, size=280)
+    vae = AutoencoderKL(16, (1, 1, 2, 2, 4))
+    torch.save({"model": vae.state_dict()}, tmp_path / "kl16.ckpt")
+    run(
+        "main_cache",
+        f"--img_size 256 --vae_path {tmp_path}/kl16.ckpt --vae_embed_dim 16 --batch_size 4 --num_workers 2 "
+        f"--data_path {data} --cached_path {tmp_path}/cache",
+    )
+    run(
+        "main_tokenbridge",
+        f"--model tokenbridge_base --class_num 4 --use_cached --cached_path {tmp_path}/cache --batch_size 4 --epochs 1 "
+        f"--num_workers 2 --output_dir {tmp_path}/run",
+    )
+    content = torch.load(tmp_path / "run" / "checkpoint-last.pth", weights_only=True)
+    assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {2}
+    assert content["config"]["latent_factor"] == 0.2325 and content["config"]["quant_levels"] == 64
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Interrupted, damaged, taken up again.
+
+
+def same_weights(a, b) -> bool:
+    a, b = load(a), load(b)
+    return a["epoch"] == b["epoch"] and all(
+        torch.equal(value, b[key][name]) for key in ("model", "model_ema") for name, value in a[key].items()
+    )
+
+
+@pytest.mark.parametrize("data", ["cached, no workers", "cached, 2 workers", "images, 2 workers"])
+def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
+    run, images, vae_path, cached, tmp_path, monkeypatch, data
+):
+    source = (
+        f"--use_cached --cached_path {cached}" if "cached" in data else f"--data_path {images} --vae_path {vae_path}"
+    )
+    tiny = TINY.replace("--num_workers 0", f"--num_workers {2 * ('2' in data)}")
+    tiny = tiny.replace("--batch_size 4", "--batch_size 2")
+    common = f"{tiny} {source} --epochs 2 --warmup_epochs 1 --lr 1e-3 --accum_iter 2 --save_every_steps 3"
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/whole")  # 4 steps an epoch
+
+    def stop_at(step: int) -> None:
+        left = [step]
+
+        def take_step(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(TrainingState, "take_step", take_step)
+
+    original = TrainingState.take_step
+    for steps in (4, 3):  # into the second epoch, saved at step 3; from there past the save at step 6
+        stop_at(steps)
+        with pytest.raises(KeyboardInterrupt):
+            run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+    assert (load(tmp_path / "parts")["epoch"], load(tmp_path / "parts")["step"]) == (0, 2)
+    monkeypatch.setattr(TrainingState, "take_step", original)
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def wait_for(path, process) -> None:
+    while process.poll() is None and not path.exists():
+        time.sleep(0.01)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_a_signal_ends_a_run_after_its_step_and_saves(cached, tmp_path, name):
+    tiny = TINY.replace("--num_workers 0", "--num_workers 2")
+    common = f"main_tokenbridge.py {tiny} --use_cached --cached_path {cached} --lr 1e-3 --warmup_epochs 1 --epochs 100"
+    command = [sys.executable, *f"{common} --save_last_freq 1 --output_dir {tmp_path}/run --device cpu".split()]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / "run" / "checkpoint-last.pth", process)
+    os.killpg(process.pid, getattr(signal, name))  # to the loader's workers, too, as schedulers do
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75 and f"stopped: by {name}, saved after epoch" in said
+    content = load(tmp_path / "run")
+    assert 0 <= content["epoch"] < 99
+    steps = {int(state["step"]) for state in content["optimizer"]["state"].values()}
+    assert steps == {4 * (content["epoch"] + 1) + content["step"]}
+
+
+@pytest.mark.slow
+def test_the_launcher_restarts_what_a_signal_to_one_process_stopped(cached, tmp_path):
+    common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 30 --lr 1e-3 --warmup_epochs 1"
+    common += " --batch_size 2 --save_last_freq 3 --device cpu"
+    assert torchrun(f"{common} --output_dir {tmp_path}/whole").returncode == 0
+    # Otherwise the launcher hands the addresses of processes that are gone to those it starts.
+    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    process = subprocess.Popen(
+        [*launcher, *f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut".split()],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **fresh_store}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(tmp_path / "cut" / "checkpoint-last.pth", process)
+    os.kill(processes_of(tmp_path / "cut")[-1], signal.SIGUSR1)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "SIGUSR1, saved after epoch" in said and "another process, saved after epoch" in said
+    assert said.count("resumed from") == 1
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, refused, cached, trained, tmp_path, caplog):
+    common = f"{TINY} {SHORT} --use_cached --cached_path {cached}"
+    assert sorted(path.name for path in trained.glob("*.pth")) == ["checkpoint-last.1.pth", "checkpoint-last.pth"]
+    before = torch.load(trained / "checkpoint-last.1.pth", weights_only=True)
+    assert (before["epoch"], load(trained)["epoch"]) == (0, 1)
+    path = trained / "checkpoint-last.pth"
+    path.write_bytes(path.read_bytes()[:-1000])
+    run("main_tokenbridge", f"{common} --epochs 3 --keep_last 3 --output_dir {trained} --resume {trained}")
+    assert "continuing from the one before" in caplog.text and load(trained)["epoch"] == 2
+    names = [f"checkpoint-last{age}.pth" for age in (".1", ".2", "")]
+    assert sorted(path.name for path in trained.glob("*.pth")) == names
+    for name in names:
+        (trained / name).write_bytes(b"damaged")
+    assert "checkpoint-last.pth" in refused("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")
+
+
+def test_a_runs_own_folder_may_hold_safetensors(run, cached, trained, caplog):
+    caplog.set_level("INFO")
+    commands.convert(trained / "checkpoint-last.pth", trained / "checkpoint-last.safetensors")
+    (trained / "checkpoint-last.pth").unlink()
+    common = f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached}"
+    run("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")
+    assert "checkpoint-last.safetensors, continuing at epoch 2, step 0" in caplog.text
+    assert load(trained)["epoch"] == 2
+
+
+def test_another_number_of_steps_continues_at_the_same_place(run, cached, trained, tmp_path, caplog):
+    content = load(trained)
+    content |= {"epoch": 0, "step": 2, "world_size": 4}  # of 4 steps
+    torch.save(content, trained / "checkpoint-last.pth")
+    caplog.set_level("INFO")
+    common = (
+        f"{TINY.replace('--batch_size 4', '--batch_size 2')} {SHORT} --use_cached --cached_path {cached} --epochs 2"
+    )
+    run("main_tokenbridge", f"{common} --resume {trained} --output_dir {tmp_path}/more")
+    assert "written by 4 processes with 4 steps an epoch, this run has 1 with 8" in caplog.text
+    assert "continuing at epoch 1, step 4" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training_continues_from_a_released_checkpoint(run, cached, trained, tmp_path, precision):
+    content = load(trained)
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = None  # as the release's optimizer leaves it
+    released = {name: content[name] for name in ("model", "model_ema", "optimizer", "epoch")}
+    torch.save({**released, "args": argparse.Namespace(model="tokenbridge_large")}, trained / "checkpoint-last.pth")
+    run(
+        "main_tokenbridge",
+        f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached} --precision {precision} "
+        f"--resume {trained} --output_dir {tmp_path}/more",
+    )
+    more = load(tmp_path / "more")
+    assert more["epoch"] == 2
+    # fp16 may skip a first step whose gradients overflow.
+    assert {int(state["step"]) for state in more["optimizer"]["state"].values()} <= set(range(9, 13))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Steps that are not finite.
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_steps_that_are_not_finite_are_left_out_and_written_down(
+    run, refused, cached, tmp_path, monkeypatch, caplog, precision
+):
+    original, calls = engine_tokenbridge.backward, []
+
+    def backward(state, *args):
+        loss = original(state, *args)
+        calls.append(loss)
+        if len(calls) in (2, 5):
+            next(state.model.parameters()).grad.fill_(torch.nan)
+            loss = loss * torch.nan
+        return loss
+
+    monkeypatch.setattr(engine_tokenbridge, "backward", backward)
+    common = f"{TINY} {SHORT} --use_cached --cached_path {cached} --epochs 2 --precision {precision}"
+    run("main_tokenbridge", f"{common} --max_bad_steps 2 --output_dir {tmp_path}/allowed")
+    content = load(tmp_path / "allowed")
+    for key in ("model", "model_ema"):
+        assert all(not value.isnan().any() for value in content[key].values())
+    assert len(calls) == 8 and "1 of 2 allowed" in caplog.text and "2 of 2 allowed" in caplog.text
+    if precision == "fp32":  # fp16's scaler may leave out others
+        assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {6}
+    rows = [json.loads(line) for line in (tmp_path / "allowed" / "bad_steps-rank0.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["step"], row["rank"]) for row in rows] == [(0, 1, 0), (1, 0, 0)]
+    assert all(len(row["files"]) == 4 and Path(row["files"][0]).is_file() and row["lr"] >= 0 for row in rows)
+
+    calls.clear()
+    line = refused("main_tokenbridge", f"{common} --output_dir {tmp_path}/stopped")
+    assert "epoch 0, step 1: not finite" in line and "bad_steps-rank0.jsonl" in line
+    assert not (tmp_path / "stopped" / "checkpoint-last.pth").exists()
+
+
+def test_the_files_of_a_step_are_those_the_loader_gave(cached):
+    from util.loader import ShuffledRankSampler
+
+    dataset = CachedFolder(cached)
+    sampler = ShuffledRankSampler(dataset, 1, 0, shuffle=True, seed=1)
+    sampler.start = 4
+    dataset.samples = [(path, index) for index, (path, _) in enumerate(dataset.samples)]  # labels tell the item
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=sampler)
+    labels = [label for _, labels in loader for label in labels.tolist()]
+    expected = [dataset.samples[label][0] for label in labels[4:8]]
+    assert engine_tokenbridge.files_of_step(loader, 1, 4) == expected
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# All scripts, one after the other, in two processes.
+
+
+def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
+    small = (
+        "--img_size 16 --ch 8 --ch_mult 1 2 --num_res_blocks 1 --batch_size 4 --epochs 1 --num_workers 0 --device cpu"
+    )
+    result = torchrun(f"main_vae.py {small} --data_path {images} --output_dir {tmp_path}/vae2")
+    assert result.returncode == 0, result.stderr
+    assert AutoencoderKL.from_pretrained(tmp_path / "vae2" / "vae.ckpt")[0].stride == 2
+    # 16 images, 4 for each of two: one log, of two steps.
+    assert len(list((tmp_path / "vae2" / "tokenizer_log").iterdir())) == 1
+    log = EventAccumulator(str(tmp_path / "vae2" / "tokenizer_log")).Reload()
+    assert [event.step for event in log.Scalars("tokenizer/error")] == [2]
+
+    shared = f"--img_size 16 --num_workers 0 --data_path {images} --vae_path {vae_path}"
+    result = torchrun(f"main_cache.py {shared} --cached_path {tmp_path}/cache2 --batch_size 3 --device cpu")
+    assert result.returncode == 0, result.stderr
+    for path in sorted(cached.rglob("*.npz")):
+        with np.load(path) as one, np.load(tmp_path / "cache2" / path.relative_to(cached)) as two:
+            assert all(np.allclose(one[name], two[name], atol=1e-5) for name in ("moments", "moments_flip"))
+    assert len(list((tmp_path / "cache2").rglob("*.npz"))) == 16
+    assert result.stderr.count("cached 16 images") == 1 and "0 were there, 16 are new, 0 replace" in result.stderr
+    abouts = [json.loads((folder / "cache.json").read_text()) for folder in (cached, tmp_path / "cache2")]
+    assert abouts[0] == abouts[1] and abouts[0]["complete"]
+
+    train = f"main_tokenbridge.py {TINY} {SHORT} --epochs 1 --use_cached --cached_path {cached} --device cpu"
+    result = torchrun(f"{train} --output_dir {tmp_path}/run2")
+    assert result.returncode == 0, result.stderr
+    content = load(tmp_path / "run2")
+    assert {int(s["step"]) for s in content["optimizer"]["state"].values()} == {2}  # 16 images, 4 for each of two
+    assert result.stderr.count("whole batch 8") == 1
+    assert (content["world_size"], content["steps_per_epoch"], content["epoch"]) == (2, 2, 0)
+    assert content["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3 / 2)
+    assert len(list((tmp_path / "run2").glob("events.*"))) == 1
+    log = EventAccumulator(str(tmp_path / "run2")).Reload()
+    assert [event.step for event in log.Scalars("train/loss")] == [2]
+
+    out = f"--vae_path {vae_path} --evaluate --no_metrics --num_images 8 --num_iter 3 --eval_bsz 3"
+    out += f" --resume {tmp_path}/run2"
+    result = torchrun(f"main_tokenbridge.py {TINY} {out} --output_dir {tmp_path}/eval2 --device cpu")
+    assert result.returncode == 0, result.stderr
+    assert sorted(os.listdir(tmp_path / "eval2" / "samples")) == [f"{i:05d}.png" for i in range(8)]
+    assert len({path.read_bytes() for path in (tmp_path / "eval2" / "samples").iterdir()}) == 8
+    assert json.loads((tmp_path / "eval2" / "samples.json").read_text())["settings"]["num_images"] == 8
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bad input: one line that says what to do, status 2, nothing left behind.
+
+
+def test_missing_files_are_named(refused, images, vae_path, cached, trained, tmp_path):
+    out = f"--output_dir {tmp_path}/new"
+    cases = {
+        f"{TINY} --use_cached --cached_path {tmp_path}/nowhere {out}": "no cache at",
+        f"{TINY} --use_cached {out}": "--cached_path",
+        f"{TINY} --data_path {tmp_path}/nowhere {out}": "no image folder at",
+        f"{TINY} --data_path {images} --vae_path {tmp_path}/nowhere {out}": "no checkpoint at",
+        f"{TINY} --evaluate --vae_path {vae_path} --num_images 4 {out}": "--evaluate needs --resume",
+        f"{TINY} --evaluate --vae_path {vae_path} --num_images 4 --resume {tmp_path}/new {out}": "checkpoint-last.pth",
+        f"{TINY} --use_cached --cached_path {cached} --resume {tmp_path}/elsewhere {out}": "checkpoint-last.pth",
+    }
+    for command, words in cases.items():
+        assert words in refused("main_tokenbridge", command)
+    assert not (tmp_path / "new").exists()
+    assert "no image folder" in refused(
+        "main_cache", f"--data_path {tmp_path}/no --vae_path {vae_path} --cached_path {tmp_path}/c"
+    )
+    assert "--cached_path" in refused("main_cache", f"--data_path {images} --vae_path {vae_path}")
+    assert "no image folder" in refused("reconstruction", f"--image_dir {tmp_path}/no --vae_path {vae_path}")
+    assert "no image folder" in refused("main_vae", f"--data_path {tmp_path}/no --output_dir {tmp_path}/new")
+    assert not (tmp_path / "c").exists() and not (tmp_path / "new").exists()
+
+
+def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, trained, tmp_path):
+    use = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/new"
+    evaluate = (
+        f"--evaluate --no_metrics --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/new --num_images 8"
+    )
+    small = "--model tokenbridge_tiny --img_size 16 --buffer_size 4 --num_workers 0"
+    cases = {
+        f"{small} --class_num 5 {use}": "4 class folders, but class_num is 5",
+        f"{TINY} {use} --img_size 32": "--img_size",
+        f"{TINY} {use} --quant_bits 10": "1 to 9 bits",
+        f"{TINY} {use} --quant_bits -1": "1 to 9 bits",
+        f"{TINY} {use} --quant_min 5": "empty",
+        f"{TINY} {use} --batch_size 64": "do not fill one step",
+        f"{TINY} {use} --batch_size 0": "above zero",
+        f"{TINY} {use} --grad_clip -1": "between 0",
+        f"{TINY} {use} --ema_rate 1.5": "between 0 and 1",
+        f"{TINY} {use} --vae_embed_dim 4": "has 8",
+        f"{TINY} {use} --precision fp32 --lr 1e30 --warmup_epochs 0 --grad_clip 0 --epochs 3": "not finite",
+        f"{TINY} {evaluate} --num_images 10": "cannot be shared evenly by 4 classes",
+        f"{TINY} {evaluate} --temperature -1": "negative",
+        f"{TINY} {evaluate} --quant_bits 4": "quant_levels is 8 there, 16 here (--quant_bits)",
+        f"{small} --quant_bits 3 --class_num 2 {evaluate}": "class_num is 4 there, 2 here",
+        f"--model tokenbridge_base {TINY.split('tiny', 1)[1]} {evaluate}": "does not fit",
+    }
+    for command, words in cases.items():
+        assert words in refused("main_tokenbridge", command), command
+    assert not (tmp_path / "new" / "checkpoint-last.pth").exists() and not (tmp_path / "new" / "samples").exists()
+    for bits in (0, 10, -2):
+        line = refused(
+            "reconstruction", f"--bits {bits} --image_dir {images} --vae_path {vae_path} --output_dir {tmp_path}/r"
+        )
+        assert "1 to 9 bits" in line
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_and_caches_are_named(refused, images, vae_path, cached, tmp_path, workers):
+    tiny = TINY.replace("--num_workers 0", f"--num_workers {workers}")
+    (images / "train" / "class3" / "2.png").write_bytes(b"no image")
+    (cached / "class1" / "0.png.npz").write_bytes(b"no cache")
+    out = f"--output_dir {tmp_path}/new"
+    assert "class3/2.png" in refused("main_tokenbridge", f"{tiny} --data_path {images} --vae_path {vae_path} {out}")
+    assert "class1/0.png.npz" in refused("main_tokenbridge", f"{tiny} --use_cached --cached_path {cached} {out}")
+    assert not (tmp_path / "new" / "checkpoint-last.pth").exists()
+    new = f"--img_size 16 --num_workers {workers} --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/c"
+    assert "class3/2.png" in refused("main_cache", new)
+    line = refused("main_tokenbridge", f"{tiny} --use_cached --cached_path {tmp_path}/c {out}")
+    assert "class folders" in line or "incomplete" in line or "holds no cached moments" in line

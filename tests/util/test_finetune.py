@@ -1,6 +1,5 @@
 """Starting from other weights: what fits is kept, the rest is said; and parts that are frozen."""
 
-import argparse
 import logging
 
 import numpy as np
@@ -11,7 +10,6 @@ from PIL import Image
 from models.tokenbridge import TokenBridge
 from tests.conftest import SMALL, TINY, filled
 from util.checkpoint import finetune
-from util.config import FINETUNE, Start, Tokenizer, adopted
 from util.errors import UserError
 
 
@@ -100,19 +98,6 @@ def test_files_that_do_not_tell_their_order_or_buffer_fit_all_the_same():
     content, _, path = content_of(other)
     done = finetune.start_from(model, content, {"latent_factor": 0.2325}, path, ema=False)
     assert not done["drawn anew"]
-
-
-def test_order_and_calibration_are_of_the_same_channels_only():
-    stored = {"channel_order": list(range(16)), "channel_mean": [0.0] * 16, "vae_embed_dim": 16, "patch_size": 1}
-
-    def taken(vae_embed_dim: int, patch_size: int, **more) -> dict:
-        args = argparse.Namespace(vae_embed_dim=vae_embed_dim, patch_size=patch_size, quant_calibrate=False)
-        tokenizer = Tokenizer({"embed_dim": vae_embed_dim, "ch_mult": [1, 1]}, 0.5, "vae.ckpt")
-        return adopted(args, tokenizer, Start(FINETUNE, config={**stored, **more}))
-
-    assert taken(16, 1) == {name: stored[name] for name in ("channel_order", "channel_mean")}
-    assert list(taken(16, 1, latent_factor=1.0)) == ["channel_order"]
-    assert taken(4, 2) == {}
 
 
 def test_weights_of_another_model_are_refused():

@@ -1,0 +1,77 @@
+"""The demo, run once."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from models.vae import DiagonalGaussianDistribution
+from reconstruction import post_training_quantize
+from tests.conftest import ROOT
+from util.loader import CachedFolder
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The folder that ``make demo`` writes."""
+    subprocess.run([sys.executable, "demo/demo.py"], cwd=ROOT, check=True)
+    return ROOT / "output" / "demo"
+
+
+@pytest.mark.slow
+def test_the_demo_makes_digits(demo):
+    results = json.loads((demo / "results.json").read_text())
+    assert results["recognized_samples"] >= 0.9 and results["recognized_val"] > 0.95
+    for name in ("reconstruction.png", "samples.png", "loss.png"):
+        with Image.open(demo / name) as picture:
+            assert min(picture.size) > 100
+    names = [f"{number:05d}.png" for number in range(100)]
+    assert sorted(path.name for path in (demo / "samples").iterdir()) == names
+    # The enlarged digits reduce to the originals.
+    digits = load_digits()
+    paths = sorted((demo / "data").glob("*/*/*.png"), key=lambda path: path.name)
+    for path, original, digit in zip(paths, digits.images, digits.target, strict=True):
+        with Image.open(path) as image:
+            reduced = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float)
+        assert path.parent.name == str(digit) and np.array_equal(np.round(reduced * 16 / 255), original)
+
+
+def lloyd_max_error(values: torch.Tensor, levels: int) -> float:
+    """Mean squared error of the best scalar quantizer of ``values``, by Lloyd's iteration."""
+    values = values.double().sort().values
+    centres = values[torch.linspace(0, len(values) - 1, levels + 2).long()[1:-1]].clone()
+    for _ in range(1000):
+        nearest = torch.bucketize(values, (centres[1:] + centres[:-1]) / 2)
+        sums, counts = (
+            torch.zeros(levels).double().index_add(0, nearest, v) for v in (values, torch.ones_like(values))
+        )
+        centres = torch.where(counts > 0, sums / counts, centres)
+    return (values - centres[nearest]).square().mean().item()
+
+
+@pytest.mark.slow
+def test_quantizing_a_trained_tokenizers_latents(demo, run, tmp_path):
+    run(
+        "reconstruction",
+        f"--sweep --no_metrics --img_size 16 --num_workers 0 --vae_path {demo}/vae.ckpt --image_dir {demo}/data/train "
+        f"--output_dir {tmp_path} --images_per_class 100",
+    )
+    rows = json.loads((tmp_path / "sweep_n100" / "table1.json").read_text())["rows"]
+    errors = {(row["bits"], row["range"]): row["latent_mse"] for row in rows}
+    for worse, better in (((3, 5.0), (4, 5.0)), ((4, 5.0), (5, 5.0)), ((5, 5.0), (6, 5.0))):
+        assert errors[worse] > errors[better]
+    for worse, better in (((6, 2.0), (6, 3.0)), ((6, 3.0), (6, 4.0)), ((6, 4.0), (6, 5.0))):
+        assert errors[worse] > errors[better]
+
+    cache = CachedFolder(demo / "cache", mirror=False)
+    moments = torch.stack([moments for moments, _ in cache])
+    latents = DiagonalGaussianDistribution(moments).sample() * cache.metadata["latent_factor"]
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+    error = (post_training_quantize(latents, 6, -5.0, 5.0)[1] - latents).square().mean().item()
+    best = lloyd_max_error(latents.flatten(), 64)
+    assert best < error < 1.05 * best

@@ -1,0 +1,132 @@
+"""python -m tools.download: the published files, from a server that speaks the Hub's routes."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, point_to
+from tests.hub_server import COMMIT
+from tools import download
+from util.checkpoint import hub
+from util.errors import UserError
+
+
+@pytest.fixture
+def published(served, monkeypatch):
+    """The published files under their names, small."""
+    models = {
+        "README.md": b"card",
+        "tokenbridge/tokenbridge_large/checkpoint-last.pth": b"large" * 1000,
+        "tokenbridge/tokenbridge_huge/checkpoint-last.pth": b"huge" * 1000,
+    }
+    served.add(hub.MODELS_REPO, models)
+    served.add(hub.VAE_REPO, {"kl16.ckpt": b"tokenizer" * 1000})
+    served.licence = "mit"
+    statistics = make_statistics()
+    for name, file in (("fid_stats", "stats.npz"), ("reference", "reference.npz")):
+        served.elsewhere[f"/{file}"] = statistics
+        monkeypatch.setitem(download.ELSEWHERE, name, f"{served.endpoint}/{file}")
+    return served
+
+
+def make_statistics() -> bytes:
+    import io
+
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez(buffer, mu=np.zeros(2048), sigma=np.random.default_rng(0).random((64, 64)))
+    return buffer.getvalue()
+
+
+def test_download_fills_the_folders_that_the_commands_expect(published, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    download.main(["--output_dir", str(tmp_path)])
+    for name, ending in (("large", b"large"), ("huge", b"huge")):
+        path = tmp_path / f"pretrained_models/tokenbridge/tokenbridge_{name}/checkpoint-last.pth"
+        assert path.read_bytes() == ending * 1000
+    assert (tmp_path / "pretrained_models/vae/kl16.ckpt").read_bytes() == b"tokenizer" * 1000
+    assert (tmp_path / "fid_stats/adm_in256_stats.npz").read_bytes() == published.elsewhere["/stats.npz"]
+    assert not (tmp_path / "fid_stats/VIRTUAL_imagenet256_labeled.npz").exists()
+    assert "its licence: mit" in caplog.text and COMMIT in caplog.text
+    caplog.clear()
+    before = len([path for method, path, _ in published.asked if method == "GET" and path.startswith("/large")])
+    download.main(["--output_dir", str(tmp_path), "--revision", "main"])
+    after = len([path for method, path, _ in published.asked if method == "GET" and path.startswith("/large")])
+    assert caplog.text.count("is there already, and whole") == 4 and before == after
+    # What is there but not whole is fetched again.
+    (tmp_path / "pretrained_models/vae/kl16.ckpt").write_bytes(b"tokenizes" * 1000)
+    download.main(["vae", "reference", "--output_dir", str(tmp_path)])
+    assert (tmp_path / "pretrained_models/vae/kl16.ckpt").read_bytes() == b"tokenizer" * 1000
+    assert (tmp_path / "fid_stats/VIRTUAL_imagenet256_labeled.npz").exists()
+
+
+@pytest.mark.parametrize("name", ["vae", "fid_stats"])
+def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published, tmp_path, name):
+    target = tmp_path / download.TARGETS[name]
+    file = "kl16.ckpt" if name == "vae" else "/stats.npz"
+    published.damage.add(file)
+    with pytest.raises(UserError, match=r"arrived damaged.*start again"):
+        download.main([name, "--output_dir", str(tmp_path)])
+    assert not target.exists()
+    published.damage.clear()
+    published.cut[file] = 1
+    download.main([name, "--output_dir", str(tmp_path)])
+    assert any(asked for _, _, asked in published.asked)
+    expected = b"tokenizer" * 1000 if name == "vae" else published.elsewhere["/stats.npz"]
+    assert target.read_bytes() == expected
+    # Also what another process left, in the middle or at its end; or of another file.
+    beside = target.with_name(f".{target.name}.incomplete")
+    assert not beside.exists()
+    for left, ranges in ((len(expected) // 3, [f"bytes={len(expected) // 3}-"]), (len(expected), [])):
+        target.unlink()
+        beside.write_bytes(expected[:left])
+        published.asked.clear()
+        download.main([name, "--output_dir", str(tmp_path)])
+        assert target.read_bytes() == expected and not beside.exists()
+        assert [asked for _, _, asked in published.asked if asked] == ranges * (1 + (name == "vae"))
+    target.unlink()
+    beside.write_bytes(b"x" * 300)
+    with pytest.raises(UserError, match=r"arrived damaged"):
+        download.main([name, "--output_dir", str(tmp_path)])
+    download.main([name, "--output_dir", str(tmp_path)])
+    assert target.read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("nothing", "nothing published is called nothing: choose from tokenbridge_large"),
+        ("tokenbridge_large --revision v9", "Epiphqny/TokenBridge has no revision v9"),
+        ("tokenbridge_huge", r"no file .../tokenbridge_huge/checkpoint-last.pth in Epiphqny/TokenBridge: see .*save"),
+        ("fid_stats", "cannot fetch"),
+    ],
+)
+def test_download_says_what_it_cannot_find(published, tmp_path, arguments, says):
+    published.repos[hub.MODELS_REPO].pop("tokenbridge/tokenbridge_huge/checkpoint-last.pth")
+    published.elsewhere.clear()
+    with pytest.raises(UserError, match=says):
+        download.main([*arguments.split(), "--output_dir", str(tmp_path)])
+
+
+def test_download_without_a_network(monkeypatch, tmp_path):
+    point_to(monkeypatch, "http://127.0.0.1:9", tmp_path / "hf")
+    with pytest.raises(UserError, match=r"cannot look into hf://Epiphqny/TokenBridge/.*start again"):
+        download.main(["--output_dir", str(tmp_path)])
+
+
+def test_download_onto_a_full_disk(published, tmp_path):
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "from tools import download\n"
+        "from util import errors\n"
+        f"errors.run(lambda: download.main(['vae', '--output_dir', {str(tmp_path)!r}]))"
+    )
+    # What Python compiled would be cut off, too.
+    environment = {"HF_ENDPOINT": published.endpoint, "HF_HOME": str(tmp_path / "hf"), "PYTHONDONTWRITEBYTECODE": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 2 and "the disk is full; free space" in ended.stderr, ended.stderr
+    assert not (tmp_path / "pretrained_models/vae/kl16.ckpt").exists()

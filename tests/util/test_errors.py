@@ -1,0 +1,28 @@
+"""A user's error is one line and a status."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from util.config import check_stride
+from util.errors import UserError, run
+
+
+def test_user_errors_are_one_line_also_from_workers(capsys):
+    def worker():
+        raise UserError("Caught UserError in worker 0.\nTraceback:\n  x\nutil.errors.UserError: cannot read image x\n")
+
+    for main, line in {worker: "cannot read image x", lambda: check_stride(10, 4): "multiple"}.items():
+        with pytest.raises(SystemExit) as stop:
+            run(main)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and line in error and error.count("\n") == 1 and error.startswith("error: ")
+
+
+def test_the_shell_sees_one_line_and_a_status(tmp_path):
+    command = [sys.executable, "main_tokenbridge.py", "--use_cached", "--cached_path", str(tmp_path / "no")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: no cache at") and result.stderr.count("\n") == 1

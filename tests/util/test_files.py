@@ -1,0 +1,69 @@
+"""Files are whole or untouched, also on a full disk, and never out of their folder."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import engine_tokenbridge
+from models.vae import AutoencoderKL
+from tests.conftest import ROOT, filled
+from util import checkpoint
+from util.errors import UserError
+from util.files import inside, written_whole
+
+
+def test_files_are_whole_or_untouched(tmp_path):
+    path = tmp_path / "new" / "file"
+    with written_whole(path) as file:
+        file.write(b"old")
+    with pytest.raises(RuntimeError), written_whole(path) as file:
+        file.write(b"half of the n")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
+    with pytest.raises(UserError, match="cannot write"), written_whole(path / "below a file") as file:
+        pass
+
+
+FULL_DISK = """
+import resource, torch
+from util import checkpoint, files
+from util.errors import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # writing on fails, as on a full disk
+def main():
+    {write}
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        'checkpoint.save("checkpoint-last.pth", {"model": torch.zeros(100_000)}, keep_last=2)',
+        'files.write_json("checkpoint-last.pth", "x" * 200_000)',
+    ],
+)
+def test_a_full_disk_is_an_error_that_keeps_the_old_file(tmp_path, write):
+    checkpoint.save(tmp_path / "checkpoint-last.pth", {"model": torch.ones(3)})
+    before = (tmp_path / "checkpoint-last.pth").read_bytes()
+    command = [sys.executable, "-c", FULL_DISK.format(write=write)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: cannot write checkpoint-last.pth: File too large")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-last.pth"]
+    assert (tmp_path / "checkpoint-last.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "", "a/../x"])
+def test_names_that_leave_their_folder_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match="leads out of"):
+        inside(tmp_path, name)
+    vae = filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1))
+    batches = [(torch.zeros(1, 3, 8, 8), None, [name])]
+    if name:
+        with pytest.raises(UserError, match="leads out of"):
+            engine_tokenbridge.cache_latents(vae, batches, tmp_path / "cache", torch.device("cpu"))
+    assert not list(tmp_path.rglob("*.npz"))

@@ -1,0 +1,39 @@
+"""PSNR, SSIM and grids of pictures."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import structural_similarity
+
+from util import images as pictures
+
+
+def test_psnr_is_the_textbook_figure():
+    a = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    b = a.clone()
+    b[1] += 5
+    assert pictures.psnr(a, b).tolist() == [math.inf, pytest.approx(20 * math.log10(255 / 5))]
+
+
+def test_ssim_is_scikit_images():
+    a = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+    b = (a.float() * 0.8 + 20 * torch.rand(a.shape)).to(torch.uint8)
+    for x, y, value in zip(a, b, pictures.ssim(a, b), strict=True):
+        expected = structural_similarity(
+            x.numpy(), y.numpy(), channel_axis=0, data_range=255, gaussian_weights=True, use_sample_covariance=False
+        )
+        assert value.item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_grids_hold_every_image_where_it_belongs(tmp_path):
+    images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8) * 40
+    pictures.save_grid(images, tmp_path / "grid.png", columns=3, titles=["a", "b", "c"], min_size=16)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (3 * 18 + 2, 2 * 18 + 2 + 16)
+        pixels = np.array(grid)
+    for number in range(6):
+        top, left = 16 + 2 + 18 * (number // 3), 2 + 18 * (number % 3)
+        assert (pixels[top : top + 16, left : left + 16] == 40 * number).all()

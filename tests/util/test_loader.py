@@ -1,0 +1,268 @@
+"""Images of every kind, cached folders, their mirror images, samplers and loaders; what cannot be read is named."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ROOT, TINY, damaged, write_images
+from util import images as pictures
+from util import loader
+from util.errors import UserError
+from util.loader import BadImages, CachedFolder, ImageFolder, image_transform, read_image
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images.
+
+
+def test_image_folder_with_filename(images):
+    dataset = loader.ImageFolderWithFilename(images / "train", loader.image_transform(16))
+    image, label, name = dataset[5]
+    assert (label, name) == (1, "class1/1.png") and image.shape == (3, 16, 16)
+    assert -1 <= image.min() < image.max() <= 1
+    grey = dataset[0][0]
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+
+
+def test_pixels_run_from_minus_one_to_one():
+    image = Image.fromarray(np.array([[[0, 127, 255]]], dtype=np.uint8))
+    assert torch.allclose(loader.to_pixels(image).flatten(), torch.tensor([-1.0, 127 / 127.5 - 1, 1.0]))
+    every = torch.arange(256).float() / 127.5 - 1
+    assert torch.equal(pictures.to_uint8(every), torch.arange(256, dtype=torch.uint8))
+    assert pictures.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+def test_mirrors_only_where_asked(images):
+    plain = loader.ImageFolder(images / "train", loader.image_transform(16))
+    mirrored = loader.ImageFolder(images / "train", loader.image_transform(16), mirror=True)
+    image = plain[1][0]
+    views = [mirrored[1][0] for _ in range(40)]
+    same = sum(torch.equal(view, image) for view in views)
+    assert all(torch.equal(view, image) or torch.equal(view, image.flip(2)) for view in views) and 8 < same < 32
+
+
+def test_missing_folders_and_unreadable_images_are_named(tmp_path):
+    for make in (loader.ImageFolder, loader.CachedFolder):
+        with pytest.raises(UserError, match="nowhere"):
+            make(tmp_path / "nowhere")
+        with pytest.raises(UserError, match=str(tmp_path)):
+            make(tmp_path)
+    data = write_images(tmp_path / "data")
+    (data / "train" / "class2" / "bad.png").write_bytes(b"no image")
+    dataset = loader.ImageFolder(data / "train")
+    with pytest.raises(UserError, match=r"class2/bad\.png"):
+        [dataset[i] for i in range(len(dataset))]
+    with pytest.raises(UserError, match="4 class folders, but class_num is 5: pass --class_num 4"):
+        loader.check_classes(dataset.classes, 5, data)
+
+
+def ramp(high: int, dtype: type) -> np.ndarray:
+    """Two rows of values from 0 to ``high``."""
+    return np.tile(np.linspace(0, high, 64), (64, 1)).round().astype(dtype)
+
+
+@pytest.mark.parametrize("format", ["png", "tif"])
+def test_sixteen_bits_keep_their_range(tmp_path, format):
+    path = tmp_path / f"grey.{format}"
+    Image.fromarray(ramp(65535, np.uint16)).save(path)
+    pixels = np.asarray(read_image(path))
+    assert pixels.shape == (64, 64, 3)
+    assert np.abs(pixels[..., 0].astype(int) - ramp(255, np.uint8)).max() <= 1
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    colours = Image.fromarray(np.stack([ramp(255, np.uint8), ramp(255, np.uint8).T, ramp(255, np.uint8)], axis=-1))
+    saved = {
+        "rgb.png": colours,
+        "cmyk.jpg": colours.convert("CMYK"),
+        "rgba.png": colours.convert("RGBA"),
+        "palette.png": colours.quantize(256),
+        "two.png": colours.convert("1"),
+        "grey.jpg": colours.convert("L"),
+        "alpha.png": colours.convert("LA"),
+        "int.tif": Image.fromarray(ramp(65535, np.int32)),
+    }
+    for name, image in saved.items():
+        image.save(tmp_path / name)
+        read = read_image(tmp_path / name)
+        assert read.mode == "RGB" and read.size == (64, 64)
+        if name.startswith(("rgb", "cmyk", "palette")):
+            assert np.abs(np.asarray(read).astype(int) - np.asarray(colours)).mean() < 12, name
+
+
+def test_what_has_no_range_is_named(tmp_path):
+    Image.fromarray(ramp(1, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match=r"float\.tif \(values of mode F"):
+        read_image(tmp_path / "float.tif")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_rotated_photographs_stand_upright(tmp_path, orientation):
+    upright = Image.new("RGB", (40, 20))
+    upright.paste((255, 255, 255), (0, 0, 10, 5))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions that a camera would have made
+    stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored.save(tmp_path / "photo.png", exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "photo.png")), np.asarray(upright))
+
+
+def folder_of(root, **files) -> str:
+    for name, image in files.items():
+        path = root / "train" / "class" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    return root / "train"
+
+
+def test_tiny_images_grow_and_slivers_are_named(tmp_path):
+    root = folder_of(tmp_path, dot=Image.new("RGB", (1, 1)), sliver=Image.new("RGB", (1, 60000)))
+    data = ImageFolder(root, image_transform(64))
+    assert data[0][0].shape == (3, 64, 64)
+    with pytest.raises(UserError, match=r"sliver\.png \(1x60000 pixels are too narrow"):
+        data[1]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cached folders.
+
+
+def write_cache(root, count=3, **arrays):
+    for number in range(count):
+        path = root / "a" / f"{number}.JPEG.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        moments = np.full((4, 2, 2), number, dtype=np.float32)
+        np.savez(path, **{"moments": moments, "moments_flip": moments + 100, **arrays})
+    return root
+
+
+def test_cached_folder_picks_either_view(tmp_path):
+    dataset = loader.CachedFolder(write_cache(tmp_path))
+    assert len(dataset) == 3 and dataset.classes == ["a"] and dataset.metadata == {}
+    values = [dataset[2][0].unique().item() for _ in range(60)]
+    assert set(values) == {2, 102} and 15 < values.count(2) < 45
+    assert dataset[2][0].dtype == torch.float32 and dataset[2][1] == 0
+    never = loader.CachedFolder(tmp_path, mirror=False)
+    assert {never[1][0].unique().item() for _ in range(30)} == {1}
+
+
+def test_damaged_caches_are_named(tmp_path):
+    dataset = loader.CachedFolder(write_cache(tmp_path, moments_flip=np.full((4, 2, 2), np.nan)))
+    with pytest.raises(UserError, match=r"0\.JPEG\.npz \(moments_flip is not finite"):
+        [dataset[0] for _ in range(40)]
+    path = tmp_path / "a" / "1.JPEG.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"1\.JPEG\.npz"):
+        dataset[1]
+    np.savez(tmp_path / "a" / "2.JPEG.npz", other=np.zeros(1))
+    with pytest.raises(UserError, match=r"2\.JPEG\.npz"):
+        dataset[2]
+    (tmp_path / "cache.json").write_text('{"images": 9}')
+    with pytest.raises(UserError, match="incomplete: 3 of 9"):
+        loader.CachedFolder(tmp_path)
+    (tmp_path / "cache.json").write_text('{"images": 3, "complete": false}')
+    with pytest.raises(UserError, match="incomplete: 3 of 3"):
+        loader.CachedFolder(tmp_path)
+    (tmp_path / "cache.json").write_text("{")
+    with pytest.raises(UserError, match=r"cache\.json is damaged"):
+        loader.CachedFolder(tmp_path)
+
+
+def test_coins_follow_seed_epoch_and_index_once_told(tmp_path):
+    dataset = loader.CachedFolder(write_cache(tmp_path, count=40))
+
+    def views(seed, epoch):
+        dataset.set_draws(seed, epoch)
+        return [dataset[i][0].unique().item() >= 100 for i in range(40)]
+
+    assert views(1, 0) == views(1, 0) and 10 < sum(views(1, 0)) < 30
+    assert views(1, 0) != views(1, 1) and views(1, 0) != views(2, 0)
+
+
+def test_moments_of_another_shape_are_named(refused, cached, tmp_path):
+    shape = (16, 2, 2)
+    np.savez(cached / "class2" / "0.png.npz", **{n: np.zeros(shape, np.float32) for n in ("moments", "moments_flip")})
+    line = refused("main_tokenbridge", f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run")
+    assert "class2/0.png.npz" in line and "[16, 2, 2]" in line
+
+
+def test_metadata_of_no_tokenizer_is_named(refused, cached, tmp_path):
+    metadata = json.loads((cached / "cache.json").read_text())
+    (cached / "cache.json").write_text(json.dumps({**metadata, "vae": {"embed_dim": "many"}}))
+    line = refused("main_tokenbridge", f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run")
+    assert "describes no tokenizer" in line and str(cached) in line
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Samplers and loaders.
+
+
+def test_a_share_of_an_epoch_can_start_in_its_middle():
+    shares = [loader.ShuffledRankSampler(range(20), 2, rank, shuffle=True, seed=3) for rank in range(2)]
+    for share in shares:
+        share.set_epoch(5)
+    whole = [list(share) for share in shares]
+    assert sorted(whole[0] + whole[1]) == list(range(20))
+    shares[0].start = 4
+    assert list(shares[0]) == whole[0][4:] and len(shares[0]) == 10
+
+
+def test_shares_cover_everything_once():
+    shares = [list(loader.RankSampler(11, rank, 3)) for rank in range(3)]
+    assert sorted(index for share in shares for index in share) == list(range(11)) and [
+        len(loader.RankSampler(11, rank, 3)) for rank in range(3)
+    ] == [4, 4, 3]
+
+
+def test_a_process_that_ends_amid_its_batches_ends_its_workers(tmp_path):
+    (tmp_path / "ends.py").write_text(
+        "import argparse, torch; from util.loader import make_loader\n"
+        "args = argparse.Namespace(num_workers=2, batch_size=1, pin_mem=False)\n"
+        "batches = iter(make_loader(torch.utils.data.TensorDataset(torch.zeros(9)), args, torch.device('cpu')))\n"
+        "next(batches)\n"
+        "raise RuntimeError('amid its batches')"
+    )
+    # Left alone, Python waits for the workers at its end: this would run into the time limit.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, tmp_path / "ends.py"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "amid its batches" in ended.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Skipping.
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_left_out_counted_and_listed(run, images, vae_path, tmp_path, caplog, workers):
+    for name in ("class0/3", "class3/1"):
+        damaged(images / "train" / f"{name}.png")
+    tiny = TINY.replace("--num_workers 0", f"--num_workers {workers}")
+    skip = f"--vae_path {vae_path} --data_path {images} --skip_bad_images"
+    run("main_cache", f"--img_size 16 --num_workers {workers} {skip} --cached_path {tmp_path}/cache --batch_size 2")
+    assert "2 images cannot be read" in caplog.text
+    cache = CachedFolder(tmp_path / "cache")
+    assert len(cache) == cache.metadata["images"] == 14
+
+    caplog.clear()
+    run("main_tokenbridge", f"{tiny} {skip} --epochs 2 --lr 1e-3 --output_dir {tmp_path}/run")
+    assert caplog.text.count("2 images cannot be read") == 2  # once an epoch, each image once
+    listed = (tmp_path / "run" / "bad_images-rank0.txt").read_text()
+    assert "class0/3.png" in listed and "class3/1.png" in listed
+    assert (tmp_path / "run" / "checkpoint-last.pth").exists()
+
+
+def test_the_next_image_takes_a_bad_ones_place(images, tmp_path):
+    damaged(images / "train" / "class3" / "3.png")
+    data = ImageFolder(images / "train", image_transform(16), bad_images=BadImages(tmp_path))
+    assert torch.equal(data[15][0], data[0][0]) and data[15][1] == 0
+    for path in (images / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the images"):
+        data[0]

@@ -1,0 +1,101 @@
+"""A run's state: step counts, and gradients over batches and processes."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from engine_tokenbridge import backward
+from models import fast
+from models.tokenbridge import TokenBridge
+from tests.conftest import SMALL, filled, released, training_state
+from tests.fill import deterministic_fill
+from util.checkpoint.load import load_optimizer
+from util.misc import add_weight_decay
+
+
+def test_step_counts_go_where_this_runs_optimizer_wants_them(small_model, tmp_path):
+    state = released(small_model.train())["optimizer"]  # of an optimizer that is not fused, as the release's
+    with torch.device("meta"):  # as a CUDA device: another one than the file's
+        model = TokenBridge(**SMALL)
+    optimizer = torch.optim.AdamW(add_weight_decay(model, 0.02), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    before = torch.optim.Optimizer.load_state_dict
+    seen = []
+
+    def load_state_dict(self, content):
+        before(self, content)
+        seen.extend(str(entry["step"].device) for entry in self.state.values())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Optimizer, "load_state_dict", load_state_dict)
+        load_optimizer(optimizer, state, "file.pth")
+    assert set(seen) == {"meta"}
+
+
+NO_DROPOUT = {**SMALL, "attn_dropout": 0.0, "proj_dropout": 0.0, "label_drop_prob": 0.0}
+
+
+class GivenMasks(torch.nn.Module):
+    """A model whose masks come with the labels."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents, labels_and_mask):
+        return self.model(latents, labels_and_mask[:, 0].long(), labels_and_mask[:, 1:])
+
+
+def whole_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    latents = torch.randn(8, 16, 4, 4, generator=random)
+    mask = (torch.rand(8, 16, generator=random).argsort(dim=1) < 12).float()
+    return latents, torch.cat([torch.arange(8)[:, None] % 4, mask], dim=1)
+
+
+def gradients_of_half(rank: int, port: int, results: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = filled(TokenBridge(**NO_DROPOUT)).train()
+    wrapped = DistributedDataParallel(GivenMasks(model))
+    fast.TRAINING_BUDGET["cpu"] = 20 * 16 * 32  # 48 tokens in three parts
+    latents, labels = whole_batch()
+    half = slice(4 * rank, 4 * rank + 4)
+    wrapped(latents[half], labels[half]).backward()
+    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_half_the_batch_give_the_gradients_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(gradients_of_half, args=(port, str(tmp_path)), nprocs=2)
+    model = filled(TokenBridge(**NO_DROPOUT)).train()
+    GivenMasks(model)(*whole_batch()).backward()
+    for rank in range(2):
+        halves = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, p in model.named_parameters():
+            assert torch.allclose(halves[name], p.grad, atol=1e-5), name
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    latents, labels = torch.randn(8, 16, 4, 4), torch.arange(8) % 4
+    # All tokens masked, so that the drawn masks are the same for every part.
+    model = TokenBridge(**NO_DROPOUT, mask_ratio_min=1.0)
+    model.load_state_dict(deterministic_fill(model.state_dict()))
+    state = training_state(model)
+    moments = torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)  # whose samples are their means
+    results = []
+    for parts in (1, 4):
+        model.zero_grad()
+        batches = list(zip(moments.chunk(parts), labels.chunk(parts), strict=True))
+        loss = backward(state, batches, None, 1.0, "fp32")
+        results.append((loss, [p.grad.clone() for p in model.parameters()]))
+    assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1], strict=True))
