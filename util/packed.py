@@ -1,7 +1,7 @@
 """Caches in a few big files, mapped into memory: ``python -m tools.pack`` converts a cache of one file an image.
 
 A packed cache is a folder with ``packed.json`` (the content of ``cache.json``, the type of the values, the number of
-images in each shard), ``names.json`` (``class/file`` of every image, in order), ``checksums.npy`` (CRC-32 of every view,
+images in each shard), ``names.json`` (``class/file`` of every image), ``checksums.npy`` (CRC-32 of every view,
 ``[N, 2]``) and ``shard-NNNNN.npy``, ``[n, 2, 2C, h, w]``: moments of each image and of its mirror image.
 """
 
