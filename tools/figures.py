@@ -64,9 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         command.add_argument("--classes", nargs="+", help=text)
         command.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
         command.add_argument("--temperature", type=float, default=1.0)
-        command.add_argument(
-            "--gen_seed", type=int, default=0, help="each sample's seed follows from it and the sample's number"
-        )
+        command.add_argument("--gen_seed", type=int, default=0, help="gives sample n its seed, together with n")
         command.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
         add_sampling_args(command)
         add_vae_arg(command)
@@ -92,9 +90,8 @@ def level_density(values: Tensor, levels: ScalarQuantizer) -> tuple[np.ndarray, 
 
 def plot_levels(latents: Tensor, levels: ScalarQuantizer, unit: str) -> Figure:
     """Histograms of ``latents [C, N]`` before and after quantizing, with the levels; below, one for each channel."""
-    channels = len(latents)
-    columns = min(8, channels)
-    rows = math.ceil(channels / columns)
+    columns = min(8, len(latents))
+    rows = math.ceil(len(latents) / columns)
     figure = Figure(figsize=(12, 4.5 + 1.3 * rows), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[4.0 / 1.3, *[1] * rows])
     axes = figure.add_subplot(grid[0, :])

@@ -244,9 +244,8 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
         try:
             super().__init__(str(root), loader=self.read_moments, extensions=(".npz",))
         except FileNotFoundError as error:
-            raise UserError(
-                f"{root} holds no cached moments (<class>/<file>.npz); make them with main_cache.py"
-            ) from error
+            message = f"{root} holds no cached moments (<class>/<file>.npz); make them with main_cache.py"
+            raise UserError(message) from error
         self.shape: tuple[int, ...] | None = None
         self.metadata = read_cache_metadata(root) or {}
         planned = self.metadata.get("images", len(self.samples))
@@ -274,9 +273,8 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
         path = self.samples[index][0]
         moments = self.read_moments(path, VIEWS[which])
         if self.shape is not None and moments.shape != self.shape:
-            raise UserError(
-                f"cached moments {path} are {list(moments.shape)}, others {list(self.shape)}; run main_cache.py again"
-            )
+            shapes = f"{list(moments.shape)}, others {list(self.shape)}"
+            raise UserError(f"cached moments {path} are {shapes}; run main_cache.py again")
         return moments
 
     @staticmethod
@@ -321,9 +319,8 @@ def read_cache_metadata(root: str | Path) -> dict | None:
 def check_classes(classes: list[str], class_num: int, root: str | Path) -> None:
     """Raises UserError if the number of class folders under ``root`` is not ``class_num``."""
     if len(classes) != class_num:
-        raise UserError(
-            f"{root} has {len(classes)} class folders, but class_num is {class_num}: pass --class_num {len(classes)}"
-        )
+        count = len(classes)
+        raise UserError(f"{root} has {count} class folders, but class_num is {class_num}: pass --class_num {count}")
 
 
 # --------------------------------------------------------------------------------------------------------------------

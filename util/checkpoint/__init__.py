@@ -41,36 +41,27 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = hub.fetch(path) if hub.is_address(path) else Path(path)
     if not path.is_file():
-        raise UserError(
-            f"no checkpoint at {path}; check the path, or fetch the published one: python -m tools.download"
-        )
+        raise UserError(f"no checkpoint at {path}; check it, or fetch the published one: python -m tools.download")
     try:
         if path.suffix == safetensors_io.SUFFIX:
             content = safetensors_io.read(path)
         else:
             # Entries that nobody uses take no memory if the file is mapped; the format of old files does not allow it.
             archive = zipfile.is_zipfile(path)
-            if archive:
-                compare_checksums(path)
+            if archive:  # torch.load does not compare checksums
+                with zipfile.ZipFile(path) as file:
+                    if damaged := file.testzip():
+                        raise ValueError(f"the checksum of its record {damaged} is wrong")
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is damaged, or holds more than data and was not loaded, since it could run code"
-        ) from error
+        message = f"{path} is damaged, or holds more than data and was not loaded, since it could run code"
+        raise UserError(message) from error
     except Exception as error:  # zip, tensor and unpickler errors have no common class
         raise UserError(f"{path} cannot be read ({reason(error)}); it is damaged or no checkpoint") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
     return content
-
-
-def compare_checksums(path: Path) -> None:
-    """Raises ValueError if a record of the archive differs from its checksum, which torch.load does not look at."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of its record {damaged} is wrong")
 
 
 def located(path: str | Path | hub.Address, names: Sequence[str], **options) -> Path:
@@ -94,11 +85,7 @@ def located(path: str | Path | hub.Address, names: Sequence[str], **options) -> 
 
 
 def config_beside(path: Path) -> Any:
-    """The content of ``config.json`` beside a safetensors file; None if there is none.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The content of ``config.json`` beside a safetensors file; None without one, UserError if it is damaged."""
     beside = path.with_name(HUB_CONFIG)
     return read_json(beside) if path.suffix == safetensors_io.SUFFIX and beside.is_file() else None
 
@@ -122,8 +109,7 @@ def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float
         raise UserError(f"{path} holds no tokenizer: expected its weights under 'model'")
     if "class_emb.weight" in weights:
         raise UserError(f"{path} is a TokenBridge, not a tokenizer: it goes with --resume")
-    vae_config, latent_factor = tokenizer_of(config, path)
-    return weights, vae_config, latent_factor
+    return weights, *tokenizer_of(config, path)
 
 
 def tokenizer_of(config: Any, path: str | Path) -> tuple[dict[str, Any], float]:
@@ -162,9 +148,8 @@ def save_vae(path: str | Path, vae: nn.Module, latent_factor: float) -> None:
 
 def older(path: Path) -> list[Path]:
     """The earlier checkpoints that :func:`save` kept beside ``path``, the newest first."""
-    kept = path.parent.glob(f"{path.stem}.*{path.suffix}")
-    numbered = [(int(old.stem.rsplit(".", 1)[1]), old) for old in kept if old.stem.rsplit(".", 1)[1].isdigit()]
-    return [old for _, old in sorted(numbered)]
+    kept = {old.stem.rsplit(".", 1)[1]: old for old in path.parent.glob(f"{path.stem}.*{path.suffix}")}
+    return [kept[age] for age in sorted(filter(str.isdigit, kept), key=int)]
 
 
 def find(resume: str | Path | hub.Address, **options) -> Path:

@@ -62,9 +62,8 @@ def parse(address: str | Path) -> Address:
     """
     found = ADDRESS.fullmatch(str(address))
     if found is None:
-        raise UserError(
-            f"{address} is no address on the Hub: write hf://owner/repo/path or hf://owner/repo@revision/path"
-        )
+        form = "hf://owner/repo/path or hf://owner/repo@revision/path"
+        raise UserError(f"{address} is no address on the Hub: write {form}")
     return Address(found["repo"], found["revision"], (found["path"] or "").strip("/"))
 
 
@@ -150,18 +149,9 @@ def fetch(address: str | Path | Address, names: Sequence[str] = (), **options) -
     with explained(place):
         places = sorted((place._replace(path=file) for file in files), key=lambda file: cached(file, **options) is None)
     for file in places[:-1]:
-        try:
-            return fetch_file(file, **options)
-        except UserError as error:
-            if not is_missing(error):
-                raise
+        if found := fetch_if_there(file, **options):
+            return found
     return fetch_file(places[-1], **options)
-
-
-def is_missing(error: UserError) -> bool:
-    """Whether :func:`fetch` failed because the Hub says that there is no such file."""
-    cause = error.__cause__
-    return isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError)
 
 
 def cached(place: Address, cache_dir: str | Path | None = None, **_) -> str | None:
@@ -171,7 +161,7 @@ def cached(place: Address, cache_dir: str | Path | None = None, **_) -> str | No
 
 
 def fetch_file(place: Address, **options) -> Path:
-    """:func:`fetch` of one file."""
+    """The path of one file in the client's cache, see :func:`fetch`."""
     if not place.path:
         raise UserError(f"{place} names no file: write hf://owner/repo/path")
     with explained(place):
@@ -186,12 +176,19 @@ def fetch_file(place: Address, **options) -> Path:
     return path
 
 
-def fetch_beside(address: str | Path | Address, found: Path, name: str, **options) -> None:
-    """Fetches the file ``name``, if there is one, from the folder and commit of a file that was fetched.
+def fetch_if_there(place: Address, **options) -> Path | None:
+    """:func:`fetch_file`, or None if the Hub says that there is no such file."""
+    try:
+        return fetch_file(place, **options)
+    except UserError as error:
+        cause = error.__cause__
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            return None
+        raise
 
-    Args:
-        address: what was passed to :func:`fetch`.
-        found: what it returned.
+
+def fetch_beside(address: str | Path | Address, found: Path, name: str, **options) -> None:
+    """Fetches ``name``, if there is such a file, from the folder and commit of ``found``, which came from ``address``.
 
     Raises:
         UserError: there is such a file, or may be, but it cannot be fetched.
@@ -201,13 +198,8 @@ def fetch_beside(address: str | Path | Address, found: Path, name: str, **option
     commit = found.parents[len(PurePosixPath(folder).parts)].name  # the cache has a folder for each commit
     beside = place._replace(revision=commit, path=f"{folder}/{name}".lstrip("/"))
     known = try_to_load_from_cache(place.repo, beside.path, options.get("cache_dir"), commit)
-    if known is not None and not isinstance(known, str):  # the cache remembers that the Hub has none
-        return
-    try:
-        fetch_file(beside, **options)
-    except UserError as error:
-        if not is_missing(error):
-            raise
+    if known is None or isinstance(known, str):  # else the cache remembers that the Hub has none
+        fetch_if_there(beside, **options)
 
 
 def make_repo(repo_id: str, private: bool | None = None, token: str | None = None) -> None:
