@@ -26,8 +26,7 @@ CONTENT_NAMES = (checkpoint.CHECKPOINT_NAME, checkpoint.SAFE_NAME, *checkpoint.V
 def convert(source: str | Path, target: str | Path, weights: str | None = None) -> None:
     """Writes a checkpoint in the format that the suffix of ``target`` names, ``.safetensors`` or ``.pth``.
 
-    Args:
-        weights: ``"model"`` or ``"model_ema"`` to write only those, with the quantizer's tables; by default everything.
+    With ``weights``, ``"model"`` or ``"model_ema"``, only those and the quantizer's tables are written.
 
     Raises:
         UserError: see :func:`util.checkpoint.read`; ``target`` has another suffix or exists; there are no such weights.
@@ -87,11 +86,7 @@ def shortened(value: Any) -> str:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes a folder that ``from_pretrained`` reads, and uploads it with ``--push_to_hub``.
-
-    Raises:
-        UserError: the source cannot be read, the folder cannot be written, or the Hub refuses or cannot be reached.
-    """
+    """Writes a folder that ``from_pretrained`` reads, and uploads it with ``--push_to_hub``."""
     folder = Path(args.folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already; choose another folder")

@@ -55,11 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def find_published(name: str, revision: str | None) -> tuple[ModelInfo, RepoSibling]:
-    """The repository that has the file ``name``, and the file there.
-
-    Raises:
-        UserError: none has it, or the Hub cannot be reached.
-    """
+    """The repository that has the file ``name``, and the file there; UserError if there is none or no network."""
     repos, ending = ON_THE_HUB[name]
     for repo in repos:
         place = hub.Address(repo, revision if repo == hub.MODELS_REPO else None, "")
@@ -108,15 +104,8 @@ def readable(path: Path) -> bool:
 def fetch(what: hub.Address | str, url: str, target: Path, whole: Callable[[Path], bool], **options) -> None:
     """Fetches a file to ``target``, unless a whole one is there; continues an interrupted download.
 
-    The Hub's own ``hf_hub_download`` starts again from the beginning if its process was ended.
-
-    Args:
-        what: the file's name for messages.
-        whole: whether a file has the content that it should have.
-        options: of ``http_get``.
-
-    Raises:
-        UserError: the file cannot be fetched, or arrived damaged.
+    The Hub's own ``hf_hub_download`` starts from the beginning if its process was ended. ``whole`` tells whether a file
+    has the right content; ``options`` are those of ``http_get``.
     """
     if target.is_file() and whole(target):
         log.info("%s is there already, and whole", target)

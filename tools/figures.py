@@ -145,11 +145,7 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def load_model(resume: str, flag: str, latent_factor: float, args: argparse.Namespace) -> TokenBridge:
-    """The model in folder ``resume``, which ``flag`` named.
-
-    Raises:
-        UserError: there is no checkpoint, it is damaged, or its latents are scaled by another factor.
-    """
+    """The model in folder ``resume``, which ``flag`` named; UserError if it does not fit the tokenizer."""
     if not resume:
         raise errors.UserError(f"{flag} is missing: name the folder that holds {checkpoint.CHECKPOINT_NAME}")
     path = checkpoint.find(resume)
@@ -162,14 +158,13 @@ def load_model(resume: str, flag: str, latent_factor: float, args: argparse.Name
 @torch.no_grad()
 def sample(
     model: TokenBridge,
-    vae: AutoencoderKL,
-    latent_factor: float,
+    tokenizer: tuple[AutoencoderKL, float],
     labels: Sequence[int],
     order: str,
     args: argparse.Namespace,
 ) -> tuple[Tensor, Tensor]:
     """Images as bytes ``[N, 3, H, W]``, and maps of the confidence of their tokens as pictures of the same size."""
-    images, maps = [], []
+    (vae, latent_factor), images, maps = tokenizer, [], []
     seeds = image_seeds(args.gen_seed, range(len(labels)))
     for start in range(0, len(labels), args.batch_size):
         part = slice(start, start + args.batch_size)
@@ -195,13 +190,7 @@ def readable(names: Sequence[str]) -> list[str]:
 
 
 def find_classes(asked: Sequence[str] | None, names: Sequence[str]) -> list[int]:
-    """Labels of the classes ``asked`` for by number, or by a name or one of its parts between commas.
-
-    By default up to eight labels, evenly spaced.
-
-    Raises:
-        UserError: there is no such class; the message suggests similar names.
-    """
+    """Labels of the classes ``asked`` for by number, name, or part of a name between commas; by default eight."""
     if asked is None:
         count = min(8, len(names))
         return [i * len(names) // count for i in range(count)]
@@ -231,16 +220,16 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     labels = find_classes(args.classes, names)
     if args.figure == "samples":
         check_positive(args, "per_class")
-        rows = [sample(model, *tokenizer, labels * args.per_class, args.order, args)[0]]
+        rows = [sample(model, tokenizer, labels * args.per_class, args.order, args)[0]]
     elif args.figure == "parallel":
         other = load_model(args.resume_parallel, "--resume_parallel", latent_factor, args).to(device)
         for each, head, flag in ((model, "ar", "--resume"), (other, "parallel", "--resume_parallel")):
             if each.config["head"] != head:
                 raise errors.UserError(f"{flag} needs a model of --head {head}; this one's is {each.config['head']}")
-        rows = [sample(each, *tokenizer, labels, args.order, args)[0] for each in (other, model)]
+        rows = [sample(each, tokenizer, labels, args.order, args)[0] for each in (other, model)]
     else:
-        random_order, _ = sample(model, *tokenizer, labels, "random", args)
-        rows = [random_order, *sample(model, *tokenizer, labels, "confidence", args)]
+        random_order, _ = sample(model, tokenizer, labels, "random", args)
+        rows = [random_order, *sample(model, tokenizer, labels, "confidence", args)]
     titles = [names[label].split(",")[0] for label in labels]
     save_grid(torch.cat(rows), args.output, columns=len(labels), titles=titles, min_size=128)
 

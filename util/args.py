@@ -7,10 +7,7 @@ from util.misc import PRECISIONS
 
 
 def new_parser(description: str, module: str | None = None) -> argparse.ArgumentParser:
-    """A parser whose ``--help`` shows defaults, and which takes no abbreviated flags.
-
-    ``module`` is the name of a command that one types as ``python -m module``.
-    """
+    """A parser of a script, or of ``python -m module``; help shows defaults, flags cannot be abbreviated."""
     formatter, prog = argparse.ArgumentDefaultsHelpFormatter, module and f"python -m {module}"
     return argparse.ArgumentParser(prog, description=description, formatter_class=formatter, allow_abbrev=False)
 

@@ -59,11 +59,7 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: there is no such file, or it is damaged.
-    """
+    """The content of a JSON file; UserError if there is none or it is damaged."""
     try:
         return json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -72,11 +68,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """The path of ``name``, itself a relative path, in ``folder``.
-
-    Raises:
-        UserError: ``name`` leads out of ``folder``.
-    """
+    """The path of ``name``, a relative path, in ``folder``; UserError if it leads out of ``folder``."""
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
         raise UserError(f"the name {name!r} leads out of {folder}; nothing was written there")

@@ -65,11 +65,7 @@ def image_transform(img_size: int) -> transforms.Compose:
 
 
 def existing_folder(root: str | Path, what: str) -> Path:
-    """``root`` as a path.
-
-    Raises:
-        UserError: it is not a folder.
-    """
+    """``root`` as a path; UserError if it is not a folder."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no {what} at {root}: it is not a folder; check the path")
@@ -130,8 +126,7 @@ class ImageFolder(MirrorDraws, datasets.ImageFolder):
     Args:
         transform: of the image; must give a tensor ``[3, H, W]`` where ``mirror`` is set.
         mirror: mirror each image with probability 1/2.
-        bad_images: lists images that cannot be read; the next readable one takes their place. Without it they are
-            errors.
+        bad_images: lists unreadable images, which the next readable one replaces; by default they are errors.
 
     Raises:
         UserError: there is no such folder, it holds no class folders, or one of them holds no images.
@@ -147,11 +142,7 @@ class ImageFolder(MirrorDraws, datasets.ImageFolder):
             raise UserError(f"{root} is not a folder of class folders with images: {what}") from error
 
     def read(self, index: int) -> tuple:
-        """Image (transformed, not mirrored) and label of item ``index``.
-
-        Raises:
-            UserError: it cannot be read.
-        """
+        """Image (transformed, not mirrored) and label of item ``index``; UserError if it cannot be read."""
         try:
             return super().__getitem__(index)
         except (ValueError, MemoryError) as error:  # the crop's
@@ -187,11 +178,7 @@ class ImageFolderWithFilename(ImageFolder):
 
 
 class ImagesToCache(ImageFolderWithFilename):
-    """The images that a cache still lacks: an item is None if its moments are in the cache, or the image is bad.
-
-    Other items are those of :class:`ImageFolderWithFilename`. Moments that are damaged or not of ``shape``,
-    ``[2C, h, w]``, are to be made anew.
-    """
+    """The images that a cache lacks: None for those of which it has moments of ``shape``, and for bad ones."""
 
     def __init__(self, *args, cached_path: str | Path, shape: tuple[int, ...], **kwargs):
         super().__init__(*args, **kwargs)
@@ -265,11 +252,7 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
         return str(Path(self.samples[index][0]).relative_to(self.root)).removesuffix(".npz")
 
     def view(self, index: int, which: int) -> Tensor:
-        """``moments`` (0) or ``moments_flip`` (1) of image ``index``, float32 ``[2C, h, w]``.
-
-        Raises:
-            UserError: see :meth:`read_moments`; or their shape is not :attr:`shape`.
-        """
+        """``moments`` (0) or ``moments_flip`` (1), float32 ``[2C, h, w]``; UserError if not of :attr:`shape`."""
         path = self.samples[index][0]
         moments = self.read_moments(path, VIEWS[which])
         if self.shape is not None and moments.shape != self.shape:
@@ -279,11 +262,7 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
 
     @staticmethod
     def read_moments(path: str | Path, name: str = "moments") -> Tensor:
-        """``moments`` or ``moments_flip``, ``[2C, h, w]``, of one file.
-
-        Raises:
-            UserError: the file is damaged, incomplete, or holds other values than finite floating-point ones.
-        """
+        """``moments`` or ``moments_flip``, ``[2C, h, w]``, of one file; UserError unless whole and finite floats."""
         try:
             values = read_arrays(path, name)[name]
             if values.dtype.kind != "f" or values.ndim != 3 or values.shape[0] % 2 or not values.size:
@@ -298,11 +277,7 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
 
 
 def read_cache_metadata(root: str | Path) -> dict | None:
-    """What main_cache.py stored beside a cache's class folders; None for a cache without it.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The content of a cache's ``cache.json``; None without one, UserError if it is damaged."""
     path = Path(root) / CACHE_METADATA
     if not path.exists():
         return None
@@ -362,11 +337,7 @@ def evenly_spaced(dataset: Dataset, limit: int) -> Subset:
 
 
 class ShuffledRankSampler(DistributedSampler):
-    """A process's share of a shuffled epoch, which can start in its middle.
-
-    Attributes:
-        start: how many items to skip, which were seen before an interruption.
-    """
+    """A process's share of a shuffled epoch, without its first ``start`` items, seen before an interruption."""
 
     start = 0
 

@@ -33,11 +33,7 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
 def find_inception_weights(path: str | None) -> Path:
-    """The file of Inception's weights: ``path``, by default torch-fidelity's download, which is made if it is missing.
-
-    Raises:
-        UserError: there is no file and it cannot be fetched; the message names its URL and its place.
-    """
+    """Inception's weights: ``path``, or torch-fidelity's download, fetched if missing; UserError if that fails."""
     name = URL_INCEPTION_V3.rsplit("/", 1)[1]
     place = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / name
     if path is None and not place.is_file() and misc.is_local_main_process():
@@ -56,11 +52,7 @@ def find_inception_weights(path: str | None) -> Path:
 
 
 def load_inception(path: str | None, device: torch.device) -> FeatureExtractorInceptionV3:
-    """torch-fidelity's Inception-v3 (the FID one) on ``device``.
-
-    Raises:
-        UserError: there is no file of weights, or it holds others.
-    """
+    """torch-fidelity's Inception-v3 (the FID one); UserError if there are no weights, or not those of it."""
     path = find_inception_weights(path)
     checkpoint.read(path)  # refuses code, which torch-fidelity would run
     try:
@@ -154,11 +146,7 @@ def gather_features(batches: list[tuple[Tensor, Tensor]], total: int, device: to
 
 
 def load_statistics(path: str | Path) -> dict[str, np.ndarray]:
-    """``mu [2048]`` and ``sigma [2048, 2048]`` of a reference file, float64.
-
-    Raises:
-        UserError: see :func:`util.files.read_arrays`; or the arrays have other shapes.
-    """
+    """``mu [2048]`` and ``sigma [2048, 2048]`` of a reference file, float64; UserError for other shapes or no file."""
     stats = read_arrays(path, "mu", "sigma")
     if stats["mu"].shape != (2048,) or stats["sigma"].shape != (2048, 2048):
         shapes = f"mu {list(stats['mu'].shape)}, sigma {list(stats['sigma'].shape)}"

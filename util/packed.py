@@ -7,6 +7,7 @@ images in each shard), ``names.json`` (``class/file`` of every image), ``checksu
 
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -99,11 +100,7 @@ class PackedCache(MirrorDraws, Dataset):
         return self.samples[index][0]
 
     def view(self, index: int, which: int) -> Tensor:
-        """``moments`` (0) or ``moments_flip`` (1) of image ``index``, float32 ``[2C, h, w]``.
-
-        Raises:
-            UserError: its checksum is wrong.
-        """
+        """``moments`` (0) or ``moments_flip`` (1), float32 ``[2C, h, w]``; UserError if the checksum is wrong."""
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         values = self._open(number)[index - self.starts[number], which]
         if zlib.crc32(values) != self.checksums[index, which]:
@@ -116,11 +113,7 @@ class PackedCache(MirrorDraws, Dataset):
 
 
 def open_cache(root: str | Path, mirror: bool = True) -> CachedFolder | PackedCache:
-    """The cache in folder ``root``, packed or of one file an image.
-
-    Raises:
-        UserError: there is none, or a damaged one.
-    """
+    """The cache in folder ``root``, packed or of one file an image; UserError if there is none or it is damaged."""
     packed = (Path(root) / PACKED_METADATA).exists()
     return PackedCache(root, mirror) if packed else CachedFolder(root, mirror)
 
@@ -129,22 +122,14 @@ def open_cache(root: str | Path, mirror: bool = True) -> CachedFolder | PackedCa
 # Converting.
 
 
-class BothViews(Dataset):
-    """Both views of a cache's images, ``[2, 2C, h, w]``."""
-
-    def __init__(self, cache: CachedFolder | PackedCache):
-        self.cache = cache
-
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.stack([self.cache.view(index, which) for which in (0, 1)])
+def both_views(cache: CachedFolder | PackedCache, indices: list[int]) -> Tensor:
+    """Moments of images and of their mirror images, ``[N, 2, 2C, h, w]``."""
+    return torch.stack([torch.stack([cache.view(index, which) for which in (0, 1)]) for index in indices])
 
 
 def read_all(cache: CachedFolder | PackedCache, num_workers: int) -> Iterator[Tensor]:
     """Both views, ``[2, 2C, h, w]``, of one image after the other, with a progress bar."""
-    loader = DataLoader(BothViews(cache), batch_size=256, num_workers=num_workers)
+    loader = DataLoader(range(len(cache)), 256, num_workers=num_workers, collate_fn=partial(both_views, cache))
     with misc.progress(loader, unit="batch", desc="converting") as batches:
         for batch in batches:
             yield from batch
@@ -182,11 +167,7 @@ def pack(cache: CachedFolder, root: str | Path, dtype: str, shard_images: int, n
 
 
 def unpack(cache: PackedCache, root: str | Path, num_workers: int) -> None:
-    """Writes a packed cache as one file an image, float32, with ``cache.json``.
-
-    Raises:
-        UserError: a shard is damaged, or the disk is full.
-    """
+    """Writes a packed cache as one file an image, float32, with ``cache.json``."""
     own = ("dtype", "shape", "shards", "classes")
     about = {name: value for name, value in cache.metadata.items() if name not in own}
     write_json(Path(root) / CACHE_METADATA, {**about, "complete": False})

@@ -95,9 +95,7 @@ def config_beside(path: Path) -> Any:
 
 
 def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float]:
-    """Weights, constructor arguments and latent factor of the tokenizer in ``path``.
-
-    Arguments and factor that the file does not hold are KL-16's.
+    """Weights, constructor arguments and latent factor of the tokenizer in ``path``; the latter two KL-16's by default.
 
     Raises:
         UserError: see :func:`read`; or the file holds no tokenizer.
@@ -113,9 +111,7 @@ def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float
 
 
 def tokenizer_of(config: Any, path: str | Path) -> tuple[dict[str, Any], float]:
-    """Constructor arguments and latent factor of a tokenizer by its ``config``, read from ``path``.
-
-    Those that ``config`` does not hold are KL-16's.
+    """Constructor arguments and latent factor in ``config``, read from ``path``; those that it lacks are KL-16's.
 
     Raises:
         UserError: no tokenizer can have such a configuration.
@@ -153,11 +149,7 @@ def older(path: Path) -> list[Path]:
 
 
 def find(resume: str | Path | hub.Address, **options) -> Path:
-    """The checkpoint in folder ``resume``, or ``resume`` itself if it is a file; see :func:`located`.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The checkpoint in folder ``resume``, or ``resume`` itself (see :func:`located`); UserError if there is none."""
     path = located(resume, (CHECKPOINT_NAME, SAFE_NAME, HUB_NAME), **options)
     if not path.is_file():
         there = "in" if Path(resume).is_dir() else "at"
@@ -202,11 +194,7 @@ def as_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def read_newest_whole(path: Path) -> tuple[dict[str, Any], Path]:
-    """The checkpoint at ``path`` and its file; if it is damaged, with a warning, the newest earlier one that is not.
-
-    Raises:
-        UserError: none of them can be read; the message is that of ``path``.
-    """
+    """The checkpoint at ``path``, or with a warning the newest earlier one that is whole; and its file."""
     try:
         return read_run(path), path
     except UserError as error:

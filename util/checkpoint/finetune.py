@@ -106,11 +106,7 @@ def grouped(names: Sequence[str]) -> list[str]:
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Excludes from training the parameters whose names match one of ``patterns``: ``encoder_blocks.*``, ``*.bias``.
-
-    Raises:
-        UserError: a pattern matches none, or all parameters are frozen.
-    """
+    """Excludes parameters from training by patterns (``*.bias``); UserError if one matches none, or all are frozen."""
     learned = dict(model.named_parameters())
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in learned):

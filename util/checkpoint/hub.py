@@ -55,11 +55,7 @@ def is_address(path: str | Path) -> bool:
 
 
 def parse(address: str | Path) -> Address:
-    """The parts of ``hf://owner/repo[@revision]/path``.
-
-    Raises:
-        UserError: ``address`` has another form.
-    """
+    """The parts of ``hf://owner/repo[@revision]/path``; UserError if ``address`` has another form."""
     found = ADDRESS.fullmatch(str(address))
     if found is None:
         form = "hf://owner/repo/path or hf://owner/repo@revision/path"
@@ -188,11 +184,7 @@ def fetch_if_there(place: Address, **options) -> Path | None:
 
 
 def fetch_beside(address: str | Path | Address, found: Path, name: str, **options) -> None:
-    """Fetches ``name``, if there is such a file, from the folder and commit of ``found``, which came from ``address``.
-
-    Raises:
-        UserError: there is such a file, or may be, but it cannot be fetched.
-    """
+    """Fetches ``name``, if there is such a file, from the folder and commit of ``found``, fetched from ``address``."""
     place = parse(address)
     folder = place.path.removesuffix(found.name).strip("/")
     commit = found.parents[len(PurePosixPath(folder).parts)].name  # the cache has a folder for each commit
@@ -203,12 +195,7 @@ def fetch_beside(address: str | Path | Address, found: Path, name: str, **option
 
 
 def make_repo(repo_id: str, private: bool | None = None, token: str | None = None) -> None:
-    """Makes a model's repository, if there is none.
-
-    Raises:
-        UserError: it should be private, but is there already and public.
-        Others: see :func:`explained`.
-    """
+    """Makes a model's repository, if there is none; UserError if one should be private but is already public."""
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if private and not api.model_info(repo_id).private:

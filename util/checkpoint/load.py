@@ -51,8 +51,7 @@ def matching(
     """The entries of ``weights`` that ``expected`` names; a warning lists the others.
 
     Raises:
-        UserError: entries are missing, have another shape or type, or hold values that are not finite; the message
-            lists them and ends with ``hint``.
+        UserError: entries are missing, or their shape, type or values do not fit; it lists them, with ``hint``.
     """
     problems: dict[str, list[str]] = {"missing": [], "of another shape or type": [], "not finite": []}
     for name, value in expected.items():
@@ -78,11 +77,7 @@ def matching(
 
 
 def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path, ema: bool) -> None:
-    """Loads a checkpoint's averaged (``ema``) or plain weights, and the quantizer's tables if it has them.
-
-    Raises:
-        UserError: the checkpoint has no such weights, or they do not fit.
-    """
+    """Loads averaged (``ema``) or plain weights, and the quantizer's tables; UserError if there are none that fit."""
     ema = ema and content.get("averaged") is not True  # a file of averages only has them under "model"
     key = "model_ema" if ema else "model"
     weights, plain = content.get(key), content.get("model")
@@ -101,11 +96,7 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path,
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: str | Path) -> None:
-    """Loads an optimizer's moments; its settings, such as rates, stay those of this run's flags.
-
-    Raises:
-        UserError: the state is damaged, or of another model.
-    """
+    """Loads an optimizer's moments, not its settings, such as rates; UserError if they are damaged or do not fit."""
     options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
         # Copies, since what was read may be mapped from a file that this run replaces.

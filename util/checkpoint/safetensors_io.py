@@ -25,11 +25,7 @@ def tensor_bytes(value: Tensor) -> memoryview:
 
 
 def take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON can hold it; its tensors are put into ``tensors`` under their path.
-
-    Raises:
-        ValueError: it holds something other than plain types, tensors and a Namespace.
-    """
+    """``value`` as JSON can hold it, its tensors put into ``tensors`` by path; ValueError if it holds other objects."""
     if isinstance(value, Tensor):
         while path in tensors:  # a key with a dot may give the path of another tensor
             path += "_"
@@ -49,11 +45,7 @@ def take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of :func:`take_tensors`.
-
-    Raises:
-        ValueError, KeyError, TypeError: ``tree`` was not made by it.
-    """
+    """The inverse of :func:`take_tensors`; KeyError, TypeError or ValueError for another ``tree``."""
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
@@ -94,11 +86,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint that :func:`write` wrote; of another program's file the tensors, under ``model``.
-
-    Raises:
-        ValueError and others: the file is damaged.
-    """
+    """What :func:`write` wrote, or another program's tensors under ``model``; ValueError or others if damaged."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
