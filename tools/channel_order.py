@@ -25,10 +25,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__, "tools.channel_order")
     parser.add_argument("--cached_path", default="", help="a cache of main_cache.py or tools.pack")
-    parser.add_argument("--patch_size", type=int, default=1, help="latent positions a token covers, each way")
-    parser.add_argument(
-        "--cutoff", type=float, default=0.5, help="low frequencies end here, as a share of the highest (Nyquist's)"
-    )
+    parser.add_argument("--patch_size", type=int, default=1, help="side of a token in latent positions")
+    text = "up to which share of the highest (Nyquist's) frequency one counts as low"
+    parser.add_argument("--cutoff", type=float, default=0.5, help=text)
     parser.add_argument("--num_images", type=int, default=10000, help="at most, evenly spaced")
     parser.add_argument("--output_dir", default="./output_dir", help="for channel_order.json and channel_order.png")
     add_run_args(parser, batch_size=64, seed=0, precision="fp32")
@@ -36,16 +35,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def low_frequencies(height: int, width: int, cutoff: float) -> Tensor:
-    """Which coefficients of ``fft2`` lie within ``cutoff`` times Nyquist's frequency of zero: bool ``[h, w]``."""
+    """Which coefficients of ``fft2`` have a frequency of at most ``cutoff`` times Nyquist's: bool ``[h, w]``."""
     rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)  # in cycles a position, Nyquist's is 1/2
     return (rows[:, None] ** 2 + columns**2).sqrt() <= cutoff / 2
 
 
 def energies(maps: Tensor, low: Tensor) -> Tensor:
-    """Sums over maps ``[N, C, h, w]`` that :func:`low_shares` makes shares of, ``[4, C]``.
+    """Sums ``[4, C]`` over maps ``[N, C, h, w]``, from which :func:`low_shares` computes shares.
 
-    Energy at the ``low [h, w]`` frequencies but zero, energy at all but zero, and first and second moment of the
-    coefficients at zero.
+    These are the energy at the ``low [h, w]`` frequencies without zero, that at all frequencies without zero, and the
+    sum and the sum of squares of the coefficients at frequency zero.
     """
     spectrum = torch.fft.fft2(maps.double())
     zero = spectrum[..., 0, 0].real
@@ -58,7 +57,7 @@ def energies(maps: Tensor, low: Tensor) -> Tensor:
 def low_shares(sums: Tensor, images: int) -> Tensor:
     """Shares ``[C]`` of energy at low frequencies, from :func:`energies` summed over all images.
 
-    At frequency zero what varies from image to image counts; an offset that all share is no information.
+    Frequency zero counts by its variation over images: an offset that all images share carries no information.
     """
     low, total, first, second = sums
     zero = (second - first**2 / images).clamp(min=0)
@@ -71,7 +70,7 @@ def frequency_order(shares: Tensor) -> list[int]:
 
 
 def plot(shares: Tensor, order: list[int], cutoff: float) -> Figure:
-    """Bars of the shares, in order."""
+    """A bar for each channel's share, in generation order."""
     figure = Figure(figsize=(max(4.0, 0.45 * len(order)), 3.5), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(order)), shares[order].tolist())
@@ -96,9 +95,8 @@ def main() -> None:
         channels, height, width = cache.shape
         p = args.patch_size
         if height % p or width % p or height // p < 4 or width // p < 4:
-            raise errors.UserError(
-                f"{args.cached_path} holds latents of {height}x{width}: with --patch_size {p} too few for frequencies"
-            )
+            few = f"with --patch_size {p} too few for frequencies"
+            raise errors.UserError(f"{args.cached_path} holds latents of {height}x{width}: {few}")
         chosen = evenly_spaced(cache, args.num_images)
         loader = loader_of_all(chosen, device, args)
         low = low_frequencies(height // p, width // p, args.cutoff)
@@ -106,7 +104,7 @@ def main() -> None:
         with misc.progress(loader, unit="batch", desc="measuring") as batches:
             for moments, _ in batches:
                 latents = DiagonalGaussianDistribution(moments.to(device)).mode()
-                # One map for each channel of a token, ordered as patchify orders them.
+                # A map for each channel of a token; pixel_unshuffle orders them as the model's patchify does.
                 sums += energies(torch.nn.functional.pixel_unshuffle(latents, p), low)
         shares = low_shares(misc.all_reduce_mean(sums).cpu() * misc.get_world_size(), len(chosen))
         order = frequency_order(shares)
@@ -115,8 +113,8 @@ def main() -> None:
             misc.log.info("--channel_order %s", ",".join(map(str, order)))
             out = Path(args.output_dir)
             about = {"images": len(chosen), "cutoff": args.cutoff, "patch_size": p, "cached_path": args.cached_path}
-            figures = {"order": order, "shares": shares.tolist(), **about, **provenance()}
-            write_json(out / "channel_order.json", figures)
+            content = {"order": order, "shares": shares.tolist(), **about, **provenance()}
+            write_json(out / "channel_order.json", content)
             save_figure(plot(shares, order, args.cutoff), out / "channel_order.png")
             misc.log.info("wrote %s/channel_order.json and channel_order.png", out)
         misc.barrier()

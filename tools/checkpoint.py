@@ -1,4 +1,4 @@
-"""As a command: python -m tools.checkpoint show|convert|export."""
+"""Shows, converts and exports checkpoints: ``python -m tools.checkpoint show|convert|export``."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -11,34 +11,25 @@ from torch import Tensor
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from util import errors
+from util import checkpoint, errors
 from util.args import new_parser
-from util.checkpoint import (
-    CHECKPOINT_NAME,
-    SAFE_NAME,
-    VAE_NAMES,
-    as_run,
-    config_beside,
-    hub,
-    located,
-    read,
-    safetensors_io,
-)
+from util.checkpoint import as_run, config_beside, hub, located, read, safetensors_io
 from util.errors import UserError
 from util.files import read_json, written_whole
 from util.metrics import TITLES
 from util.misc import log, start_log
 
+#: Files to look for in a folder of a model or tokenizer, in this order.
+CONTENT_NAMES = (checkpoint.CHECKPOINT_NAME, checkpoint.SAFE_NAME, *checkpoint.VAE_NAMES)
+
 
 def convert(source: str | Path, target: str | Path, weights: str | None = None) -> None:
-    """Writes a checkpoint in the other format, or its weights alone, by their names.
+    """Writes a checkpoint in the format that the suffix of ``target`` names, ``.safetensors`` or ``.pth``.
 
-    Args:
-        target: ``.safetensors`` or ``.pth``.
-        weights: ``"model"`` or ``"model_ema"`` for those weights alone (with the tables of ``model``), else everything.
+    With ``weights``, ``"model"`` or ``"model_ema"``, only those and the quantizer's tables are written.
 
     Raises:
-        UserError: see :func:`read`; the target has another suffix or is there; or there are no such weights.
+        UserError: see :func:`util.checkpoint.read`; ``target`` has another suffix or exists; there are no such weights.
     """
     target = Path(target)
     if target.suffix not in (safetensors_io.SUFFIX, ".pth", ".ckpt"):
@@ -66,12 +57,8 @@ def convert(source: str | Path, target: str | Path, weights: str | None = None) 
 
 
 def summary(path: str | Path, tensors: bool = False) -> list[str]:
-    """What is in a checkpoint, in lines.
-
-    Args:
-        tensors: also list every tensor.
-    """
-    path = located(path, (CHECKPOINT_NAME, SAFE_NAME, *VAE_NAMES))
+    """Lines that describe what is in a checkpoint; with ``tensors`` one for every tensor, too."""
+    path = located(path, CONTENT_NAMES)
     content = read(path)
     if "config" not in content and (config := config_beside(path)):
         content["config"] = config
@@ -93,9 +80,42 @@ def summary(path: str | Path, tensors: bool = False) -> list[str]:
 
 
 def shortened(value: Any) -> str:
-    """A value on a line of its own."""
+    """A value in at most 100 characters."""
     text = f"tensor {list(value.shape)}" if isinstance(value, Tensor) else str(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes a folder that ``from_pretrained`` reads, and uploads it with ``--push_to_hub``."""
+    folder = Path(args.folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; choose another folder")
+    source = located(args.source, CONTENT_NAMES)
+    if "_class_name" in (config_beside(source) or {}):
+        raise UserError(f"{source} is a tokenizer of diffusers already, which from_pretrained reads as it is")
+    content = read(source)
+    place = hub.Address(args.push_to_hub or "", None, "")
+    if args.push_to_hub:  # first, so that nothing is written if it fails
+        with hub.explained(place, "write to"):
+            hub.make_repo(args.push_to_hub, args.private)
+    if any("post_quant_conv.weight" in (content.get(name) or content) for name in ("model", "state_dict")):
+        vae, latent_factor = AutoencoderKL.from_pretrained(source)
+        if args.figures or args.licence or args.tokenizer:
+            raise UserError(f"{source} is a tokenizer: --figures, --licence and --tokenizer are for a model's card")
+        vae.save_pretrained(folder, latent_factor)
+    else:
+        figures = read_json(args.figures) if args.figures else None
+        if args.figures and not (isinstance(figures, dict) and set(TITLES) & set(figures)):
+            hint = "name the samples.json of an evaluation that measured some"
+            raise UserError(f"{args.figures} holds no metrics: {hint}")
+        card = {"figures": figures, "licence": args.licence, "tokenizer": args.tokenizer}
+        card["repo_id"] = args.push_to_hub or str(folder)
+        model = TokenBridge.from_content(as_run(content, source), source, False if args.no_ema else None)
+        model.save_pretrained(folder, model_card_kwargs=card)
+    log.info("wrote %s, of %s", folder, source)
+    if args.push_to_hub:
+        with hub.explained(place, "write to"):
+            print(HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=folder))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -110,56 +130,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     change.add_argument("source")
     change.add_argument("target")
     change.add_argument("--weights", choices=["model", "model_ema"], help="these alone; by default everything")
-    export = commands.add_parser(
-        "export", help="a model or tokenizer to a folder that from_pretrained reads, or the Hub"
-    )
+    about = "a model or tokenizer to a folder that from_pretrained reads, or the Hub"
+    export = commands.add_parser("export", help=about)
     export.add_argument("source", help="a checkpoint, its folder, a tokenizer, or an address on the Hub")
-    export.add_argument("folder", help="of model.safetensors, config.json and a model card")
+    export.add_argument("folder", help="where to write model.safetensors, config.json and a model card")
     export.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
     export.add_argument("--figures", help="samples.json of an evaluation, for the model card")
     export.add_argument("--licence", help="of the weights, for the model card, such as mit")
-    export.add_argument("--tokenizer", help="for the model card: where from_pretrained finds the model's")
-    export.add_argument("--push_to_hub", metavar="OWNER/REPO", help="also put it there; made if there is none")
+    export.add_argument("--tokenizer", help="where its tokenizer lies, for the model card")
+    export.add_argument("--push_to_hub", metavar="OWNER/REPO", help="also upload it there; made if there is none")
     export.add_argument("--private", action="store_true", help="make that repository a private one")
     return parser
-
-
-def export(args: argparse.Namespace) -> None:
-    """Writes a folder that ``from_pretrained`` reads, and puts it on the Hub where that is asked for.
-
-    Raises:
-        UserError: the source cannot be read, the folder not be written, or the Hub not be reached.
-    """
-    folder = Path(args.folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; choose another folder")
-    source = located(args.source, (CHECKPOINT_NAME, SAFE_NAME, *VAE_NAMES))
-    if "_class_name" in (config_beside(source) or {}):
-        raise UserError(f"{source} is a tokenizer of diffusers already, which from_pretrained reads as it is")
-    content = read(source)
-    here = hub.Address(args.push_to_hub or "", None, "")
-    if args.push_to_hub:  # before anything is written
-        with hub.explained(here, "write to"):
-            hub.make_repo(args.push_to_hub, args.private)
-    if any("post_quant_conv.weight" in (content.get(name) or content) for name in ("model", "state_dict")):
-        vae, latent_factor = AutoencoderKL.from_pretrained(source)
-        if args.figures or args.licence or args.tokenizer:
-            raise UserError(f"{source} is a tokenizer: --figures, --licence and --tokenizer are for a model's card")
-        vae.save_pretrained(folder, latent_factor)
-    else:
-        figures = read_json(args.figures) if args.figures else None
-        if args.figures and not (isinstance(figures, dict) and set(TITLES) & set(figures)):
-            raise UserError(
-                f"{args.figures} holds no metrics: name the samples.json of an evaluation that measured some"
-            )
-        card = {"figures": figures, "licence": args.licence, "tokenizer": args.tokenizer}
-        card["repo_id"] = args.push_to_hub or str(folder)
-        model = TokenBridge.from_content(as_run(content, source), source, False if args.no_ema else None)
-        model.save_pretrained(folder, model_card_kwargs=card)
-    log.info("wrote %s, of %s", folder, source)
-    if args.push_to_hub:
-        with hub.explained(here, "write to"):
-            print(HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=folder))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

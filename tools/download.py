@@ -1,14 +1,13 @@
 """Fetches published models, their tokenizer and FID statistics into pretrained_models/ and fid_stats/.
 
-Interrupted downloads go on where they stopped. A file takes its place when it is whole: its size and hash are those
-that the Hub tells; of files elsewhere, of which no hash is published, the size and their own checksums are looked at.
+Interrupted downloads continue where they stopped. A file gets its name only after its content was checked: that of
+the Hub by its size and published hash, another one by the checksums that it contains.
 """
 
 import argparse
 import math
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_url
@@ -24,12 +23,13 @@ from util.errors import UserError
 from util.files import read_arrays
 from util.misc import log, start_log
 
-#: Where to: the repositories that may have it, and the end of its path there.
+#: The repositories that may have a file, and the end of its path there.
 ON_THE_HUB = {
     "tokenbridge_large": ([hub.MODELS_REPO], "tokenbridge_large/checkpoint-last.pth"),
     "tokenbridge_huge": ([hub.MODELS_REPO], "tokenbridge_huge/checkpoint-last.pth"),
     "vae": ([hub.MODELS_REPO, hub.VAE_REPO], "kl16.ckpt"),
 }
+#: Where the commands look for the files.
 TARGETS = {
     "tokenbridge_large": "pretrained_models/tokenbridge/tokenbridge_large/checkpoint-last.pth",
     "tokenbridge_huge": "pretrained_models/tokenbridge/tokenbridge_huge/checkpoint-last.pth",
@@ -54,19 +54,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def as_told(path: Path, file: RepoSibling) -> bool:
-    """Whether ``path`` has the size and hash that the Hub tells of ``file``."""
-    if path.stat().st_size != file.size:
-        return False
-    return hub.digest(path) == file.lfs.sha256 if file.lfs else hub.digest(path, git=True) == file.blob_id
-
-
 def find_published(name: str, revision: str | None) -> tuple[ModelInfo, RepoSibling]:
-    """The repository that has the file ``name``, and the file there.
-
-    Raises:
-        UserError: none has it, or the Hub cannot be reached.
-    """
+    """The repository that has the file ``name``, and the file there; UserError if there is none or no network."""
     repos, ending = ON_THE_HUB[name]
     for repo in repos:
         place = hub.Address(repo, revision if repo == hub.MODELS_REPO else None, "")
@@ -86,16 +75,37 @@ def find_published(name: str, revision: str | None) -> tuple[ModelInfo, RepoSibl
     )
 
 
+def fetch_published(name: str, target: Path, revision: str | None) -> None:
+    """Fetches a file of the Hub to ``target``, and says under which licence it is."""
+    info, file = find_published(name, revision)
+    tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
+    licence = (
+        f"its licence: {', '.join(tags)}" if tags else "it names no licence: ask its authors before you pass it on"
+    )
+    log.info("%s/%s at %s; %s", info.id, file.rfilename, info.sha, licence)
+
+    def whole(path: Path) -> bool:
+        expected = file.lfs.sha256 if file.lfs else file.blob_id
+        return path.stat().st_size == file.size and hub.digest(path, git=not file.lfs) == expected
+
+    url = hf_hub_url(info.id, file.rfilename, revision=info.sha, endpoint=constants.ENDPOINT)
+    place = hub.Address(info.id, info.sha, file.rfilename)
+    fetch(place, url, target, whole, headers=build_hf_headers(), expected_size=file.size)
+
+
+def readable(path: Path) -> bool:
+    """Whether a file holds statistics whose checksums are right."""
+    try:
+        return bool(read_arrays(path, "mu", "sigma"))
+    except UserError:
+        return False
+
+
 def fetch(what: hub.Address | str, url: str, target: Path, whole: Callable[[Path], bool], **options) -> None:
-    """Fetches a file, unless it is there already; goes on with what an interrupted download left.
+    """Fetches a file to ``target``, unless a whole one is there; continues an interrupted download.
 
-    Args:
-        what: for messages.
-        whole: tells whether a file is what it should be.
-        options: of ``http_get``.
-
-    Raises:
-        UserError: it cannot be had, or arrived damaged.
+    The Hub's own ``hf_hub_download`` starts from the beginning if its process was ended. ``whole`` tells whether a file
+    has the right content; ``options`` are those of ``http_get``.
     """
     if target.is_file() and whole(target):
         log.info("%s is there already, and whole", target)
@@ -103,44 +113,15 @@ def fetch(what: hub.Address | str, url: str, target: Path, whole: Callable[[Path
     beside = target.with_name(f".{target.name}.incomplete")
     target.parent.mkdir(parents=True, exist_ok=True)
     if not (beside.is_file() and whole(beside)):
-        try:
-            with hub.explained(what), open(beside, "ab") as file:
-                if file.tell() >= options.get("expected_size", math.inf):
-                    file.truncate(0)
-                http_get(url, file, resume_size=file.tell(), displayed_filename=target.name, **options)
-        finally:
-            if beside.is_file() and not beside.stat().st_size:
-                beside.unlink()
+        with hub.explained(what), open(beside, "ab") as file:
+            if file.tell() >= options.get("expected_size", math.inf):
+                file.truncate(0)
+            http_get(url, file, resume_size=file.tell(), displayed_filename=target.name, **options)
         if not whole(beside):
             beside.unlink()
             raise UserError(f"{what} arrived damaged: it is not what its origin tells; start again")
     os.replace(beside, target)
     log.info("wrote %s", target)
-
-
-def fetch_published(name: str, target: Path, revision: str | None) -> None:
-    """Fetches a file of the Hub, and says under which licence it is.
-
-    Raises:
-        UserError: see :func:`fetch`.
-    """
-    info, file = find_published(name, revision)
-    tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
-    licence = (
-        f"its licence: {', '.join(tags)}" if tags else "it names no licence: ask its authors before you pass it on"
-    )
-    log.info("%s/%s at %s; %s", info.id, file.rfilename, info.sha, licence)
-    url = hf_hub_url(info.id, file.rfilename, revision=info.sha, endpoint=constants.ENDPOINT)
-    place = hub.Address(info.id, info.sha, file.rfilename)
-    fetch(place, url, target, partial(as_told, file=file), headers=build_hf_headers(), expected_size=file.size)
-
-
-def readable(path: Path) -> bool:
-    """Whether a file holds statistics, its checksums right."""
-    try:
-        return bool(read_arrays(path, "mu", "sigma"))
-    except UserError:
-        return False
 
 
 def main(argv: Sequence[str] | None = None) -> None:

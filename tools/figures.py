@@ -4,7 +4,6 @@ import argparse
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,17 +56,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     samples.add_argument("--per_class", type=int, default=4, help="samples of each class")
     parallel = figures.add_parser("parallel", help="Figure 7: a parallel head above an autoregressive one", **options)
     parallel.add_argument("--resume_parallel", default="", help="folder of the checkpoint trained with --head parallel")
-    confidence = figures.add_parser(
-        "confidence", help="Figure 8: random order, order by confidence, and its map", **options
-    )
+    text = "Figure 8: random order, order by confidence, and a map of the confidence"
+    confidence = figures.add_parser("confidence", help=text, **options)
     for command in (samples, parallel, confidence):
         command.add_argument("--resume", default="", help=f"folder that holds {checkpoint.CHECKPOINT_NAME}")
-        command.add_argument(
-            "--classes", nargs="+", help="names or numbers; names are the class folders' or ImageNet's; default: some"
-        )
+        text = "names of class folders, ImageNet's names, or numbers; by default eight classes"
+        command.add_argument("--classes", nargs="+", help=text)
         command.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
         command.add_argument("--temperature", type=float, default=1.0)
-        command.add_argument("--gen_seed", type=int, default=0, help="with a sample's number, its seed")
+        command.add_argument("--gen_seed", type=int, default=0, help="gives sample n its seed, together with n")
         command.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
         add_sampling_args(command)
         add_vae_arg(command)
@@ -82,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def level_density(values: Tensor, levels: ScalarQuantizer) -> tuple[np.ndarray, np.ndarray]:
-    """Edges between levels, and the density of ``values`` that fall to each: what quantizing leaves of a histogram."""
+    """The histogram of quantized ``values``: edges half-way between levels, and the density between them."""
     indices, _ = levels(values)
     shares = torch.bincount(indices.flatten(), minlength=levels.levels).double() / indices.numel()
     centres = levels.dequantize(torch.arange(levels.levels)).double()
@@ -92,10 +89,9 @@ def level_density(values: Tensor, levels: ScalarQuantizer) -> tuple[np.ndarray, 
 
 
 def plot_levels(latents: Tensor, levels: ScalarQuantizer, unit: str) -> Figure:
-    """Histograms of ``latents [C, N]`` before and after quantizing, the levels below; then each channel's own."""
-    channels = len(latents)
-    columns = min(8, channels)
-    rows = math.ceil(channels / columns)
+    """Histograms of ``latents [C, N]`` before and after quantizing, with the levels; below, one for each channel."""
+    columns = min(8, len(latents))
+    rows = math.ceil(len(latents) / columns)
     figure = Figure(figsize=(12, 4.5 + 1.3 * rows), layout="constrained")
     grid = figure.add_gridspec(rows + 1, columns, height_ratios=[4.0 / 1.3, *[1] * rows])
     axes = figure.add_subplot(grid[0, :])
@@ -120,7 +116,7 @@ def plot_levels(latents: Tensor, levels: ScalarQuantizer, unit: str) -> Figure:
 
 
 def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
-    """Figure 3, from a cache."""
+    """Figure 3, from cached moments."""
     check_bits(args.quant_bits, "--quant_bits")
     check_positive(args, "num_images")
     if not args.cached_path:
@@ -133,7 +129,7 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
     latents = [DiagonalGaussianDistribution(moments).sample() * latent_factor for moments, _ in loader]
     latents = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, N]
     bounds, unit = (args.quant_min, args.quant_max), "scaled by the latent factor"
-    if args.quant_calibrate:  # in each channel's own deviations the levels of all are the same
+    if args.quant_calibrate:  # in units of its own deviation, each channel has the same levels
         mean, deviation = channel_statistics(None, loader, len(latents), latent_factor, torch.device("cpu"), "fp32")
         latents = (latents - torch.tensor(mean)[:, None]) / torch.tensor(deviation)[:, None]
         bounds, unit = (-3 * math.sqrt(3), 3 * math.sqrt(3)), "in each channel's deviations"
@@ -148,69 +144,53 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
 # Figures 2, 7, 8 and 9.
 
 
-@dataclass
-class Sampler:
-    """A model from a checkpoint, its tokenizer, and how to sample from it."""
+def load_model(resume: str, flag: str, latent_factor: float, args: argparse.Namespace) -> TokenBridge:
+    """The model in folder ``resume``, which ``flag`` named; UserError if it does not fit the tokenizer."""
+    if not resume:
+        raise errors.UserError(f"{flag} is missing: name the folder that holds {checkpoint.CHECKPOINT_NAME}")
+    path = checkpoint.find(resume)
+    content = checkpoint.read_run(path)
+    model = TokenBridge.from_content(content, path, ema=not args.no_ema)
+    check_config(content.get("config", {}), {**model.config, "latent_factor": latent_factor}, path)
+    return model
 
-    model: TokenBridge
-    class_names: list[str]
-    vae: AutoencoderKL
-    latent_factor: float
-    args: argparse.Namespace
 
-    @classmethod
-    def load(
-        cls, resume: str, flag: str, vae: AutoencoderKL, latent_factor: float, args: argparse.Namespace
-    ) -> "Sampler":
-        """From the checkpoint in folder ``resume``, which ``flag`` named, beside a tokenizer on its device.
-
-        Raises:
-            UserError: no such checkpoint, or a damaged one, or of another tokenizer.
-        """
-        if not resume:
-            raise errors.UserError(f"{flag} is missing: name the folder that holds {checkpoint.CHECKPOINT_NAME}")
-        path = checkpoint.find(resume)
-        content = checkpoint.read_run(path)
-        model = TokenBridge.from_content(content, path, ema=not args.no_ema)
-        check_config(content.get("config", {}), {**model.config, "latent_factor": latent_factor}, path)
-        names = model.metadata.get("class_names") or [str(label) for label in range(model.class_num)]
-        return cls(model.to(next(vae.parameters()).device), readable(names), vae, latent_factor, args)
-
-    @torch.no_grad()
-    def sample(self, labels: Sequence[int], seeds: Sequence[int], order: str) -> tuple[Tensor, Tensor]:
-        """Images as bytes ``[N, 3, H, W]``, and maps of the confidence of their tokens, likewise."""
-        images, maps = [], []
-        args, size = self.args, self.args.batch_size
-        for start in range(0, len(labels), size):
-            part = slice(start, start + size)
-            with misc.autocast(self.model.device, args.precision):
-                latents, confidence = self.model.sample_tokens(
-                    len(labels[part]), args.num_iter, args.cfg, args.cfg_schedule, torch.tensor(labels[part]),
-                    args.temperature, seeds=seeds[part], order=order, confidence_noise=args.confidence_noise,
-                    return_confidence=True,
-                )  # fmt: skip
-            images.append(decode_images(self.vae, latents / self.latent_factor, args.precision))
-            maps.append(
-                confidence_maps(confidence.unflatten(1, (self.model.grid_size, -1)).cpu(), images[-1].shape[-1])
-            )
-        return torch.cat(images), torch.cat(maps)
+@torch.no_grad()
+def sample(
+    model: TokenBridge,
+    tokenizer: tuple[AutoencoderKL, float],
+    labels: Sequence[int],
+    order: str,
+    args: argparse.Namespace,
+) -> tuple[Tensor, Tensor]:
+    """Images as bytes ``[N, 3, H, W]``, and maps of the confidence of their tokens as pictures of the same size."""
+    (vae, latent_factor), images, maps = tokenizer, [], []
+    seeds = image_seeds(args.gen_seed, range(len(labels)))
+    for start in range(0, len(labels), args.batch_size):
+        part = slice(start, start + args.batch_size)
+        with misc.autocast(model.device, args.precision):
+            latents, confidence = model.sample_tokens(
+                len(labels[part]), args.num_iter, args.cfg, args.cfg_schedule, torch.tensor(labels[part]),
+                args.temperature, seeds=seeds[part], order=order, confidence_noise=args.confidence_noise,
+                return_confidence=True,
+            )  # fmt: skip
+        images.append(decode_images(vae, latents / latent_factor, args.precision))
+        grids = confidence.unflatten(1, (model.grid_size, -1)).cpu()
+        maps.append(confidence_maps(grids, images[-1].shape[-1]))
+    return torch.cat(images), torch.cat(maps)
 
 
 def readable(names: Sequence[str]) -> list[str]:
-    """ImageNet's descriptions for names of its folders (n01440764); others as they are."""
+    """Class names with ImageNet's descriptions in place of its folders' names (n01440764)."""
     info = ImageNetInfo("imagenet-1k")
-    if len(names) == 1000 and names[0] == "0":  # a published checkpoint names none
+    if len(names) == 1000 and names[0] == "0":  # a published checkpoint has no class names
         return [info.index_to_description(label) for label in range(1000)]
     known = set(info.label_names())
     return [info.label_name_to_description(name) if name in known else name for name in names]
 
 
 def find_classes(asked: Sequence[str] | None, names: Sequence[str]) -> list[int]:
-    """Labels of classes ``asked`` for by name, or a part of it between commas, or by number; by default eight.
-
-    Raises:
-        UserError: no such class; close names are suggested.
-    """
+    """Labels of the classes ``asked`` for by number, name, or part of a name between commas; by default eight."""
     if asked is None:
         count = min(8, len(names))
         return [i * len(names) // count for i in range(count)]
@@ -220,10 +200,8 @@ def find_classes(asked: Sequence[str] | None, names: Sequence[str]) -> list[int]
             parts.setdefault(part.strip().lower(), label)
     labels = []
     for name in asked:
-        label = parts.get(name.strip().lower())
-        if label is None and name.isdigit() and int(name) < len(names):
-            label = int(name)
-        if label is None:
+        label = parts.get(name.strip().lower(), int(name) if name.isdigit() else -1)
+        if not 0 <= label < len(names):
             close = difflib.get_close_matches(name.lower(), parts, n=4)
             hint = f"did you mean {', '.join(close)}?" if close else f"there are {len(names)}, numbered from 0"
             raise errors.UserError(f"no class {name!r}: {hint}")
@@ -237,25 +215,22 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     check_range(args, 0, math.inf, "temperature", "confidence_noise", "gen_seed")
     vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
     tokenizer = vae.to(device, memory_format=torch.channels_last), latent_factor
-    sampler = Sampler.load(args.resume, "--resume", *tokenizer, args)
-    labels = find_classes(args.classes, sampler.class_names)
+    model = load_model(args.resume, "--resume", latent_factor, args).to(device)
+    names = readable(model.metadata.get("class_names") or [str(label) for label in range(model.class_num)])
+    labels = find_classes(args.classes, names)
     if args.figure == "samples":
         check_positive(args, "per_class")
-        labels_drawn = labels * args.per_class
-        rows = [sampler.sample(labels_drawn, image_seeds(args.gen_seed, range(len(labels_drawn))), args.order)[0]]
+        rows = [sample(model, tokenizer, labels * args.per_class, args.order, args)[0]]
+    elif args.figure == "parallel":
+        other = load_model(args.resume_parallel, "--resume_parallel", latent_factor, args).to(device)
+        for each, head, flag in ((model, "ar", "--resume"), (other, "parallel", "--resume_parallel")):
+            if each.config["head"] != head:
+                raise errors.UserError(f"{flag} needs a model of --head {head}; this one's is {each.config['head']}")
+        rows = [sample(each, tokenizer, labels, args.order, args)[0] for each in (other, model)]
     else:
-        seeds = image_seeds(args.gen_seed, range(len(labels)))
-        if args.figure == "parallel":
-            other = Sampler.load(args.resume_parallel, "--resume_parallel", *tokenizer, args)
-            for each, head, flag in ((sampler, "ar", "--resume"), (other, "parallel", "--resume_parallel")):
-                if each.model.config["head"] != head:
-                    raise errors.UserError(
-                        f"{flag} needs a model of --head {head}; this one's is {each.model.config['head']}"
-                    )
-            rows = [each.sample(labels, seeds, args.order)[0] for each in (other, sampler)]
-        else:
-            rows = [sampler.sample(labels, seeds, "random")[0], *sampler.sample(labels, seeds, "confidence")]
-    titles = [sampler.class_names[label].split(",")[0] for label in labels]
+        random_order, _ = sample(model, tokenizer, labels, "random", args)
+        rows = [random_order, *sample(model, tokenizer, labels, "confidence", args)]
+    titles = [names[label].split(",")[0] for label in labels]
     save_grid(torch.cat(rows), args.output, columns=len(labels), titles=titles, min_size=128)
 
 

@@ -1,4 +1,4 @@
-"""Converts a cache of one file an image to a packed one, or back: ``python -m tools.pack``."""
+"""Converts a cache of one file an image to a packed one, or back."""
 
 import argparse
 import math
@@ -14,11 +14,11 @@ from util.packed import DTYPES, PackedCache, open_cache, pack, unpack
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
-    parser = new_parser("Converts a cache of one file an image to a packed one, or back.", "tools.pack")
-    parser.add_argument("--cached_path", default="", help="the cache to read")
-    parser.add_argument("--output_dir", default="", help="folder to write the other one to")
-    parser.add_argument("--cache_dtype", choices=DTYPES, default="fp32", help="of a packed cache's values")
-    parser.add_argument("--shard_images", type=int, default=20000, help="images of each big file")
+    parser = new_parser(__doc__, "tools.pack")
+    parser.add_argument("--cached_path", default="", help="folder of the cache to convert")
+    parser.add_argument("--output_dir", default="", help="folder to write the converted cache to")
+    parser.add_argument("--cache_dtype", choices=DTYPES, default="fp32", help="type of the packed values")
+    parser.add_argument("--shard_images", type=int, default=20000, help="images in each file of the packed cache")
     parser.add_argument("--num_workers", type=int, default=10)
     parser.add_argument("--unpack", action="store_true", help="from packed to one file an image")
     return parser
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.unpack != isinstance(cache, PackedCache):
             state = "is packed already" if isinstance(cache, PackedCache) else "is not packed"
             raise UserError(f"{args.cached_path} {state}; see --unpack")
-        there = [name for name in (PACKED_METADATA, CACHE_METADATA) if (Path(args.output_dir) / name).exists()]
-        if there:
-            raise UserError(f"{args.output_dir} holds a cache already ({there[0]}); choose another folder")
+        for name in (PACKED_METADATA, CACHE_METADATA):
+            if (Path(args.output_dir) / name).exists():
+                raise UserError(f"{args.output_dir} holds a cache already ({name}); choose another folder")
         if args.unpack:
             unpack(cache, args.output_dir, args.num_workers)
         else:

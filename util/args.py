@@ -7,17 +7,13 @@ from util.misc import PRECISIONS
 
 
 def new_parser(description: str, module: str | None = None) -> argparse.ArgumentParser:
-    """A parser whose ``--help`` shows defaults, and which takes no abbreviated flags.
-
-    Args:
-        module: of a command that is typed as ``python -m module``.
-    """
+    """A parser of a script, or of ``python -m module``; help shows defaults, flags cannot be abbreviated."""
     formatter, prog = argparse.ArgumentDefaultsHelpFormatter, module and f"python -m {module}"
     return argparse.ArgumentParser(prog, description=description, formatter_class=formatter, allow_abbrev=False)
 
 
 def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, precision: str) -> None:
-    """Batches, workers, device, precision, seed."""
+    """Adds the flags of batches, workers, device, precision and seed."""
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=int, default=batch_size, help="images at once on each device")
     group.add_argument("--seed", type=int, default=seed, help="of everything random; each process adds its rank")
@@ -30,72 +26,56 @@ def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, pr
 
 
 def add_vae_arg(parser: argparse.ArgumentParser) -> None:
-    """The tokenizer's file."""
-    parser.add_argument(
-        "--vae_path",
-        default="pretrained_models/vae/kl16.ckpt",
-        help="tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring their own sizes "
-        "and latent factor; or hf://owner/repo[/path]",
+    """Adds the flag of the tokenizer's file."""
+    text = (
+        "tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring their own sizes and "
     )
+    text += "latent factor; or hf://owner/repo[/path]"
+    parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help=text)
 
 
 def add_mirror_arg(parser: argparse.ArgumentParser) -> None:
-    """Whether training may see mirror images."""
-    parser.add_argument(
-        "--no_mirror",
-        action="store_false",
-        dest="mirror",
-        help="never train on mirror images, for data that change their meaning (digits, text); by default half are",
+    """Adds the flag that says whether training sees mirror images."""
+    text = (
+        "never train on mirror images, for data whose meaning they change (digits, text); by default half are mirrored"
     )
+    parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
 def add_skip_arg(parser: argparse.ArgumentParser) -> None:
-    """What to do about images that cannot be read."""
-    parser.add_argument(
-        "--skip_bad_images",
-        action="store_true",
-        help="leave out images that cannot be read, count them, list them in bad_images-rank<n>.txt; by default errors",
-    )
+    """Adds the flag that says what happens to images that cannot be read."""
+    text = "leave out images that cannot be read, count them, list them in bad_images-rank<n>.txt; by default errors"
+    parser.add_argument("--skip_bad_images", action="store_true", help=text)
 
 
 def add_metrics_args(parser: argparse.ArgumentParser) -> None:
-    """What FID and its relatives are measured with and against."""
+    """Adds the flags of Inception's weights and the reference that images are compared with."""
     parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for FID")
-    parser.add_argument(
-        "--reference",
-        help="reference images for precision and recall, and for FID without statistics: a folder, or .npz with arr_0",
-    )
+    text = "reference images for precision and recall, and for FID without statistics: a folder, or .npz with arr_0"
+    parser.add_argument("--reference", help=text)
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
 
 
 def add_quantizer_args(parser: argparse.ArgumentParser, default: str | None) -> None:
-    """Which levels."""
+    """Adds the flags that say where the quantizer's levels lie."""
     text = "levels of equal probability under a normal, or of equal distance"
     parser.add_argument("--quantizer", choices=["gaussian", "linear"], default=default, help=text)
-    parser.add_argument(
-        "--quant_calibrate",
-        action="store_true",
-        help="range of each channel from its latents' own mean and deviation, 3 sqrt(3) deviations, not the bounds",
-    )
+    text = "each channel's range is 3 sqrt(3) deviations around the mean, both measured on its latents, not the bounds"
+    parser.add_argument("--quant_calibrate", action="store_true", help=text)
 
 
 def add_sampling_args(parser: argparse.ArgumentParser) -> None:
-    """In which order, and how, tokens are sampled."""
+    """Adds the flags of the steps, guidance schedule and order in which tokens are sampled."""
     parser.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
     parser.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear")
-    parser.add_argument(
-        "--order",
-        choices=["random", "raster", "confidence"],
-        default="random",
-        help="of tokens: random, row by row, or the most confident of all unknown ones first (Figure 8)",
-    )
-    parser.add_argument(
-        "--confidence_noise", type=float, default=0.0, help="Gumbel noise on confidences, falling to 0 over the steps"
-    )
+    text = "of tokens: random, row by row, or the most confident of all unknown ones first (Figure 8)"
+    parser.add_argument("--order", choices=["random", "raster", "confidence"], default="random", help=text)
+    text = "Gumbel noise on confidences, falling to 0 over the steps"
+    parser.add_argument("--confidence_noise", type=float, default=0.0, help=text)
 
 
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:
-    """Raises UserError unless ``bits`` is 1 to 9, or -1 where ``continuous`` latents make sense."""
+    """Raises UserError unless ``bits`` is 1 to 9, or -1 if ``continuous`` latents are allowed."""
     if not (1 <= bits <= 9 or (continuous and bits == -1)):
         also = ", or -1 for continuous latents" if continuous else ""
         raise UserError(f"{flag} {bits}: choose 1 to 9 bits, that is 2 to 512 levels{also}")

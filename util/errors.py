@@ -10,32 +10,31 @@ import torch.distributed as dist
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line; scripts print it and exit with status 2."""
+    """An error that the user can mend. Its message is one line; scripts print it and exit with status 2."""
 
 
 def reason(error: BaseException) -> str:
-    """What an error of any library says, in one line."""
+    """The first line of an error's message, or the error's type if the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def where() -> str:
-    """Which process speaks, if not the main one."""
+    """A prefix that names the process that prints a message; empty for the main one."""
     rank = os.environ.get("RANK", "0")
     return "" if rank == "0" else f"[process {rank}] "
 
 
 class Preempted(Exception):
-    """The run was asked to stop by a signal, and has saved: exit status 75 (EX_TEMPFAIL), start the command again."""
+    """A signal asked the run to stop, and it has saved; exit status 75 tells a scheduler to start the command again."""
 
 
-PREEMPTED_STATUS = 75
+PREEMPTED_STATUS = 75  # EX_TEMPFAIL
 
 
 def lost_process(error: RuntimeError) -> bool:
-    """Whether ``error`` is what a collective operation raises when another process is gone or stays away."""
-    return isinstance(error, dist.DistError) or any(
-        part in str(error) for part in ("gloo", "NCCL", "Connection closed")
-    )
+    """Whether ``error`` is what a collective operation raises when another process has ended or does not take part."""
+    signs = ("gloo", "NCCL", "Connection closed")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -46,7 +45,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        # One raised in a data loader's worker arrives wrapped in that process's traceback.
+        # An error of a data loader's worker holds that process's traceback.
         wrapped = re.findall(r"UserError: (.*)", str(error))
         print(f"{where()}error: {wrapped[-1] if wrapped else error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -59,4 +58,4 @@ def run(main: Callable[[], None]) -> None:
         traceback.print_exc()
         print(f"{where()}error: another process of this run is gone; what it said last tells why", file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)  # taking the process group down would wait for the one that is gone
+        os._exit(1)  # without taking down the process group, which would wait for the lost process

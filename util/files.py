@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, and renamed; read as data."""
+"""Files that are written whole or not at all, and JSON and npz files that are read without running code."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from util.errors import UserError, reason
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file to write that takes ``path``'s place only when the block ends without an error.
+    """A binary file to write; it replaces ``path`` when the block ends without an error, and is flushed to disk before.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; what was at ``path`` stays.
+        UserError: the disk is full or the folder cannot be written; ``path`` is as it was.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -27,27 +27,26 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         with open(beside, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode
             yield file
-        # By its name: safetensors puts a file of its own, which nobody else may read, in the place of this one.
+        # Opened by name, since safetensors replaces the file by one of its own, which nobody else may read.
         with open(beside, "rb") as written:
             if os.fstat(written.fileno()).st_mode != mode:
                 os.fchmod(written.fileno(), mode)
             os.fsync(written.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
-        # torch.save hides the file system's error behind one of its own.
+        # torch.save wraps the file system's error in a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(
-            f"cannot write {path}: {cause.strerror or cause}; free space or choose another folder"
-        ) from error
+        what = cause.strerror or cause
+        raise UserError(f"cannot write {path}: {what}; free space or choose another folder") from error
     finally:
         with suppress(OSError):
             beside.unlink()
 
 
 def remove_parts(paths: Iterable[Path]) -> None:
-    """Removes, of ``paths``, what :func:`written_whole` could not finish because its process was killed."""
+    """Removes those of ``paths`` that :func:`written_whole` left unfinished because its process was killed."""
     for path in paths:
         if path.name.startswith(".") and path.name.endswith(".part"):
             path.unlink(missing_ok=True)
@@ -60,11 +59,7 @@ def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        UserError: there is no such file, or it is damaged.
-    """
+    """The content of a JSON file; UserError if there is none or it is damaged."""
     try:
         return json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -73,11 +68,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """The place of ``name``, a relative path, in ``folder``.
-
-    Raises:
-        UserError: it would lie elsewhere.
-    """
+    """The path of ``name``, a relative path, in ``folder``; UserError if it leads out of ``folder``."""
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
         raise UserError(f"the name {name!r} leads out of {folder}; nothing was written there")
@@ -85,10 +76,10 @@ def inside(folder: str | Path, name: str) -> Path:
 
 
 def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
-    """Arrays of an ``.npz``, read as data, their checksums compared.
+    """Arrays of an ``.npz``, their checksums compared; no code of the file is run.
 
     Raises:
-        UserError: no such file, damaged, or without one of ``names``.
+        UserError: there is no such file, it is damaged, or it lacks one of ``names``.
     """
     path, arrays = Path(path), {}
     if not path.is_file():
@@ -99,7 +90,7 @@ def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
             for name in names if not missing else ():
                 with archive.open(f"{name}.npy") as file:
                     arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
-                    if file.read(1):  # also makes sure that all of it went into the checksum
+                    if file.read(1):  # zipfile compares the checksum when it reaches the end
                         raise ValueError(f"{name} is longer than it says")
     except Exception as error:  # zip, header and array errors have no common class
         raise UserError(f"{path} is damaged or no .npz of arrays ({reason(error)})") from error

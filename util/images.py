@@ -1,4 +1,4 @@
-"""Pixels: from the model's range to bytes, to files, to grids; and how far two images are apart."""
+"""Images: conversion to bytes, files and grids; similarity of two images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def save_png(image: Tensor, path: str | Path) -> None:
 
 
 def empty_of_images(folder: str | Path) -> None:
-    """Removes the PNGs that an earlier run left in ``folder``, if there is one; all processes wait for it."""
+    """Removes the PNGs of an earlier run from ``folder``, if it exists; all processes wait until that is done."""
     if is_main_process():
         for path in Path(folder).glob("*.png"):
             path.unlink()
@@ -35,10 +35,9 @@ def empty_of_images(folder: str | Path) -> None:
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int, titles: Sequence[str] = (), min_size: int = 64) -> None:
-    """Writes bytes ``[N, 3, H, W]`` as one picture, row by row, small images enlarged to ``min_size`` pixels or more.
+    """Writes bytes ``[N, 3, H, W]`` as one picture, row by row, each column below its title.
 
-    Args:
-        titles: one for each column, written above it.
+    Images of fewer than ``min_size`` pixels are enlarged.
     """
     zoom = max(1, -(-min_size // images.shape[-1]))
     images = images.cpu().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
@@ -52,7 +51,7 @@ def save_grid(images: Tensor, path: str | Path, columns: int, titles: Sequence[s
 
 
 def confidence_maps(values: Tensor, size: int) -> Tensor:
-    """Maps ``[N, h, w]`` as bytes ``[N, 3, size, size]``: each from its lowest value, dark, to its highest, bright."""
+    """Maps ``[N, h, w]`` as coloured bytes ``[N, 3, size, size]``, each from dark (its lowest value) to bright."""
     low, high = values.amin(dim=(1, 2), keepdim=True), values.amax(dim=(1, 2), keepdim=True)
     shares = ((values - low) / (high - low).clamp(min=1e-12)).numpy()
     colours = torch.from_numpy(matplotlib.colormaps["viridis"](shares, bytes=True)[..., :3].copy()).permute(0, 3, 1, 2)
@@ -60,10 +59,10 @@ def confidence_maps(values: Tensor, size: int) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of byte images ``[N, 3, H, W]``, one a pair: ``[N]`` (Wang et al. 2004).
+    """Structural similarity ``[N]`` of pairs of byte images ``[N, 3, H, W]`` (Wang et al. 2004).
 
-    The Gaussian window has deviation 1.5 and 11 pixels; as in the paper, only places where all of it lies inside the
-    image count (all places in images smaller than the window).
+    The Gaussian window has 11 pixels and deviation 1.5. As in the paper, only positions count where all of the window
+    lies inside the image; in images smaller than the window, all positions.
     """
     options = {"data_range": 255.0, "reduction": "none", "return_full_image": True}
     _, similarity = structural_similarity_index_measure(a.double(), b.double(), **options)
@@ -73,6 +72,6 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of byte images ``[N, 3, H, W]``, one a pair: ``[N]``; inf for equal ones."""
+    """Peak signal-to-noise ratio ``[N]`` in dB of pairs of byte images ``[N, 3, H, W]``; inf for equal ones."""
     mse = ((a.double() - b.double()) ** 2).flatten(1).mean(1)
     return 10 * torch.log10(255**2 / mse)

@@ -23,10 +23,10 @@ from util.errors import UserError, reason
 from util.files import inside, read_arrays
 from util.misc import get_rank, get_world_size, log
 
-#: Beside the class folders of a cache: what the loaders of its moments need to know.
-CACHE_METADATA = "cache.json"
-#: In a packed cache, likewise.
-PACKED_METADATA = "packed.json"
+#: The description of a cache, and of a packed one: tokenizer, image size, number of images.
+CACHE_METADATA, PACKED_METADATA = "cache.json", "packed.json"
+#: What a cache holds of each image: moments of itself, and of its mirror image.
+VIEWS = ("moments", "moments_flip")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Images.
@@ -42,19 +42,15 @@ def read_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith(("I", "F")):  # Pillow would clip them at 255
+                values = np.asarray(upright)
+                if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
+                    raise ValueError(f"values of mode {upright.mode} outside 16 bits")
+                upright = Image.fromarray(np.round(values / 257).astype(np.uint8))
+            return upright.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise UserError(f"cannot read image {path} ({reason(error)}); replace or remove it") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """``image`` with 8 bits in each of three channels."""
-    if image.mode.startswith(("I", "F")):  # Pillow would clip them at 255
-        values = np.asarray(image)
-        if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"values of mode {image.mode} outside 16 bits")
-        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -63,17 +59,13 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def image_transform(img_size: int) -> transforms.Compose:
-    """ADM's centre crop, and pixels in [-1, 1]."""
-    # No lambda: workers may have to unpickle it.
+    """ADM's centre crop to ``img_size``, then :func:`to_pixels`."""
+    # A partial, not a lambda: worker processes that are not forked unpickle it.
     return transforms.Compose([partial(center_crop_arr, image_size=img_size), to_pixels])
 
 
 def existing_folder(root: str | Path, what: str) -> Path:
-    """``root``, checked.
-
-    Raises:
-        UserError: it is not a folder.
-    """
+    """``root`` as a path; UserError if it is not a folder."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no {what} at {root}: it is not a folder; check the path")
@@ -83,28 +75,28 @@ def existing_folder(root: str | Path, what: str) -> Path:
 class MirrorDraws:
     """Decides which items of a data set are mirrored.
 
-    By default from torch's global generator. Once :meth:`set_draws` has named a seed and an epoch, an item's coin
-    follows from those and its index alone, whichever process or worker throws it, and however often.
+    By default each draw comes from torch's global generator. After :meth:`set_draws` an item's draw depends only on
+    seed, epoch and index: it is the same in every process and worker, and each time it is made.
     """
 
     draws: tuple[int, int] | None = None
 
     def set_draws(self, seed: int, epoch: int) -> None:
-        """Fixes the coins of one epoch. Workers started before do not hear of it."""
+        """Fixes the draws of one epoch, for this process and the workers that it starts from now on."""
         self.draws = (seed, epoch)
 
     def mirrored(self, index: int) -> bool:
-        """Heads or tails for item ``index``."""
+        """Whether item ``index`` is mirrored, with probability 1/2."""
         if self.draws is None:
             return bool(torch.rand(()) < 0.5)
         return bool(np.random.SeedSequence((*self.draws, index)).generate_state(1)[0] & 1)
 
 
 class BadImages:
-    """The images of a run that could not be read: listed as loaders' workers meet them, counted at the end.
+    """A list of the images that a run could not read, kept in files, since the workers of a loader share no memory.
 
-    Each process writes ``folder/bad_images-rank<n>.txt``, a line of path and reason for each; images met again, as in
-    every epoch, count once.
+    Each process of the run and its workers append to ``folder/bad_images-rank<n>.txt`` a line with path and reason
+    whenever they meet a bad image; one that every epoch meets again counts once.
     """
 
     def __init__(self, folder: str | Path):
@@ -113,14 +105,14 @@ class BadImages:
         self.path.unlink(missing_ok=True)
 
     def add(self, error: UserError) -> None:
-        """One of them, by what was said of it."""
+        """Lists an image by the message of the error that reading it raised."""
         self.folder.mkdir(parents=True, exist_ok=True)
         line = str(error).encode(errors="surrogateescape").replace(b"\n", b" ") + b"\n"
-        with open(self.path, "ab", buffering=0) as file:  # one write: workers share the file
+        with open(self.path, "ab", buffering=0) as file:  # one write a line: workers' lines do not mix
             file.write(line)
 
     def count(self) -> int:
-        """How many there are over all processes so far, said in the log if any."""
+        """The number of bad images that all processes have listed so far; a warning tells it if there are any."""
         paths = [self.folder / f"bad_images-rank{rank}.txt" for rank in range(get_world_size())]
         lines = {line for path in paths if path.exists() for line in path.read_bytes().splitlines()}
         if lines:
@@ -129,16 +121,15 @@ class BadImages:
 
 
 class ImageFolder(MirrorDraws, datasets.ImageFolder):
-    """torchvision's, with errors for users: ``root/<class>/<image>``, labels numbering the sorted folders.
+    """Images ``root/<class>/<image>`` with labels that number the sorted folders, as torchvision's.
 
     Args:
-        transform: makes tensors ``[3, H, W]`` where ``mirror`` is set.
-        mirror: mirror half of the images.
-        bad_images: lists images that cannot be read, and the next one that can takes their place; by default they
-            are errors.
+        transform: of the image; must give a tensor ``[3, H, W]`` where ``mirror`` is set.
+        mirror: mirror each image with probability 1/2.
+        bad_images: lists unreadable images, which the next readable one replaces; by default they are errors.
 
     Raises:
-        UserError: there is no such folder, it holds no class folders, or one without images.
+        UserError: there is no such folder, it holds no class folders, or one of them holds no images.
     """
 
     def __init__(self, root: str | Path, transform=None, mirror: bool = False, bad_images: BadImages | None = None):
@@ -151,31 +142,32 @@ class ImageFolder(MirrorDraws, datasets.ImageFolder):
             raise UserError(f"{root} is not a folder of class folders with images: {what}") from error
 
     def read(self, index: int) -> tuple:
-        """Image (transformed) and label of item ``index`` itself.
-
-        Raises:
-            UserError: it cannot be read.
-        """
+        """Image (transformed, not mirrored) and label of item ``index``; UserError if it cannot be read."""
         try:
             return super().__getitem__(index)
         except (ValueError, MemoryError) as error:  # the crop's
             raise UserError(f"cannot crop image {self.samples[index][0]} ({error}); replace or remove it") from error
 
+    def read_unless_bad(self, index: int) -> tuple | None:
+        """:meth:`read`, or None where ``bad_images`` lists the image instead of its error being raised."""
+        try:
+            return self.read(index)
+        except UserError as error:
+            if self.bad_images is None:
+                raise
+            self.bad_images.add(error)
+            return None
+
     def __getitem__(self, index: int):
         for candidate in chain(range(index, len(self)), range(index)):
-            try:
-                image, label = self.read(candidate)
-            except UserError as error:
-                if self.bad_images is None:
-                    raise
-                self.bad_images.add(error)
-                continue
-            return (image.flip(2) if self.mirror and self.mirrored(index) else image), label
+            if item := self.read_unless_bad(candidate):
+                image, label = item
+                return (image.flip(2) if self.mirror and self.mirrored(index) else image), label
         raise UserError(f"none of the images in {self.root} can be read")
 
 
 class ImageFolderWithFilename(ImageFolder):
-    """Items are image, label, and ``class/file``; neither mirrored nor replaced."""
+    """Items are image, label and ``class/file``; none is mirrored or replaced by another."""
 
     def __getitem__(self, index: int):
         return *self.read(index), self.name(index)
@@ -186,12 +178,7 @@ class ImageFolderWithFilename(ImageFolder):
 
 
 class ImagesToCache(ImageFolderWithFilename):
-    """Items as of :class:`ImageFolderWithFilename`; None where whole moments are in the cache, or the image is bad.
-
-    Args:
-        cached_path: the cache.
-        shape: of its moments, ``[2C, h, w]``.
-    """
+    """The images that a cache lacks: None for those of which it has moments of ``shape``, and for bad ones."""
 
     def __init__(self, *args, cached_path: str | Path, shape: tuple[int, ...], **kwargs):
         super().__init__(*args, **kwargs)
@@ -200,28 +187,21 @@ class ImagesToCache(ImageFolderWithFilename):
     def __getitem__(self, index: int):
         path = cached_file(self.cached_path, self.name(index))
         try:
-            if path.exists() and all(
-                CachedFolder.read_moments(path, name).shape == self.shape for name in ("moments", "moments_flip")
-            ):
+            if path.exists() and all(CachedFolder.read_moments(path, view).shape == self.shape for view in VIEWS):
                 return None
-        except UserError:  # damaged: made anew
+        except UserError:  # damaged
             pass
-        try:
-            return *self.read(index), self.name(index)
-        except UserError as error:
-            if self.bad_images is None:
-                raise
-            self.bad_images.add(error)
-            return None
+        item = self.read_unless_bad(index)
+        return item and (*item, self.name(index))
 
 
 def cached_file(cached_path: str | Path, name: str) -> Path:
-    """Where the moments of image ``name``, ``class/file``, lie in a cache."""
+    """The file of a cache for the moments of image ``name``, ``class/file``."""
     return inside(cached_path, f"{name}.npz")
 
 
 def collate_present(items: list) -> list | None:
-    """A batch of the items that are not None; None if none is."""
+    """A batch of the items that are not None, or None if all are."""
     items = [item for item in items if item is not None]
     return default_collate(items) if items else None
 
@@ -233,16 +213,16 @@ def collate_present(items: list) -> list | None:
 class CachedFolder(MirrorDraws, datasets.DatasetFolder):
     """``root/<class>/<image name>.npz`` with ``moments`` and ``moments_flip``, as main_cache.py and MAR write them.
 
-    Items are moments ``[2C, h, w]``, float32, not scaled, of the image or (with ``mirror``) of its mirror image with
-    equal probability, and the label.
+    Items are moments ``[2C, h, w]``, float32, not scaled, and the label; with ``mirror`` the moments are those of the
+    mirror image with probability 1/2.
 
     Attributes:
-        metadata: what main_cache.py stored of the tokenizer (``latent_factor``, ``vae``, ``img_size``); empty for a
-            cache without it, which is KL-16's.
-        shape: what all moments must have, once the run has set it.
+        metadata: the tokenizer's ``latent_factor`` and ``vae``, and ``img_size``, as main_cache.py stored them; empty
+            for a cache without ``cache.json``, which is KL-16's.
+        shape: a run sets it to the shape that moments must have.
 
     Raises:
-        UserError: there is no such folder, no class folders with cached files, or fewer files than were to be cached.
+        UserError: there is no such folder, it holds no cached files, or not as many as ``cache.json`` says.
     """
 
     def __init__(self, root: str | Path, mirror: bool = True):
@@ -251,9 +231,8 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
         try:
             super().__init__(str(root), loader=self.read_moments, extensions=(".npz",))
         except FileNotFoundError as error:
-            raise UserError(
-                f"{root} holds no cached moments (<class>/<file>.npz); make them with main_cache.py"
-            ) from error
+            message = f"{root} holds no cached moments (<class>/<file>.npz); make them with main_cache.py"
+            raise UserError(message) from error
         self.shape: tuple[int, ...] | None = None
         self.metadata = read_cache_metadata(root) or {}
         planned = self.metadata.get("images", len(self.samples))
@@ -266,29 +245,24 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
             )
 
     def __getitem__(self, index: int):
-        path, label = self.samples[index]
-        moments = self.read_moments(path, "moments_flip" if self.mirror and self.mirrored(index) else "moments")
-        return self.checked(moments, path), label
+        return self.view(index, int(self.mirror and self.mirrored(index))), self.samples[index][1]
 
-    def checked(self, moments: Tensor, path: str) -> Tensor:
-        """``moments`` themselves.
+    def name(self, index: int) -> str:
+        """``class/file`` of image ``index``, as the folder of images names it."""
+        return str(Path(self.samples[index][0]).relative_to(self.root)).removesuffix(".npz")
 
-        Raises:
-            UserError: their shape is not that of the others.
-        """
+    def view(self, index: int, which: int) -> Tensor:
+        """``moments`` (0) or ``moments_flip`` (1), float32 ``[2C, h, w]``; UserError if not of :attr:`shape`."""
+        path = self.samples[index][0]
+        moments = self.read_moments(path, VIEWS[which])
         if self.shape is not None and moments.shape != self.shape:
-            raise UserError(
-                f"cached moments {path} are {list(moments.shape)}, others {list(self.shape)}; run main_cache.py again"
-            )
+            shapes = f"{list(moments.shape)}, others {list(self.shape)}"
+            raise UserError(f"cached moments {path} are {shapes}; run main_cache.py again")
         return moments
 
     @staticmethod
     def read_moments(path: str | Path, name: str = "moments") -> Tensor:
-        """``moments`` or ``moments_flip``, ``[2C, h, w]``, of one file.
-
-        Raises:
-            UserError: the file is damaged, incomplete, or holds other values than finite floating-point ones.
-        """
+        """``moments`` or ``moments_flip``, ``[2C, h, w]``, of one file; UserError unless whole and finite floats."""
         try:
             values = read_arrays(path, name)[name]
             if values.dtype.kind != "f" or values.ndim != 3 or values.shape[0] % 2 or not values.size:
@@ -303,11 +277,7 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
 
 
 def read_cache_metadata(root: str | Path) -> dict | None:
-    """What main_cache.py stored beside a cache's class folders; None for a cache without it.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The content of a cache's ``cache.json``; None without one, UserError if it is damaged."""
     path = Path(root) / CACHE_METADATA
     if not path.exists():
         return None
@@ -324,9 +294,8 @@ def read_cache_metadata(root: str | Path) -> dict | None:
 def check_classes(classes: list[str], class_num: int, root: str | Path) -> None:
     """Raises UserError if the number of class folders under ``root`` is not ``class_num``."""
     if len(classes) != class_num:
-        raise UserError(
-            f"{root} has {len(classes)} class folders, but class_num is {class_num}: pass --class_num {len(classes)}"
-        )
+        count = len(classes)
+        raise UserError(f"{root} has {count} class folders, but class_num is {class_num}: pass --class_num {count}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -334,26 +303,27 @@ def check_classes(classes: list[str], class_num: int, root: str | Path) -> None:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Schedulers signal every process of a job: workers must live until the step they feed is taken and saved.
+    """Has a worker ignore the signals that ask a run to stop, which schedulers send to every process of a job.
 
-    Only the SIGTERM by which the parent ends its workers as it exits itself is obeyed: it waits for them.
+    The parent still needs its workers until it has taken and saved a last step. A SIGTERM that the parent itself sends,
+    as it does on its exit, ends the worker.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # else (macOS) nothing tells who sent a signal: any SIGTERM ends the worker
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal: there any SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
-    """Ends a worker as soon as its parent asks for it by SIGTERM; anybody else's passes unheard."""
+    """Waits for a SIGTERM of the parent process, and ends this one."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def make_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device, **options) -> DataLoader:
-    """A DataLoader with the run's batch size and workers; ``options`` as torch's (sampler, drop_last, ...)."""
+    """A DataLoader with the run's batch size and workers; ``options`` go to torch (``sampler``, ``drop_last``, ...)."""
     check_range(args, 0, math.inf, *(name for name in ("num_workers", "seed") if hasattr(args, name)))
     options = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0, **options}
     options["worker_init_fn"] = leave_signals_to_parent
@@ -362,16 +332,12 @@ def make_loader(dataset: Dataset, args: argparse.Namespace, device: torch.device
 
 
 def evenly_spaced(dataset: Dataset, limit: int) -> Subset:
-    """At most ``limit`` items of ``dataset``, from its first on at equal distances."""
+    """At most ``limit`` items of ``dataset`` at equal distances, the first among them."""
     return Subset(dataset, range(0, len(dataset), -(-len(dataset) // limit)))
 
 
 class ShuffledRankSampler(DistributedSampler):
-    """A process's share of a shuffled epoch, which can start in its middle.
-
-    Attributes:
-        start: items of the epoch to leave out, those seen before an interruption.
-    """
+    """A process's share of a shuffled epoch, without its first ``start`` items, seen before an interruption."""
 
     start = 0
 
@@ -380,7 +346,7 @@ class ShuffledRankSampler(DistributedSampler):
 
 
 class RankSampler(Sampler):
-    """Every ``world_size``-th index from ``rank`` on: all of a dataset once over all processes, none twice."""
+    """Every ``world_size``-th index from ``rank`` on, so that each index goes to one process."""
 
     def __init__(self, length: int, rank: int, world_size: int):
         self.indices = range(rank, length, world_size)

@@ -33,18 +33,14 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 
 def find_inception_weights(path: str | None) -> Path:
-    """The file of Inception's weights: ``path``, else where torch-fidelity keeps its download, fetched if need be.
-
-    Raises:
-        UserError: it is not there and cannot be fetched; the message says from where, and where to put it.
-    """
+    """Inception's weights: ``path``, or torch-fidelity's download, fetched if missing; UserError if that fails."""
     name = URL_INCEPTION_V3.rsplit("/", 1)[1]
     place = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / name
     if path is None and not place.is_file() and misc.is_local_main_process():
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL_INCEPTION_V3, str(place), hash_prefix="6726825d", progress=False)
-        except Exception as error:  # no network has many names
+        except Exception as error:  # a missing network shows as many types of errors
             misc.log.debug("fetching Inception failed: %s", error)
     misc.barrier()
     if not place.is_file():
@@ -56,20 +52,14 @@ def find_inception_weights(path: str | None) -> Path:
 
 
 def load_inception(path: str | None, device: torch.device) -> FeatureExtractorInceptionV3:
-    """torch-fidelity's Inception-v3 (the FID one) on ``device``.
-
-    Raises:
-        UserError: no weights, or a file that does not hold them.
-    """
+    """torch-fidelity's Inception-v3 (the FID one); UserError if there are no weights, or not those of it."""
     path = find_inception_weights(path)
-    checkpoint.read(path)  # as data: torch-fidelity itself would unpickle whatever the file holds
+    checkpoint.read(path)  # refuses code, which torch-fidelity would run
     try:
-        inception = FeatureExtractorInceptionV3("inception-v3-compat", [POOL, LOGITS], str(path))
+        return FeatureExtractorInceptionV3("inception-v3-compat", [POOL, LOGITS], str(path)).to(device)
     except RuntimeError as error:
-        raise UserError(
-            f"{path} does not hold the weights of torch-fidelity's Inception ({URL_INCEPTION_V3})"
-        ) from error
-    return inception.to(device)
+        what = f"the weights of torch-fidelity's Inception ({URL_INCEPTION_V3})"
+        raise UserError(f"{path} does not hold {what}") from error
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -77,14 +67,14 @@ def load_inception(path: str | None, device: torch.device) -> FeatureExtractorIn
 
 
 class PlainImages(Dataset):
-    """Byte images ``[3, H, W]`` of a folder, searched with its subfolders and sorted, or of an npz's ``arr_0``.
+    """Byte images ``[3, H, W]``, sorted, of a folder and its subfolders or of an npz.
 
     Args:
         source: a folder, or an ``.npz`` with ``arr_0``, uint8 ``[N, H, W, 3]`` (ADM's layout).
-        img_size: crop and resize to this size as for training; as they are without it.
+        img_size: crop and resize to this size as for training; by default images stay as they are.
 
     Raises:
-        UserError: nothing there, no images, or an npz without them.
+        UserError: there is no such folder or file, or it holds no images.
     """
 
     def __init__(self, source: str | Path, img_size: int | None = None):
@@ -99,7 +89,7 @@ class PlainImages(Dataset):
             self.items = sorted(p for p in paths if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
         if not len(self.items):
             raise UserError(f"{self.source} holds no images")
-        self.size = self._read(0).size  # all must have that of the first
+        self.size = self._read(0).size  # of the first image, which all must have
 
     def __len__(self) -> int:
         return len(self.items)
@@ -126,15 +116,15 @@ class PlainImages(Dataset):
 def extract_features(
     images: Dataset, inception: FeatureExtractorInceptionV3, device: torch.device, batch_size: int, num_workers: int
 ) -> dict[str, Tensor]:
-    """Both layers' features of all images, ``[N, 2048]`` and ``[N, 1008]``, in the data set's order, on the CPU.
+    """Both layers' features, ``[N, 2048]`` and ``[N, 1008]``, of all images in order, on the CPU.
 
-    Every process reads its share of the images and returns those of all.
+    Each process computes those of its share of the images; all processes return those of all.
     """
     share = RankSampler(len(images), misc.get_rank(), misc.get_world_size())
     if len(images) < misc.get_world_size() and misc.is_main_process():
         misc.log.warning("%d images for %d processes: some have nothing to do", len(images), misc.get_world_size())
     loader = DataLoader(images, batch_size=batch_size, sampler=share, num_workers=num_workers)
-    batches = []
+    batches: list[tuple[Tensor, Tensor]] = []
     with misc.progress(total=len(images), unit="img", desc="Inception") as bar:
         for batch in loader:
             batches.append(inception(batch.to(device, non_blocking=True)))
@@ -143,7 +133,7 @@ def extract_features(
 
 
 def gather_features(batches: list[tuple[Tensor, Tensor]], total: int, device: torch.device) -> dict[str, Tensor]:
-    """Features of all ``total`` images by layer, on the CPU, from each process's batches of its share."""
+    """Features of all ``total`` images by layer, on the CPU, from the batches of each process's share."""
     features = {}
     for i, (name, width) in enumerate({POOL: 2048, LOGITS: 1008}.items()):
         own = torch.cat([torch.zeros(0, width, device=device), *(batch[i].to(device) for batch in batches)])
@@ -156,11 +146,7 @@ def gather_features(batches: list[tuple[Tensor, Tensor]], total: int, device: to
 
 
 def load_statistics(path: str | Path) -> dict[str, np.ndarray]:
-    """``mu [2048]`` and ``sigma [2048, 2048]`` of a reference file, float64.
-
-    Raises:
-        UserError: see :func:`util.files.read_arrays`; or they have other shapes.
-    """
+    """``mu [2048]`` and ``sigma [2048, 2048]`` of a reference file, float64; UserError for other shapes or no file."""
     stats = read_arrays(path, "mu", "sigma")
     if stats["mu"].shape != (2048,) or stats["sigma"].shape != (2048, 2048):
         shapes = f"mu {list(stats['mu'].shape)}, sigma {list(stats['sigma'].shape)}"
@@ -179,13 +165,13 @@ def frechet_distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -
 
 
 def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:
-    """Writes ``mu`` and ``sigma`` as :func:`load_statistics` reads them."""
+    """Writes ``mu`` and ``sigma`` of features, as :func:`load_statistics` reads them."""
     with written_whole(path) as file:
         np.savez(file, **statistics(features))
 
 
 def warn_if_few(count: int, what: str) -> None:
-    """Says that FID is biased where there are fewer images than features."""
+    """Warns that FID is biased if there are fewer images than features."""
     if count < 2048:
         misc.log.warning("%d %s are fewer than Inception's 2048 features: FID is biased", count, what)
 
@@ -199,7 +185,7 @@ def compute_metrics(
 
     Args:
         features: of the images measured.
-        stats: reference statistics for FID; those of ``reference`` if not given.
+        stats: reference statistics for FID; by default those of ``reference``.
         reference: features of reference images, for precision and recall.
 
     Returns:
@@ -218,7 +204,7 @@ def compute_metrics(
 
 
 class Evaluator:
-    """Everything a measurement needs, checked and loaded before the first image is made.
+    """Inception and the reference, checked and loaded before the first image is made, so that errors come early.
 
     Args:
         inception_weights: see :func:`find_inception_weights`.
@@ -226,7 +212,7 @@ class Evaluator:
         reference: folder or ``.npz`` of reference images, or None.
 
     Raises:
-        UserError: anything of it is missing or unfit.
+        UserError: one of these files is missing or has the wrong content.
     """
 
     def __init__(
@@ -240,18 +226,19 @@ class Evaluator:
     ):
         self.device, self.loading = device, (batch_size, num_workers)
         self.stats = load_statistics(fid_stats) if fid_stats else None
-        images = PlainImages(reference) if reference else None
+        images = PlainImages(reference) if reference else None  # errors of it before Inception is fetched
         self.inception = load_inception(inception_weights, device)
-        self.reference = self.features(images) if images else None
+        self.reference = None
         if images:
+            self.reference = self.features(images)
             warn_if_few(len(images), "reference images")
 
     def features(self, images: Dataset) -> dict[str, Tensor]:
-        """Features of all ``images``; every process has its share of the work."""
+        """See :func:`extract_features`."""
         return extract_features(images, self.inception, self.device, *self.loading)
 
     def measure(self, features: Mapping[str, Tensor]) -> dict[str, float]:
-        """Metrics from features (:func:`compute_metrics`), and their number; empty but on the main process."""
+        """:func:`compute_metrics` and the number of images on the main process; on others an empty dictionary."""
         if not misc.is_main_process():
             return {}
         count = len(features[POOL])
@@ -259,7 +246,7 @@ class Evaluator:
         return {"images": count, **compute_metrics(features, self.stats, self.reference)}
 
 
-#: Names for people, in the order of the papers' tables.
+#: Names of the metrics in tables, in the order of the papers' tables.
 TITLES = {
     "frechet_inception_distance": "FID",
     "inception_score_mean": "Inception Score",
@@ -275,7 +262,7 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 def provenance() -> dict[str, str]:
-    """Versions and the commit that figures were made with."""
+    """Versions of packages and the project's commit, to be kept with results."""
     packages = ("torch", "torchvision", "torch-fidelity", "numpy", "timm")
     versions = {f"{name}_version": importlib.metadata.version(name) for name in packages}
     root = Path(__file__).resolve().parent.parent

@@ -6,12 +6,14 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -70,9 +72,9 @@ def from_main_process(value: Any) -> Any:
 
 
 class StopSignals:
-    """Hears SIGTERM, SIGUSR1 and SIGINT, and has all processes agree on the step after which to stop.
+    """Notes SIGTERM, SIGUSR1 and SIGINT, so that all processes can stop after the same step.
 
-    A context manager: signals mean what they did before once it is left. A second SIGINT interrupts at once.
+    A context manager: leaving it restores the signals' former handlers. A second SIGINT interrupts at once.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -96,7 +98,7 @@ class StopSignals:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self) -> bool:
-        """Whether any process had heard a signal when all were last asked; each asks once a step."""
+        """Whether any process had a signal when all last exchanged; all processes must call this once a step."""
         if self.group is None:
             return self.heard is not None
         if self.pending is not None:
@@ -108,7 +110,7 @@ class StopSignals:
 
 
 def gather_shares(rows: Tensor, total: int) -> Tensor:
-    """All ``total`` rows in order, from each process's own: see :class:`util.loader.RankSampler`."""
+    """All ``total`` rows in order, from each process's rows, dealt by :class:`util.loader.RankSampler`."""
     world = get_world_size()
     if world == 1:
         return rows
@@ -121,10 +123,9 @@ def gather_shares(rows: Tensor, total: int) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep what is freed for what is allocated next, on the CPU (glibc; elsewhere nothing happens).
+    """Has glibc keep freed memory for later allocations; does nothing with other C libraries.
 
-    By default every large tensor is a fresh mapping, whose pages the kernel has to find and clear: half of a training
-    step's time on the CPU.
+    By default each large CPU tensor is a new mapping, whose pages the kernel clears: half of a training step's time.
     """
     never_map, never_trim = (-4, 0), (-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
     with suppress(AttributeError, OSError):
@@ -134,28 +135,28 @@ def keep_freed_memory() -> None:
 
 
 def start_log() -> None:
-    """Has the main process say on standard error what it does."""
-    log.handlers = [logging.StreamHandler()]  # to the standard error of now
+    """Sends the main process's log to standard error; other processes log nothing."""
+    log.handlers = [logging.StreamHandler()]  # made anew, since tests replace sys.stderr
     log.setLevel(logging.INFO if is_main_process() else logging.CRITICAL)
 
 
 @contextmanager
 def processes(device: str | None = None) -> Iterator[torch.device]:
-    """Joins torchrun's process group, if there is one (nccl on CUDA, gloo on the CPU), and gives this process's device.
+    """Joins torchrun's process group, if there is one (nccl on CUDA, gloo on the CPU); yields this process's device.
 
     Args:
         device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where there is one.
 
     Raises:
-        UserError: CUDA is asked for and not there.
+        UserError: there is no CUDA device, but ``device`` is one.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but this machine has no CUDA device that torch can use; pass --device cpu")
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if device.type == "cpu":
         keep_freed_memory()
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if device.type == "cuda":
+    elif device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else device.index or 0)
         torch.cuda.set_device(device)
     if launched:
@@ -163,16 +164,16 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     start_log()
     yield device
-    # After an error the others may wait in a collective, and taking the group down would wait for them: the launcher
-    # ends them when this process ends.
+    # Not after an error: the others may wait in a collective operation, and this would wait for them. The launcher ends
+    # them when this process ends.
     if launched:
         dist.destroy_process_group()
 
 
 def progress(iterable: Iterable | None = None, **options) -> tqdm:
-    """A progress bar with rate and time left, on the main process; seldom redrawn where nobody watches.
+    """The main process's progress bar with rate and time left; redrawn every 20 s if standard error is no terminal.
 
-    Used in a ``with`` block, so that an error's line starts on a line of its own.
+    Use it in a ``with`` block, which ends its line before an error is printed.
     """
     interactive = sys.stderr.isatty()
     options = {"mininterval": 0.5 if interactive else 20.0, "dynamic_ncols": interactive, **options}
@@ -185,8 +186,6 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
 
 def seed_everything(*seeds: int) -> None:
     """Seeds torch's generators from one or more numbers (seed, rank, epoch)."""
-    import numpy as np
-
     state = np.random.SeedSequence(seeds).generate_state(1, dtype=np.uint64)[0] if len(seeds) > 1 else seeds[0]
     torch.manual_seed(int(state) % 2**63)
 
@@ -196,7 +195,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 @lru_cache
 def effective_precision(device_type: str, precision: str) -> str:
-    """``precision``, or fp32 where bf16 would only cost: on CPUs without its instructions (AVX2 at most).
+    """``precision``, but fp32 instead of bf16 on CPUs without bf16 instructions (AVX2 at most).
 
     There PyTorch multiplies bf16 matrices entry by entry, some 100 times more slowly than fp32 ones.
     """
@@ -215,37 +214,31 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: first the one-dimensional parameters and biases, spared, then all others, decayed.
+    """Optimizer groups: first one-dimensional parameters and biases, without decay; then all others, with decay.
 
     Frozen parameters are left out. The order within a group is that of ``model.named_parameters()``.
     """
-    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    spared, decayed = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim != 1 and not name.endswith(".bias")].append(parameter)
-    return [{"params": groups[False], "weight_decay": 0.0}, {"params": groups[True], "weight_decay": weight_decay}]
+            (spared if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
+    return [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
 
 
 def matmul_flops(device: torch.device, precision: str) -> float:
-    """Operations a second of a large matrix product here and now: what utilization is measured against."""
-    import time
-
+    """Operations a second in a large matrix product, measured on this machine; utilization is relative to it."""
     dtype = PRECISIONS[effective_precision(device.type, precision)]
     largest = 8192 if device.type == "cuda" else 1536
-    size, best = largest // 8, 0.0
-    while size <= largest and best < 0.05:  # large enough to be measured, small enough not to be waited for
+    for size in (largest // 8, largest // 4, largest // 2, largest):
         a = torch.randn(size, size, device=device, dtype=dtype)
         best = math.inf
         for _ in range(4):  # the first warms up
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
             start = time.perf_counter()
-            a @ a
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            (a @ a)[0, 0].item()  # waits until the device is done
             best = min(best, time.perf_counter() - start)
-        size *= 2
-    return 2 * (size // 2) ** 3 / best
+        if best > 0.05:  # long enough for the clock
+            break
+    return 2 * size**3 / best
 
 
 def memory_in_use(device: torch.device) -> float:

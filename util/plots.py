@@ -20,12 +20,12 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 
 def heat_map(rows: Sequence[Mapping[str, float]], metric: str, axes) -> None:
-    """Draws ``metric`` over guidance scale (across) and temperature (up) of ``rows``."""
+    """Draws ``metric`` over guidance scale (horizontal) and temperature (vertical)."""
     scales = sorted({row["cfg"] for row in rows})
     temperatures = sorted({row["temperature"] for row in rows})
     cells = {(row["temperature"], row["cfg"]): row[metric] for row in rows}
     grid = [[cells.get((t, w), math.nan) for w in scales] for t in temperatures]
-    # Bright is good: of all metrics FID alone is better when low.
+    # Bright is good: FID is the only metric that is better when low.
     colours = "viridis_r" if metric == "frechet_inception_distance" else "viridis"
     axes.imshow(grid, origin="lower", aspect="auto", cmap=colours)
     axes.set_xticks(range(len(scales)), [f"{w:g}" for w in scales])
@@ -40,15 +40,12 @@ def heat_map(rows: Sequence[Mapping[str, float]], metric: str, axes) -> None:
 def write_search(rows: Sequence[Mapping[str, float]], out: Path) -> None:
     """Writes a search over guidance and temperature as ``search.md``, ``search.json`` and ``search.png``.
 
-    Args:
-        rows: ``cfg``, ``temperature`` and the metrics of each pair.
+    Each of ``rows`` has ``cfg``, ``temperature`` and the metrics measured there.
     """
     metrics = [name for name in TITLES if all(name in row for row in rows)]
     header = ["guidance", "temperature", *(TITLES[name] for name in metrics)]
-    write_text(
-        out / "search.md",
-        markdown(header, [[row["cfg"], row["temperature"], *(row[name] for name in metrics)] for row in rows]),
-    )
+    cells = [[row["cfg"], row["temperature"], *(row[name] for name in metrics)] for row in rows]
+    write_text(out / "search.md", markdown(header, cells))
     write_json(out / "search.json", list(rows))
     shown = [name for name in metrics if not name.endswith("_std")]
     figure = Figure(figsize=(4.2 * len(shown), 3.4), layout="constrained")

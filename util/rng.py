@@ -9,8 +9,8 @@ from torch import Tensor
 class ImageDraws:
     """Random numbers for B images.
 
-    With ``seeds``, one for each image, an image's numbers come from its own generator on the CPU: they depend neither
-    on the batch around it nor on the device. Without seeds all come from the device's global generator.
+    With ``seeds``, one for each image, each image has its own generator on the CPU, so that its numbers depend neither
+    on the rest of the batch nor on the device. Without seeds all numbers come from the device's global generator.
     """
 
     def __init__(self, bsz: int, device: torch.device | str = "cpu", seeds: Sequence[int] | None = None):
@@ -32,9 +32,9 @@ class ImageDraws:
 
 
 def numbered_draws(seed: int, numbers: Sequence[int]) -> ImageDraws:
-    """Random numbers on the CPU for images that are known by their ``numbers``: they follow from it and ``seed`` alone.
+    """Random numbers on the CPU for numbered images: an image's depend only on ``seed`` and its number.
 
-    So results depend neither on the batch size nor on the number of processes.
+    Results therefore depend neither on the batch size nor on the number of processes.
     """
     seeds = [(2**20 * seed + number) % 2**63 for number in numbers]
     return ImageDraws(len(seeds), seeds=seeds)

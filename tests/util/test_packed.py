@@ -34,7 +34,7 @@ def test_a_packed_cache_holds_the_same(pack, cached, dtype):
     assert isinstance(shards, PackedCache) and isinstance(open_cache(cached), CachedFolder)
     assert len(list(shards.root.glob("shard-*.npy"))) == 4 and len(shards) == 16
     assert shards.classes == files.classes and shards.metadata["latent_factor"] == files.metadata["latent_factor"]
-    assert [name for name, _ in shards.samples] == [packed.name_of(files, index) for index in range(16)]
+    assert [name for name, _ in shards.samples] == [files.name(index) for index in range(16)]
     for cache in (files, shards):
         cache.set_draws(3, 1)
     exact = torch.float32 if dtype == "fp32" else packed.DTYPES[dtype][0]

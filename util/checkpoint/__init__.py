@@ -1,4 +1,4 @@
-"""Checkpoints: data that is read as data, checked against the model, and written whole."""
+"""Checkpoint files: read without running code, checked, and written whole or not at all."""
 
 import argparse
 import math
@@ -22,9 +22,9 @@ from util.misc import log
 
 CHECKPOINT_NAME = "checkpoint-last.pth"
 SAFE_NAME = "checkpoint-last.safetensors"
-#: A folder that ``save_pretrained`` wrote: weights, and beside them what they are of.
+#: Weights, and the configuration of the model, in a folder that ``save_pretrained`` wrote.
 HUB_NAME, HUB_CONFIG = "model.safetensors", "config.json"
-#: What a folder of a tokenizer may hold; the last is of diffusers.
+#: Names of a tokenizer's weights in its folder, looked for in this order; the last is that of diffusers.
 VAE_NAMES = (HUB_NAME, "vae.ckpt", "kl16.ckpt", "diffusion_pytorch_model.safetensors")
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -32,34 +32,31 @@ VAE_NAMES = (HUB_NAME, "vae.ckpt", "kl16.ckpt", "diffusion_pytorch_model.safeten
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The dictionary in a ``torch.save`` or safetensors file, on the CPU, read as data (``weights_only=True``).
+    """The dictionary in a ``torch.save`` or safetensors file, on the CPU; no code of the file is run.
 
-    Published files may hold the run's ``argparse.Namespace``: that one class is allowed by name.
+    Of classes only ``argparse.Namespace`` is allowed: published files hold the flags of their run.
 
     Raises:
         UserError: there is no such file, it is damaged, holds something else, or would run code.
     """
-    path = hub.local(path)
+    path = hub.fetch(path) if hub.is_address(path) else Path(path)
     if not path.is_file():
-        raise UserError(
-            f"no checkpoint at {path}; check the path, or fetch the published one: python -m tools.download"
-        )
+        raise UserError(f"no checkpoint at {path}; check it, or fetch the published one: python -m tools.download")
     try:
         if path.suffix == safetensors_io.SUFFIX:
             content = safetensors_io.read(path)
-            if not isinstance(content, dict):
-                raise ValueError(f"a {type(content).__name__}, not a dictionary")
-            return content
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped, what is not used takes no memory; the format of old files allows neither that nor checksums.
+        else:
+            # Entries that nobody uses take no memory if the file is mapped; the format of old files does not allow it.
             archive = zipfile.is_zipfile(path)
-            if archive:
-                compare_checksums(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+            if archive:  # torch.load does not compare checksums
+                with zipfile.ZipFile(path) as file:
+                    if damaged := file.testzip():
+                        raise ValueError(f"the checksum of its record {damaged} is wrong")
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is damaged, or holds more than data and was not loaded, since it could run code"
-        ) from error
+        message = f"{path} is damaged, or holds more than data and was not loaded, since it could run code"
+        raise UserError(message) from error
     except Exception as error:  # zip, tensor and unpickler errors have no common class
         raise UserError(f"{path} cannot be read ({reason(error)}); it is damaged or no checkpoint") from error
     if not isinstance(content, dict):
@@ -67,26 +64,18 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def compare_checksums(path: Path) -> None:
-    """Raises ValueError unless all records of the archive have the checksums they were written with.
-
-    torch.load does not look at them.
-    """
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of its record {damaged} is wrong")
-
-
 def located(path: str | Path | hub.Address, names: Sequence[str], **options) -> Path:
-    """The first of ``names`` that is in folder ``path``, or ``path`` itself; fetched, with its config, from the Hub.
+    """The first of ``names`` that is in folder ``path``, or ``path`` itself if it is no folder.
+
+    What lies on the Hub is fetched, together with its ``config.json``; ``options`` are those of
+    :func:`util.checkpoint.hub.fetch`.
 
     Raises:
         UserError: the Hub does not have it, or cannot be reached.
     """
     if hub.is_address(path):
         found = hub.fetch(path, names, **options)
-        if found.suffix == safetensors_io.SUFFIX:  # what describes itself may do without
+        if found.suffix == safetensors_io.SUFFIX:  # a .pth holds its own configuration
             hub.fetch_beside(path, found, HUB_CONFIG, **options)
         return found
     path = Path(path)
@@ -96,11 +85,7 @@ def located(path: str | Path | hub.Address, names: Sequence[str], **options) -> 
 
 
 def config_beside(path: Path) -> Any:
-    """What ``config.json`` beside weights of another program's, or ``save_pretrained``'s, layout holds; else None.
-
-    Raises:
-        UserError: it is damaged.
-    """
+    """The content of ``config.json`` beside a safetensors file; None without one, UserError if it is damaged."""
     beside = path.with_name(HUB_CONFIG)
     return read_json(beside) if path.suffix == safetensors_io.SUFFIX and beside.is_file() else None
 
@@ -110,10 +95,10 @@ def config_beside(path: Path) -> Any:
 
 
 def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float]:
-    """Weights, constructor arguments and latent factor of the tokenizer in ``path``; without them, KL-16's.
+    """Weights, constructor arguments and latent factor of the tokenizer in ``path``; the latter two KL-16's by default.
 
     Raises:
-        UserError: see :func:`read`; or the file holds no weights.
+        UserError: see :func:`read`; or the file holds no tokenizer.
     """
     content = read(path)
     config = content.get("config", config_beside(Path(path)) or {})
@@ -122,15 +107,14 @@ def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float
         raise UserError(f"{path} holds no tokenizer: expected its weights under 'model'")
     if "class_emb.weight" in weights:
         raise UserError(f"{path} is a TokenBridge, not a tokenizer: it goes with --resume")
-    vae_config, latent_factor = tokenizer_of(config, path)
-    return weights, vae_config, latent_factor
+    return weights, *tokenizer_of(config, path)
 
 
 def tokenizer_of(config: Any, path: str | Path) -> tuple[dict[str, Any], float]:
-    """Constructor arguments and latent factor that ``config``, read from ``path``, tells of a tokenizer; else KL-16's.
+    """Constructor arguments and latent factor in ``config``, read from ``path``; those that it lacks are KL-16's.
 
     Raises:
-        UserError: it tells something that cannot be.
+        UserError: no tokenizer can have such a configuration.
     """
     about = config if isinstance(config, Mapping) else {"vae": None}
     vae, latent_factor = about.get("vae", {}), about.get("latent_factor", KL16_LATENT_FACTOR)
@@ -149,7 +133,7 @@ def tokenizer_of(config: Any, path: str | Path) -> tuple[dict[str, Any], float]:
 
 
 def save_vae(path: str | Path, vae: nn.Module, latent_factor: float) -> None:
-    """Writes a tokenizer with what other scripts need to know of it."""
+    """Writes a tokenizer's weights, constructor arguments and latent factor, as :func:`read_vae` reads them."""
     with written_whole(path) as file:
         torch.save({"model": vae.state_dict(), "config": {"vae": vae.config, "latent_factor": latent_factor}}, file)
 
@@ -159,21 +143,13 @@ def save_vae(path: str | Path, vae: nn.Module, latent_factor: float) -> None:
 
 
 def older(path: Path) -> list[Path]:
-    """The checkpoints that were kept when ``path`` took their place, the newest first."""
-    kept = path.parent.glob(f"{path.stem}.*{path.suffix}")
-    numbered = [(int(old.stem.rsplit(".", 1)[1]), old) for old in kept if old.stem.rsplit(".", 1)[1].isdigit()]
-    return [old for _, old in sorted(numbered)]
+    """The earlier checkpoints that :func:`save` kept beside ``path``, the newest first."""
+    kept = {old.stem.rsplit(".", 1)[1]: old for old in path.parent.glob(f"{path.stem}.*{path.suffix}")}
+    return [kept[age] for age in sorted(filter(str.isdigit, kept), key=int)]
 
 
 def find(resume: str | Path | hub.Address, **options) -> Path:
-    """The checkpoint in folder ``resume``, or ``resume`` itself if it is a file; either may be an address on the Hub.
-
-    Args:
-        options: see :func:`util.checkpoint.hub.fetch`.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The checkpoint in folder ``resume``, or ``resume`` itself (see :func:`located`); UserError if there is none."""
     path = located(resume, (CHECKPOINT_NAME, SAFE_NAME, HUB_NAME), **options)
     if not path.is_file():
         there = "in" if Path(resume).is_dir() else "at"
@@ -182,7 +158,7 @@ def find(resume: str | Path | hub.Address, **options) -> Path:
 
 
 def plain(value: Any) -> bool:
-    """Whether ``value`` is of the types that describe a model: numbers, strings, None, and lists of them."""
+    """Whether ``value`` is a number, a string, None, or a list of such values."""
     return value is None or isinstance(value, int | float | str) or (isinstance(value, list) and all(map(plain, value)))
 
 
@@ -190,25 +166,21 @@ def read_run(path: str | Path) -> dict[str, Any]:
     """A TokenBridge's checkpoint: :func:`read`, with the types and ranges of its entries checked.
 
     Raises:
-        UserError: see :func:`read`; or an entry cannot be what it should be.
+        UserError: see :func:`read`; or an entry has the wrong type or range.
     """
     return as_run(read(path), Path(path))
 
 
 def as_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """:func:`read_run` of what :func:`read` gave."""
+    """:func:`read_run` for ``content`` that :func:`read` read from ``path``."""
     if "config" not in content and (about := config_beside(path)):
-        content |= {"config": about, "averaged": True}  # they were saved to be used
+        content |= {"config": about, "averaged": True}  # save_pretrained writes the weights that sampling uses
     if isinstance(content.get("config"), dict) and "vae" in content["config"]:
         raise UserError(f"{path} is a tokenizer, not a TokenBridge: it goes with --vae_path")
-    steps = content.get("steps_per_epoch", 1)
     lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "world_size": 1}
-    wrong = [
-        name
-        for name, least in lowest.items()
-        if name in content and (type(content[name]) is not int or content[name] < least)
-    ]
-    if not wrong and content.get("step", 0) > steps:
+    numbers = {name: content[name] for name in lowest if name in content}
+    wrong = [name for name, value in numbers.items() if type(value) is not int or value < lowest[name]]
+    if not wrong and content.get("step", 0) > content.get("steps_per_epoch", 1):
         wrong.append("step")
     wrong += [name for name in ("optimizer", "scaler", "config") if not isinstance(content.get(name, {}), dict)]
     if "config" not in wrong:
@@ -222,11 +194,7 @@ def as_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def read_newest_whole(path: Path) -> tuple[dict[str, Any], Path]:
-    """The checkpoint at ``path`` or, with a warning, the newest one kept before it that can be read; and which.
-
-    Raises:
-        UserError: none of them can be read; the message is of ``path``.
-    """
+    """The checkpoint at ``path``, or with a warning the newest earlier one that is whole; and its file."""
     try:
         return read_run(path), path
     except UserError as error:
@@ -243,7 +211,7 @@ def read_newest_whole(path: Path) -> tuple[dict[str, Any], Path]:
 def save(path: str | Path, content: dict[str, Any], keep_last: int = 1) -> None:
     """Writes a checkpoint whole or not at all; ``keep_last - 1`` earlier ones stay beside it, numbered by age.
 
-    At every moment ``path`` is a whole checkpoint, if there was one before.
+    If there was a checkpoint at ``path``, a whole one is there at every moment.
     """
     path = Path(path)
     with written_whole(path) as file:

@@ -1,4 +1,4 @@
-"""Starting from the weights of another run: what fits is kept, positions are resized, the rest is drawn anew."""
+"""Starts training from another run's weights: keeps those that fit, resizes positions, draws the others anew."""
 
 import math
 import re
@@ -16,16 +16,16 @@ from util.config import FACTS, KL16_CHANNEL_ORDER
 from util.errors import UserError
 from util.misc import log
 
-#: Position embeddings, and whether positions of the class embedding come before those of the tokens.
+#: Position embeddings, and whether they have positions for the class embedding before those of the tokens.
 POSITIONS = {"encoder_pos_embed_learned": True, "decoder_pos_embed_learned": True, "output_pos_embed": False}
-#: What belongs to one place of the head, and so to the channel that is predicted there.
+#: The head's parameters for one step of its generation order, and so for the channel that is predicted there.
 PLACES = ("channel_embed", "timesteps_embeddings", "token_embeddings.", "channel_heads.")
 
 
 def resized(positions: Tensor, buffer: int, new_buffer: int, side: int) -> Tensor:
-    """Position embeddings ``[1, buffer + L, D]`` for a grid of ``side x side`` tokens: ``[1, new_buffer + side^2, D]``.
+    """Position embeddings ``[1, buffer + L, D]`` resized to ``[1, new_buffer + side^2, D]``.
 
-    Those of tokens are interpolated bicubically over the grid, those before them linearly.
+    Those of tokens are interpolated bicubically over their grid, those before them linearly.
     """
     before, tokens = positions.float().tensor_split([buffer], dim=1)
     old = math.isqrt(tokens.shape[1])
@@ -41,38 +41,38 @@ def resized(positions: Tensor, buffer: int, new_buffer: int, side: int) -> Tenso
 def start_from(
     model: nn.Module, content: Mapping[str, Any], config: Mapping[str, Any], path: Path, ema: bool
 ) -> dict[str, list[str]]:
-    """Gives ``model`` the weights of a checkpoint as far as they fit, and says in the log what was done with the rest.
+    """Loads those weights of a checkpoint that fit ``model``, and logs what is done with the others.
 
     Args:
         content: the checkpoint, see :func:`util.checkpoint.read_run`.
-        config: of its model.
-        ema: its averages, if it has them, and not the weights themselves.
+        config: configuration of its model.
+        ema: whether to take the averaged weights, if there are any.
 
     Returns:
         names of parameters, under ``"kept"``, ``"resized"`` and ``"drawn anew"``; under ``"left out"`` those of the
         file that the model does not have.
 
     Raises:
-        UserError: it has no weights, they are not finite, or none of a transformer's fit: it is of another size.
+        UserError: the checkpoint has no weights, they are not finite, or none of its transformer's fit.
     """
     weights = content.get("model_ema" if ema and "model_ema" in content else "model")
     if not isinstance(weights, Mapping):
         raise UserError(f"{path} has no weights under 'model'")
     learned = dict(model.named_parameters())
     here = model.config["channel_order"]
-    # Files that do not tell are of before there was a choice.
+    # Files without an order have the only one that there was at first.
     there = config.get("channel_order", KL16_CHANNEL_ORDER if len(here) == 16 else sorted(here))
-    buffer = buffer_of(weights)
+    # The number of positions of the class embedding is not stored, but follows from two shapes.
+    shapes = [getattr(weights.get(name), "shape", ()) for name in ("encoder_pos_embed_learned", "output_pos_embed")]
+    buffer = shapes[0][1] - shapes[1][1] if all(len(shape) == 3 for shape in shapes) else 0
     done: dict[str, list[str]] = {"kept": [], "resized": [], "drawn anew": [], "left out": []}
     with torch.no_grad():
         for name, parameter in learned.items():
             value = weights.get(name)
+            kind = "kept"
             if name in POSITIONS and isinstance(value, Tensor) and value.ndim == 3 and value.shape != parameter.shape:
                 buffers = (buffer, model.config["buffer_size"]) if POSITIONS[name] else (0, 0)
-                value = resized(value, *buffers, model.grid_size)
-                kind = "resized"
-            else:
-                kind = "kept"
+                value, kind = resized(value, *buffers, model.grid_size), "resized"
             if not fits(value, parameter) or (name.startswith(PLACES) and list(there) != here):
                 kind = "drawn anew"
             elif not value.isfinite().all():
@@ -100,30 +100,18 @@ def start_from(
     return done
 
 
-def buffer_of(weights: Mapping[str, Any]) -> int:
-    """Positions of the class embedding, by the shapes of position embeddings."""
-    shapes = [getattr(weights.get(name), "shape", ()) for name in ("encoder_pos_embed_learned", "output_pos_embed")]
-    return shapes[0][1] - shapes[1][1] if all(len(shape) == 3 for shape in shapes) else 0
-
-
 def grouped(names: Sequence[str]) -> list[str]:
-    """Names with their first number as a star, each once: ``channel_heads.*.weight``."""
+    """Names with a star for their first number, each once: ``channel_heads.*.weight``."""
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names))
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Has the parameters whose names match one of ``patterns`` stay as they are: ``encoder_blocks.*``, ``*.bias``.
-
-    Raises:
-        UserError: a pattern matches none, or all parameters are frozen.
-    """
+    """Excludes parameters from training by patterns (``*.bias``); UserError if one matches none, or all are frozen."""
     learned = dict(model.named_parameters())
-    frozen: set[str] = set()
     for pattern in patterns:
-        matched = [name for name in learned if fnmatchcase(name, pattern)]
-        if not matched:
+        if not any(fnmatchcase(name, pattern) for name in learned):
             raise UserError(f"--freeze {pattern} matches no parameter; there are {', '.join(grouped(list(learned)))}")
-        frozen.update(matched)
+    frozen = [name for name in learned if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if len(frozen) == len(learned):
         raise UserError("--freeze leaves no parameter to train")
     for name in frozen:

@@ -1,4 +1,4 @@
-"""From a checkpoint's content into a model, its optimizer and scaler: compared first, so that nothing unfit is used."""
+"""Loads a checkpoint's content into a model, its optimizer and scaler, after comparing shapes, types and values."""
 
 import hashlib
 import math
@@ -17,7 +17,7 @@ SHAPE_HINT = "Check --model, --quant_bits, --class_num, --img_size, --patch_size
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's weights and buffers: what tells tokenizers of equal sizes apart."""
+    """SHA-256 of a model's weights and buffers, which tells tokenizers of equal sizes apart."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -26,19 +26,19 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def dense(value: Any) -> bool:
-    """Whether ``value`` is a tensor that holds all its values."""
+    """Whether ``value`` is a tensor that is neither sparse, quantized nor without values (``meta``)."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_quantized
 
 
 def described(value: Any, other: Tensor) -> str:
-    """Shape, and where it differs from ``other``'s the type, of what a file has in a tensor's place."""
+    """For messages, the shape of a file's ``value``, and its type where that differs from ``other``'s."""
     if not dense(value):
         return "no dense tensor" if isinstance(value, Tensor) else f"no tensor but {type(value).__name__}"
     return str(list(value.shape)) + (f" {value.dtype}" if value.dtype != other.dtype else "")
 
 
 def fits(value: Any, other: Tensor) -> bool:
-    """Whether ``value`` can take ``other``'s place: its shape, and its type or one that widens to it exactly."""
+    """Whether ``value`` has ``other``'s shape, and its type or one that float32 holds exactly."""
     if not dense(value):
         return False
     narrower = other.dtype == torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
@@ -48,28 +48,20 @@ def fits(value: Any, other: Tensor) -> bool:
 def matching(
     weights: Mapping[str, Any], expected: Mapping[str, Tensor], path: str | Path, hint: str
 ) -> dict[str, Tensor]:
-    """The entries of ``weights`` that ``expected`` names; others are named in the log and left out.
+    """The entries of ``weights`` that ``expected`` names; a warning lists the others.
 
     Raises:
-        UserError: an entry is missing, has another shape or type, or holds values that are not finite: all of them
-            listed, ``hint`` says where to look.
+        UserError: entries are missing, or their shape, type or values do not fit; it lists them, with ``hint``.
     """
-    problems = {
-        "missing": [name for name in expected if name not in weights],
-        "of another shape or type": [
-            f"{name} {described(weights[name], value)} (expected {list(value.shape)})"
-            for name, value in expected.items()
-            if name in weights and not fits(weights[name], value)
-        ],
-        "not finite": [
-            name
-            for name, value in expected.items()
-            if name in weights
-            and fits(weights[name], value)
-            # Tables of masks are infinite where they should be.
-            and not (weights[name].isfinite() | ~value.isfinite().to(weights[name].device)).all()
-        ],
-    }
+    problems: dict[str, list[str]] = {"missing": [], "of another shape or type": [], "not finite": []}
+    for name, value in expected.items():
+        if name not in weights:
+            problems["missing"].append(name)
+        elif not fits(found := weights[name], value):
+            problem = f"{name} {described(found, value)} (expected {list(value.shape)})"
+            problems["of another shape or type"].append(problem)
+        elif not (found.isfinite() | ~value.isfinite().to(found.device)).all():  # attention masks hold -inf
+            problems["not finite"].append(name)
     unexpected = [str(name) for name in weights if name not in expected]
 
     def some(names: list[str]) -> str:
@@ -85,19 +77,15 @@ def matching(
 
 
 def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path, ema: bool) -> None:
-    """Loads a checkpoint's EMA (or plain) weights into ``model``, and the quantizer's tables where it has them.
-
-    Raises:
-        UserError: it has none, or they do not fit.
-    """
-    ema = ema and content.get("averaged") is not True  # a file of averages alone has them in the weights' place
+    """Loads averaged (``ema``) or plain weights, and the quantizer's tables; UserError if there are none that fit."""
+    ema = ema and content.get("averaged") is not True  # a file of averages only has them under "model"
     key = "model_ema" if ema else "model"
     weights, plain = content.get(key), content.get("model")
     if not isinstance(weights, Mapping):
-        hint = "; --no_ema takes those that it has" if ema and isinstance(plain, Mapping) else ""
+        hint = "; --no_ema takes those under 'model'" if ema and isinstance(plain, Mapping) else ""
         raise UserError(f"{path} has no weights under '{key}'{hint}")
     expected = model.state_dict()
-    if ema:  # averages are of learned entries only; the tables lie with the plain weights
+    if ema:  # only learned entries are averaged; tables are stored with the plain weights
         tables = set(expected) - {name for name, _ in model.named_parameters()}
         plain = plain if isinstance(plain, Mapping) else {}
         weights = {**weights, **{name: plain.get(name, expected[name]) for name in tables}}
@@ -108,19 +96,15 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path,
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: str | Path) -> None:
-    """Loads an optimizer's moments; rates and other settings stay those of this run's flags.
-
-    Raises:
-        UserError: the state is damaged, or of another model.
-    """
+    """Loads an optimizer's moments, not its settings, such as rates; UserError if they are damaged or do not fit."""
     options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
-        # Copies: what was read is mapped from a file that newer ones replace.
+        # Copies, since what was read may be mapped from a file that this run replaces.
         entries = {
             number: {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
             for number, entry in state["state"].items()
         }
-        # Where torch puts the counts of steps follows from how the optimizer works: as here, not as in the file.
+        # These settings decide on which device torch puts the counts of steps: this run's, not the file's.
         groups = [dict(group) for group in state["param_groups"]]
         for group, ours in zip(groups, options, strict=False):
             group |= {name: ours[name] for name in ("fused", "capturable", "foreach") if name in ours}
@@ -136,7 +120,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], p
                     raise ValueError(f"{name} of entry {number} is {described(value, expected)}")
                 if not torch.as_tensor(value).isfinite().all():
                     raise ValueError(f"{name} of entry {number} is not finite")
-    except Exception as error:  # torch looks at little of it, so what is wrong surfaces as almost anything
+    except Exception as error:  # torch checks little, so a damaged state may raise anything
         what = reason(error)
         raise UserError(f"{path}: its optimizer state is damaged, or of another model ({what})") from error
     for group, ours in zip(optimizer.param_groups, options, strict=True):
@@ -144,11 +128,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], p
 
 
 def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any], path: str | Path) -> None:
-    """Loads the scale of fp16's gradients.
-
-    Raises:
-        UserError: the state is damaged.
-    """
+    """Loads the scale of fp16's gradients; raises UserError if its state is damaged."""
     numbers = [value for value in state.values() if isinstance(value, float | int) and 0 <= value < math.inf]
     if set(state) != set(scaler.state_dict()) or len(numbers) < len(state) or not state["scale"]:
         raise UserError(f"{path}: the state of its gradient scaler is damaged")

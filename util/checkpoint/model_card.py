@@ -1,7 +1,8 @@
-"""The card, ``README.md``, of a model's folder or repository: what it is, its figures, how to use it."""
+"""The card, ``README.md``, of a model's folder or repository: its sizes, its metrics, an example of its use."""
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -12,47 +13,9 @@ from util.config import KL16_LATENT_FACTOR
 from util.metrics import TITLES
 from util.tables import markdown
 
-PAPER = "https://arxiv.org/abs/2503.16430"
-
-CARD = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-An image generator of the kind of TokenBridge: a tokenizer's continuous latents, quantized after training, dimension by
-dimension, are predicted as discrete tokens by a masked transformer and one small channel-by-channel head, under plain
-cross-entropy. The method: *Bridging Continuous and Discrete Tokens for Autoregressive Visual Generation*
-([paper]({{ paper }})).
-
-{{ sizes }}
-{% if figures %}## Figures
-
-{{ figures }}
-{% endif %}## Use
-
-```python
-import torch
-from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
-from util.checkpoint.load import load_weights
-
-model = TokenBridge.from_pretrained("{{ repo_id }}")
-vae, latent_factor = AutoencoderKL.from_pretrained("{{ tokenizer }}")
-labels = torch.arange({{ images }})
-latents = model.sample_tokens({{ images }}, num_iter=64, cfg=3.0, labels=labels, seeds=range({{ images }}))
-images = vae.decode(latents / latent_factor)  # [{{ images }}, 3, H, W], about [-1, 1]
-```
-
-`models` is the code of the TokenBridge project; run it from its checkout.
-
-`config.json` holds all that rebuilds the model; classes and the latent factor are there, too.
-
-## Licence
-
-{{ licence }}
-"""
-#: Settings of an evaluation that belong to its figures.
+#: The card's template.
+CARD = Path(__file__).with_suffix(".md")
+#: Settings of an evaluation that its figures depend on.
 SETTINGS = ("num_images", "num_iter", "cfg", "cfg_schedule", "temperature", "order", "precision")
 
 
@@ -67,11 +30,10 @@ def model_card(
     """The card of a TokenBridge.
 
     Args:
-        model: with its ``config`` and ``metadata``.
         data: what the Hub shows beside the card.
-        repo_id: what its usage loads.
-        tokenizer: what its usage loads; by default the published KL-16, if the model's latents are scaled as there.
-        figures: a ``samples.json`` of ``main_tokenbridge.py``: its metrics, and the settings they were measured at.
+        repo_id: where the card's example loads the model from.
+        tokenizer: where it loads the tokenizer from; by default the published KL-16, if the latent factors agree.
+        figures: content of a ``samples.json`` of ``main_tokenbridge.py``: metrics, and the settings of the evaluation.
         licence: of the weights, by the Hub's short name, such as ``mit``.
     """
     data = copy.deepcopy(data)
@@ -81,8 +43,7 @@ def model_card(
         tokenizer = f"hf://{hub.VAE_REPO}/kl16.ckpt" if kl16 else "path/to/its/tokenizer"
     return ModelCard.from_template(
         data,
-        template_str=CARD,
-        paper=PAPER,
+        template_path=str(CARD),
         title=repo_id.rpartition("/")[2] or repo_id,
         repo_id=repo_id,
         tokenizer=tokenizer,
@@ -94,7 +55,7 @@ def model_card(
 
 
 def sizes_table(model: nn.Module) -> str:
-    """A table of what the model is."""
+    """A table of the model's sizes."""
     c = model.config
     rows = [
         ["parameters", f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"],
@@ -108,7 +69,7 @@ def sizes_table(model: nn.Module) -> str:
 
 
 def figures_table(figures: Mapping[str, Any]) -> str:
-    """A table of an evaluation's metrics and settings; empty if it measured none."""
+    """A table of an evaluation's metrics and settings; empty if there are no metrics."""
     metrics = [[title, figures[name]] for name, title in TITLES.items() if name in figures]
     settings = figures.get("settings", {})
     rows = metrics + [[name, settings[name]] for name in SETTINGS if name in settings]

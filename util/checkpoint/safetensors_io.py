@@ -1,9 +1,9 @@
-"""Checkpoints as safetensors: tensors by their path, everything else as JSON beside them, checksums of both."""
+"""Checkpoints as safetensors files: tensors by their path, everything else as JSON in the metadata, checksums."""
 
 import argparse
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from util.files import written_whole
 
 SUFFIX = ".safetensors"
-#: Metadata of our files: the tree that tensors hang in, and their checksums.
+#: Entries of our files' metadata: the nested content with paths in the tensors' places, and the tensors' CRC-32.
 TREE, CHECKSUMS = "tree", "crc32"
 
 
@@ -24,21 +24,12 @@ def tensor_bytes(value: Tensor) -> memoryview:
     return memoryview(value.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def checksum(value: Tensor) -> int:
-    """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(tensor_bytes(value))
-
-
 def take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON can hold it; its tensors go to ``tensors`` by their path.
-
-    Raises:
-        ValueError: it holds something else than plain types, tensors and a Namespace.
-    """
+    """``value`` as JSON can hold it, its tensors put into ``tensors`` by path; ValueError if it holds other objects."""
     if isinstance(value, Tensor):
-        while path in tensors:  # names with dots in them may meet
+        while path in tensors:  # a key with a dot may give the path of another tensor
             path += "_"
-        tensors[path] = value.detach().cpu().contiguous()
+        tensors[path] = value
         return {"tensor": path}
     if isinstance(value, Mapping):
         prefix = f"{path}." if path else ""
@@ -54,11 +45,7 @@ def take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of :func:`take_tensors`.
-
-    Raises:
-        ValueError, KeyError, TypeError: ``tree`` is not of its making.
-    """
+    """The inverse of :func:`take_tensors`; KeyError, TypeError or ValueError for another ``tree``."""
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
@@ -74,7 +61,7 @@ def put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def write(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a checkpoint whole or not at all; nothing of it is lost.
+    """Writes a checkpoint, whole or not at all, so that :func:`read` gives all of it back.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -82,41 +69,30 @@ def write(path: str | Path, content: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(take_tensors(content, "", tensors))
-    tensors = {name: value.clone() if shared else value for name, value, shared in with_sharing(tensors)}
-    checksums = json.dumps({name: checksum(value) for name, value in tensors.items()})
-    with written_whole(path) as file:
-        save_file(tensors, file.name, {"format": "pt", TREE: tree, CHECKSUMS: checksums})
+    write_tensors(path, tensors, {TREE: tree})
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors alone, by their names, as every program reads them; whole or not at all."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    checksums = json.dumps({name: checksum(value) for name, value in tensors.items()})
-    with written_whole(path) as file:
-        save_file(tensors, file.name, {"format": "pt", CHECKSUMS: checksums})
-
-
-def with_sharing(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, bool]]:
-    """Names, tensors, and whether one before has the same memory, which a file cannot hold twice."""
-    seen = set()
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors under their names, with their checksums, whole or not at all; any program can read them."""
+    saved, places = {}, set()
     for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
         place = value.untyped_storage().data_ptr()
-        yield name, value, place in seen
-        seen.add(place)
+        saved[name] = value.clone() if place in places else value  # the format refuses tensors that share memory
+        places.add(place)
+    checksums = json.dumps({name: zlib.crc32(tensor_bytes(value)) for name, value in saved.items()})
+    with written_whole(path) as file:
+        save_file(saved, file.name, {"format": "pt", **(metadata or {}), CHECKSUMS: checksums})
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The checkpoint that :func:`write` wrote; of another program's file its tensors, under ``model``.
-
-    Raises:
-        ValueError and others: the file is damaged.
-    """
+    """What :func:`write` wrote, or another program's tensors under ``model``; ValueError or others if damaged."""
     with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
+        metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if CHECKSUMS in about:  # other programs write none
-        sums = json.loads(about[CHECKSUMS])
-        wrong = [name for name, value in tensors.items() if sums.get(name) != checksum(value)]
-        if wrong:
-            raise ValueError(f"the checksum of {wrong[0]} is wrong")
-    return put_tensors(json.loads(about[TREE]), tensors) if TREE in about else {"model": tensors}
+    if CHECKSUMS in metadata:  # other programs write none
+        sums = json.loads(metadata[CHECKSUMS])
+        for name, value in tensors.items():
+            if sums.get(name) != zlib.crc32(tensor_bytes(value)):
+                raise ValueError(f"the checksum of {name} is wrong")
+    return put_tensors(json.loads(metadata[TREE]), tensors) if TREE in metadata else {"model": tensors}
