@@ -298,7 +298,7 @@ def sample_categorical(logits: Tensor, temperature: float, uniform: Tensor) -> T
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Configurations that cannot be.
+# Checks of the configuration.
 
 
 def checked_order(order: Sequence[int], channels: int) -> list[int]:
@@ -313,7 +313,7 @@ def checked_order(order: Sequence[int], channels: int) -> list[int]:
 
 
 def check_head(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a ``config`` of which :class:`ChannelHead` can build no head."""
+    """Raises ValueError for a ``config`` that describes no :class:`ChannelHead`."""
     kind, size, channels = config["head"], config["channels_per_group"], len(config["channel_order"])
     levels, dim, heads = config["quant_levels"], config["channel_embed_dim"], config["channel_heads"]
     if kind not in ("ar", "parallel"):

@@ -49,7 +49,7 @@ def linear_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor]:
 
 
 def bisect(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
-    """The largest float32 between ``low`` and ``high``, elementwise, up to which ``holds`` is true."""
+    """The largest float32 between ``low`` and ``high``, elementwise, up to which the monotone ``holds`` is true."""
     while True:
         middle = low + (high - low) / 2
         if (~(middle > low) | ~(middle < high)).all():
@@ -66,7 +66,7 @@ def nearest_thresholds(values: Tensor) -> Tensor:
     of an ``x`` beside it may round to the same number.
     """
     below, above = values[:-1], values[1:]
-    return bisect(below, above, lambda x: x - below <= above - x)  # both are monotone in x, rounding included
+    return bisect(below, above, lambda x: x - below <= above - x)  # monotone in x, rounding included
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ class ScalarQuantizer(nn.Module):
             in place of the two above; the channels are then the last dimension of everything that is quantized.
 
     Raises:
-        ValueError: levels that no table can be made of, an empty range, or means and deviations that cannot be.
+        ValueError: too few or too many levels, an empty range, or see :func:`calibrated_bounds`.
     """
 
     tables: Callable[[int, float], tuple[Tensor, Tensor]]

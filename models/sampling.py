@@ -17,7 +17,7 @@ from util.rng import ImageDraws
 ORDERS = ("random", "raster", "confidence")
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is asked for.
+# Settings, and what is given for each image.
 
 
 @dataclass(frozen=True)
