@@ -27,7 +27,7 @@ from util.lr_sched import adjust_learning_rate
 from util.meters import BadSteps, Meter
 from util.rng import numbered_draws
 from util.sample_folder import SampleFolder
-from util.training_state import Step, TrainingState
+from util.training_state import TrainingState
 
 LOG_EVERY = 20  # steps between two looks at the device's numbers
 
@@ -35,29 +35,20 @@ LOG_EVERY = 20  # steps between two looks at the device's numbers
 # Training.
 
 
-def latents_from(batch: Tensor, vae: AutoencoderKL | None, latent_factor: float) -> Tensor:
-    """Scaled posterior samples ``[B, C, h, w]`` from images, or from cached moments where ``vae`` is None."""
-    with torch.no_grad():
-        posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
-        return posterior.sample() * latent_factor
-
-
 def backward(
     state: TrainingState, batches: Sequence, vae: AutoencoderKL | None, latent_factor: float, precision: str
 ) -> Tensor:
-    """Computes the gradients of the mean loss over ``batches``, those of one accumulated step.
+    """Computes the gradients of one step, and its mean loss over ``batches``, which it returns, detached.
 
-    Args:
-        batches: images ``[B, 3, H, W]``, or moments where ``vae`` is None, and labels ``[B]``.
-
-    Returns:
-        the loss, detached.
+    Batches are images ``[B, 3, H, W]``, or moments ``[B, 2C, h, w]`` where ``vae`` is None, and labels ``[B]``.
     """
     total = torch.zeros((), device=state.device)
     for i, (batch, labels) in enumerate(batches):
         state.model.check_labels(labels)  # while they are on the host
-        latents = latents_from(batch.to(state.device, non_blocking=True), vae, latent_factor)
-        labels = labels.to(state.device, non_blocking=True)
+        batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
+        with torch.no_grad():
+            posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
+            latents = posterior.sample() * latent_factor
         # Processes exchange gradients once a step, with its last batch.
         waits = isinstance(state.wrapped, DistributedDataParallel) and i < len(batches) - 1
         with state.wrapped.no_sync() if waits else nullcontext():
@@ -68,13 +59,8 @@ def backward(
     return total
 
 
-def steps_per_epoch(loader: DataLoader, accum_iter: int) -> int:
-    """Optimizer steps of an epoch; batches left over after the last whole one are dropped."""
-    return len(loader) // accum_iter
-
-
 def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
-    """The files of a step's ``images``; steps count from the first batch that ``loader`` gave this epoch."""
+    """The files of a step's images, ``images`` of them; steps count from this epoch's first batch of ``loader``."""
     indices = list(loader.sampler)[step * images : (step + 1) * images]
     return [loader.dataset.samples[index][0] for index in indices]
 
@@ -91,18 +77,18 @@ def train_one_epoch(
     writer: SummaryWriter | None = None,
     peak_flops: float = math.inf,
 ) -> dict[str, float]:
-    """Trains from ``state``'s place to the end of the epoch, and saves where ``--save_every_steps`` says so.
+    """Trains from ``state``'s step to the end of the epoch, and saves as often as ``--save_every_steps`` says.
 
     Everything random in a step follows from ``args.seed``, the process, the epoch and the step: a run that starts in
     the middle of an epoch draws what an unbroken one would have drawn there.
 
     Args:
-        loader: gives batches of images, or of moments where ``vae`` is None, and labels; from ``state``'s place on.
+        loader: gives batches of images, or of moments where ``vae`` is None, and labels; from ``state``'s step on.
         args: seed, accum_iter, precision, batch_size, save_every_steps, the learning rate's (:mod:`util.lr_sched`),
             and what :meth:`util.training_state.TrainingState.save` takes.
-        stop_signals: ends the run after the step in which a process heard one.
+        stop_signals: end the run after the step in which a process received one.
         bad_steps: counts steps whose loss or gradient is not finite.
-        bar, writer: shown and written to every :data:`LOG_EVERY` steps and at the end; a writer on the main process.
+        bar, writer: show the figures every :data:`LOG_EVERY` steps and at the end; a writer on the main process only.
         peak_flops: operations a second of a large matrix product here, what utilization is measured against.
 
     Returns:
@@ -110,7 +96,7 @@ def train_one_epoch(
 
     Raises:
         UserError: too many steps were not finite, or a checkpoint cannot be written.
-        Preempted: a signal was heard; the run has been saved.
+        Preempted: a signal was received; the run has been saved.
     """
     state.wrapped.train()
     epoch, first, steps = state.epoch, state.step, state.steps_per_epoch
@@ -122,7 +108,7 @@ def train_one_epoch(
         batches = list(islice(iterator, args.accum_iter))
         misc.seed_everything(args.seed, misc.get_rank(), epoch, step)
         loss = backward(state, batches, vae, latent_factor, args.precision)
-        record(state.settle(), meter, bad_steps, loader, first)  # the step before, while its weights are still there
+        settle(state, meter, bad_steps, loader, first)  # the step before, while its weights are still there
         state.take_step(loss, lr)
         bar.update()
 
@@ -130,7 +116,7 @@ def train_one_epoch(
         due = args.save_every_steps and state.steps_done % args.save_every_steps == 0
         log = (step + 1) % LOG_EVERY == 0 or step + 1 == steps
         if log or stop or due:
-            record(state.settle(), meter, bad_steps, loader, first)
+            settle(state, meter, bad_steps, loader, first)
         if log:
             figures = {**(meter.read() or figures), "train/lr": lr}
             show(figures, bar, writer, epoch, state.steps_done)
@@ -145,27 +131,25 @@ def train_one_epoch(
     return figures
 
 
-def record(last: Step | None, meter: Meter, bad_steps: BadSteps, loader: DataLoader, first: int) -> None:
-    """Counts a step that was taken in the figures, and another one as bad.
+def settle(state: TrainingState, meter: Meter, bad_steps: BadSteps, loader: DataLoader, first: int) -> None:
+    """Ends the step that was started last, and counts it in the figures if it was taken, else as bad.
 
     Args:
-        last: None if there is nothing to count.
         first: the epoch's first step that ``loader`` gave batches for.
 
     Raises:
         UserError: there are too many bad steps.
     """
-    if last is None:
-        return
-    if last.finite:
+    last = state.settle()
+    if last is not None and last.finite:
         meter.add(last)
-    else:
+    elif last is not None:
         images = meter.images // misc.get_world_size()
         bad_steps.add(last, files_of_step(loader, last.step - first, images))
 
 
 def show(figures: dict[str, float], bar: tqdm, writer: SummaryWriter | None, epoch: int, steps_done: int) -> None:
-    """Puts a training loop's figures beside the progress bar and, where there is a writer, into TensorBoard."""
+    """Writes figures of training beside the progress bar and, where there is a writer, into TensorBoard."""
     if "train/loss" in figures:
         bar.set_postfix_str(
             f"epoch {epoch} loss {figures['train/loss']:.4f} lr {figures['train/lr']:.2e} "
@@ -199,7 +183,7 @@ class Sampling:
 
 
 def image_seeds(gen_seed: int, numbers: Iterable[int]) -> list[int]:
-    """One seed for each image number: no two images of a run share one."""
+    """A seed for each image number; no two images of a run have the same."""
     base = int(np.random.SeedSequence(gen_seed).generate_state(1)[0])
     return [(base + number) % 2**32 for number in numbers]
 
@@ -233,7 +217,7 @@ def evaluate(
     chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
     if len(chunks) < world and rank == 0:
         misc.log.warning("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
-    # What is missing is dealt anew, so that a process whose images were lost has no more to do than others.
+    # All processes share what is missing, so that one whose images were lost has no more to do than others.
     folders = [folder, folder.confidence] if settings.save_confidence else [folder]
     missing = misc.from_main_process([chunk for chunk in chunks if not all(part.has(chunk) for part in folders)])
     with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
@@ -358,8 +342,8 @@ def channel_statistics(
 ) -> tuple[list[float], list[float]]:
     """Mean and deviation of each channel's scaled latents, over images and positions, and over all processes.
 
-    Of the posteriors themselves, nothing is drawn: a channel's variance is that of its means plus the mean of its
-    variances.
+    They are of the posteriors themselves, without a draw: a channel's variance is that of its means plus the mean of
+    its variances.
 
     Args:
         loader: gives tuples that start with images, or with moments where ``vae`` is None.

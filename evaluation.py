@@ -1,4 +1,4 @@
-"""What is measured of a model: samples and their metrics, searches over guidance and temperature, likelihood."""
+"""Measuring a model: samples and their metrics, searches over guidance and temperature, held-out likelihood."""
 
 import argparse
 from dataclasses import asdict, dataclass
@@ -24,20 +24,14 @@ ADM_STATS = "fid_stats/adm_in256_stats.npz"  # the usual name of ADM's statistic
 
 @dataclass
 class Run:
-    """What sampling, measuring and training have in common.
-
-    Attributes:
-        vae: the tokenizer; None where cached moments are enough.
-        evaluator: measures samples; None for pictures alone.
-        held_out: images or moments to measure likelihoods on; None if that is not asked for.
-    """
+    """What sampling, measuring and training have in common."""
 
     args: argparse.Namespace
     device: torch.device
-    vae: AutoencoderKL | None
+    vae: AutoencoderKL | None  # None where cached moments are enough
     latent_factor: float
-    evaluator: Evaluator | None
-    held_out: DataLoader | None
+    evaluator: Evaluator | None  # None for pictures alone
+    held_out: DataLoader | None  # images or moments to measure likelihoods on, if asked for
 
 
 def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
@@ -65,7 +59,7 @@ def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) 
 
 
 def identity(path: str | Path | None) -> dict[str, str | int] | None:
-    """What tells a file from a later one in its place; None for none."""
+    """Path, size and time of change of a file, which tell it from a later one of the same name; None for no file."""
     if path is None:
         return None
     status = Path(path).stat()
@@ -73,13 +67,13 @@ def identity(path: str | Path | None) -> dict[str, str | int] | None:
 
 
 def weights_identity(args: argparse.Namespace, path: Path) -> dict:
-    """What tells the weights of a checkpoint and of its tokenizer from others: samples are kept with it."""
+    """Identifies the weights of a checkpoint and of its tokenizer: samples of others are made anew."""
     vae_file = checkpoint.located(args.vae_path, checkpoint.VAE_NAMES)
     return {"ema": not args.no_ema, "model": identity(path), "vae": identity(vae_file)}
 
 
 def measured_against(args: argparse.Namespace) -> dict:
-    """What tells the reference of a measurement from others: metrics are kept with it."""
+    """Identifies what samples are compared with: metrics against others are measured anew."""
     return {name: identity(getattr(args, name)) for name in ("fid_stats", "reference", "inception_weights")}
 
 
@@ -88,8 +82,7 @@ def sample_and_measure(
 ) -> dict[str, float]:
     """Samples into the folder ``path``, with a grid of some images beside it, and measures.
 
-    Returns:
-        the metrics, on the main process; empty on others and without an evaluator.
+    Returns the metrics on the main process, nothing on others and without an evaluator.
     """
     args, settings = run.args, sampling_settings(run.args, cfg, temperature)
     folder = evaluate(model, run.vae, run.latent_factor, path, settings, run.device, weights)
@@ -122,7 +115,7 @@ def sample_and_measure(
 
 
 def finished_before(run: Run, path: Path, cfg: float, temperature: float, weights: dict) -> dict[str, float]:
-    """The metrics that an interrupted search by the same command already has of this pair; empty if none."""
+    """The metrics of this pair that an interrupted search by the same command has left; empty if there are none."""
     folder = SampleFolder(path)
     before = folder.results()
     made_with = {"settings": asdict(sampling_settings(run.args, cfg, temperature)), "weights": weights}
@@ -147,7 +140,7 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
 
 
 def measure_likelihood(run: Run, model: TokenBridge) -> dict[str, float]:
-    """Held-out cross-entropy, said in the log: ``nats_per_dim``, ``bits_per_dim`` and ``images``."""
+    """See :func:`engine_tokenbridge.held_out_likelihood`; what it returns is logged, too."""
     vae = None if run.args.use_cached else run.vae
     figures = held_out_likelihood(model, vae, run.latent_factor, run.held_out, run.device, run.args.precision)
     text = "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension"

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from engine_tokenbridge import channel_statistics, check_num_images, steps_per_epoch, train_one_epoch
+from engine_tokenbridge import channel_statistics, check_num_images, train_one_epoch
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
 from models.tokenbridge import CHECKPOINTED, MODELS, SIZES, TokenBridge
 from models.vae import AutoencoderKL
@@ -40,7 +40,7 @@ from util.training_state import TrainingState
 
 
 def add_training_args(parser: argparse.ArgumentParser) -> None:
-    """How it is trained."""
+    """Adds the flags of training."""
     train = parser.add_argument_group("training")
     train.add_argument(
         "--finetune",
@@ -73,7 +73,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
-    """How it is sampled and measured."""
+    """Adds the flags of sampling and evaluation."""
     sample = parser.add_argument_group("sampling and evaluation")
     sample.add_argument("--evaluate", action="store_true", help="sample from --resume's weights, measure, and stop")
     sample.add_argument("--online_eval", action="store_true", help="sample and measure during training, too")
@@ -96,7 +96,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
 
 
 def add_file_args(parser: argparse.ArgumentParser) -> None:
-    """Where everything lies."""
+    """Adds the flags that name files and folders."""
     files = parser.add_argument_group("files")
     files.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
     files.add_argument(
@@ -152,7 +152,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What a run is made of.
+# The parts of a run: checkpoint, tokenizer, model.
 
 
 def open_start(args: argparse.Namespace) -> Start:
@@ -182,7 +182,7 @@ def open_start(args: argparse.Namespace) -> Start:
 
 
 def load_tokenizer(args: argparse.Namespace, splits: Sequence[str]) -> tuple[AutoencoderKL | None, Tokenizer]:
-    """The tokenizer, None where cached moments are enough, and what it or the caches tell of it.
+    """The tokenizer, None where cached moments are enough, and its description, by itself or by the caches.
 
     Raises:
         UserError: it cannot be read, or a cache was made with another one.
@@ -208,10 +208,7 @@ CALIBRATION_IMAGES = 10_000
 def calibrate(
     args: argparse.Namespace, dataset: Data, vae: AutoencoderKL | None, tokenizer: Tokenizer, device: torch.device
 ) -> dict[str, list[float]]:
-    """Means and deviations of the latents' channels for ``--quant_calibrate``.
-
-    Measured over the training set, or as many of its images as :data:`CALIBRATION_IMAGES`, evenly spaced.
-    """
+    """Means and deviations of the latents' channels over :data:`CALIBRATION_IMAGES` training images, evenly spaced."""
     dataset.set_draws(args.seed, 0)
     loader = loader_of_all(evenly_spaced(dataset, CALIBRATION_IMAGES), device, args, persistent_workers=False)
     vae = None if args.use_cached else vae.to(device)
@@ -227,7 +224,7 @@ def build_model(args: argparse.Namespace, config: dict, start: Start) -> TokenBr
     A run that is resumed gets its weights later, with the rest of its state.
 
     Raises:
-        UserError: sizes that cannot be, or weights that do not fit.
+        UserError: sizes that do not fit each other, or weights that do not fit the model.
     """
     try:
         model = MODELS[args.model](**config)
@@ -256,7 +253,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
     batch = images_per_step * misc.get_world_size()
     if args.lr is None:
         args.lr = args.blr * batch / 256
-    state = TrainingState(model, args, steps_per_epoch(loader, args.accum_iter))
+    state = TrainingState(model, args, steps_per_epoch=len(loader) // args.accum_iter)  # what is left over is dropped
     if start.use == RESUME:
         state.load(start.content, start.path, args.freeze)
         start.content.clear()

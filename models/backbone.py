@@ -15,7 +15,7 @@ def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
 
 
 class MaskedBackbone(nn.Module):
-    """An encoder over the known tokens and a decoder over all positions, both timm ViT blocks.
+    """An encoder over the known tokens and a decoder over all positions, both of timm's ViT blocks.
 
     Args:
         config: arguments of :class:`models.tokenbridge.TokenBridge`.
@@ -28,7 +28,7 @@ class MaskedBackbone(nn.Module):
         super().__init__()
         self.seq_len, self.buffer_size = seq_len, config["buffer_size"]
         self.label_drop_prob = config["label_drop_prob"]
-        #: Of "encoder" and "decoder" those whose blocks are recomputed in the backward pass.
+        #: Parts whose blocks are recomputed in the backward pass: "encoder", "decoder".
         self.checkpointed: tuple[str, ...] = ()
         encoder_dim, decoder_dim = config["encoder_embed_dim"], config["decoder_embed_dim"]
         positions = self.buffer_size + seq_len
@@ -85,15 +85,14 @@ class MaskedBackbone(nn.Module):
         return torch.cat([buffer, tokens], dim=1) + self.decoder_pos_embed_learned
 
     def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Encoded buffer and known tokens ``[B, buffer + N, D]`` to features z of the ``wanted [B, W]`` positions.
+        """Encoded buffer and known tokens ``[B, buffer + N, D]`` to features z ``[B, L, D]`` of all positions.
 
-        Returns:
-            ``[B, W, D]``; of all positions, ``[B, L, D]``, by default.
+        With ``wanted [B, W]`` to those of these positions alone, ``[B, W, D]``.
         """
         x = self.run("decoder", self.decoder_blocks, self.decoder_input(encoded, known))
         z = self.decoder_norm(x)[:, self.buffer_size :] + self.output_pos_embed
         return z if wanted is None else gather_tokens(z, wanted)
 
     def forward(self, tokens: Tensor, known: Tensor, class_embedding: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Features from the known tokens, of all or the ``wanted`` positions: :meth:`encode`, then :meth:`decode`."""
+        """:meth:`encode` from the known tokens, then :meth:`decode` to features of all or the ``wanted`` positions."""
         return self.decode(self.encode(tokens, known, class_embedding), known, wanted)

@@ -192,14 +192,11 @@ class ChannelHead(nn.Module):
         return torch.einsum("msd,skd->msk", x, weight) + bias
 
     def forward(self, features: Tensor, targets: Tensor | None) -> Tensor:
-        """Teacher-forced logits.
+        """Teacher-forced logits ``[M, S, K]`` in generation order.
 
         Args:
             features: ``[M, D]`` of the backbone, one row a token.
             targets: classes ``[M, S]`` in generation order; step i sees those before i only, the parallel head none.
-
-        Returns:
-            logits ``[M, S, K]`` in generation order.
         """
         condition = self.condition_proj(features)[:, None]  # [M, 1, D]
         x = condition
@@ -247,23 +244,21 @@ class ChannelHead(nn.Module):
         Raises:
             ValueError: another ``first_place``.
         """
-        logits_of = self._cached_steps(features, first_place) if self.autoregressive else self._parallel_steps(features)
+        if self.autoregressive:
+            next_logits = self._cached_steps(features, first_place)
+        else:
+            all_logits = self(features, None).float()  # [M, S, K]
         log_probs, classes = torch.zeros(len(features), device=features.device), []
         for step in range(self.channel_steps):
-            logits = logits_of(step, classes)
+            logits = next_logits(step, classes) if self.autoregressive else all_logits[:, step]
             classes.append(sample_categorical(logits, temperature, uniform[:, step]))
             log_probs = log_probs + logits.log_softmax(dim=-1).gather(1, classes[-1][:, None])[:, 0]
         return self.to_levels(torch.stack(classes, dim=1))[:, self.from_generation_order], log_probs
 
-    def _parallel_steps(self, features: Tensor) -> Callable[[int, Sequence[Tensor]], Tensor]:
-        """A function that gives the logits ``[M, K]`` of a step, whatever the classes of other steps."""
-        logits = self(features, None).float()
-        return lambda step, classes: logits[:, step]
-
     def _cached_steps(self, features: Tensor, first_place: str) -> Callable[[int, Sequence[Tensor]], Tensor]:
         """A function that gives the logits ``[M, K]`` of a step from the classes ``[M]`` of the steps before it.
 
-        It keeps their keys and values, and so must be asked for all steps in turn.
+        It must be called for all steps in turn: it keeps the keys and values of those before.
         """
         if first_place not in ("trained", "released"):
             raise ValueError(f'first_place is "trained" or "released", not {first_place!r}')
@@ -303,15 +298,11 @@ def sample_categorical(logits: Tensor, temperature: float, uniform: Tensor) -> T
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Configurations that cannot be.
+# Checks of the configuration.
 
 
 def checked_order(order: Sequence[int], channels: int) -> list[int]:
-    """``order`` as a list of numbers.
-
-    Raises:
-        ValueError: it is not a permutation of ``range(channels)``.
-    """
+    """``order`` as a list of numbers; raises ValueError unless it is a permutation of ``range(channels)``."""
     try:
         order = [operator.index(channel) for channel in order]
     except TypeError:
@@ -322,7 +313,7 @@ def checked_order(order: Sequence[int], channels: int) -> list[int]:
 
 
 def check_head(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a ``config`` of which :class:`ChannelHead` can build no head."""
+    """Raises ValueError for a ``config`` that describes no :class:`ChannelHead`."""
     kind, size, channels = config["head"], config["channels_per_group"], len(config["channel_order"])
     levels, dim, heads = config["quant_levels"], config["channel_embed_dim"], config["channel_heads"]
     if kind not in ("ar", "parallel"):

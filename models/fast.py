@@ -1,7 +1,6 @@
 """What makes the models fast and changes no result: applied to a plain model from outside, by :func:`speed_up`.
 
-Plain classes hold the mathematics. Here each gets a subclass that overrides what has a faster way; :data:`FAST` lists
-them, and tests compare each with its plain one.
+Plain classes hold the mathematics. :data:`FAST` gives each a subclass that overrides what can be computed faster.
 """
 
 from collections.abc import Callable, Iterator
@@ -62,8 +61,6 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 class FastDropout(nn.Dropout):
-    """``nn.Dropout`` by :func:`dropout`."""
-
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training else x
 
@@ -84,7 +81,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, drop: fl
 
 
 class FastAttention(Attention):
-    """timm's attention, which has both ways, told which one to take."""
+    """timm's attention, which has the fused kernel and the plain products, told which to take."""
 
     @property
     def fused_attn(self) -> bool:
@@ -92,8 +89,6 @@ class FastAttention(Attention):
 
 
 class FastChannelAttention(ChannelAttention):
-    """The channel head's attention by :func:`attend`."""
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return attend(q, k, v, mask, self.attn_dropout if self.training else 0.0)
 
@@ -115,8 +110,6 @@ def block_at(block: Block, x: Tensor, rows: Tensor) -> Tensor:
 
 
 class FastBackbone(MaskedBackbone):
-    """The backbone whose last block computes the wanted positions alone."""
-
     def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor | None = None) -> Tensor:
         if wanted is None or self.training or not len(self.decoder_blocks):
             return super().decode(encoded, known, wanted)
@@ -137,11 +130,10 @@ RECORDED_ROWS = 256
 
 
 class LossInParts(torch.autograd.Function):
-    """The head's loss, part by part of the tokens, gradients included: activations of one part are held at a time.
+    """The head's loss and its gradients, ``rows`` tokens at a time, so that the activations of no more are held.
 
-    The head's activations are most of a training step's memory, 16 channel steps for each token. Nothing is computed
-    twice: gradients of features and weights are taken while a part's activations are there, and scaled when they are
-    asked for.
+    They are most of a training step's memory, 16 channel steps for each token. Nothing is computed twice: gradients are
+    taken while a part's activations are there, and scaled in the backward pass.
     """
 
     @staticmethod
@@ -175,8 +167,7 @@ class LossInParts(torch.autograd.Function):
 def cuda_graph(work: Callable[[], tuple[Tensor, ...]], pool: Any) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
     """Records ``work``, which must not wait for the device: what replays it, and the outputs each replay writes.
 
-    Args:
-        pool: memory that recordings share, each of which is done with it before another starts.
+    Recordings share the memory of ``pool``: each is done with it before another starts.
     """
     # Copies that autocast keeps must be of the graph's own memory, and live in no other.
     torch.clear_autocast_cache()
@@ -196,10 +187,9 @@ def cuda_graph(work: Callable[[], tuple[Tensor, ...]], pool: Any) -> tuple[Calla
 
 
 class Recordings:
-    """Replays of a function of tensors, one for each power of two rows and each setting.
+    """Records functions of tensors, once for each power of two rows and each setting, and replays them.
 
-    Args:
-        record: as :func:`cuda_graph`: what takes thousands of small kernels becomes one launch.
+    A recording by :func:`cuda_graph` makes one launch of thousands of small kernels.
     """
 
     def __init__(self, record: Callable = cuda_graph):
@@ -211,11 +201,7 @@ class Recordings:
         return Recordings(self.record)  # a copy has weights of its own
 
     def __call__(self, work: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, key: tuple[Any, ...]):
-        """``work(*inputs)``: tensors whose rows belong to the inputs' rows, each for itself.
-
-        Args:
-            key: what else the result depends on; recordings are shared where it is equal.
-        """
+        """``work(*inputs)``, each of whose rows follows from that row of the inputs, and from ``key``."""
         rows = len(inputs[0])
         size = 1 << (rows - 1).bit_length()
         kind = inputs[0].device.type
@@ -235,7 +221,7 @@ class Recordings:
 
 
 class FastChannelHead(ChannelHead):
-    """The head in parts of its tokens; :func:`compile_blocks` has it also record the sampling of few."""
+    """Runs the tokens in parts; where :func:`compile_blocks` gave it ``recordings``, replays the sampling of few."""
 
     recordings: Recordings | None = None
 
@@ -297,10 +283,8 @@ def speed_up(model: nn.Module) -> None:
 
 @cache
 def compiled(kind: type[nn.Module], *methods: str) -> type[nn.Module]:
-    """A subclass of ``kind`` whose ``methods`` are fused by ``torch.compile``.
-
-    They are the class's, not an instance's: a deep copy, such as the average of the weights, computes with its own.
-    """
+    """A subclass of ``kind`` whose ``methods`` are fused by ``torch.compile``."""
+    # Methods of the class, not of an instance: a deep copy, such as the average of the weights, computes with its own.
     programs = {name: torch.compile(getattr(kind, name), dynamic=True) for name in methods}
     return type(f"Compiled{kind.__name__}", (kind,), programs)
 
@@ -323,10 +307,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 @contextmanager
 def weights_cast_once(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within the block, autocast keeps the low-precision copies of frozen weights instead of making them each time.
-
-    By itself it keeps those of weights that may need gradients.
-    """
+    """Within the block, autocast keeps its low-precision copies of frozen weights, as it does of trained ones."""
     frozen = [p for p in model.parameters() if not p.requires_grad and torch.is_autocast_enabled(device.type)]
     for parameter in frozen:
         parameter.requires_grad_(True)

@@ -1,7 +1,7 @@
 """Models to and from files: folders of safetensors, config and model card; checkpoints; the Hugging Face Hub.
 
-The one file of ``models`` that touches files. What reads and writes them, :mod:`util.checkpoint` and the model card, is
-imported inside the methods that need it: whoever only builds a model loads neither the Hub's code nor that of metrics.
+:mod:`util.checkpoint`, which loads the Hub's code and for a model card that of metrics, is imported inside the methods
+that need it: whoever only builds a model loads none of that.
 """
 
 import inspect
@@ -16,6 +16,8 @@ from torch import nn
 
 from models.diffusers_vae import DiffusersVAE
 from util.errors import UserError, reason
+from util.files import write_json
+from util.tables import write_text
 
 # --------------------------------------------------------------------------------------------------------------------
 # TokenBridge.
@@ -29,15 +31,15 @@ class PretrainedTokenBridge(
     A folder holds ``model.safetensors`` under the published names, ``config.json`` and a model card.
     """
 
-    #: What belongs to the weights without being the network's: latent factor, names of the classes.
+    #: Entries of ``config.json`` that are no arguments of the model: latent factor, names of the classes.
     metadata: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "PretrainedTokenBridge":
-        """The model that ``config``, a model's own or a checkpoint's, describes; entries of other things are ignored.
+        """The model with the arguments that ``config``, a model's own or a checkpoint's, holds; the rest is ignored.
 
         Raises:
-            TypeError, ValueError: it describes none.
+            TypeError, ValueError: there is no such model.
         """
         names = inspect.signature(cls).parameters
         return cls(**{name: value for name, value in config.items() if name in names})
@@ -66,7 +68,7 @@ class PretrainedTokenBridge(
             model_kwargs: arguments of the model other than the stored ones.
 
         Raises:
-            UserError: there is no such model; it is damaged; it says not of what model it is, and is no published one.
+            UserError: there is no such model; it is damaged; it does not describe itself and is no published one.
             TypeError: an argument that the model does not have.
         """
         from util import checkpoint
@@ -85,12 +87,10 @@ class PretrainedTokenBridge(
             if place.revision not in (None, revision):
                 raise UserError(f"{name} names another revision than {revision}: name one")
             name = place._replace(revision=revision)
-        options = {
-            "token": token, "cache_dir": cache_dir, "force_download": force_download,
-            "local_files_only": local_files_only,
-        }  # fmt: skip
         try:
-            path = checkpoint.find(name, **options)
+            path = checkpoint.find(
+                name, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only
+            )
         except UserError as error:
             if not hub.is_address(name) or hub.is_address(pretrained_model_name_or_path):
                 raise
@@ -115,11 +115,7 @@ class PretrainedTokenBridge(
 
     @classmethod
     def config_of(cls, content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-        """The ``config`` that a checkpoint holds; of a published one, which holds none, what its weights' shapes tell.
-
-        Raises:
-            UserError: the weights are of no published model.
-        """
+        """The ``config`` in a checkpoint; of a published one, which holds none, :meth:`published_config`."""
         return content.get("config") or cls.published_config(content.get("model"), path)
 
     def save_pretrained(
@@ -136,7 +132,7 @@ class PretrainedTokenBridge(
 
         Args:
             save_directory: made if it is not there.
-            config: more entries of ``config.json``; those of :attr:`metadata` are there anyway.
+            config: entries of ``config.json`` besides the model's and those of :attr:`metadata`.
             repo_id, push_to_hub, push_to_hub_kwargs: also :meth:`push_to_hub`; by default under the folder's name.
             model_card_kwargs: see :meth:`generate_model_card`.
 
@@ -144,15 +140,13 @@ class PretrainedTokenBridge(
             UserError: the disk is full, or the folder cannot be written; or see :meth:`push_to_hub`.
         """
         from util import checkpoint
-        from util.files import write_json
-        from util.tables import write_text
 
         folder = Path(save_directory)
         write_json(folder / checkpoint.HUB_CONFIG, {**self.config, **self.metadata, **(config or {})})
         checkpoint.safetensors_io.write_tensors(folder / checkpoint.HUB_NAME, self.state_dict())
-        card = {"repo_id": repo_id or str(folder), **(model_card_kwargs or {})}
         if not (folder / "README.md").exists():
-            write_text(folder / "README.md", str(self.generate_model_card(**card)))
+            card = self.generate_model_card(**{"repo_id": repo_id or str(folder), **(model_card_kwargs or {})})
+            write_text(folder / "README.md", str(card))
         if not push_to_hub:
             return None
         return self.push_to_hub(
@@ -197,7 +191,7 @@ class PretrainedVAE:
     def from_pretrained(cls, path: str) -> tuple[nn.Module, float]:
         """The tokenizer at ``path``, built as its file says, frozen, and its latent factor.
 
-        A file that says nothing of itself is the published KL-16, factor 0.2325.
+        A file that does not describe itself is taken for the published KL-16, factor 0.2325.
 
         Args:
             path: a file; a folder of :meth:`save_pretrained` or of diffusers (then the tokenizer is a
@@ -218,22 +212,19 @@ class PretrainedVAE:
             vae = cls(**config)
         except Exception as error:  # sizes that cannot be fail in torch, in many ways
             raise UserError(f"{path} describes no tokenizer that this code can build: {reason(error)}") from error
-        vae._load(weights, path)
+        vae.load_file(path, weights)
         return vae.eval().requires_grad_(False), latent_factor
 
-    def load_file(self, path: str | Path) -> None:
-        """Loads the weights of a tokenizer of this one's sizes.
+    def load_file(self, path: str | Path, weights: Mapping[str, Any] | None = None) -> None:
+        """Loads the weights of a tokenizer of this one's sizes, or ``weights`` that were read from the file ``path``.
 
         Raises:
             UserError: the file is missing or unreadable, or its weights do not fit.
         """
         from util.checkpoint import read_vae
-
-        self._load(read_vae(path)[0], path)
-
-    def _load(self, weights: Mapping[str, Any], path: str | Path) -> None:
         from util.checkpoint.load import matching
 
+        weights = read_vae(path)[0] if weights is None else weights
         hint = "It holds another tokenizer; files without their own description are taken for KL-16"
         self.load_state_dict(matching(weights, self.state_dict(), path, hint))
 
@@ -244,7 +235,6 @@ class PretrainedVAE:
             UserError: the disk is full, or the folder cannot be written.
         """
         from util.checkpoint import HUB_CONFIG, HUB_NAME, safetensors_io
-        from util.files import write_json
 
         safetensors_io.write_tensors(Path(folder) / HUB_NAME, self.state_dict())
         write_json(Path(folder) / HUB_CONFIG, {"vae": self.config, "latent_factor": latent_factor})

@@ -18,7 +18,7 @@ from util.errors import UserError
 
 
 def default_channel_order(vae_embed_dim: int, patch_size: int) -> list[int]:
-    """The generation order of a token's channels where none is told: KL-16's if there are 16, else their own."""
+    """The generation order of a token's channels where none is given: KL-16's if there are 16, else their own."""
     if vae_embed_dim == len(KL16_CHANNEL_ORDER) and patch_size == 1:
         return list(KL16_CHANNEL_ORDER)
     return list(range(vae_embed_dim * patch_size**2))
@@ -31,7 +31,7 @@ class PublishedNames(nn.Module):
     SIZES: ClassVar[Mapping[str, Mapping[str, int]]]
 
     def use_published_names(self) -> None:
-        """Has states be read and written under the published names; to be called once all parts are there."""
+        """Reads and writes states under the published names from now on; to be called once all parts are there."""
         #: Our names by the published ones.
         self.published_names = {name.split(".", 1)[1]: name for name in nn.Module.state_dict(self)}
         self.register_state_dict_post_hook(_to_published)
@@ -48,11 +48,7 @@ class PublishedNames(nn.Module):
 
     @classmethod
     def published_config(cls, weights: Any, path: str | Path) -> dict[str, Any]:
-        """What the shapes of published ``weights``, which do not describe themselves, tell of their model.
-
-        Args:
-            weights: tensors by published name.
-            path: the file they are from, for the message.
+        """What the shapes of published weights, tensors by name from the file ``path``, tell of their model.
 
         Raises:
             UserError: they are of none of the :attr:`SIZES`.

@@ -27,10 +27,8 @@ def gaussian_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor
         boundaries ``[K + 1]`` and reconstruction values ``[K]``, float32, ascending.
 
     Raises:
-        ValueError: fewer than 2 levels, or so many that clamping leaves the outer bins empty (1024 at r = 3).
+        ValueError: so many levels that clamping leaves the outer bins empty (1024 at r = 3).
     """
-    if levels < 2:
-        raise ValueError(f"a quantizer needs at least 2 levels, got {levels}")
     quantiles = norm.ppf(np.linspace(0, 1, levels + 1))  # Eq. 2, from -inf to inf
     boundaries = torch.from_numpy(quantiles).float().clamp(-std_range, std_range)
     if not (boundaries.diff() > 0).all():
@@ -45,42 +43,30 @@ def gaussian_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor
 
 
 def linear_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Boundaries and centres of ``levels`` bins of equal width on ``[-std_range, std_range]`` (section 3.1, remark).
-
-    Returns:
-        boundaries ``[K + 1]`` and reconstruction values ``[K]``, float32, ascending.
-
-    Raises:
-        ValueError: fewer than 2 levels.
-    """
-    if levels < 2:
-        raise ValueError(f"a quantizer needs at least 2 levels, got {levels}")
+    """As :func:`gaussian_tables`: bins of equal width and their centres (section 3.1, remark)."""
     boundaries = torch.linspace(-std_range, std_range, levels + 1)
     return boundaries, (boundaries[:-1] + boundaries[1:]) / 2
 
 
+def bisect(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
+    """The largest float32 between ``low`` and ``high``, elementwise, up to which the monotone ``holds`` is true."""
+    while True:
+        middle = low + (high - low) / 2
+        if (~(middle > low) | ~(middle < high)).all():
+            return low
+        true = holds(middle)
+        low, high = torch.where(true, middle, low), torch.where(true, high, middle)
+
+
 def nearest_thresholds(values: Tensor) -> Tensor:
-    """The largest float32 that is still nearest to each value rather than to the next one, ties to the lower.
+    """The largest float32 that is still nearest to each of K values rather than to the next one: ``[K - 1]``.
 
-    ``torch.bucketize(x, thresholds)`` is then Eq. 4's argmin over ``|x - value|``, bit for bit, at a cost that does
-    not grow with levels times elements. The plain midpoint is not enough: in float32 the two distances of an ``x``
-    beside it may round to the same number.
-
-    Args:
-        values: ascending reconstruction values ``[K]``.
-
-    Returns:
-        thresholds ``[K - 1]``.
+    ``torch.bucketize(x, thresholds)`` is then Eq. 4's argmin over ``|x - value|``, bit for bit, ties to the lower, at a
+    cost that does not grow with levels times elements. The plain midpoint is not enough: in float32 the two distances
+    of an ``x`` beside it may round to the same number.
     """
     below, above = values[:-1], values[1:]
-    lower_wins, upper_wins = below.clone(), above.clone()
-    while True:  # bisection: both distances are monotone in x, rounding included
-        middle = lower_wins + (upper_wins - lower_wins) / 2
-        if (~(middle > lower_wins) | ~(middle < upper_wins)).all():
-            return lower_wins
-        lower = (middle - below) <= (above - middle)
-        lower_wins = torch.where(lower, middle, lower_wins)
-        upper_wins = torch.where(lower, upper_wins, middle)
+    return bisect(below, above, lambda x: x - below <= above - x)  # monotone in x, rounding included
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -104,7 +90,7 @@ class ScalarQuantizer(nn.Module):
             in place of the two above; the channels are then the last dimension of everything that is quantized.
 
     Raises:
-        ValueError: levels that no table can be made of, an empty range, or means and deviations that cannot be.
+        ValueError: too few or too many levels, an empty range, or see :func:`calibrated_bounds`.
     """
 
     tables: Callable[[int, float], tuple[Tensor, Tensor]]
@@ -119,44 +105,37 @@ class ScalarQuantizer(nn.Module):
         channel_std: Sequence[float] | None = None,
     ):
         super().__init__()
+        if levels < 2:
+            raise ValueError(f"a quantizer needs at least 2 levels, got {levels}")
         if not quant_min < quant_max:
             raise ValueError(f"the quantizer's range is empty: [{quant_min}, {quant_max}]")
         self.levels, self.quant_min, self.quant_max, self.std_range = levels, quant_min, quant_max, std_range
         boundaries, values = self.tables(levels, std_range)
         self.register_buffer("reconstruction_values", values)
         self.register_buffer("boundaries", boundaries)
-        self.register_buffer("thresholds", nearest_thresholds(values), persistent=False)
+        self.register_buffer("thresholds", torch.zeros(levels - 1), persistent=False)
         self.register_buffer("latent_thresholds", torch.zeros(levels - 1), persistent=False)
         self.calibrated = channel_mean is not None or channel_std is not None
         if self.calibrated:
             low, high = calibrated_bounds(channel_mean, channel_std, std_range)
             self.register_buffer("channel_min", low, persistent=False)
             self.register_buffer("channel_max", high, persistent=False)
-        self._update_latent_thresholds()
-        # A checkpoint may bring other tables: the thresholds between levels follow from them.
+        self._update_thresholds()
+        # A checkpoint may bring other tables, from which other thresholds follow.
         self.register_load_state_dict_post_hook(lambda module, _: module._update_thresholds())
 
     def _update_thresholds(self) -> None:
+        """Finds the thresholds between levels, of normalized latents and, unless calibrated, of latents as they are."""
         if not (self.reconstruction_values.diff() > 0).all():
             raise ValueError("a quantizer's reconstruction values must ascend")
-        self.thresholds.copy_(nearest_thresholds(self.reconstruction_values.float().cpu()))
-        self._update_latent_thresholds()
-
-    def _update_latent_thresholds(self) -> None:
-        """Finds the largest latents that Eq. 1 maps to a threshold or below: comparing with these saves Eq. 1."""
-        if self.calibrated or self.thresholds.is_meta:
-            return
-        limits = self.thresholds.cpu()
-        margin = 1.0 + abs(self.quant_min) + abs(self.quant_max)
-        below = torch.full_like(limits, self.quant_min - margin)
-        above = torch.full_like(limits, self.quant_max + margin)
-        while True:  # bisection: Eq. 1 is monotone, rounding included
-            middle = below + (above - below) / 2
-            if (~(middle > below) | ~(middle < above)).all():
-                break
-            inside = self.normalize(middle) <= limits
-            below, above = torch.where(inside, middle, below), torch.where(inside, above, middle)
-        self.latent_thresholds.copy_(below)
+        limits = nearest_thresholds(self.reconstruction_values.float().cpu())
+        self.thresholds.copy_(limits)
+        if not self.calibrated:
+            # The largest latents that Eq. 1 maps to a threshold or below: comparing with these saves Eq. 1.
+            margin = 1.0 + abs(self.quant_min) + abs(self.quant_max)
+            low = torch.full_like(limits, self.quant_min - margin)
+            high = torch.full_like(limits, self.quant_max + margin)
+            self.latent_thresholds.copy_(bisect(low, high, lambda x: self.normalize(x) <= limits))
 
     def bounds(self) -> tuple[float | Tensor, float | Tensor]:
         """alpha_min and alpha_max: numbers, or ``[C]`` each where channels are calibrated."""
@@ -187,8 +166,7 @@ def calibrated_bounds(
     """Bounds alpha_min and alpha_max of each channel, ``mean -+ std_range sqrt(3) deviation``: ``[C]`` each.
 
     Raises:
-        ValueError: one of them is missing, they differ in length, hold values that are not finite, or deviations that
-            are not above zero.
+        ValueError: means or deviations are missing, not as many as the others, not finite, or deviations not above 0.
     """
     if channel_mean is None or channel_std is None or len(channel_mean) != len(channel_std):
         raise ValueError("calibration needs a mean and a deviation for each channel")
@@ -216,10 +194,7 @@ QUANTIZERS = {"gaussian": GaussianQuantizer, "linear": LinearQuantizer}
 
 
 def build_quantizer(config: Mapping[str, Any]) -> ScalarQuantizer:
-    """The quantizer of a model's tokens ``[B, L, C]``.
-
-    Args:
-        config: arguments of :class:`models.tokenbridge.TokenBridge`.
+    """The quantizer of tokens ``[B, L, C]`` that ``config``, a TokenBridge's arguments, describes.
 
     Raises:
         ValueError: a quantizer of another kind, or see :class:`ScalarQuantizer`.

@@ -17,12 +17,12 @@ from util.rng import ImageDraws
 ORDERS = ("random", "raster", "confidence")
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is asked for.
+# Settings, and what is given for each image.
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How a batch is generated; each is explained at :meth:`models.tokenbridge.TokenBridge.sample_tokens`.
+    """How a batch is generated: arguments of :meth:`models.tokenbridge.TokenBridge.sample_tokens`.
 
     Raises:
         ValueError: an option outside its range.
@@ -42,39 +42,26 @@ class SamplingOptions:
         if self.cfg_schedule not in ("linear", "constant"):
             raise ValueError(f'cfg_schedule is "linear" or "constant", not {self.cfg_schedule!r}')
         if self.temperature < 0 or self.confidence_noise < 0:
-            raise ValueError(
-                "temperature and confidence_noise must not be negative, "
-                f"got {self.temperature}, {self.confidence_noise}"
-            )
+            numbers = f"{self.temperature}, {self.confidence_noise}"
+            raise ValueError(f"temperature and confidence_noise must not be negative, got {numbers}")
         if self.order not in ORDERS:
             raise ValueError(f"order is one of {ORDERS}, not {self.order!r}")
 
 
 class Given(NamedTuple):
-    """What is given for each of B images; None leaves it to the sampler.
+    """What is given for each of B images; None leaves it to the sampler."""
 
-    Attributes:
-        labels: classes ``[B]``; without them generation is unconditional.
-        orders: ``[B, L]``; tokens are taken from the end.
-        seeds: of each image's random numbers.
-        tokens: values ``[B, L, C]``, of which those count that ``known`` names.
-        known: ``[B, L]``, true where a token is kept.
-    """
-
-    labels: Tensor | None = None
-    orders: Tensor | None = None
-    seeds: Sequence[int] | None = None
-    tokens: Tensor | None = None
-    known: Tensor | None = None
+    labels: Tensor | None  # classes [B]; without them generation is unconditional
+    orders: Tensor | None  # [B, L]; tokens are taken from the end
+    seeds: Sequence[int] | None  # of each image's random numbers
+    tokens: Tensor | None  # values [B, L, C]; those count that `known` marks
+    known: Tensor | None  # [B, L], true where a token is kept
 
     def images(self, rows: Sequence[int]) -> "Given":
         """What is given for the images numbered ``rows``."""
-        return Given(
-            *(
-                value if value is None else value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
-                for value in self
-            )
-        )
+        seeds = self.seeds if self.seeds is None else [self.seeds[row] for row in rows]
+        chosen = {name: x[rows] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**chosen, seeds=seeds)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -102,13 +89,9 @@ def mask_schedule(num_iter: int, seq_len: int) -> list[int]:
 
 
 def sampling_plan(options: SamplingOptions, seq_len: int, unknown: int | None = None) -> list[Step]:
-    """The steps that take at least one token; with more steps than tokens some take none and are left out.
+    """The steps that generate ``unknown`` tokens, by default all L, each at least one; others are left out.
 
-    Args:
-        options: of them the number of steps and the guidance scale; with the ``"linear"`` schedule the scale grows to
-            ``options.cfg`` as tokens become known.
-        seq_len: tokens L.
-        unknown: tokens to be generated, where others are given; the schedule is of these.
+    The guidance scale is ``options.cfg``, or with the ``"linear"`` schedule grows to that as tokens become known.
     """
     before = seq_len if unknown is None else unknown
     plan = []
@@ -128,7 +111,7 @@ def sampling_plan(options: SamplingOptions, seq_len: int, unknown: int | None = 
 def initial_orders(order: str, draws: ImageDraws, seq_len: int) -> Tensor:
     """Orders ``[B, L]``, from whose ends tokens are taken: at random, or row by row.
 
-    By confidence, where tokens sort themselves as they come, the initial order does not matter.
+    By confidence, where every step sorts the unknown tokens anew, the initial order does not matter.
     """
     if order == "random":
         return draws.uniform(seq_len).argsort(dim=1)
@@ -136,10 +119,7 @@ def initial_orders(order: str, draws: ImageDraws, seq_len: int) -> Tensor:
 
 
 def class_embeddings(backbone: MaskedBackbone, bsz: int, labels: Tensor | None, cfg: float) -> Tensor:
-    """Class embeddings ``[B, D]`` for one pass of the backbone, or with guidance conditional, then unconditional ones.
-
-    Those, ``[2B, D]``, are for both passes in one batch.
-    """
+    """Class embeddings ``[B, D]``; with guidance ``[2B, D]``, conditional ones, then unconditional ones."""
     unconditional = backbone.fake_latent.expand(bsz, -1)
     if labels is None:
         return unconditional  # with guidance, too: both halves would be the same
@@ -150,12 +130,10 @@ def class_embeddings(backbone: MaskedBackbone, bsz: int, labels: Tensor | None, 
 def guided_features(
     backbone: MaskedBackbone, tokens: Tensor, known: Tensor, classes: Tensor, wanted: Tensor, guidance: float
 ) -> Tensor:
-    """Features ``[B, W, D]`` at the ``wanted [B, W]`` positions, guided: z_u + w (z_c - z_u).
+    """Features ``[B, W, D]`` at the ``wanted [B, W]`` positions, guided: z_u + guidance (z_c - z_u).
 
-    Args:
-        tokens: values ``[B, L, C]``, of which those at the ``known [B, N]`` positions count.
-        classes: see :func:`class_embeddings`.
-        guidance: the scale w.
+    They follow from the tokens ``[B, L, C]`` at the ``known [B, N]`` positions, and from :func:`class_embeddings`,
+    whose two halves go through the backbone in one batch.
     """
     halves = len(classes) // len(tokens)
     features = backbone(tokens.repeat(halves, 1, 1), known.repeat(halves, 1), classes, wanted.repeat(halves, 1))
@@ -163,11 +141,6 @@ def guided_features(
         return features
     conditional, unconditional = features.chunk(2)
     return unconditional + guidance * (conditional - unconditional)
-
-
-def gumbel_noise(draws: ImageDraws, seq_len: int) -> Tensor:
-    """Random numbers ``[B, L]`` of the standard Gumbel distribution."""
-    return -torch.log(-torch.log(draws.uniform(seq_len).clamp(1e-20, 1 - 1e-7)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -236,8 +209,9 @@ def generate(
         if by_confidence:
             score = log_probs
             if options.confidence_noise:
-                noise = gumbel_noise(draws, length).gather(1, wanted)
-                score = score + options.confidence_noise * (1 - (number + 1) / len(plan)) * noise
+                noise = -torch.log(-torch.log(draws.uniform(length).clamp(1e-20, 1 - 1e-7)))  # Gumbel, [B, L]
+                scale = options.confidence_noise * (1 - (number + 1) / len(plan))
+                score = score + scale * noise.gather(1, wanted)
             ranked = score.argsort(dim=1, stable=True)  # the most confident last
             orders = torch.cat([wanted.gather(1, ranked), known], dim=1)
             taken = ranked[:, step.left :]

@@ -26,7 +26,7 @@ CHECKPOINTED = ("encoder", "decoder", "head")
 
 
 def _size(width: int, depth: int, heads: int, head_width: int, head_depth: int, head_heads: int) -> dict[str, int]:
-    """Constructor arguments of a model whose encoder and decoder are equal."""
+    """Constructor arguments of a model whose encoder and decoder have the same size."""
     backbone = {"embed_dim": width, "depth": depth, "num_heads": heads}
     head = {"channel_embed_dim": head_width, "channel_depth": head_depth, "channel_heads": head_heads}
     return {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in backbone.items()} | head
@@ -120,15 +120,15 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         #: Everything that rebuilds this model but ``norm_layer``: plain types, stored in checkpoints.
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "norm_layer")}
         if img_size % (vae_stride * patch_size):
-            raise ValueError(
-                f"img_size {img_size} is not a multiple of vae_stride x patch_size = {vae_stride * patch_size}"
-            )
+            stride = vae_stride * patch_size
+            raise ValueError(f"img_size {img_size} is not a multiple of vae_stride x patch_size = {stride}")
         if not 0 <= mask_ratio_min <= 1:
             raise ValueError(f"mask_ratio_min lies between 0 and 1, got {mask_ratio_min}")
         self.patch_size, self.vae_embed_dim, self.class_num = patch_size, vae_embed_dim, class_num
         self.mask_ratio_min = mask_ratio_min
         self.grid_size = img_size // vae_stride // patch_size
         self.seq_len = self.grid_size**2
+        self.latent_shape = (vae_embed_dim, *[self.grid_size * patch_size] * 2)  # C, h, w
         self.token_dim = vae_embed_dim * patch_size**2
         order = default_channel_order(vae_embed_dim, patch_size) if channel_order is None else channel_order
         self.config["channel_order"] = checked_order(order, self.token_dim)
@@ -139,9 +139,10 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         self.backbone = MaskedBackbone(self.config, self.token_dim, self.seq_len, norm_layer)
         self.head = ChannelHead(self.config, norm_layer)
         self.quantizer = build_quantizer(self.config)
-        checkpointed = _checkpointed(grad_checkpointing)
-        self.backbone.checkpointed = checkpointed
-        self.head.grad_checkpointing = "head" in checkpointed
+        parts = CHECKPOINTED if grad_checkpointing is True else tuple(grad_checkpointing or ())
+        if not set(parts) <= set(CHECKPOINTED):
+            raise ValueError(f"grad_checkpointing takes {', '.join(CHECKPOINTED)}, not {grad_checkpointing}")
+        self.backbone.checkpointed, self.head.grad_checkpointing = parts, "head" in parts
         self.use_published_names()
         self.initialize_weights()
         speed_up(self)
@@ -185,20 +186,16 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         """Tokens ``[B, L, C]`` to levels, in the latents' own channel order, and their values (Eq. 1, 4, 5)."""
         return self.quantizer(x)
 
-    def check_labels(self, labels: Tensor) -> Tensor:
-        """``labels`` themselves.
-
-        Raises:
-            ValueError: one of them, on the CPU, is outside the classes. Those on a device are not waited for.
-        """
-        if not labels.is_cuda and len(labels):
-            lowest, highest = int(labels.min()), int(labels.max())
-            if lowest < 0 or highest >= self.class_num:
-                raise ValueError(
-                    f"labels run from {lowest} to {highest}, "
-                    f"but the model's classes from 0 to {self.class_num - 1} (class_num {self.class_num})"
-                )
-        return labels
+    def check_labels(self, labels: Tensor) -> None:
+        """Raises ValueError if labels on the CPU are outside the classes; labels on a device are not waited for."""
+        if labels.is_cuda or not len(labels):
+            return
+        lowest, highest = int(labels.min()), int(labels.max())
+        if lowest < 0 or highest >= self.class_num:
+            raise ValueError(
+                f"labels run from {lowest} to {highest}, "
+                f"but the model's classes from 0 to {self.class_num - 1} (class_num {self.class_num})"
+            )
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training (section 3.3).
@@ -268,24 +265,24 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         Raises:
             ValueError: latents of another shape, labels outside the classes, or uneven masks.
         """
-        expected = (self.vae_embed_dim, self.grid_size * self.patch_size, self.grid_size * self.patch_size)
-        if latents.shape[1:] != expected:
-            raise ValueError(f"latents are {list(latents.shape[1:])} (C, h, w), the model's are {list(expected)}")
+        if latents.shape[1:] != self.latent_shape:
+            shape = list(self.latent_shape)
+            raise ValueError(f"latents are {list(latents.shape[1:])} (C, h, w), the model's are {shape}")
         indices, tokens = self.quantize(self.patchify(latents))  # [B, L, C] each
         if mask is None:
-            orders, num_masked = self.sample_orders(len(latents)), self.draw_num_masked()
-            masked, known = orders.tensor_split([num_masked], dim=1)
+            masked, known = self.sample_orders(len(latents)).tensor_split([self.draw_num_masked()], dim=1)
         else:
             known, masked = self._split(mask)
-        features = self.backbone(tokens, known, self.class_emb(self.check_labels(labels)))  # [B, L, D]
+        self.check_labels(labels)
+        features = self.backbone(tokens, known, self.class_emb(labels))  # [B, L, D]
         # Tokens of all samples in one batch of M: features [M, D], levels [M, C].
         return self.head.loss(*(gather_tokens(x, masked).flatten(0, 1) for x in (features, indices)))
 
     def training_flops(self, num_masked: float | None = None) -> float:
         """Floating-point operations of a training step for one image: three times those of the forward pass.
 
-        Counted are the matrix products, 2 operations a multiply-add: in a block of width D on N places
-        2 N (4 + 2 mlp_ratio) D^2 + 4 N^2 D, in the head 2 N 6 D^2 more for AdaLN. The head runs on ``num_masked``
+        Matrix products alone are counted, 2 operations a multiply-add: a block of width D on N places takes
+        2 N (4 + 2 mlp_ratio) D^2 + 4 N^2 D, one of the head 2 N 6 D^2 more for AdaLN. The head runs on ``num_masked``
         tokens, by default the expected number.
         """
         if num_masked is None:
@@ -360,45 +357,32 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         Raises:
             ValueError: labels outside the classes, or arguments outside the ranges above.
         """
-        options = sampling.SamplingOptions(
-            num_iter, cfg, cfg_schedule, temperature, order, confidence_noise, first_place
-        )
+        how = sampling.SamplingOptions(num_iter, cfg, cfg_schedule, temperature, order, confidence_noise, first_place)
         for name, value in {"labels": labels, "orders": orders, "seeds": seeds}.items():
             if value is not None and len(value) != bsz:
                 raise ValueError(f"{len(value)} {name} for {bsz} images")
-        labels = labels if labels is None else self.check_labels(labels)
-        tokens, known = self._known_tokens(bsz, known_latents, known_mask)
-        given = sampling.Given(labels, orders, seeds, tokens, known)
+        if labels is not None:
+            self.check_labels(labels)
+        given = sampling.Given(labels, orders, seeds, *self._known_tokens(bsz, known_latents, known_mask))
         training = self.training
         self.eval()
         with fast.weights_cast_once(self, self.device):
-            tokens, confidence = sampling.sample_tokens(self.backbone, self.head, self.quantizer, bsz, given, options)
+            tokens, confidence = sampling.sample_tokens(self.backbone, self.head, self.quantizer, bsz, given, how)
         self.train(training)
         latents = self.unpatchify(tokens)
         return (latents, confidence) if return_confidence else latents
 
     def _known_tokens(self, bsz: int, latents: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Values ``[B, L, C]`` of known latents, and their mask ``[B, L]``, as booleans; on the model's device."""
+        """Values ``[B, L, C]`` of known latents, and their boolean mask ``[B, L]``, on the model's device."""
         if (latents is None) != (mask is None):
             raise ValueError("known_latents and known_mask go together")
         if mask is None:
             return None, None
-        side = self.grid_size * self.patch_size
-        shapes = ((bsz, self.vae_embed_dim, side, side), (bsz, self.seq_len))
-        if (tuple(latents.shape), tuple(mask.shape)) != shapes:
-            raise ValueError(
-                f"known_latents and known_mask are {list(latents.shape)} and {list(mask.shape)}, "
-                f"expected {list(shapes[0])} and {list(shapes[1])}"
-            )
+        given, expected = [[*x.shape] for x in (latents, mask)], [[bsz, *self.latent_shape], [bsz, self.seq_len]]
+        if given != expected:
+            shapes = "{} and {}, expected {} and {}".format(*given, *expected)
+            raise ValueError(f"known_latents and known_mask are {shapes}")
         return self.quantize(self.patchify(latents.to(self.device)))[1], mask.to(self.device).bool()
-
-
-def _checkpointed(asked: bool | Sequence[str]) -> tuple[str, ...]:
-    """The parts whose blocks are recomputed: all or none, or those named."""
-    parts = (CHECKPOINTED if asked else ()) if isinstance(asked, bool) else tuple(asked)
-    if not set(parts) <= set(CHECKPOINTED):
-        raise ValueError(f"grad_checkpointing takes {', '.join(CHECKPOINTED)}, not {asked}")
-    return parts
 
 
 # --------------------------------------------------------------------------------------------------------------------

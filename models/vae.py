@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from models.posterior import DiagonalGaussianDistribution
 from models.pretrained import PretrainedVAE
 
-#: Attention belongs to a level of the network: the one of resolution 16 for images of this nominal size, whatever the
-#: size of the image at hand.
-NOMINAL_RESOLUTION = 256
-ATTENTION_RESOLUTION = 16
+#: The level of the encoder that has attention: of resolution 16 for images of 256 pixels, whatever the image's size.
+ATTENTION_LEVEL = 4
 
 # --------------------------------------------------------------------------------------------------------------------
 # Building blocks. Attribute names are those of the published weights.
@@ -27,7 +25,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
-    """Norm, SiLU, 3x3 convolution, twice, around a shortcut: ``[B, in, h, w]`` to ``[B, out, h, w]``."""
+    """Twice norm, SiLU and a 3x3 convolution, beside a shortcut: ``[B, in, h, w]`` to ``[B, out, h, w]``."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -45,7 +43,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over the positions of a feature map, 1x1 convolutions as projections."""
+    """Self-attention with one head over the positions of a feature map; its projections are 1x1 convolutions."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -85,12 +83,11 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, with attention behind each where ``attention`` says so."""
+    """The residual blocks of one resolution; with ``attention`` each is followed by it."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool):
         super().__init__()
-        widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise([in_channels] + [out_channels] * blocks))
         self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,8 +120,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         width = ch
         for i, mult in enumerate(ch_mult):
-            attention = NOMINAL_RESOLUTION // 2**i == ATTENTION_RESOLUTION
-            level = Level(width, ch * mult, num_res_blocks, attention)
+            level = Level(width, ch * mult, num_res_blocks, attention=i == ATTENTION_LEVEL)
             width = ch * mult
             if i < len(ch_mult) - 1:
                 level.downsample = Downsample(width)
@@ -204,13 +200,8 @@ class AutoencoderKL(PretrainedVAE, nn.Module):
         self.quant_conv = nn.Conv2d(2 * embed_dim, (2 if use_variational else 1) * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         #: Arguments that rebuild this tokenizer: plain types, stored beside the weights.
-        self.config = {
-            "embed_dim": embed_dim,
-            "ch_mult": list(ch_mult),
-            "use_variational": use_variational,
-            "ch": ch,
-            "num_res_blocks": num_res_blocks,
-        }
+        self.config = {"embed_dim": embed_dim, "ch_mult": list(ch_mult), "use_variational": use_variational}
+        self.config |= {"ch": ch, "num_res_blocks": num_res_blocks}
         if ckpt_path is not None:
             self.load_file(ckpt_path)
 

@@ -17,7 +17,7 @@ from util.errors import UserError
 from util.misc import log
 
 # --------------------------------------------------------------------------------------------------------------------
-# The published tokenizer, KL-16, for files that do not describe theirs.
+# The published tokenizer, KL-16: assumed for files that do not describe theirs.
 
 KL16_CONFIG = {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}
 KL16_LATENT_FACTOR = 0.2325
@@ -26,17 +26,11 @@ KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 
 
 class Tokenizer(NamedTuple):
-    """What a tokenizer, or a cache of its moments, tells of itself.
+    """What a tokenizer, or a cache of its moments, tells of itself."""
 
-    Attributes:
-        config: constructor arguments of the tokenizer; ``embed_dim`` and ``ch_mult`` at least.
-        latent_factor: what its latents are multiplied by.
-        source: the file or folder that tells it, for messages.
-    """
-
-    config: Mapping[str, Any]
-    latent_factor: float
-    source: str | Path
+    config: Mapping[str, Any]  # arguments of the tokenizer; `embed_dim` and `ch_mult` at least
+    latent_factor: float  # what its latents are multiplied by
+    source: str | Path  # the tokenizer's file or the cache's folder, for messages
 
     @property
     def stride(self) -> int:
@@ -64,23 +58,14 @@ SIZES_MAY_DIFFER = (EVALUATE, FINETUNE)
 
 
 class Fact(NamedTuple):
-    """A row of :data:`FACTS`.
+    """A row of :data:`FACTS`."""
 
-    Attributes:
-        name: the entry of a checkpoint's ``config``, and the argument of TokenBridge.
-        flags: the flags that set it, the first one directly; empty if none does.
-        adopted: the uses of a checkpoint in which its value is taken while the flag has its default.
-        published: the value of published checkpoints, which store none; None where the shapes of weights tell it.
-        unlike_published: ``"refuse"`` or ``"warn"`` where a run uses such a checkpoint with another value.
-        compared: whether a run that resumes or evaluates a checkpoint must have its value.
-    """
-
-    name: str
-    flags: str
-    adopted: Sequence[str] = ()
-    published: Any = None
-    unlike_published: str = ""
-    compared: bool = True
+    name: str  # the entry of a checkpoint's `config`, and the argument of TokenBridge
+    flags: str  # the flags that set it, the first one directly; empty if none does
+    adopted: Sequence[str] = ()  # the uses of a checkpoint in which its value is taken while the flag has its default
+    published: Any = None  # the value of published checkpoints, which store none; None where weights' shapes tell it
+    unlike_published: str = ""  # "refuse" or "warn" where a run uses such a checkpoint with another value
+    compared: bool = True  # whether a run that resumes or evaluates a checkpoint must have its value
 
 
 FACTS = (
@@ -116,12 +101,7 @@ FACTS = (
 
 
 def add_model_args(parser: argparse.ArgumentParser, models: Sequence[str], checkpointed: Sequence[str]) -> None:
-    """Adds the flags that describe the model.
-
-    Args:
-        models: values of ``--model``.
-        checkpointed: values of ``--checkpoint_blocks``.
-    """
+    """Adds the model's flags; ``--model`` is one of ``models``, ``--checkpoint_blocks`` some of ``checkpointed``."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=models, default="tokenbridge_large")
     model.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
@@ -165,18 +145,12 @@ def add_model_args(parser: argparse.ArgumentParser, models: Sequence[str], check
 
 @dataclass
 class Start:
-    """The checkpoint that a run starts from.
+    """The checkpoint that a run starts from."""
 
-    Attributes:
-        use: :data:`FRESH`, :data:`RESUME`, :data:`EVALUATE` or :data:`FINETUNE`.
-        content: what the file holds.
-        path: the file; None for a fresh start.
-        config: what it tells of its model; empty for published checkpoints that are resumed or evaluated.
-    """
-
-    use: str = FRESH
-    content: dict[str, Any] = field(default_factory=dict)
-    path: Path | None = None
+    use: str = FRESH  # FRESH, RESUME, EVALUATE or FINETUNE
+    content: dict[str, Any] = field(default_factory=dict)  # what the file holds
+    path: Path | None = None  # the file; None for a fresh start
+    #: The model's arguments and metadata; empty for published checkpoints that are resumed or evaluated.
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -189,8 +163,8 @@ def resolve(
 ) -> dict[str, Any]:
     """Every argument that builds the run's TokenBridge.
 
-    A flag that was typed decides. A flag at its default gives way to the checkpoint where :data:`FACTS` says so; those
-    that others read later are set in ``args``, and the log names them. The tokenizer decides on its own sizes.
+    A flag that was typed decides. A flag at its default gives way to the checkpoint where :data:`FACTS` says so; it is
+    then set in ``args``, and logged. The tokenizer decides on its own sizes.
 
     Args:
         args: the flags as typed.
@@ -203,7 +177,10 @@ def resolve(
     adopt_flags(args, defaults, sizes, start)
     follow_tokenizer(args, defaults, tokenizer)
     told, size = adopted(args, tokenizer, start), sizes[args.model]
-    known_order = order_is_known(args, tokenizer, told, start)
+    # KL-16's order of channels is for KL-16's latents, and for those of a checkpoint that the run goes on with: if it
+    # stores no order, it is taken for a published one.
+    same_latents = tokenizer.is_kl16 or start.use in (RESUME, EVALUATE) or "channel_order" in told
+    known_order = same_latents and (args.vae_embed_dim, args.patch_size) == (len(KL16_CHANNEL_ORDER), 1)
     config = dict(size)
     for fact in FACTS[1:]:
         values = (typed_value(args, fact, known_order), told.get(fact.name), size.get(fact.name, fact.published))
@@ -219,8 +196,8 @@ def resolve(
 
 
 def adopt_flags(args: argparse.Namespace, defaults: argparse.Namespace, sizes: Mapping[str, Any], start: Start) -> None:
-    """Sets flags at their defaults to what the checkpoint tells, where :data:`FACTS` has it adopted."""
-    # A fine-tuned run that is restarted by its own command goes on with what it took over at first.
+    """Sets flags at their defaults to the checkpoint's values, where :data:`FACTS` says that these are adopted."""
+    # A fine-tuned run that is restarted by its own command keeps what it adopted at first.
     uses = (start.use, FINETUNE) if start.use == RESUME and args.finetune else (start.use,)
     for fact in FACTS:
         flag, told = first_flag(fact), start.config.get(fact.name)
@@ -241,9 +218,8 @@ def follow_tokenizer(args: argparse.Namespace, defaults: argparse.Namespace, tok
     """
     for name, told in {"vae_embed_dim": tokenizer.config["embed_dim"], "vae_stride": tokenizer.stride}.items():
         if getattr(args, name, told) not in (getattr(defaults, name, told), told):
-            raise UserError(
-                f"--{name} {getattr(args, name)}, but {tokenizer.source} has {told}; leave the flag out or pass {told}"
-            )
+            wrong = f"--{name} {getattr(args, name)}, but {tokenizer.source} has {told}"
+            raise UserError(f"{wrong}; leave the flag out or pass {told}")
         setattr(args, name, told)
     check_stride(args.img_size, tokenizer.stride * getattr(args, "patch_size", 1))
 
@@ -255,26 +231,23 @@ def check_stride(img_size: int, stride: int) -> None:
 
 
 def adopted(args: argparse.Namespace, tokenizer: Tokenizer, start: Start) -> dict[str, Any]:
-    """What the run takes from its checkpoint where flags leave it open.
+    """Arguments of the model that the run takes from its checkpoint where flags leave them open.
 
     In fine-tuning, the order of channels is taken only where a token has the same channels, and the quantizer's
     calibration only for the same tokenizer, unless it is to be measured.
     """
-    told = {
-        fact.name: start.config[fact.name] for fact in FACTS if start.use in fact.adopted and fact.name in start.config
-    }
-    if start.use == FINETUNE:
-        channels = args.vae_embed_dim * args.patch_size**2
-        same_channels = len(told.get("channel_order", ())) == channels and all(
-            start.config.get(name, getattr(args, name)) == getattr(args, name)
-            for name in ("vae_embed_dim", "patch_size")
-        )
-        same_latents = tokenizer.same_factor(start.config.get("latent_factor", tokenizer.latent_factor))
-        unfit = [] if same_channels else ["channel_order"]
-        if args.quant_calibrate or not (same_channels and same_latents):
-            unfit += ["channel_mean", "channel_std"]
-        told = {name: value for name, value in told.items() if name not in unfit}
-    return told
+    stored = start.config
+    told = {fact.name: stored[fact.name] for fact in FACTS if start.use in fact.adopted and fact.name in stored}
+    if start.use != FINETUNE:
+        return told
+    sizes = {name: getattr(args, name) for name in ("vae_embed_dim", "patch_size")}
+    same_channels = len(told.get("channel_order", ())) == args.vae_embed_dim * args.patch_size**2
+    same_channels &= all(stored.get(name, size) == size for name, size in sizes.items())
+    same_latents = same_channels and tokenizer.same_factor(stored.get("latent_factor", tokenizer.latent_factor))
+    unfit = [] if same_channels else ["channel_order"]
+    if args.quant_calibrate or not same_latents:
+        unfit += ["channel_mean", "channel_std"]
+    return {name: value for name, value in told.items() if name not in unfit}
 
 
 def first_flag(fact: Fact) -> str:
@@ -283,7 +256,7 @@ def first_flag(fact: Fact) -> str:
 
 
 def typed_value(args: argparse.Namespace, fact: Fact, known_order: bool) -> Any:
-    """What the flags say of ``fact``; None if they leave it open, or if no flag holds its value itself."""
+    """The value that the flags give ``fact``; None if they leave it open, or if no flag holds the value itself."""
     if fact.name == "channel_order":
         return None if args.channel_order is None else read_channel_order(args, known_order)
     if fact.name == "grad_checkpointing":
@@ -294,22 +267,11 @@ def typed_value(args: argparse.Namespace, fact: Fact, known_order: bool) -> Any:
     return 2**value if fact.name == "quant_levels" else value
 
 
-def order_is_known(args: argparse.Namespace, tokenizer: Tokenizer, told: Mapping[str, Any], start: Start) -> bool:
-    """Whether KL-16's order of channels is that of the run's tokens.
-
-    It is for KL-16's latents, and for those of a checkpoint that the run goes on with, since one that stores no order
-    is taken for a published one.
-    """
-    latents = tokenizer.is_kl16 or start.use in (RESUME, EVALUATE) or "channel_order" in told
-    return latents and (args.vae_embed_dim, args.patch_size) == (len(KL16_CHANNEL_ORDER), 1)
-
-
 def read_channel_order(args: argparse.Namespace, known_order: bool) -> list[int]:
     """The order that ``--channel_order`` asks for.
 
     Raises:
-        UserError: it is no permutation of a token's channels, or an order by frequency of latents of which none is
-            known.
+        UserError: it is no permutation of a token's channels, or ``frequency`` for latents other than KL-16's.
     """
     text, channels = args.channel_order, args.vae_embed_dim * args.patch_size**2
     if text == "sequential":
@@ -341,7 +303,7 @@ def read_channel_order(args: argparse.Namespace, known_order: bool) -> list[int]
 def check_config(
     stored: Mapping[str, Any], here: Mapping[str, Any], path: str | Path | None, calibrate: bool = False
 ) -> None:
-    """Compares what a checkpoint tells of its model with the model at hand.
+    """Compares a checkpoint with the model at hand; warns where a published one is used otherwise than published.
 
     Args:
         stored: the checkpoint's ``config``; empty for a published one.
@@ -353,8 +315,14 @@ def check_config(
         UserError: they differ; every difference is listed with both sides.
     """
     if not stored:
-        warn_if_not_published(here, path)
-    # Files without these entries are of before there was a choice.
+        other = ", ".join(
+            f"{fact.name} {fact.published}, not {here[fact.name]}"
+            for fact in FACTS
+            if fact.unlike_published == "warn" and here.get(fact.name) not in (fact.published, None)
+        )
+        if other:
+            log.warning("%s does not describe itself; published models have %s", path, other)
+    # Checkpoints without these entries are older than the choice.
     same_channels = len(here["channel_order"]) == len(KL16_CHANNEL_ORDER)
     assumed = {fact.name: fact.published for fact in FACTS if fact.unlike_published == "refuse"}
     assumed["channel_order"] = list(KL16_CHANNEL_ORDER) if same_channels else here["channel_order"]
@@ -375,14 +343,3 @@ def differ(there: Any, here: Any) -> bool:
     if isinstance(there, float) and isinstance(here, float):
         return abs(there - here) > 1e-6
     return there != here
-
-
-def warn_if_not_published(here: Mapping[str, Any], path: str | Path | None) -> None:
-    """Warns where a checkpoint that does not describe itself is used otherwise than published ones are."""
-    other = [
-        f"{fact.name} {fact.published}, not {here[fact.name]}"
-        for fact in FACTS
-        if fact.unlike_published == "warn" and here.get(fact.name) not in (fact.published, None)
-    ]
-    if other:
-        log.warning("%s does not describe itself; published models have %s", path, ", ".join(other))

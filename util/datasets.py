@@ -41,20 +41,17 @@ def data_root(args: argparse.Namespace, split: str) -> Path:
 
 
 def cache_metadata(root: Path) -> dict[str, Any]:
-    """What a cache, packed or not, tells of its tokenizer and images; empty if it tells nothing.
+    """What a cache, packed or not, holds about its tokenizer and images; empty if nothing.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file that holds it is damaged.
     """
     packed = root / PACKED_METADATA
     return read_json(packed) if packed.exists() else read_cache_metadata(root) or {}
 
 
 def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Data:
-    """The images or cached moments of ``train`` or ``val``.
-
-    Args:
-        tokenizer: what moments must be of.
+    """The images of ``train`` or ``val``, or their cached moments, which must be of ``tokenizer``.
 
     Raises:
         UserError: they are not there, of other classes than ``--class_num``, or of another size than ``--img_size``.

@@ -1,4 +1,4 @@
-"""What a training loop writes down: means of losses, speed, and the steps that were not finite."""
+"""What a training loop records: means of losses, speed, and the steps that were not finite."""
 
 import json
 import time
@@ -33,7 +33,7 @@ class Meter:
         self.norms.append(step.norm)
 
     def read(self) -> dict[str, float]:
-        """Means by TensorBoard tag, from which on everything is counted anew. Empty if no step was taken."""
+        """Means since the last reading by TensorBoard tag; empty if no step was taken."""
         if not self.losses:
             return {}
         loss = misc.all_reduce_mean(torch.stack(self.losses).mean()).item()
@@ -50,7 +50,7 @@ class Meter:
 
 
 class BadSteps:
-    """Counts the steps that were not taken because loss or gradient was not finite, and writes down their batches.
+    """Counts the steps that were not taken because loss or gradient was not finite, and lists their images.
 
     Args:
         limit: how many a run may have.
@@ -62,7 +62,7 @@ class BadSteps:
         self.path = Path(folder) / f"bad_steps-rank{self.rank}.jsonl"
 
     def add(self, step: Step, files: list[str]) -> None:
-        """Writes one down, with the ``files`` of its images.
+        """Records a step that was not taken, with the ``files`` of its images.
 
         Raises:
             UserError: there have been more than the limit.

@@ -1,4 +1,4 @@
-"""The folder of a model's samples: numbered images, and beside it what they were made with and how good they are."""
+"""The folder of a model's samples: numbered images, and beside it their settings, weights and metrics."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -54,7 +54,7 @@ class SampleFolder:
         return all(self.image_path(number).exists() for number in numbers)
 
     # ----------------------------------------------------------------------------------------------------------------
-    # What they are of.
+    # What the images were made with.
 
     def results(self) -> dict[str, Any]:
         """What :attr:`results_path` holds; empty where there is nothing to read."""
@@ -88,11 +88,7 @@ class SampleFolder:
         misc.barrier()
 
     def remove_images(self) -> int:
-        """Removes the numbered images and maps of confidence, and folders that are then empty.
-
-        Returns:
-            how many images there were.
-        """
+        """Removes the numbered images and maps of confidence, and folders that are then empty; counts the images."""
         for part in (self.confidence.path, self.path):
             images = [path for path in part.glob("*.png") if path.stem.isdigit()]
             for path in images:
@@ -102,7 +98,7 @@ class SampleFolder:
         return len(images)
 
     # ----------------------------------------------------------------------------------------------------------------
-    # All of them.
+    # All images of the folder.
 
     def images(self, count: int) -> PlainImages:
         """The images, in order.
@@ -115,9 +111,9 @@ class SampleFolder:
             raise UserError(f"{self} holds {len(images)} images, not {count}; run the same command again")
         return images
 
-    def write_grid(self, images: PlainImages, limit: int = 100) -> None:
-        """Writes a picture of up to ``limit`` of the images, evenly spaced, ten in a row."""
-        count = min(limit, len(images))
+    def write_grid(self, images: PlainImages) -> None:
+        """Writes a picture of up to 100 of the images, evenly spaced, ten in a row."""
+        count = min(100, len(images))
         shown = torch.stack([images[i * len(images) // count] for i in range(count)])
         save_grid(shown, f"{self}.png", columns=10)
 

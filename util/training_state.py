@@ -1,4 +1,4 @@
-"""All that a training run changes and must save: weights, their average, optimizer, gradient scaler, place."""
+"""All that a training run changes and must save: weights, their average, optimizer, gradient scaler, epoch, step."""
 
 import argparse
 import math
@@ -17,25 +17,18 @@ from util.errors import UserError
 
 
 class Step(NamedTuple):
-    """A step that was tried.
+    """A step that was computed, and taken if loss and gradient were finite."""
 
-    Attributes:
-        loss, norm: the loss, and the gradient norm before clipping, on the device.
-        finite: whether both were finite, that is, whether the step was taken.
-        lr: the learning rate.
-        epoch, step: where, both from 0.
-    """
-
-    loss: Tensor
-    norm: Tensor
-    finite: Tensor
+    loss: Tensor  # on the device
+    norm: Tensor  # of the gradient before clipping, on the device
+    finite: Tensor  # whether the step was taken
     lr: float
-    epoch: int
-    step: int
+    epoch: int  # from 0
+    step: int  # of the epoch, from 0
 
 
 class TrainingState:
-    """A run's model, average, optimizer and scaler, and the place it has come to.
+    """A run's model, average, optimizer and scaler, and its next step.
 
     A step's outcome is looked at when the next one has been computed, so that the device never waits for the host:
     :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not finite.
@@ -72,13 +65,9 @@ class TrainingState:
         return self.epoch * self.steps_per_epoch + self.step
 
     def take_step(self, loss: Tensor, lr: float) -> None:
-        """Clips the gradients and takes the optimizer's step, unless loss or gradient is not finite.
+        """Clips the gradients, which are of ``loss``, and takes the optimizer's step unless one of them is not finite.
 
-        Nothing is waited for: the fused optimizer looks at the flag on the device.
-
-        Args:
-            loss: whose gradients the parameters hold, detached.
-            lr: the learning rate, for the record.
+        Nothing is waited for: the fused optimizer looks at the flag on the device. ``lr`` is kept for the record.
         """
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -103,11 +92,7 @@ class TrainingState:
         self.epoch, self.step = divmod(self.steps_done + 1, self.steps_per_epoch)
 
     def settle(self) -> Step | None:
-        """The last step, once the device has told whether it was finite, with the average updated by it.
-
-        Returns:
-            None if that has been asked for already.
-        """
+        """Waits for the last step and updates the average by it if it was taken; None if it is settled already."""
         if self._pending is None:
             return None
         (last, event), self._pending = self._pending, None
@@ -151,7 +136,7 @@ class TrainingState:
         self._saved_at = self.steps_done
 
     def load(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
-        """Takes up a checkpoint's weights, and its average, optimizer, scaler and place where it has them.
+        """Takes over a checkpoint's weights, and its average, optimizer, scaler, epoch and step where it has them.
 
         Args:
             content: see :func:`util.checkpoint.read_run`.
@@ -166,7 +151,9 @@ class TrainingState:
         if "model_ema" in content:
             load_weights(self.average.module, content, path, ema=True)
         if "optimizer" in content and "epoch" in content:
-            before = frozen_before(content.get("args"))
+            args = content.get("args")
+            args = vars(args) if isinstance(args, argparse.Namespace) else args
+            before = args.get("freeze", []) if isinstance(args, dict) else []
             if before != frozen:
                 raise UserError(
                     f"{path} was trained with --freeze {before or 'nothing'}, not {frozen or 'nothing'}: to go on "
@@ -188,9 +175,3 @@ class TrainingState:
                 "same place of the epoch, but draws and order of images are not those of an unbroken run",
                 *(path, processes_there, steps_there, processes, steps),
             )
-
-
-def frozen_before(args: Any) -> list[str]:
-    """The ``--freeze`` of a checkpoint's ``args``, a dictionary or a Namespace."""
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return args.get("freeze", []) if isinstance(args, dict) else []
