@@ -25,7 +25,7 @@ from util.images import confidence_maps, to_uint8
 from util.loader import cached_file
 from util.lr_sched import adjust_learning_rate
 from util.meters import BadSteps, Meter
-from util.rng import numbered_draws
+from util.rng import image_seeds, numbered_draws, seed_everything
 from util.sample_folder import SampleFolder
 from util.training_state import TrainingState
 
@@ -106,7 +106,7 @@ def train_one_epoch(
     for step in range(first, steps):
         lr = adjust_learning_rate(state.optimizer, epoch + step / steps, args)
         batches = list(islice(iterator, args.accum_iter))
-        misc.seed_everything(args.seed, misc.get_rank(), epoch, step)
+        seed_everything(args.seed, misc.get_rank(), epoch, step)
         loss = backward(state, batches, vae, latent_factor, args.precision)
         settle(state, meter, bad_steps, loader, first)  # the step before, while its weights are still there
         state.take_step(loss, lr)
@@ -165,7 +165,7 @@ def show(figures: dict[str, float], bar: tqdm, writer: SummaryWriter | None, epo
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SampleSettings:
     """How images are sampled for evaluation; two runs of equal settings and weights make equal images."""
 
     num_images: int
@@ -182,19 +182,13 @@ class Sampling:
     vae_precision: str | None = None  # by default that of the model
 
 
-def image_seeds(gen_seed: int, numbers: Iterable[int]) -> list[int]:
-    """A seed for each image number; no two images of a run have the same."""
-    base = int(np.random.SeedSequence(gen_seed).generate_state(1)[0])
-    return [(base + number) % 2**32 for number in numbers]
-
-
 @torch.no_grad()
 def evaluate(
     model: TokenBridge,
     vae: AutoencoderKL,
     latent_factor: float,
     folder: str | Path,
-    settings: Sampling,
+    settings: SampleSettings,
     device: torch.device,
     weights: dict,
 ) -> SampleFolder:
@@ -237,7 +231,7 @@ def sample_chunk(
     vae: AutoencoderKL,
     latent_factor: float,
     numbers: Sequence[int],
-    settings: Sampling,
+    settings: SampleSettings,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``."""

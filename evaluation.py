@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from engine_tokenbridge import Sampling, evaluate, held_out_likelihood
+from engine_tokenbridge import SampleSettings, evaluate, held_out_likelihood
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, misc
@@ -52,10 +52,10 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator 
     return Evaluator(args.inception_weights, args.fid_stats, args.reference, device, args.eval_bsz, args.num_workers)
 
 
-def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) -> Sampling:
+def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) -> SampleSettings:
     """The flags' settings at one guidance scale and temperature."""
-    names = set(Sampling.__dataclass_fields__) - {"cfg", "temperature"}
-    return Sampling(cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names})
+    names = set(SampleSettings.__dataclass_fields__) - {"cfg", "temperature"}
+    return SampleSettings(cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names})
 
 
 def identity(path: str | Path | None) -> dict[str, str | int] | None:

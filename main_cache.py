@@ -20,6 +20,7 @@ from util.loader import (
     image_transform,
     read_cache_metadata,
 )
+from util.rng import seed_everything
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -69,7 +70,7 @@ def main() -> None:
         check_positive(args, "img_size", "batch_size")
         if not args.cached_path:
             raise errors.UserError("--cached_path is missing: name the folder to write the cache to")
-        misc.seed_everything(args.seed + misc.get_rank())
+        seed_everything(args.seed + misc.get_rank())
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         defaults = get_args_parser().parse_args([])
         follow_tokenizer(args, defaults, Tokenizer(vae.config, latent_factor, args.vae_path))

@@ -11,6 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import channel_statistics, check_num_images, train_one_epoch
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
+from models.quantizer import QUANTIZERS
+from models.sampling import ORDERS
 from models.tokenbridge import CHECKPOINTED, MODELS, SIZES, TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, errors, misc
@@ -33,6 +35,7 @@ from util.files import remove_parts, write_json
 from util.loader import ImageFolder, evenly_spaced
 from util.meters import BadSteps
 from util.metrics import provenance
+from util.rng import seed_everything
 from util.training_state import TrainingState
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -82,7 +85,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--eval_freq", type=int, default=40, help="epochs between two measurements during training")
     sample.add_argument("--eval_bsz", type=int, default=64, help="images sampled at once on each device")
     sample.add_argument("--num_images", type=int, default=50000, help="over all classes evenly")
-    add_sampling_args(sample)
+    add_sampling_args(sample, ORDERS)
     sample.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale, or several to search")
     sample.add_argument("--temperature", type=float, nargs="+", default=1.0, help="or several to search")
     sample.add_argument("--gen_seed", type=int, default=0, help="with an image's number, the seed of that image")
@@ -115,7 +118,7 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    add_model_args(parser, models=MODELS, checkpointed=CHECKPOINTED)
+    add_model_args(parser, MODELS, QUANTIZERS, CHECKPOINTED)
     add_training_args(parser)
     add_evaluation_args(parser)
     add_file_args(parser)
@@ -297,7 +300,7 @@ def main() -> None:
         if args.evaluate:  # of as many classes as the weights tell
             check_num_images(args.num_images, args.class_num)
         data = {split: load_data(args, split, tokenizer) for split in splits}
-        misc.seed_everything(args.seed + misc.get_rank())
+        seed_everything(args.seed + misc.get_rank())
         if args.quant_calibrate and config["channel_mean"] is None:
             config |= calibrate(args, data["train"], vae, tokenizer, device)
         model = build_model(args, config, start)

@@ -17,6 +17,7 @@ from util.checkpoint import save_vae
 from util.config import check_stride
 from util.loader import BadImages, ImageFolder, image_transform, make_loader
 from util.lr_sched import adjust_learning_rate
+from util.rng import seed_everything
 
 VAE_NAME = "vae.ckpt"
 
@@ -112,7 +113,7 @@ def main() -> None:
     with misc.processes(args.device) as device:
         check_positive(args, "img_size", "batch_size", "vae_embed_dim", "ch", "epochs", "num_res_blocks", "lr")
         check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
-        misc.seed_everything(args.seed + misc.get_rank())
+        seed_everything(args.seed + misc.get_rank())
         bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
         folder = Path(args.data_path) / "train"
         dataset = ImageFolder(folder, image_transform(args.img_size), mirror=args.mirror, bad_images=bad_images)

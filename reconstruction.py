@@ -44,7 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
     parser.add_argument("--bits", type=int, default=6, help="2^bits levels a channel; -1 for continuous latents")
     parser.add_argument("--range", type=float, default=5.0, help="latents are clipped to [-range, range]")
-    add_quantizer_args(parser, default="gaussian")
+    add_quantizer_args(parser, QUANTIZERS, default="gaussian")
     parser.add_argument("--images_per_class", type=int, default=50, help="takes the first of each, by name")
     parser.add_argument("--sweep", action="store_true", help="all levels and ranges of the paper's Table 1")
     parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for rFID against it")

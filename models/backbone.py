@@ -39,7 +39,7 @@ class MaskedBackbone(nn.Module):
             depth = config[f"{part}_depth"]
             return nn.ModuleList(Block(*sizes, qkv_bias=True, norm_layer=norm_layer, **dropouts) for _ in range(depth))
 
-        # Registered in the order of the published optimizer states: free parameters first, then layers.
+        # The order of registration is that of the published optimizer states, see models/published.py.
         self.fake_latent = nn.Parameter(torch.zeros(1, encoder_dim))
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, positions, encoder_dim))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))

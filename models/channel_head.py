@@ -214,6 +214,8 @@ class ChannelHead(nn.Module):
     def loss(self, features: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats over tokens and channel steps (Eq. 6).
 
+        A TokenBridge computes it in parts that fit in memory: :class:`models.fast.FastChannelHead`.
+
         Args:
             features: ``[M, D]`` of the backbone, one row a token.
             targets: levels ``[M, C]`` in the latents' own channel order.

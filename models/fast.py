@@ -1,6 +1,7 @@
-"""What makes the models fast and changes no result: applied to a plain model from outside, by :func:`speed_up`.
+"""What makes the models fast and lets them fit in memory: applied to a plain model from outside, by :func:`speed_up`.
 
 Plain classes hold the mathematics. :data:`FAST` gives each a subclass that overrides what can be computed faster.
+Results are equal up to rounding, and up to which entries dropout draws.
 """
 
 from collections.abc import Callable, Iterator
@@ -139,22 +140,22 @@ class LossInParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, head: ChannelHead, rows: int, features: Tensor, classes: Tensor, *learned: Tensor) -> Tensor:
         total = torch.zeros((), device=features.device)
-        wanted = ctx.needs_input_grad[2]  # not if the backbone is frozen
+        for_backbone = ctx.needs_input_grad[2]  # not if the backbone is frozen
         feature_grads, sums = [], []
         for z, part in zip(features.split(rows), classes.split(rows), strict=True):
             with torch.enable_grad():
-                z = z.detach().requires_grad_(wanted)
+                z = z.detach().requires_grad_(for_backbone)
                 logits = head(z, part).flatten(0, 1).float()
                 loss = F.cross_entropy(logits, part.flatten(), reduction="sum") / classes.numel()
-                grads = list(torch.autograd.grad(loss, [*[z] * wanted, *learned], materialize_grads=True))
+                grads = list(torch.autograd.grad(loss, [*[z] * for_backbone, *learned], materialize_grads=True))
             total += loss.detach()
-            if wanted:
+            if for_backbone:
                 feature_grads.append(grads.pop(0))
             if not sums:
                 sums = grads
             elif learned:
                 torch._foreach_add_(sums, grads)
-        ctx.save_for_backward(torch.cat(feature_grads) if wanted else None, *sums)
+        ctx.save_for_backward(torch.cat(feature_grads) if for_backbone else None, *sums)
         return total
 
     @staticmethod

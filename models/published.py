@@ -2,7 +2,8 @@
 
 Inside, a model's parts are modules of their own (``backbone``, ``head``, ``quantizer``). Published checkpoints are
 flat: their names are ours without the part, and their optimizer states list the free parameters of all parts before any
-layer's. :class:`PublishedNames` translates at this boundary.
+layer's. :class:`PublishedNames` translates at this boundary. Among free parameters, and among layers, the order is the
+one in which modules register them: it must stay.
 """
 
 import math
@@ -33,7 +34,7 @@ class PublishedNames(nn.Module):
     def use_published_names(self) -> None:
         """Reads and writes states under the published names from now on; to be called once all parts are there."""
         #: Our names by the published ones.
-        self.published_names = {name.split(".", 1)[1]: name for name in nn.Module.state_dict(self)}
+        self.ours_by_published = {name.split(".", 1)[1]: name for name in nn.Module.state_dict(self)}
         self.register_state_dict_post_hook(_to_published)
         self.register_load_state_dict_pre_hook(_from_published)
 
@@ -78,12 +79,12 @@ def _layers_last(item: tuple[str, Any]) -> bool:
 
 
 def _to_published(model: PublishedNames, state: dict, prefix: str, metadata: dict) -> None:
-    names = sorted(model.published_names.items(), key=_layers_last)
+    names = sorted(model.ours_by_published.items(), key=_layers_last)
     for published, value in [(name, state.pop(prefix + ours)) for name, ours in names]:
         state[prefix + published] = value
 
 
 def _from_published(model: PublishedNames, state: dict, prefix: str, *_) -> None:
-    for published, ours in model.published_names.items():
+    for published, ours in model.ours_by_published.items():
         if prefix + published in state:
             state[prefix + ours] = state.pop(prefix + published)

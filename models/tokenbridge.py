@@ -217,11 +217,6 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         """Masked tokens of a batch, drawn on the host: shapes follow from it."""
         return self.num_masked_at(torch.rand((), dtype=torch.float64).item())
 
-    def random_masking(self, x: Tensor, orders: Tensor) -> Tensor:
-        """A mask ``[B, L]``, 1 where a token is masked, from ``orders [B, L]``; ``x`` gives the device."""
-        mask = torch.zeros(orders.shape, device=x.device)
-        return mask.scatter(1, orders[:, : self.draw_num_masked()].to(x.device), 1.0)
-
     @staticmethod
     def _split(mask: Tensor) -> tuple[Tensor, Tensor]:
         """Positions of known and masked tokens, ``[B, L - n]`` and ``[B, n]``, ascending, from a mask ``[B, L]``."""
@@ -230,29 +225,6 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
             raise ValueError(f"all samples of a batch need the same number of masked tokens, got {counts}")
         positions = mask.argsort(dim=1, stable=True)
         return positions.tensor_split([mask.shape[1] - counts[0]], dim=1)
-
-    def forward_mae_encoder(self, x: Tensor, mask: Tensor, class_embedding: Tensor) -> Tensor:
-        """Tokens ``[B, L, C]``, a mask ``[B, L]`` and class embeddings ``[B, D]`` to ``[B, buffer + known, D]``."""
-        return self.backbone.encode(x, self._split(mask)[0], class_embedding)
-
-    def forward_mae_decoder(self, x: Tensor, mask: Tensor) -> Tensor:
-        """The encoder's output ``[B, buffer + known, D]`` and its mask to features z ``[B, L, D]``."""
-        return self.backbone.decode(x, self._split(mask)[0])
-
-    def forward_channel_ar(self, features: Tensor, channel_targets: Tensor, mask: Tensor) -> Tensor:
-        """Teacher-forced logits of the masked tokens (Eq. 6).
-
-        Args:
-            features: ``[B, L, D]``.
-            channel_targets: levels ``[B, L, C]`` in generation order.
-            mask: ``[B, L]``, 1 where a token is masked.
-
-        Returns:
-            logits ``[masked, C, K]`` in generation order, rows by sample, then position; for groups of channels
-            ``[masked, C / group, K^group]``.
-        """
-        masked = mask.bool()
-        return self.head(features[masked], self.head.to_classes(channel_targets[masked]))
 
     def forward(self, latents: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats over masked tokens and all channels (or groups of channels).
@@ -311,6 +283,37 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
     def compile_blocks(self) -> None:
         """See :func:`models.fast.compile_blocks`."""
         fast.compile_blocks(self)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # MAR's interface to the same parts, for callers: :meth:`forward` does the same on positions instead of masks.
+
+    def random_masking(self, x: Tensor, orders: Tensor) -> Tensor:
+        """A mask ``[B, L]``, 1 where a token is masked, from ``orders [B, L]``; ``x`` gives the device."""
+        mask = torch.zeros(orders.shape, device=x.device)
+        return mask.scatter(1, orders[:, : self.draw_num_masked()].to(x.device), 1.0)
+
+    def forward_mae_encoder(self, x: Tensor, mask: Tensor, class_embedding: Tensor) -> Tensor:
+        """Tokens ``[B, L, C]``, a mask ``[B, L]`` and class embeddings ``[B, D]`` to ``[B, buffer + known, D]``."""
+        return self.backbone.encode(x, self._split(mask)[0], class_embedding)
+
+    def forward_mae_decoder(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The encoder's output ``[B, buffer + known, D]`` and its mask to features z ``[B, L, D]``."""
+        return self.backbone.decode(x, self._split(mask)[0])
+
+    def forward_channel_ar(self, features: Tensor, channel_targets: Tensor, mask: Tensor) -> Tensor:
+        """Teacher-forced logits of the masked tokens (Eq. 6).
+
+        Args:
+            features: ``[B, L, D]``.
+            channel_targets: levels ``[B, L, C]`` in generation order.
+            mask: ``[B, L]``, 1 where a token is masked.
+
+        Returns:
+            logits ``[masked, C, K]`` in generation order, rows by sample, then position; for groups of channels
+            ``[masked, C / group, K^group]``.
+        """
+        masked = mask.bool()
+        return self.head(features[masked], self.head.to_classes(channel_targets[masked]))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Generation (section 3.3).

@@ -13,8 +13,9 @@ from scipy.stats import norm
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from engine_tokenbridge import channel_statistics, decode_images, image_seeds
+from engine_tokenbridge import channel_statistics, decode_images
 from models.quantizer import QUANTIZERS, ScalarQuantizer
+from models.sampling import ORDERS
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import checkpoint, errors, misc
@@ -33,6 +34,7 @@ from util.images import confidence_maps, save_grid
 from util.loader import evenly_spaced, make_loader
 from util.packed import open_cache
 from util.plots import save_figure
+from util.rng import image_seeds, seed_everything
 
 # --------------------------------------------------------------------------------------------------------------------
 # The command line.
@@ -50,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     levels.add_argument("--quant_min", type=float, default=-5.0, help="lower bound of the latents")
     levels.add_argument("--quant_max", type=float, default=5.0, help="upper bound of the latents")
     levels.add_argument("--num_images", type=int, default=1000, help="at most, evenly spaced")
-    add_quantizer_args(levels, default="gaussian")
+    add_quantizer_args(levels, QUANTIZERS, default="gaussian")
 
     samples = figures.add_parser("samples", help="Figures 2 and 9: samples by class", **options)
     samples.add_argument("--per_class", type=int, default=4, help="samples of each class")
@@ -66,7 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         command.add_argument("--temperature", type=float, default=1.0)
         command.add_argument("--gen_seed", type=int, default=0, help="gives sample n its seed, together with n")
         command.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
-        add_sampling_args(command)
+        add_sampling_args(command, ORDERS)
         add_vae_arg(command)
     for command in (levels, samples, parallel, confidence):
         command.add_argument("--output", default="", help="the picture; by default <figure>.png")
@@ -125,7 +127,7 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
     _, latent_factor = checkpoint.tokenizer_of(cache.metadata, args.cached_path)
     cache.shape = tuple(cache[0][0].shape)
     loader = make_loader(evenly_spaced(cache, args.num_images), args, device)
-    misc.seed_everything(args.seed)
+    seed_everything(args.seed)
     latents = [DiagonalGaussianDistribution(moments).sample() * latent_factor for moments, _ in loader]
     latents = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, N]
     bounds, unit = (args.quant_min, args.quant_max), "scaled by the latent factor"

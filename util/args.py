@@ -1,6 +1,7 @@
 """Flags that several scripts share, and checks of what was typed."""
 
 import argparse
+from collections.abc import Sequence
 
 from util.errors import UserError
 from util.misc import PRECISIONS
@@ -16,7 +17,7 @@ def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, pr
     """Adds the flags of batches, workers, device, precision and seed."""
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=int, default=batch_size, help="images at once on each device")
-    group.add_argument("--seed", type=int, default=seed, help="of everything random; each process adds its rank")
+    group.add_argument("--seed", type=int, default=seed, help="of everything random")
     group.add_argument("--num_workers", type=int, default=10, help="data loading processes for each device")
     group.add_argument("--pin_mem", action="store_true", help="pin host memory for faster transfers")
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not")
@@ -56,20 +57,20 @@ def add_metrics_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
 
 
-def add_quantizer_args(parser: argparse.ArgumentParser, default: str | None) -> None:
+def add_quantizer_args(parser: argparse.ArgumentParser, quantizers: Sequence[str], default: str | None) -> None:
     """Adds the flags that say where the quantizer's levels lie."""
     text = "levels of equal probability under a normal, or of equal distance"
-    parser.add_argument("--quantizer", choices=["gaussian", "linear"], default=default, help=text)
+    parser.add_argument("--quantizer", choices=quantizers, default=default, help=text)
     text = "each channel's range is 3 sqrt(3) deviations around the mean, both measured on its latents, not the bounds"
     parser.add_argument("--quant_calibrate", action="store_true", help=text)
 
 
-def add_sampling_args(parser: argparse.ArgumentParser) -> None:
+def add_sampling_args(parser: argparse.ArgumentParser, orders: Sequence[str]) -> None:
     """Adds the flags of the steps, guidance schedule and order in which tokens are sampled."""
     parser.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
     parser.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear")
     text = "of tokens: random, row by row, or the most confident of all unknown ones first (Figure 8)"
-    parser.add_argument("--order", choices=["random", "raster", "confidence"], default="random", help=text)
+    parser.add_argument("--order", choices=orders, default="random", help=text)
     text = "Gumbel noise on confidences, falling to 0 over the steps"
     parser.add_argument("--confidence_noise", type=float, default=0.0, help=text)
 

@@ -62,7 +62,7 @@ class Fact(NamedTuple):
 
     name: str  # the entry of a checkpoint's `config`, and the argument of TokenBridge
     flags: str  # the flags that set it, the first one directly; empty if none does
-    adopted: Sequence[str] = ()  # the uses of a checkpoint in which its value is taken while the flag has its default
+    adopted_in: Sequence[str] = ()  # uses of a checkpoint in which its value replaces a flag's default
     published: Any = None  # the value of published checkpoints, which store none; None where weights' shapes tell it
     unlike_published: str = ""  # "refuse" or "warn" where a run uses such a checkpoint with another value
     compared: bool = True  # whether a run that resumes or evaluates a checkpoint must have its value
@@ -100,8 +100,10 @@ FACTS = (
 )  # fmt: skip
 
 
-def add_model_args(parser: argparse.ArgumentParser, models: Sequence[str], checkpointed: Sequence[str]) -> None:
-    """Adds the model's flags; ``--model`` is one of ``models``, ``--checkpoint_blocks`` some of ``checkpointed``."""
+def add_model_args(
+    parser: argparse.ArgumentParser, models: Sequence[str], quantizers: Sequence[str], checkpointed: Sequence[str]
+) -> None:
+    """Adds the model's flags, with the values of ``--model``, ``--quantizer`` and ``--checkpoint_blocks``."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", choices=models, default="tokenbridge_large")
     model.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
@@ -127,7 +129,7 @@ def add_model_args(parser: argparse.ArgumentParser, models: Sequence[str], check
     model.add_argument("--quant_min", type=float, default=-5.0, help="lower bound of the latents")
     model.add_argument("--quant_max", type=float, default=5.0, help="upper bound of the latents")
     # What follows is by default as in the checkpoint, if there is one, and else the paper's final configuration.
-    add_quantizer_args(model, default=None)
+    add_quantizer_args(model, quantizers, default=None)
     model.add_argument("--head", choices=["ar", "parallel"], help="channels one after the other, or independently")
     model.add_argument(
         "--channel_order",
@@ -163,7 +165,8 @@ def resolve(
 ) -> dict[str, Any]:
     """Every argument that builds the run's TokenBridge.
 
-    A flag that was typed decides. A flag at its default gives way to the checkpoint where :data:`FACTS` says so; it is
+    In a fresh or fine-tuned run a typed flag decides; in one that resumes or evaluates a checkpoint it must agree with
+    the checkpoint. A flag at its default, typed or not, gives way to the checkpoint where :data:`FACTS` says so; it is
     then set in ``args``, and logged. The tokenizer decides on its own sizes.
 
     Args:
@@ -174,9 +177,9 @@ def resolve(
     Raises:
         UserError: flags and checkpoint, or flags and tokenizer, do not go together; all differences are listed.
     """
-    adopt_flags(args, defaults, sizes, start)
+    set_flags(args, defaults, sizes, start)
     follow_tokenizer(args, defaults, tokenizer)
-    told, size = adopted(args, tokenizer, start), sizes[args.model]
+    told, size = checkpoint_values(args, tokenizer, start), sizes[args.model]
     # KL-16's order of channels is for KL-16's latents, and for those of a checkpoint that the run goes on with: if it
     # stores no order, it is taken for a published one.
     same_latents = tokenizer.is_kl16 or start.use in (RESUME, EVALUATE) or "channel_order" in told
@@ -195,7 +198,7 @@ def resolve(
     return {name: value for name, value in config.items() if name != "latent_factor"}
 
 
-def adopt_flags(args: argparse.Namespace, defaults: argparse.Namespace, sizes: Mapping[str, Any], start: Start) -> None:
+def set_flags(args: argparse.Namespace, defaults: argparse.Namespace, sizes: Mapping[str, Any], start: Start) -> None:
     """Sets flags at their defaults to the checkpoint's values, where :data:`FACTS` says that these are adopted."""
     # A fine-tuned run that is restarted by its own command keeps what it adopted at first.
     uses = (start.use, FINETUNE) if start.use == RESUME and args.finetune else (start.use,)
@@ -204,8 +207,8 @@ def adopt_flags(args: argparse.Namespace, defaults: argparse.Namespace, sizes: M
         if fact.name == "quant_levels" and isinstance(told, int):
             told = told.bit_length() - 1
         default = getattr(defaults, flag, None)
-        wanted = default is not None and set(uses) & set(fact.adopted) and isinstance(told, type(default))
-        if wanted and getattr(args, flag) == default != told and (fact.name != "model" or told in sizes):
+        open_flag = default is not None and set(uses) & set(fact.adopted_in) and isinstance(told, type(default))
+        if open_flag and getattr(args, flag) == default != told and (fact.name != "model" or told in sizes):
             setattr(args, flag, told)
             log.info("--%s %s, as the weights tell", flag, told)
 
@@ -230,14 +233,14 @@ def check_stride(img_size: int, stride: int) -> None:
         raise UserError(f"--img_size {img_size} is not a multiple of the tokenizer's stride, {stride}")
 
 
-def adopted(args: argparse.Namespace, tokenizer: Tokenizer, start: Start) -> dict[str, Any]:
+def checkpoint_values(args: argparse.Namespace, tokenizer: Tokenizer, start: Start) -> dict[str, Any]:
     """Arguments of the model that the run takes from its checkpoint where flags leave them open.
 
     In fine-tuning, the order of channels is taken only where a token has the same channels, and the quantizer's
     calibration only for the same tokenizer, unless it is to be measured.
     """
     stored = start.config
-    told = {fact.name: stored[fact.name] for fact in FACTS if start.use in fact.adopted and fact.name in stored}
+    told = {fact.name: stored[fact.name] for fact in FACTS if start.use in fact.adopted_in and fact.name in stored}
     if start.use != FINETUNE:
         return told
     sizes = {name: getattr(args, name) for name in ("vae_embed_dim", "patch_size")}

@@ -13,7 +13,6 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -182,12 +181,6 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers.
-
-
-def seed_everything(*seeds: int) -> None:
-    """Seeds torch's generators from one or more numbers (seed, rank, epoch)."""
-    state = np.random.SeedSequence(seeds).generate_state(1, dtype=np.uint64)[0] if len(seeds) > 1 else seeds[0]
-    torch.manual_seed(int(state) % 2**63)
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

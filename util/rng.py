@@ -1,9 +1,34 @@
-"""Random numbers for a batch of images."""
+"""Every random number of a run follows from a seed and from what it is for; no generator's state is saved.
 
-from collections.abc import Callable, Sequence
+| what | follows from | where |
+|---|---|---|
+| initial weights | ``--seed`` + rank (DDP takes rank 0's) | the scripts |
+| a training step: posterior samples, masks, dropout | ``--seed``, rank, epoch, step | ``engine_tokenbridge`` |
+| the order of an epoch's images | ``--seed``, epoch | :class:`util.loader.ShuffledRankSampler` |
+| which images are mirrored | ``--seed``, epoch, index of the image | :class:`util.loader.MirrorDraws` |
+| a generated image | ``--gen_seed``, number of the image | :func:`image_seeds`, :class:`ImageDraws` |
+| posterior samples and masks of likelihood and reconstruction | seed, number of the image | :func:`numbered_draws` |
 
+So a resumed run draws what an unbroken one would have, and images depend on neither batch size nor number of processes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def seed_everything(*seeds: int) -> None:
+    """Seeds torch's global generators from one or more numbers."""
+    state = np.random.SeedSequence(seeds).generate_state(1, dtype=np.uint64)[0] if len(seeds) > 1 else seeds[0]
+    torch.manual_seed(int(state) % 2**63)
+
+
+def image_seeds(gen_seed: int, numbers: Iterable[int]) -> list[int]:
+    """One seed for each image number: no two images of a run share one."""
+    base = int(np.random.SeedSequence(gen_seed).generate_state(1)[0])
+    return [(base + number) % 2**32 for number in numbers]
 
 
 class ImageDraws:

@@ -21,7 +21,7 @@ class Step(NamedTuple):
 
     loss: Tensor  # on the device
     norm: Tensor  # of the gradient before clipping, on the device
-    finite: Tensor  # whether the step was taken
+    finite: Tensor  # whether the step was taken; in fp16 whether the loss was finite, the scaler sees to the gradient
     lr: float
     epoch: int  # from 0
     step: int  # of the epoch, from 0
@@ -124,7 +124,7 @@ class TrainingState:
             "model_ema": {name: averaged[name] for name, _ in self.model.named_parameters()},
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch - 1,  # the last finished
-            "step": self.step,
+            "step": self.step,  # the next one to take, of the epoch after that
             "steps_per_epoch": self.steps_per_epoch,
             "world_size": misc.get_world_size(),
             "config": {**self.model.config, **self.model.metadata},

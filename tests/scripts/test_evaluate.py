@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import engine_tokenbridge
 from engine_tokenbridge import held_out_likelihood
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import BASE, FACTOR, FID, IS, ROOT, SHORT, SMALL, TINY, filled, load, seen, torchrun, write_images
 from util import metrics
 from util.images import confidence_maps, to_uint8
+from util.rng import image_seeds
 
 
 def pixels(path) -> np.ndarray:
@@ -439,7 +439,7 @@ def test_evaluation_writes_the_same_pictures_every_time(run, trained, vae_path, 
     content = load(trained)
     model = TokenBridge.from_content(content, trained, ema=True)
     vae, factor = AutoencoderKL.from_pretrained(vae_path)
-    labels, seeds = torch.arange(8) // 2, engine_tokenbridge.image_seeds(0, range(8))
+    labels, seeds = torch.arange(8) // 2, image_seeds(0, range(8))
     with torch.no_grad():
         latents = model.sample_tokens(8, 4, 2.0, labels=labels, seeds=seeds)
         expected = to_uint8(vae.decode(latents / factor)).permute(0, 2, 3, 1).numpy().astype(int)

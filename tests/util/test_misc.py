@@ -5,15 +5,16 @@ from unittest import mock
 import torch
 
 from util import misc
+from util.rng import seed_everything
 
 
 def test_every_part_of_a_seed_counts():
     draws = set()
     for seeds in ((1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)):
-        misc.seed_everything(*seeds)
+        seed_everything(*seeds)
         draws.add(torch.rand(()).item())
     assert len(draws) == 4
-    misc.seed_everything(7)
+    seed_everything(7)
     first = torch.rand(())
     torch.manual_seed(7)
     assert torch.rand(()) == first
