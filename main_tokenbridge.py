@@ -231,7 +231,7 @@ def build_model(args: argparse.Namespace, config: dict, start: Start) -> TokenBr
     """
     try:
         model = MODELS[args.model](**config)
-    except Exception as error:  # sizes that cannot be, of flags or of a checkpoint, fail in many ways
+    except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
         raise errors.UserError(errors.reason(error)) from error
     if start.use == FINETUNE:
         finetune.start_from(model, start.content, start.config, start.path, ema=not args.no_ema)
@@ -297,7 +297,7 @@ def main() -> None:
         start = open_start(args)
         vae, tokenizer = load_tokenizer(args, splits)
         config = resolve(args, get_args_parser().parse_args([]), SIZES, tokenizer, start)
-        if args.evaluate:  # of as many classes as the weights tell
+        if args.evaluate:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
         data = {split: load_data(args, split, tokenizer) for split in splits}
         seed_everything(args.seed + misc.get_rank())

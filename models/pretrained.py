@@ -107,7 +107,7 @@ class PretrainedTokenBridge(
         config = cls.config_of(content, path)
         try:
             model = cls.from_config({**config, **model_kwargs})
-        except Exception as error:  # sizes that cannot be fail in many ways
+        except Exception as error:  # impossible sizes fail in many ways
             raise UserError(f"{path} describes no model that this code can build: {reason(error)}") from error
         load_weights(model, content, path, ema="model_ema" in content if ema is None else ema)
         model.metadata = {name: value for name, value in config.items() if name not in model.config}
@@ -210,7 +210,7 @@ class PretrainedVAE:
         weights, config, latent_factor = read_vae(path)
         try:
             vae = cls(**config)
-        except Exception as error:  # sizes that cannot be fail in torch, in many ways
+        except Exception as error:  # impossible sizes fail in many ways
             raise UserError(f"{path} describes no tokenizer that this code can build: {reason(error)}") from error
         vae.load_file(path, weights)
         return vae.eval().requires_grad_(False), latent_factor
@@ -260,7 +260,7 @@ def read_diffusers(path: Path) -> nn.Module:
             str(path.parent), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
             output_loading_info=True, torch_dtype=torch.float32,
         )  # fmt: skip
-    except Exception as error:  # damaged files and sizes that cannot be fail in many ways
+    except Exception as error:  # damaged files and impossible sizes fail in many ways
         raise UserError(f"{path} cannot be read by diffusers ({reason(error)})") from error
     wrong = {what: names for what in ("missing_keys", "mismatched_keys") if (names := loaded.get(what))}
     wrong |= {"not finite": [name for name, value in vae.state_dict().items() if not value.isfinite().all()]}
