@@ -20,8 +20,7 @@ from util.errors import UserError, reason
 from util.files import read_json, written_whole
 from util.misc import log
 
-CHECKPOINT_NAME = "checkpoint-last.pth"
-SAFE_NAME = "checkpoint-last.safetensors"
+CHECKPOINT_NAME, SAFE_NAME = "checkpoint-last.pth", "checkpoint-last.safetensors"
 #: Weights, and the configuration of the model, in a folder that ``save_pretrained`` wrote.
 HUB_NAME, HUB_CONFIG = "model.safetensors", "config.json"
 #: Names of a tokenizer's weights in its folder, looked for in this order; the last is that of diffusers.
