@@ -195,8 +195,8 @@ def evaluate(
     """Samples ``settings.num_images``, the same number of each class, into ``folder/NNNNN.png``.
 
     Image n shows class ``n // (num_images / class_num)`` and has its own seed. Chunks of ``eval_bsz`` consecutive
-    images are dealt to the processes whole, so that their number never changes an image. A run that was interrupted
-    continues where it stopped.
+    images are dealt to the processes whole, so that the number of processes never changes an image. A run that was
+    interrupted continues where it stopped.
 
     Args:
         weights: what identifies the weights; images sampled from others are not taken for this run's.

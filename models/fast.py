@@ -1,7 +1,7 @@
-"""What makes the models fast and lets them fit in memory: applied to a plain model from outside, by :func:`speed_up`.
+"""What makes the models fast and lets them fit in memory, applied from outside by :func:`speed_up`.
 
-Plain classes hold the mathematics. :data:`FAST` gives each a subclass that overrides what can be computed faster.
-Results are equal up to rounding, and up to which entries dropout draws.
+Plain classes hold the mathematics. :data:`FAST` gives each a subclass that overrides what can be computed faster, and
+``TokenBridge.__init__`` has them take over last. Results are equal up to rounding, and up to what dropout draws.
 """
 
 from collections.abc import Callable, Iterator

@@ -112,7 +112,7 @@ class ScalarQuantizer(nn.Module):
         self.levels, self.quant_min, self.quant_max, self.std_range = levels, quant_min, quant_max, std_range
         boundaries, values = self.tables(levels, std_range)
         self.register_buffer("reconstruction_values", values)
-        self.register_buffer("boundaries", boundaries)
+        self.register_buffer("boundaries", boundaries)  # for published checkpoints; Eq. 4 compares with the thresholds
         self.register_buffer("thresholds", torch.zeros(levels - 1), persistent=False)
         self.register_buffer("latent_thresholds", torch.zeros(levels - 1), persistent=False)
         self.calibrated = channel_mean is not None or channel_std is not None

@@ -91,7 +91,8 @@ def mask_schedule(num_iter: int, seq_len: int) -> list[int]:
 def sampling_plan(options: SamplingOptions, seq_len: int, unknown: int | None = None) -> list[Step]:
     """The steps that generate ``unknown`` tokens, by default all L, each at least one; others are left out.
 
-    The guidance scale is ``options.cfg``, or with the ``"linear"`` schedule grows to that as tokens become known.
+    The guidance scale is ``options.cfg``, or with the ``"linear"`` schedule 1 + (cfg - 1) times the share of tokens
+    known after the step; the last step counts one as unknown, as in MAR.
     """
     before = seq_len if unknown is None else unknown
     plan = []

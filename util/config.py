@@ -166,8 +166,8 @@ def resolve(
     """Every argument that builds the run's TokenBridge.
 
     In a fresh or fine-tuned run a typed flag decides; in one that resumes or evaluates a checkpoint it must agree with
-    the checkpoint. A flag at its default, typed or not, gives way to the checkpoint where :data:`FACTS` says so; it is
-    then set in ``args``, and logged. The tokenizer decides on its own sizes.
+    the checkpoint. A flag at its default, typed or not, gives way to the checkpoint where :data:`FACTS` says so; the
+    flags that have a default are then set in ``args``, and logged. The tokenizer decides on its own sizes.
 
     Args:
         args: the flags as typed.

@@ -31,7 +31,8 @@ class TrainingState:
     """A run's model, average, optimizer and scaler, and its next step.
 
     A step's outcome is looked at when the next one has been computed, so that the device never waits for the host:
-    :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not finite.
+    :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not finite
+    (with fp16 a step whose loss is: one that the scaler leaves out counts as taken, with weights that stay).
 
     Args:
         model: on its device; with several processes all take the weights of the first.
@@ -65,7 +66,7 @@ class TrainingState:
         return self.epoch * self.steps_per_epoch + self.step
 
     def take_step(self, loss: Tensor, lr: float) -> None:
-        """Clips the gradients, which are of ``loss``, and takes the optimizer's step unless one of them is not finite.
+        """Clips the gradients of ``loss``, and takes the optimizer's step unless their norm is not finite.
 
         Nothing is waited for: the fused optimizer looks at the flag on the device. ``lr`` is kept for the record.
         """
