@@ -1,9 +1,9 @@
 """Published checkpoints: their names and parameter order, and what the shapes of their weights tell of a model.
 
 Inside, a model's parts are modules of their own (``backbone``, ``head``, ``quantizer``). Published checkpoints are
-flat: their names are ours without the part. Their optimizer states list vectors and biases, which are not decayed, before
-all others (:func:`util.misc.add_weight_decay`); in each group the free parameters of all parts come before any layer's,
-otherwise the order is that in which modules register them. :class:`PublishedNames` translates.
+flat: their names are ours without the part. Their optimizer states list vectors and biases, which are not decayed,
+before all others (:func:`util.misc.add_weight_decay`); in each group the free parameters of all parts come before any
+layer's, otherwise the order is that in which modules register them. :class:`PublishedNames` translates.
 """
 
 import math

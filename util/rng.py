@@ -3,14 +3,14 @@
 | what | follows from | where |
 |---|---|---|
 | initial weights | ``--seed`` + rank (DDP takes rank 0's) | the scripts |
-| a training step: posterior samples, masks, dropped labels, dropout | ``--seed``, rank, epoch, step | ``engine_tokenbridge`` |
+| a training step: posterior samples, masks, dropout, dropped labels | ``--seed``, rank, epoch, step | the engine |
 | the order of an epoch's images | ``--seed``, epoch | :class:`util.loader.ShuffledRankSampler` |
 | which images are mirrored | ``--seed``, epoch, index of the image | :class:`util.loader.MirrorDraws` |
 | a generated image | ``--gen_seed``, number of the image | :func:`image_seeds`, :class:`ImageDraws` |
 | posterior samples and masks of likelihood and reconstruction | seed, number of the image | :func:`numbered_draws` |
 
-So a resumed run draws what an unbroken one would have, and the numbers of an image depend on neither the batch around it
-nor the number of processes. (Another batch size may still change rounding.)
+So a resumed run draws what an unbroken one would have, and an image's numbers depend on neither the batch around it nor
+the number of processes. (Another batch size may still change rounding.)
 """
 
 from collections.abc import Callable, Iterable, Sequence
