@@ -39,11 +39,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_same(cached_path: str | Path, about: dict) -> None:
+def check_same(cached_path: str | Path, metadata: dict) -> None:
     """Makes sure that a cache in ``cached_path``, if there is one, can be completed by this run.
 
     Args:
-        about: the metadata of the cache to be written.
+        metadata: of the cache to be written.
 
     Raises:
         UserError: it is a packed cache, another program's, or has other metadata.
@@ -56,7 +56,7 @@ def check_same(cached_path: str | Path, about: dict) -> None:
         if any(folder.glob("*/*.npz")):
             raise errors.UserError(f"{folder} holds moments without {CACHE_METADATA}; choose another folder")
         return
-    pairs = {name: (there.get(name), here) for name, here in about.items()}
+    pairs = {name: (there.get(name), here) for name, here in metadata.items()}
     different = [f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
     if different:
         what = "; ".join(different)
@@ -74,7 +74,7 @@ def main() -> None:
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         defaults = get_args_parser().parse_args([])
         follow_tokenizer(args, defaults, Tokenizer(vae.config, latent_factor, args.vae_path))
-        about = {
+        metadata = {
             "img_size": args.img_size,
             "latent_factor": latent_factor,
             "vae": vae.config,
@@ -82,7 +82,7 @@ def main() -> None:
             "precision": args.precision,
             "split": args.split,
         }
-        check_same(args.cached_path, about)
+        check_same(args.cached_path, metadata)
         if misc.is_main_process():
             remove_parts(Path(args.cached_path).rglob(".*.part"))
         misc.barrier()  # all processes have looked before one writes
@@ -99,11 +99,11 @@ def main() -> None:
 
         metadata_path = Path(args.cached_path) / CACHE_METADATA
         if misc.is_main_process():  # training refuses a cache that is not complete
-            write_json(metadata_path, {"images": len(dataset), **about, "complete": False})
+            write_json(metadata_path, {"images": len(dataset), **metadata, "complete": False})
         written, replaced = cache_latents(vae.to(device), loader, args.cached_path, device, args.precision)
         images = len(dataset) - (0 if bad_images is None else bad_images.count())
         if misc.is_main_process():
-            write_json(metadata_path, {"images": images, **about, "complete": True})
+            write_json(metadata_path, {"images": images, **metadata, "complete": True})
         misc.log.info(
             "cached %d images and their mirror images in %s: %d were there, %d are new, %d replace damaged ones",
             *(images, args.cached_path, images - written, written - replaced, replaced),

@@ -101,7 +101,7 @@ def compare_ways(name: str, prepare: Callable, args: argparse.Namespace, **colum
             and its number of floating-point operations. Must be a module's function: other processes import it.
         columns: shown in every row.
     """
-    about, rows, slow = machine(args.device), [], None
+    hardware, rows, slow = machine(args.device), [], None
     for way in args.ways:
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process has one peak of memory
             figures = pool.apply(measure_way, (prepare, args, way))
@@ -110,7 +110,7 @@ def compare_ways(name: str, prepare: Callable, args: argparse.Namespace, **colum
         row = {"way": "the release's, fp32" if release else f"ours, {way}", "model": args.model, "batch": args.batch}
         row |= {**columns, **figures, "ratio": slow / figures["median_s"] if slow and not release else None}
         rows.append(row)
-    finish(name, rows, about, args.json)
+    finish(name, rows, hardware, args.json)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -147,9 +147,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown(header, [[row.get(key) for key in header] for row in rows])
 
 
-def finish(name: str, rows: list[dict[str, Any]], about: dict[str, Any], path: str | None) -> None:
+def finish(name: str, rows: list[dict[str, Any]], hardware: dict[str, Any], path: str | None) -> None:
     """Prints the rows and the :func:`machine` they were measured on, and writes both to ``path`` as JSON."""
     print(table(rows))
-    print(json.dumps({key: about[key] for key in ("device", "threads", "matmul_tflops", "copy_gb_per_s")}))
+    print(json.dumps({key: hardware[key] for key in ("device", "threads", "matmul_tflops", "copy_gb_per_s")}))
     if path:
-        write_json(path, {"benchmark": name, "machine": about, "rows": rows})
+        write_json(path, {"benchmark": name, "machine": hardware, "rows": rows})

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also measure our head compiled")
     parser.add_argument("--precision", choices=misc.PRECISIONS, nargs="+", default=["fp32", "bf16"])
     args = parse(parser)
-    about, device = machine(args.device), args.device
+    hardware, device = machine(args.device), args.device
     with torch.device("meta"):  # for their configurations: a head is measured without its backbone
         models = {channels: MODELS[args.model](vae_embed_dim=channels, quant_levels=64) for channels in (16, 4)}
 
@@ -61,10 +61,10 @@ def main() -> None:
                 row["times faster than recomputing"] = recomputed["median_s"] / figures["median_s"]
                 row["times faster than diffusion"] = mar["median_s"] / figures["median_s"]
                 if name in ("channel head", "channel head, compiled"):
-                    peak = about["matmul_tflops"].get(precision)
+                    peak = hardware["matmul_tflops"].get(precision)
                     row["utilization"] = token_flops * tokens / figures["median_s"] / peak / 1e12 if peak else None
                 rows.append(row)
-    finish("head_speed", rows, about, args.json)
+    finish("head_speed", rows, hardware, args.json)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="images of a batch")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="processes that read; 0 for none")
     args = parse(parser)
-    about, rows = machine(args.device), []
+    hardware, rows = machine(args.device), []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_cache(root / "files", args.images)
@@ -49,7 +49,7 @@ def main() -> None:
                 row = {"cache": name, "workers": workers, "images": args.images, **figures}
                 row["images_per_s"] = args.images / figures["median_s"]
                 rows.append({**row, "ratio": slow / figures["median_s"]})
-    finish("loader", rows, about, args.json)
+    finish("loader", rows, hardware, args.json)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from models.quantizer import GaussianQuantizer
 def main() -> None:
     """Runs the command line."""
     args = parse(benchmark_parser(__doc__, repeats=20))
-    about = machine(args.device)
+    hardware = machine(args.device)
     rows = []
     for batch in (16, 256):
         latents = torch.randn(batch, 256, 16, device=args.device)
@@ -29,7 +29,7 @@ def main() -> None:
                 row = {"way": name, "batch": batch, "levels": levels, **figures}
                 row["gb_per_s"] = gigabytes / figures["median_s"]
                 rows.append({**row, "ratio": slow and slow["median_s"] / figures["median_s"]})
-    finish("quantizer", rows, about, args.json)
+    finish("quantizer", rows, hardware, args.json)
 
 
 if __name__ == "__main__":

@@ -27,12 +27,12 @@ def tables(device: str) -> str:
             parts.append(f"Not measured. `{command} --device {device} --json benchmarks/results/{path.name}`\n")
             continue
         content = read_json(path)
-        about = content["machine"]
+        hardware = content["machine"]
         parts.append(table(content["rows"]))
-        peaks = ", ".join(f"{value} TFLOP/s {precision}" for precision, value in about["matmul_tflops"].items())
-        rates = f"matrix products {peaks}; copies {about['copy_gb_per_s']} GB/s"
-        versions = f"torch {about['torch_version']}, commit {about['commit'][:12]}"
-        parts.append(f"{about['device']}, {about['threads']} threads; {rates}. {versions}.\n")
+        peaks = ", ".join(f"{value} TFLOP/s {precision}" for precision, value in hardware["matmul_tflops"].items())
+        rates = f"matrix products {peaks}; copies {hardware['copy_gb_per_s']} GB/s"
+        versions = f"torch {hardware['torch_version']}, commit {hardware['commit'][:12]}"
+        parts.append(f"{hardware['device']}, {hardware['threads']} threads; {rates}. {versions}.\n")
     return "\n".join(parts)
 
 

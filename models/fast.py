@@ -212,11 +212,11 @@ class Recordings:
             on_device = torch.cuda.device(inputs[0].device) if kind == "cuda" else nullcontext()
             # What is kept is written again and again, within inference mode and without.
             with on_device, torch.inference_mode(False), torch.no_grad():
-                places = [torch.zeros(size, *each.shape[1:], dtype=each.dtype, device=each.device) for each in inputs]
-                self.kept[key] = places, *self.record(partial(work, *places), self.pool)
-        places, replay, outputs = self.kept[key]
-        for place, given in zip(places, inputs, strict=True):
-            place[:rows].copy_(given)
+                buffers = [torch.zeros(size, *each.shape[1:], dtype=each.dtype, device=each.device) for each in inputs]
+                self.kept[key] = buffers, *self.record(partial(work, *buffers), self.pool)
+        buffers, replay, outputs = self.kept[key]
+        for buffer, given in zip(buffers, inputs, strict=True):
+            buffer[:rows].copy_(given)
         replay()
         return tuple(output[:rows].clone() for output in outputs)
 

@@ -112,8 +112,8 @@ def main() -> None:
             misc.log.info("%s", markdown(["channel", "low-frequency share"], [[c, shares[c].item()] for c in order]))
             misc.log.info("--channel_order %s", ",".join(map(str, order)))
             out = Path(args.output_dir)
-            about = {"images": len(chosen), "cutoff": args.cutoff, "patch_size": p, "cached_path": args.cached_path}
-            content = {"order": order, "shares": shares.tolist(), **about, **provenance()}
+            settings = {"images": len(chosen), "cutoff": args.cutoff, "patch_size": p, "cached_path": args.cached_path}
+            content = {"order": order, "shares": shares.tolist(), **settings, **provenance()}
             write_json(out / "channel_order.json", content)
             save_figure(plot(shares, order, args.cutoff), out / "channel_order.png")
             misc.log.info("wrote %s/channel_order.json and channel_order.png", out)

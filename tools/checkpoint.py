@@ -120,8 +120,8 @@ def export(args: argparse.Namespace) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
-    about = "Shows what is in a checkpoint, converts between .pth and .safetensors without loss, exports models."
-    parser = new_parser(about, "tools.checkpoint")
+    text = "Shows what is in a checkpoint, converts between .pth and .safetensors without loss, exports models."
+    parser = new_parser(text, "tools.checkpoint")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="what is in a file")
     show.add_argument("file")
@@ -130,8 +130,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     change.add_argument("source")
     change.add_argument("target")
     change.add_argument("--weights", choices=["model", "model_ema"], help="these alone; by default everything")
-    about = "a model or tokenizer to a folder that from_pretrained reads, or the Hub"
-    export = commands.add_parser("export", help=about)
+    text = "a model or tokenizer to a folder that from_pretrained reads, or the Hub"
+    export = commands.add_parser("export", help=text)
     export.add_argument("source", help="a checkpoint, its folder, a tokenizer, or an address on the Hub")
     export.add_argument("folder", help="where to write model.safetensors, config.json and a model card")
     export.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")

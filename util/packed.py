@@ -56,12 +56,12 @@ class PackedCache(MirrorDraws, Dataset):
     def __init__(self, root: str | Path, mirror: bool = True):
         self.root, self.mirror = existing_folder(root, "cache"), mirror
         self.metadata = read_json(self.root / PACKED_METADATA)
-        names, about = read_json(self.root / "names.json"), self.metadata
+        names, metadata = read_json(self.root / "names.json"), self.metadata
         try:
-            self.sizes = [int(size) for size in about["shards"]]
-            self.dtype, self.stored_dtype = DTYPES[about["dtype"]]
-            stored = tuple(int(side) for side in about["shape"])
-            self.classes = [str(name) for name in about["classes"]]
+            self.sizes = [int(size) for size in metadata["shards"]]
+            self.dtype, self.stored_dtype = DTYPES[metadata["dtype"]]
+            stored = tuple(int(side) for side in metadata["shape"])
+            self.classes = [str(name) for name in metadata["classes"]]
             labels = {name: label for label, name in enumerate(self.classes)}
             self.samples = [(name, labels[name.split("/", 1)[0]]) for name in names]
             self.checksums = np.load(self.root / "checksums.npy", allow_pickle=False)
@@ -162,16 +162,16 @@ def pack(cache: CachedFolder, root: str | Path, dtype: str, shard_images: int, n
     with written_whole(root / "checksums.npy") as file:
         np.save(file, np.array(checksums, dtype=np.uint32))
     write_json(root / "names.json", [cache.name(index) for index in range(len(cache))], indent=None)
-    about = {"dtype": dtype, "shape": list(cache.shape), "shards": sizes, "classes": cache.classes}
-    write_json(root / PACKED_METADATA, {**cache.metadata, **about, "images": len(cache)}, indent=None)
+    metadata = {"dtype": dtype, "shape": list(cache.shape), "shards": sizes, "classes": cache.classes}
+    write_json(root / PACKED_METADATA, {**cache.metadata, **metadata, "images": len(cache)}, indent=None)
 
 
 def unpack(cache: PackedCache, root: str | Path, num_workers: int) -> None:
     """Writes a packed cache as one file an image, float32, with ``cache.json``."""
     own = ("dtype", "shape", "shards", "classes")
-    about = {name: value for name, value in cache.metadata.items() if name not in own}
-    write_json(Path(root) / CACHE_METADATA, {**about, "complete": False})
+    metadata = {name: value for name, value in cache.metadata.items() if name not in own}
+    write_json(Path(root) / CACHE_METADATA, {**metadata, "complete": False})
     for index, views in enumerate(read_all(cache, num_workers)):
         with written_whole(cached_file(root, cache.name(index))) as file:
             np.savez(file, **dict(zip(VIEWS, views.numpy(), strict=True)))
-    write_json(Path(root) / CACHE_METADATA, {**about, "complete": True})
+    write_json(Path(root) / CACHE_METADATA, {**metadata, "complete": True})

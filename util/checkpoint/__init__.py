@@ -115,8 +115,8 @@ def tokenizer_of(config: Any, path: str | Path) -> tuple[dict[str, Any], float]:
     Raises:
         UserError: no tokenizer can have such a configuration.
     """
-    about = config if isinstance(config, Mapping) else {"vae": None}
-    vae, latent_factor = about.get("vae", {}), about.get("latent_factor", KL16_LATENT_FACTOR)
+    stored = config if isinstance(config, Mapping) else {"vae": None}
+    vae, latent_factor = stored.get("vae", {}), stored.get("latent_factor", KL16_LATENT_FACTOR)
     vae = {**KL16_CONFIG, **vae} if isinstance(vae, Mapping) else {}
     multipliers = vae.get("ch_mult")
     if not (
@@ -172,8 +172,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
 
 def as_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
     """:func:`read_run` for ``content`` that :func:`read` read from ``path``."""
-    if "config" not in content and (about := config_beside(path)):
-        content |= {"config": about, "averaged": True}  # save_pretrained writes the weights that sampling uses
+    if "config" not in content and (stored := config_beside(path)):
+        content |= {"config": stored, "averaged": True}  # save_pretrained writes the weights that sampling uses
     if isinstance(content.get("config"), dict) and "vae" in content["config"]:
         raise UserError(f"{path} is a tokenizer, not a TokenBridge: it goes with --vae_path")
     lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "world_size": 1}
