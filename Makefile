@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -m "not slow" --cov=models --cov=util --cov=engine_tokenbridge --cov-report=term --cov-fail-under=90
+	$(RUN) -m pytest -m "not slow" --cov=models --cov=util --cov=engine_tokenbridge --cov=evaluation --cov-report=term --cov-fail-under=90
 
 # What takes minutes: the demo, full-size models, long trainings.
 test-slow: $(VENV)/.installed
