@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import inspect
 import json
 import multiprocessing
 import os
@@ -30,7 +29,7 @@ from models.vae import AutoencoderKL
 from tests.fill import deterministic_fill
 from tests.hub_server import serving
 from tests.scripts.trace import Trace
-from util import checkpoint, errors, misc
+from util import checkpoint, errors
 from util.misc import add_weight_decay
 from util.training_state import TrainingState
 
@@ -329,89 +328,6 @@ def two_processes(tmp_path: Path, script: str, flags: str, **variables: str) -> 
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What the scripts call, watched.
-
-
-class Watched:
-    """Calls of a method, as dictionaries of its arguments by name."""
-
-    def __init__(self, method):
-        self.calls: list[dict] = []
-        self.signature = inspect.signature(method)
-
-    def note(self, *args, **kwargs) -> dict:
-        """One call's arguments, defaults included."""
-        bound = self.signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-        self.calls.append({**bound.arguments, "autocast": dtype})
-        return bound.arguments
-
-    def all(self, name: str) -> list:
-        """One argument of every call."""
-        return [call[name] for call in self.calls]
-
-    def joined(self, name: str) -> list:
-        """One argument, that has a value for each image, over all calls."""
-        return [value for call in self.calls for value in list(call[name])]
-
-
-@pytest.fixture
-def sampler(monkeypatch):
-    """TokenBridge.sample_tokens, watched and in no time: an image's latents all equal its label.
-
-    A call also notes the model's ``mask_token``, which tells the weights from their average. Confidences rise from
-    token to token.
-    """
-    watched = Watched(TokenBridge.sample_tokens)
-
-    def sample_tokens(model, *args, **kwargs):
-        given = watched.note(model, *args, **kwargs)
-        watched.calls[-1]["mask_token"] = model.state_dict()["mask_token"].clone()
-        side = model.grid_size * model.patch_size
-        latents = given["labels"].float()[:, None, None, None].expand(-1, model.vae_embed_dim, side, side)
-        confidence = torch.arange(model.seq_len).float().expand(len(latents), -1) - 20
-        return (latents, confidence) if given["return_confidence"] else latents
-
-    monkeypatch.setattr(TokenBridge, "sample_tokens", sample_tokens)
-    return watched
-
-
-@pytest.fixture
-def decoder(monkeypatch):
-    """AutoencoderKL.decode, watched and in no time: pixels are the latents' mean over 40."""
-    watched = Watched(AutoencoderKL.decode)
-
-    def decode(vae, *args, **kwargs):
-        z = watched.note(vae, *args, **kwargs)["z"]
-        side = z.shape[-1] * vae.stride
-        return z.float().mean(dim=(1, 2, 3))[:, None, None, None].expand(-1, 3, side, side) / 40
-
-    monkeypatch.setattr(AutoencoderKL, "decode", decode)
-    return watched
-
-
-@pytest.fixture
-def quick_inception(monkeypatch, tmp_path):
-    """Inception that only averages colours, watched, and no distance of 2048 dimensions: the flag that asks for it."""
-    watched = Watched(FeatureExtractorInceptionV3.forward)
-
-    def init(self, *args, **kwargs):
-        torch.nn.Module.__init__(self)
-
-    def forward(self, *args, **kwargs):
-        image = watched.note(self, *args, **kwargs)["x"].float()
-        colours = image.mean(dim=(2, 3)) / 255
-        return torch.nn.functional.pad(colours, (0, 2045)), torch.nn.functional.pad(10 * colours, (0, 1005))
-
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "__init__", init)
-    monkeypatch.setattr(FeatureExtractorInceptionV3, "forward", forward)
-    torch.save({}, tmp_path / "inception.pth")
-    watched.flag = f"--inception_weights {tmp_path}/inception.pth"
-    return watched
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Small runs.
 
 TINY = (
@@ -460,52 +376,6 @@ def processes_of(folder) -> list[int]:
         with contextlib.suppress(OSError):  # it may have ended meanwhile
             commands[int(path.parent.name)] = path.read_bytes().decode(errors="replace")
     return sorted(pid for pid, line in commands.items() if str(folder) in line and "torch.distributed" not in line)
-
-
-FACTOR = 0.5  # of the small tokenizer
-#: A head of steps in milliseconds, and fp32, which every CPU computes alike.
-QUICK = f"{TINY} --head_dim 32 --head_depth 1 --head_heads 2 --precision fp32 --device cpu"
-#: 4 steps an epoch.
-BASE = f"{QUICK} --warmup_epochs 0 --lr 1e-3"
-
-
-@pytest.fixture
-def known_peak(monkeypatch):
-    """Nothing is measured, and the peak that utilization is told against is known."""
-    monkeypatch.setattr(misc, "matmul_flops", lambda device, precision: 1e9)
-
-
-@pytest.fixture
-def train(run, cached, tmp_path, known_peak):
-    """``train("name", "--flag value")`` trains on the cache into a folder of that name, which it returns."""
-
-    def train(name: str, flags: str = "--epochs 1") -> Path:
-        run("main_tokenbridge", f"{BASE} --use_cached --cached_path {cached} --output_dir {tmp_path}/{name} {flags}")
-        return tmp_path / name
-
-    return train
-
-
-class Views:
-    """Tells a cache's items, or a folder's images, by their values."""
-
-    def __init__(self, cache: Path):
-        self.known = {}
-        for path in sorted(cache.glob("*/*.npz")):
-            with np.load(path) as arrays:
-                for name in ("moments", "moments_flip"):
-                    self.known[arrays[name].tobytes()] = (f"{path.parent.name}/{path.stem}", name == "moments_flip")
-
-    def of(self, rows: torch.Tensor) -> list[tuple[str, bool]]:
-        """Name of each, and whether it is the mirror image."""
-        return [self.known[row.numpy().tobytes()] for row in rows]
-
-
-def seen(trace: Trace, cache: Path, each: int = 16) -> list[list[tuple[str, bool]]]:
-    """What each epoch of a traced run on a cache saw."""
-    views = Views(cache)
-    rows = [view for drawn in trace.drawn for view in views.of(drawn["moments"])]
-    return [rows[i : i + each] for i in range(0, len(rows), each)]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -100,3 +100,8 @@ def too_long(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_short(path):
     assert not too_long(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_of_tests_are_short(path):
+    assert len(path.read_text().splitlines()) <= 450

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from models.vae import AutoencoderKL
-from tests.conftest import TINY, Watched, damaged, write_images
+from tests.conftest import TINY, damaged, write_images
+from tests.scripts.conftest import Watched
 from util import checkpoint
 from util.files import read_arrays
 from util.loader import CachedFolder, image_transform, read_image

@@ -11,7 +11,7 @@ from PIL import Image
 
 from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
-from tests.conftest import FACTOR, Watched
+from tests.scripts.conftest import FACTOR, Watched
 from util.images import psnr, ssim
 from util.loader import image_transform, read_image
 

@@ -1,0 +1,188 @@
+"""Held-out likelihood: as a command, during training, over processes."""
+
+import json
+import math
+import shutil
+from unittest import mock
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine_tokenbridge import held_out_likelihood
+from models.tokenbridge import TokenBridge
+from models.vae import DiagonalGaussianDistribution
+from tests.conftest import FID, IS, SHORT, SMALL, TINY, filled, torchrun
+from tests.scripts.conftest import BASE, FACTOR, seen
+
+
+def averaged(folder, name: str = "checkpoint-last.pth", part: str = "model_ema") -> torch.Tensor:
+    return torch.load(folder / name, weights_only=True)[part]["mask_token"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """compute_metrics, in no time, whose FID counts the calls."""
+    counted = mock.Mock(side_effect=lambda *_: {FID: float(counted.call_count), IS: 2.0})
+    monkeypatch.setattr("util.metrics.compute_metrics", counted)
+    return counted
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Likelihood.
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """TokenBridge.forward outside training: the mean label; and what it is given."""
+    calls, original = [], TokenBridge.forward
+
+    def forward(self, latents, labels, mask=None):
+        if self.training:
+            return original(self, latents, labels, mask)
+        calls.append((latents, labels, mask, self.state_dict()["mask_token"].clone()))
+        return labels.float().mean()
+
+    monkeypatch.setattr(TokenBridge, "forward", forward)
+    return calls
+
+
+def test_likelihood_is_of_scaled_posterior_samples_a_mean_over_images(
+    run, cached, weights, tmp_path, losses, monkeypatch
+):
+    draws, sample = [], DiagonalGaussianDistribution.sample
+
+    def noted(posterior, noise=None):
+        draws.append((posterior.mean, posterior.std, noise, sample(posterior, noise)))
+        return draws[-1][-1]
+
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", noted)
+    common = f"{weights} --evaluate_nll --use_cached --cached_val_path {cached}"
+    run("main_tokenbridge", f"{common} --batch_size 5 --output_dir {tmp_path}/out --precision fp32")
+    figures = json.loads((tmp_path / "out" / "likelihood.json").read_text())
+    assert figures["images"] == 16 and figures["resume"] == f"{tmp_path}/weights"
+    # Batches of 5, 5, 5 and 1: a mean of means would be another.
+    assert figures["nats_per_dim"] == pytest.approx(1.5, abs=1e-6)
+    assert figures["bits_per_dim"] == pytest.approx(1.5 / math.log(2), abs=1e-6)
+    assert len(draws) == 4 and len(losses) == 16
+    model = TokenBridge(**SMALL)  # of as many tokens
+    counts = [model.num_masked_at(quantile) for quantile in (0.125, 0.375, 0.625, 0.875)]
+    for number, (latents, _, mask, mask_token) in enumerate(losses):
+        mean, std, noise, _ = draws[number // 4]
+        assert torch.allclose(latents, 0.5 * (mean + std * noise), atol=1e-6) and noise.abs().max() > 1
+        assert mask.sum(dim=1).tolist() == len(latents) * [counts[number % 4]]
+        assert torch.equal(mask_token, averaged(tmp_path / "weights"))
+    assert not torch.equal(losses[0][2][0], losses[0][2][1])  # every image has its own masks
+    run("main_tokenbridge", f"{common} --no_ema --output_dir {tmp_path}/out")
+    assert torch.equal(losses[-1][3], averaged(tmp_path / "weights", part="model"))
+
+
+def test_two_processes_measure_one_likelihood(run, run_two, cached, weights, tmp_path, losses):
+    common = f"{weights} --evaluate_nll --use_cached --cached_val_path {cached} --batch_size 3"
+    run_two("main_tokenbridge", f"{common} --output_dir {tmp_path}/out")
+    figures = json.loads((tmp_path / "out" / "likelihood.json").read_text())
+    assert figures["images"] == 16 and figures["nats_per_dim"] == pytest.approx(1.5)
+
+
+def test_likelihoods_during_training_are_of_the_average(run, cached, tmp_path, losses):
+    run(
+        "main_tokenbridge",
+        f"{TINY} {SHORT} --epochs 2 --ema_rate 0.5 --use_cached --cached_path {cached} --cached_val_path {cached} "
+        f"--output_dir {tmp_path}/run --online_nll --eval_freq 1",
+    )
+    assert torch.equal(losses[15][3], averaged(tmp_path / "run", "checkpoint-last.1.pth"))
+    assert torch.equal(losses[-1][3], averaged(tmp_path / "run"))
+    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [(e.step, e.value) for e in log.Scalars("eval/nats_per_dim")] == [(1, 1.5), (2, 1.5)]
+
+
+def test_likelihood_is_a_channels_also_where_groups_are_predicted():
+    model = filled(TokenBridge(**{**SMALL, "quant_levels": 4}, channels_per_group=2))
+    for head in model.head.channel_heads:
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+    loader = [(torch.cat([torch.randn(4, 16, 4, 4), torch.zeros(4, 16, 4, 4)], dim=1), torch.arange(4))]
+    figures = held_out_likelihood(model, None, 1.0, loader, torch.device("cpu"), "fp32")
+    assert figures["bits_per_dim"] == pytest.approx(2, abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Likelihood of models, as a command, and in training.
+
+
+def test_likelihood_of_a_model_that_knows_nothing_is_the_uniform_ones():
+    model = TokenBridge(**SMALL)
+    for head in model.head.channel_heads:
+        torch.nn.init.zeros_(head.weight)
+    moments = torch.cat([torch.randn(6, 16, 4, 4), torch.zeros(6, 16, 4, 4)], dim=1)
+    loader = [(moments[:4], torch.arange(4)), (moments[4:], torch.arange(2))]
+    figures = held_out_likelihood(model, None, 1.0, loader, torch.device("cpu"), "fp32")
+    assert figures["bits_per_dim"] == pytest.approx(4, abs=1e-5) and figures["images"] == 6
+    assert figures["nats_per_dim"] == pytest.approx(4 * math.log(2), abs=1e-5)
+
+
+def test_likelihood_does_not_depend_on_the_batches(small_model):
+    moments = torch.cat([torch.randn(6, 16, 4, 4), torch.zeros(6, 16, 4, 4)], dim=1)
+    labels = torch.arange(6) % 4
+    values = []
+    for size in (1, 4, 6):
+        torch.manual_seed(size)
+        loader = list(zip(moments.split(size), labels.split(size), strict=True))
+        values.append(held_out_likelihood(small_model.train(), None, 1.0, loader, torch.device("cpu"), "fp32"))
+        assert small_model.training
+    assert values[0]["nats_per_dim"] == pytest.approx(values[1]["nats_per_dim"], rel=1e-5)
+    assert values[0]["nats_per_dim"] == pytest.approx(values[2]["nats_per_dim"], rel=1e-5)
+
+
+def test_likelihood_as_a_command_and_in_training(run, refused, weights, images, vae_path, tmp_path):
+    shutil.copytree(images / "train", images / "val")
+    data = f"--data_path {images}"
+    run("main_tokenbridge", f"{weights} --evaluate_nll {data} --output_dir {tmp_path}/a --precision fp32")
+    direct = json.loads((tmp_path / "a" / "likelihood.json").read_text())
+    assert direct["images"] == 16 and direct["bits_per_dim"] == pytest.approx(direct["nats_per_dim"] / math.log(2))
+    cache = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0"
+    for split in ("train", "val"):
+        run("main_cache", f"{cache} --split {split} --cached_path {tmp_path}/{split}")
+    cached = f"--use_cached --cached_path {tmp_path}/train --cached_val_path {tmp_path}/val"
+    run("main_tokenbridge", f"{weights} --evaluate_nll {cached} --output_dir {tmp_path}/b --precision fp32")
+    assert json.loads((tmp_path / "b" / "likelihood.json").read_text())["nats_per_dim"] == pytest.approx(
+        direct["nats_per_dim"], rel=1e-3
+    )
+    run("main_tokenbridge", f"{TINY} {cached} --online_nll --eval_freq 1 --epochs 2 --output_dir {tmp_path}/run")
+    log = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in log.Scalars("eval/bits_per_dim")] == [1, 2]
+    assert "--cached_val_path" in refused("main_tokenbridge", f"{TINY} --use_cached --cached_path x --online_nll")
+
+
+def test_all_processes_average_the_same_weights(run, images, vae_path, tmp_path):
+    cache = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --cached_path {tmp_path}/cache"
+    run("main_cache", cache)
+    data = (
+        f"--use_cached --cached_path {tmp_path}/cache --cached_val_path {tmp_path}/cache --precision fp32 --device cpu"
+    )
+    result = torchrun(f"main_tokenbridge.py {TINY} {data} --epochs 1 --online_nll --output_dir {tmp_path}/run")
+    assert result.returncode == 0, result.stderr
+    # Each of the two processes measured half of the images with its own average; the file holds the first one's.
+    online = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("eval/nats_per_dim")[-1].value
+    run("main_tokenbridge", f"{TINY} {data} --evaluate_nll --resume {tmp_path}/run --output_dir {tmp_path}/run")
+    saved = json.loads((tmp_path / "run" / "likelihood.json").read_text())["nats_per_dim"]
+    assert online == pytest.approx(saved, rel=1e-4)
+
+
+def test_held_out_likelihoods_are_of_scaled_samples_of_plain_images(run, refused, train, cached, images, trace):
+    folder = train("run")
+    measure = f"{BASE} --resume {folder} --output_dir {folder} --evaluate_nll"
+    trace.clear()
+    run("main_tokenbridge", f"{measure} --use_cached --cached_val_path {cached}")
+    assert not any(mirrored for epoch in seen(trace, cached) for _, mirrored in epoch)
+    assert len(trace.batches) == 16  # four batches, four masks each
+    for i, batch in enumerate(trace.batches):
+        assert torch.equal(batch["latents"], FACTOR * trace.drawn[i // 4]["latents"]) and not batch["training"]
+
+
+def test_measurements_are_of_all_images_or_none(run, refused, train, images, vae_path):
+    folder = train("run")
+    shutil.copytree(images / "train", images / "val")
+    (images / "val" / "class1" / "2.png").write_bytes(b"no image")
+    measure = f"{BASE} --resume {folder} --output_dir {folder} --evaluate_nll --data_path {images}"
+    assert "class1/2.png" in refused("main_tokenbridge", f"{measure} --vae_path {vae_path} --skip_bad_images")

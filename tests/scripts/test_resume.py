@@ -1,0 +1,372 @@
+"""main_tokenbridge.py taken up again: starts, checkpoints, interruptions, signals, damage, bad steps."""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine_tokenbridge
+from models.tokenbridge import TokenBridge
+from tests.conftest import ROOT, SHORT, TINY, load, processes_of, scalars, torchrun
+from tests.scripts.conftest import BASE, Views
+from tests.scripts.trace import Trace
+from tools import checkpoint as commands
+from util.loader import CachedFolder
+from util.training_state import TrainingState
+
+
+def change(folder: Path, **entries) -> dict:
+    """Rewrites a run's checkpoint; entries that are None are taken out."""
+    content = load(folder) | entries
+    content = {name: value for name, value in content.items() if value is not None}
+    torch.save(content, folder / "checkpoint-last.pth")
+    return content
+
+
+def learned(content: dict, key: str) -> dict[str, torch.Tensor]:
+    """The learned entries of a checkpoint's ``model`` or ``model_ema``."""
+    return {name: content[key][name] for name in content["model_ema"]}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def expected_average(trace: Trace, content: dict) -> torch.Tensor:
+    """What rate 0.5 makes of a run's class embeddings, one batch a step, from its start to its end."""
+    average, *weights = [batch["class_emb"] for batch in trace.batches]
+    for weight in [*weights, content["model"]["class_emb.weight"]]:
+        average = average.lerp(weight, 0.5)
+    return average
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Starting and resuming.
+
+
+def test_weights_start_from_the_seed_or_from_another_runs_averages_or_weights(train):
+    stay = "--epochs 1 --lr 0"
+    starts = [learned(load(train(f"seed{i}", f"{stay} --seed {seed}")), "model") for i, seed in enumerate((1, 1, 2))]
+    assert equal(starts[0], starts[1]) and not torch.equal(starts[0]["mask_token"], starts[2]["mask_token"])
+    other = train("other", "--epochs 1 --ema_rate 0.5 --quant_min -4 --quant_max 3")
+    for flag, key in {"": "model_ema", "--no_ema": "model"}.items():
+        content = load(train(f"from-{key}", f"{stay} --finetune {other} {flag}"))
+        assert equal(learned(content, "model"), learned(load(other), key)), key
+        assert equal(content["model_ema"], learned(content, "model"))
+        assert (content["config"]["quant_min"], content["config"]["quant_max"]) == (-4, 3)
+
+
+def test_the_average_is_of_the_weights_after_each_step(train, trace):
+    content = load(train("run", "--epochs 1 --ema_rate 0.5"))
+    assert torch.allclose(content["model_ema"]["class_emb.weight"], expected_average(trace, content), atol=1e-7)
+
+
+def test_without_averages_in_the_checkpoint_they_start_from_its_weights(train):
+    folder = train("run")
+    before = change(folder, model_ema=None)
+    after = load(train("run", f"--epochs 2 --ema_rate 1 --resume {folder}"))
+    assert after["epoch"] == 1
+    assert equal(after["model_ema"], before["model"])
+    assert not torch.equal(after["model"]["class_emb.weight"], before["model"]["class_emb.weight"])
+
+
+def test_a_resumed_run_has_the_checkpoints_averages_and_its_own_settings(train):
+    folder = train("run", "--epochs 1 --ema_rate 0.5 --weight_decay 0.5")
+    before = load(folder)
+    after = load(train("run", f"--epochs 2 --ema_rate 1 --weight_decay 0.25 --resume {folder}"))
+    assert equal(after["model_ema"], before["model_ema"])
+    assert [group["weight_decay"] for group in after["optimizer"]["param_groups"]] == [0.0, 0.25]
+    assert after["args"]["ema_rate"] == 1
+
+
+def test_fp16_clips_unscaled_gradients_and_resumes_with_its_scale(train):
+    def norm(content: dict) -> float:
+        moments = [state["exp_avg"].norm() ** 2 for state in content["optimizer"]["state"].values()]
+        return math.sqrt(sum(moments)) / 0.1  # of the only gradient
+
+    one = "--precision fp16 --batch_size 16 --grad_clip 0.01"
+    folder = train("run", f"{one} --epochs 1")
+    assert norm(load(folder)) == pytest.approx(0.01, rel=1e-2)
+    change(folder, scaler=load(folder)["scaler"] | {"scale": 512.0, "_growth_tracker": 3})
+    scaler = load(train("run", f"{one} --epochs 3 --resume {folder}"))["scaler"]  # two more steps
+    assert scaler["scale"] == 512 and scaler["_growth_tracker"] == 5
+
+
+def test_a_bad_step_of_a_resumed_epoch_lists_its_own_files(train, cached, trace, monkeypatch):
+    folder = train("run", "--epochs 1")
+    change(folder, epoch=-1, step=2)
+    trace.clear()
+    forward = TokenBridge.forward
+    losses = iter([1.0, math.nan])
+    monkeypatch.setattr(TokenBridge, "forward", lambda *args: forward(*args) * next(losses))
+    train("run", f"--epochs 1 --resume {folder} --max_bad_steps 1")
+    (row,) = [json.loads(line) for line in (folder / "bad_steps-rank0.jsonl").read_text().splitlines()]
+    assert (row["epoch"], row["step"]) == (0, 3)
+    names = [name for name, _ in Views(cached).of(trace.drawn[1]["moments"])]
+    assert [f"{Path(path).parent.name}/{Path(path).stem}" for path in row["files"]] == names
+    # The figures are of the other step.
+    assert scalars(folder, "train/loss")[4] == pytest.approx(trace.batches[0]["loss"], rel=1e-5)
+
+
+def test_all_caches_of_a_run_are_of_one_tokenizer(refused, cached, vae_path, tmp_path):
+    shutil.copytree(cached, tmp_path / "val")
+    about = json.loads((cached / "cache.json").read_text())
+    (tmp_path / "val" / "cache.json").write_text(json.dumps({**about, "latent_factor": 0.7}))
+    use = f"{BASE} --epochs 1 --output_dir {tmp_path}/new --use_cached"
+    val = f"--cached_path {cached} --cached_val_path {tmp_path}/val --online_nll"
+    assert "latent factors differ" in refused("main_tokenbridge", f"{use} {val}")
+    online = f"--cached_path {tmp_path}/val --online_eval --no_metrics --num_images 4 --vae_path {vae_path}"
+    assert "latent factors differ" in refused("main_tokenbridge", f"{use} {online}")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("call, place", [(2, (-1, 2)), (4, (0, 0))], ids=["amid an epoch", "at its end"])
+def test_a_signal_saves_after_its_step_and_handlers_are_put_back(train, trace, monkeypatch, tmp_path, call, place):
+    before = signal.signal(signal.SIGUSR1, lambda *_: None)  # lest a missing handler end pytest
+    try:
+        own = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+        forward = TokenBridge.forward
+
+        def signalled(*args):
+            if len(trace.batches) + 1 == call:
+                signal.raise_signal(signal.SIGUSR1)
+            return forward(*args)
+
+        monkeypatch.setattr(TokenBridge, "forward", signalled)
+        with pytest.raises(SystemExit) as stop:
+            train("run", "--epochs 3 --ema_rate 0.5")
+        assert stop.value.code == 75
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == own
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    content = load(tmp_path / "run")
+    assert (content["epoch"], content["step"]) == place and len(trace.steps) == call
+    assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {call}
+    assert torch.allclose(content["model_ema"]["class_emb.weight"], expected_average(trace, content), atol=1e-7)
+
+
+def test_a_second_interrupt_ends_a_run_at_once(train, trace, monkeypatch):
+    forward = TokenBridge.forward
+
+    def interrupted(*args):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        return forward(*args)
+
+    monkeypatch.setattr(TokenBridge, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train("run", "--epochs 3")
+    assert not trace.steps and not trace.saved
+
+
+def test_calibration_is_of_the_same_latents_from_images_as_from_their_cache(run, images, vae_path, train, tmp_path):
+    cached = load(train("cached", "--epochs 1 --quant_calibrate --no_mirror"))["config"]
+    data = f"--data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/images"
+    run("main_tokenbridge", f"{BASE} --epochs 1 --quant_calibrate --no_mirror {data}")
+    config = load(tmp_path / "images")["config"]
+    for name in ("channel_mean", "channel_std"):
+        assert config[name] == pytest.approx(cached[name], abs=1e-4), name
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Interrupted, damaged, taken up again.
+
+
+def same_weights(a, b) -> bool:
+    a, b = load(a), load(b)
+    return a["epoch"] == b["epoch"] and all(
+        torch.equal(value, b[key][name]) for key in ("model", "model_ema") for name, value in a[key].items()
+    )
+
+
+@pytest.mark.parametrize("data", ["cached, no workers", "cached, 2 workers", "images, 2 workers"])
+def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
+    run, images, vae_path, cached, tmp_path, monkeypatch, data
+):
+    source = (
+        f"--use_cached --cached_path {cached}" if "cached" in data else f"--data_path {images} --vae_path {vae_path}"
+    )
+    tiny = TINY.replace("--num_workers 0", f"--num_workers {2 * ('2' in data)}")
+    tiny = tiny.replace("--batch_size 4", "--batch_size 2")
+    common = f"{tiny} {source} --epochs 2 --warmup_epochs 1 --lr 1e-3 --accum_iter 2 --save_every_steps 3"
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/whole")  # 4 steps an epoch
+
+    def stop_at(step: int) -> None:
+        left = [step]
+
+        def take_step(*args):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        monkeypatch.setattr(TrainingState, "take_step", take_step)
+
+    original = TrainingState.take_step
+    for steps in (4, 3):  # into the second epoch, saved at step 3; from there past the save at step 6
+        stop_at(steps)
+        with pytest.raises(KeyboardInterrupt):
+            run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+    assert (load(tmp_path / "parts")["epoch"], load(tmp_path / "parts")["step"]) == (0, 2)
+    monkeypatch.setattr(TrainingState, "take_step", original)
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def wait_for(path, process) -> None:
+    while process.poll() is None and not path.exists():
+        time.sleep(0.01)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+def test_a_signal_ends_a_run_after_its_step_and_saves(cached, tmp_path, name):
+    tiny = TINY.replace("--num_workers 0", "--num_workers 2")
+    common = f"main_tokenbridge.py {tiny} --use_cached --cached_path {cached} --lr 1e-3 --warmup_epochs 1 --epochs 100"
+    command = [sys.executable, *f"{common} --save_last_freq 1 --output_dir {tmp_path}/run --device cpu".split()]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(tmp_path / "run" / "checkpoint-last.pth", process)
+    os.killpg(process.pid, getattr(signal, name))  # to the loader's workers, too, as schedulers do
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 75 and f"stopped: by {name}, saved after epoch" in said
+    content = load(tmp_path / "run")
+    assert 0 <= content["epoch"] < 99
+    steps = {int(state["step"]) for state in content["optimizer"]["state"].values()}
+    assert steps == {4 * (content["epoch"] + 1) + content["step"]}
+
+
+@pytest.mark.slow
+def test_the_launcher_restarts_what_a_signal_to_one_process_stopped(cached, tmp_path):
+    common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 30 --lr 1e-3 --warmup_epochs 1"
+    common += " --batch_size 2 --save_last_freq 3 --device cpu"
+    assert torchrun(f"{common} --output_dir {tmp_path}/whole").returncode == 0
+    # Otherwise the launcher hands the addresses of processes that are gone to those it starts.
+    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    process = subprocess.Popen(
+        [*launcher, *f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut".split()],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **fresh_store}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for(tmp_path / "cut" / "checkpoint-last.pth", process)
+    os.kill(processes_of(tmp_path / "cut")[-1], signal.SIGUSR1)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "SIGUSR1, saved after epoch" in said and "another process, saved after epoch" in said
+    assert said.count("resumed from") == 1
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, refused, cached, trained, tmp_path, caplog):
+    common = f"{TINY} {SHORT} --use_cached --cached_path {cached}"
+    assert sorted(path.name for path in trained.glob("*.pth")) == ["checkpoint-last.1.pth", "checkpoint-last.pth"]
+    before = torch.load(trained / "checkpoint-last.1.pth", weights_only=True)
+    assert (before["epoch"], load(trained)["epoch"]) == (0, 1)
+    path = trained / "checkpoint-last.pth"
+    path.write_bytes(path.read_bytes()[:-1000])
+    run("main_tokenbridge", f"{common} --epochs 3 --keep_last 3 --output_dir {trained} --resume {trained}")
+    assert "continuing from the one before" in caplog.text and load(trained)["epoch"] == 2
+    names = [f"checkpoint-last{age}.pth" for age in (".1", ".2", "")]
+    assert sorted(path.name for path in trained.glob("*.pth")) == names
+    for name in names:
+        (trained / name).write_bytes(b"damaged")
+    assert "checkpoint-last.pth" in refused("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")
+
+
+def test_a_runs_own_folder_may_hold_safetensors(run, cached, trained, caplog):
+    caplog.set_level("INFO")
+    commands.convert(trained / "checkpoint-last.pth", trained / "checkpoint-last.safetensors")
+    (trained / "checkpoint-last.pth").unlink()
+    common = f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached}"
+    run("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")
+    assert "checkpoint-last.safetensors, continuing at epoch 2, step 0" in caplog.text
+    assert load(trained)["epoch"] == 2
+
+
+def test_another_number_of_steps_continues_at_the_same_place(run, cached, trained, tmp_path, caplog):
+    content = load(trained)
+    content |= {"epoch": 0, "step": 2, "world_size": 4}  # of 4 steps
+    torch.save(content, trained / "checkpoint-last.pth")
+    caplog.set_level("INFO")
+    common = (
+        f"{TINY.replace('--batch_size 4', '--batch_size 2')} {SHORT} --use_cached --cached_path {cached} --epochs 2"
+    )
+    run("main_tokenbridge", f"{common} --resume {trained} --output_dir {tmp_path}/more")
+    assert "written by 4 processes with 4 steps an epoch, this run has 1 with 8" in caplog.text
+    assert "continuing at epoch 1, step 4" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_training_continues_from_a_released_checkpoint(run, cached, trained, tmp_path, precision):
+    content = load(trained)
+    for group in content["optimizer"]["param_groups"]:
+        group["fused"] = None  # as the release's optimizer leaves it
+    released = {name: content[name] for name in ("model", "model_ema", "optimizer", "epoch")}
+    torch.save({**released, "args": argparse.Namespace(model="tokenbridge_large")}, trained / "checkpoint-last.pth")
+    run(
+        "main_tokenbridge",
+        f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached} --precision {precision} "
+        f"--resume {trained} --output_dir {tmp_path}/more",
+    )
+    more = load(tmp_path / "more")
+    assert more["epoch"] == 2
+    # fp16 may skip a first step whose gradients overflow.
+    assert {int(state["step"]) for state in more["optimizer"]["state"].values()} <= set(range(9, 13))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Steps that are not finite.
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_steps_that_are_not_finite_are_left_out_and_written_down(
+    run, refused, cached, tmp_path, monkeypatch, caplog, precision
+):
+    original, calls = engine_tokenbridge.backward, []
+
+    def backward(state, *args):
+        loss = original(state, *args)
+        calls.append(loss)
+        if len(calls) in (2, 5):
+            next(state.model.parameters()).grad.fill_(torch.nan)
+            loss = loss * torch.nan
+        return loss
+
+    monkeypatch.setattr(engine_tokenbridge, "backward", backward)
+    common = f"{TINY} {SHORT} --use_cached --cached_path {cached} --epochs 2 --precision {precision}"
+    run("main_tokenbridge", f"{common} --max_bad_steps 2 --output_dir {tmp_path}/allowed")
+    content = load(tmp_path / "allowed")
+    for key in ("model", "model_ema"):
+        assert all(not value.isnan().any() for value in content[key].values())
+    assert len(calls) == 8 and "1 of 2 allowed" in caplog.text and "2 of 2 allowed" in caplog.text
+    if precision == "fp32":  # fp16's scaler may leave out others
+        assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {6}
+    rows = [json.loads(line) for line in (tmp_path / "allowed" / "bad_steps-rank0.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["step"], row["rank"]) for row in rows] == [(0, 1, 0), (1, 0, 0)]
+    assert all(len(row["files"]) == 4 and Path(row["files"][0]).is_file() and row["lr"] >= 0 for row in rows)
+
+    calls.clear()
+    line = refused("main_tokenbridge", f"{common} --output_dir {tmp_path}/stopped")
+    assert "epoch 0, step 1: not finite" in line and "bad_steps-rank0.jsonl" in line
+    assert not (tmp_path / "stopped" / "checkpoint-last.pth").exists()
+
+
+def test_the_files_of_a_step_are_those_the_loader_gave(cached):
+    from util.loader import ShuffledRankSampler
+
+    dataset = CachedFolder(cached)
+    sampler = ShuffledRankSampler(dataset, 1, 0, shuffle=True, seed=1)
+    sampler.start = 4
+    dataset.samples = [(path, index) for index, (path, _) in enumerate(dataset.samples)]  # labels tell the item
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=sampler)
+    labels = [label for _, labels in loader for label in labels.tolist()]
+    expected = [dataset.samples[label][0] for label in labels[4:8]]
+    assert engine_tokenbridge.files_of_step(loader, 1, 4) == expected
