@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from engine_tokenbridge import channel_statistics
-from models.quantizer import QUANTIZERS, calibrated_bounds
+from models.quantizer import QUANTIZERS, ScalarQuantizer, calibrated_bounds
 from models.vae import AutoencoderKL
 from util import errors, misc
 from util.args import add_quantizer_args, add_run_args, add_vae_arg, check_bits, check_positive, new_parser
@@ -54,6 +55,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@lru_cache
+def cached_quantizer(kind: str, *options) -> ScalarQuantizer:
+    """The quantizer of these ``options``: its tables take longer to make than a batch takes to quantize."""
+    return QUANTIZERS[kind](*options)
+
+
 def post_training_quantize(
     x: Tensor,
     bits: int,
@@ -82,7 +89,8 @@ def post_training_quantize(
     """
     if bits < 0:
         return None, x
-    levels = QUANTIZERS[quantizer](2**bits, min_range, max_range, std_range, channel_mean, channel_std).to(x.device)
+    channels = (None if values is None else tuple(values) for values in (channel_mean, channel_std))
+    levels = cached_quantizer(quantizer, 2**bits, min_range, max_range, std_range, *channels).to(x.device)
     if not levels.calibrated:
         return levels(x)
     indices, quantized = levels(x.movedim(1, -1))  # a calibrated quantizer takes channels last

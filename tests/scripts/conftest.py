@@ -2,6 +2,7 @@
 
 import inspect
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import TINY
+from tests.conftest import FID, IS, TINY
 from tests.scripts.trace import Trace
 from util import misc
 
@@ -98,6 +99,22 @@ def quick_inception(monkeypatch, tmp_path):
     return watched
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """compute_metrics, in no time, whose FID counts the calls."""
+    counted = mock.Mock(side_effect=lambda *_: {FID: float(counted.call_count), IS: 2.0})
+    monkeypatch.setattr("util.metrics.compute_metrics", counted)
+    return counted
+
+
+@pytest.fixture
+def fid_stats(tmp_path):
+    """Two files of reference statistics."""
+    for name in ("a", "b"):
+        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
+    return tmp_path / "a.npz", tmp_path / "b.npz"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Short trainings.
 
@@ -157,3 +174,17 @@ def pictures(folder) -> list[bytes]:
 
 def all_pixels(folder) -> list[np.ndarray]:
     return [np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.array(picture.convert("RGB"))
+
+
+def grey(value: float) -> int:
+    """The byte of a picture whose latents, before the division by the factor 0.5, are ``value``."""
+    return round(255 * (value / 0.5 / 40 + 1) / 2)
+
+
+def averaged(folder, name: str = "checkpoint-last.pth", part: str = "model_ema") -> torch.Tensor:
+    return torch.load(folder / name, weights_only=True)[part]["mask_token"]

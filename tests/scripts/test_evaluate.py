@@ -15,42 +15,11 @@ from PIL import Image
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import FID, IS, ROOT, TINY, load, torchrun, write_images
-from tests.scripts.conftest import BASE, FACTOR, all_pixels, pictures
+from tests.conftest import FID, ROOT, TINY, load, torchrun, write_images
+from tests.scripts.conftest import BASE, FACTOR, all_pixels, averaged, grey, pictures, pixels
 from util import metrics
 from util.images import confidence_maps, to_uint8
 from util.rng import image_seeds
-
-
-def pixels(path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.array(picture.convert("RGB"))
-
-
-def grey(value: float) -> int:
-    """The byte of a picture whose latents, before the division by the factor 0.5, are ``value``."""
-    return round(255 * (value / 0.5 / 40 + 1) / 2)
-
-
-def averaged(folder, name: str = "checkpoint-last.pth", part: str = "model_ema") -> torch.Tensor:
-    return torch.load(folder / name, weights_only=True)[part]["mask_token"]
-
-
-@pytest.fixture
-def fid_stats(tmp_path):
-    """Two files of reference statistics."""
-    for name in ("a", "b"):
-        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
-    return tmp_path / "a.npz", tmp_path / "b.npz"
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """compute_metrics, in no time, whose FID counts the calls."""
-    counted = mock.Mock(side_effect=lambda *_: {FID: float(counted.call_count), IS: 2.0})
-    monkeypatch.setattr("util.metrics.compute_metrics", counted)
-    return counted
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # Sampling.

@@ -7,6 +7,7 @@ from PIL import Image
 
 from models.tokenbridge import TokenBridge
 from tests.conftest import SHORT, TINY, write_maps
+from tests.scripts.conftest import grey
 
 
 def pixels(path) -> np.ndarray:
@@ -59,7 +60,7 @@ def cell(path, row: int, column: int) -> int:
 
 
 def test_figures_sample_as_asked_and_place_what_they_sample(run, weights, vae_path, tmp_path, sampler, decoder):
-    greys = [round(255 * (label / 0.5 / 40 + 1) / 2) for label in range(4)]
+    greys = [grey(label) for label in range(4)]
     flags = {
         "num_iter": 3, "cfg": 2.5, "cfg_schedule": "constant", "temperature": 0.7, "order": "raster",
         "confidence_noise": 0.4,

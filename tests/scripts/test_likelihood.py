@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from unittest import mock
 
 import pytest
 import torch
@@ -12,21 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine_tokenbridge import held_out_likelihood
 from models.tokenbridge import TokenBridge
 from models.vae import DiagonalGaussianDistribution
-from tests.conftest import FID, IS, SHORT, SMALL, TINY, filled, torchrun
-from tests.scripts.conftest import BASE, FACTOR, seen
-
-
-def averaged(folder, name: str = "checkpoint-last.pth", part: str = "model_ema") -> torch.Tensor:
-    return torch.load(folder / name, weights_only=True)[part]["mask_token"]
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """compute_metrics, in no time, whose FID counts the calls."""
-    counted = mock.Mock(side_effect=lambda *_: {FID: float(counted.call_count), IS: 2.0})
-    monkeypatch.setattr("util.metrics.compute_metrics", counted)
-    return counted
-
+from tests.conftest import SHORT, SMALL, TINY, filled, torchrun
+from tests.scripts.conftest import BASE, FACTOR, averaged, seen
 
 # --------------------------------------------------------------------------------------------------------------------
 # Likelihood.

@@ -10,34 +10,8 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import FID, IS, SHORT, TINY, load, write_images
-from tests.scripts.conftest import all_pixels, pictures
-
-
-def pixels(path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.array(picture.convert("RGB"))
-
-
-def averaged(folder, name: str = "checkpoint-last.pth", part: str = "model_ema") -> torch.Tensor:
-    return torch.load(folder / name, weights_only=True)[part]["mask_token"]
-
-
-@pytest.fixture
-def fid_stats(tmp_path):
-    """Two files of reference statistics."""
-    for name in ("a", "b"):
-        np.savez(tmp_path / f"{name}.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
-    return tmp_path / "a.npz", tmp_path / "b.npz"
-
-
-@pytest.fixture
-def measured(monkeypatch):
-    """compute_metrics, in no time, whose FID counts the calls."""
-    counted = mock.Mock(side_effect=lambda *_: {FID: float(counted.call_count), IS: 2.0})
-    monkeypatch.setattr("util.metrics.compute_metrics", counted)
-    return counted
-
+from tests.conftest import FID, SHORT, TINY, load, write_images
+from tests.scripts.conftest import all_pixels, averaged, pictures, pixels
 
 # --------------------------------------------------------------------------------------------------------------------
 # Searches.
