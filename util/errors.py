@@ -13,6 +13,10 @@ class UserError(Exception):
     """An error that the user can mend. Its message is one line; scripts print it and exit with status 2."""
 
 
+class ToldByMain(UserError):
+    """A user error that ends every process, which the main process prints for all."""
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error's message, or the error's type if the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -44,6 +48,8 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
+    except ToldByMain:
+        sys.exit(2)
     except UserError as error:
         # An error of a data loader's worker holds that process's traceback.
         wrapped = re.findall(r"UserError: (.*)", str(error))

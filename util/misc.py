@@ -5,9 +5,10 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.errors import UserError
+from util.errors import ToldByMain, UserError
 
 log = logging.getLogger("tokenbridge")
 
@@ -68,6 +69,51 @@ def from_main_process(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def by_main_process(work: Callable[[], Any]) -> Any:
+    """What ``work``, run by the main process alone, returns there (plain types): on all processes.
+
+    Raises:
+        UserError: ``work`` raised one; all processes end with it, and the main one alone prints it.
+    """
+    result, failed = None, None
+    if is_main_process():
+        try:
+            result = work()
+        except UserError as error:
+            failed = error
+    result, message = from_main_process((result, str(failed)))
+    if failed is not None:
+        raise failed
+    if message != str(None):
+        raise ToldByMain(message)
+    return result
+
+
+def check_same(values: Mapping[str, Any], advice: str) -> None:
+    """Compares plain values over all processes.
+
+    Raises:
+        UserError: some differ, on all processes; the main one prints which, where, and ``advice``.
+    """
+    if not dist.is_initialized():
+        return
+    gathered = [None] * get_world_size()
+    dist.all_gather_object(gathered, (socket.gethostname(), dict(values)))
+
+    def compare() -> None:
+        _, here = gathered[0]
+        for rank, (host, there) in enumerate(gathered):
+            for name, value in there.items():
+                if value != here[name]:
+                    different = [r for r, (_, others) in enumerate(gathered) if others[name] != here[name]]
+                    raise UserError(
+                        f"{name} is {here[name]} in process 0, but {value} in process {rank} on {host} "
+                        f"({len(different)} of {len(gathered)} processes differ); {advice}"
+                    )
+
+    by_main_process(compare)
 
 
 class StopSignals:
