@@ -18,11 +18,13 @@ from tests.conftest import ROOT, load, same
 from tests.scripts.conftest import BASE, QUICK, pictures
 
 SCRIPTS = {path.stem: path.read_text() for path in (ROOT / "tools/slurm").glob("*.slurm")}
+#: Numbers of jobs, which ports follow from, are others than those of a Slurm beside it.
 CONFIG = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
+FirstJobId={ports[1]}
 SlurmUser=root
 AuthInfo=socket={folder}/socket,cred_expire=5
 StateSaveLocation={folder}/state
