@@ -1,6 +1,8 @@
 """The data sets that a run's flags name: images or cached moments, found, opened, and dealt to processes."""
 
 import argparse
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,14 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Dat
             made = f"of shape {list(moments.shape)}" if size is None else f"at --img_size {size}"
             raise UserError(f"{root} holds moments {made}, which --img_size {args.img_size} does not fit")
     return dataset
+
+
+def listed(dataset: Data) -> str:
+    """The number of images and a digest of their names and classes in order, which tell data sets apart."""
+    digest = hashlib.sha256()
+    for path, label in dataset.samples:
+        digest.update(f"{os.path.basename(path)} {label}\n".encode())
+    return f"{len(dataset)} images {digest.hexdigest()[:16]}"
 
 
 def training_loader(dataset: Data, device: torch.device, args: argparse.Namespace) -> DataLoader:

@@ -15,6 +15,8 @@ from util import checkpoint, misc
 from util.checkpoint.load import load_optimizer, load_scaler, load_weights
 from util.errors import UserError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
+
 
 class Step(NamedTuple):
     """A step that was computed, and taken if loss and gradient were finite."""
@@ -139,6 +141,8 @@ class TrainingState:
     def load(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
         """Takes over a checkpoint's weights, and its average, optimizer, scaler, epoch and step where it has them.
 
+        The main process alone needs the content; all others get what it made of it.
+
         Args:
             content: see :func:`util.checkpoint.read_run`.
             path: the file, for messages.
@@ -147,6 +151,11 @@ class TrainingState:
         Raises:
             UserError: something in it is damaged, of another model, or was trained with other frozen parameters.
         """
+        misc.by_main_process(lambda: self._take_over(content, path, frozen))
+        self._share()
+        misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, self.epoch, self.step)
+
+    def _take_over(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
         load_weights(self.model, content, path, ema=False)
         self.average.module.load_state_dict(self.model.state_dict())
         if "model_ema" in content:
@@ -164,7 +173,26 @@ class TrainingState:
             self._take_place(content, path)
         if self.scaler.is_enabled() and content.get("scaler"):
             load_scaler(self.scaler, content["scaler"], path)
-        misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, self.epoch, self.step)
+
+    def _share(self) -> None:
+        """Gives all processes the main one's state, and compares what they then have."""
+        learned = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = self.optimizer.state
+        stepped = [parameter in moments for parameter in learned]
+        place = self.epoch, self.step, stepped, self.scaler.state_dict()
+        self.epoch, self.step, stepped, scale = misc.from_main_process(place)
+        if scale:
+            self.scaler.load_state_dict(scale)
+        learned = [parameter for parameter, has in zip(learned, stepped, strict=True) if has]
+        tensors = [each for model in (self.model, self.average.module) for each in model.state_dict().values()]
+        for parameter in learned:
+            if parameter not in moments:
+                step = torch.zeros((), device=parameter.device)
+                moments[parameter] = {"step": step, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
+            tensors += [moments[parameter][name] for name in ("step", *MOMENTS)]
+        misc.share(tensors)
+        state = {"the checksum of weights, average and optimizer": misc.checksum(tensors)}
+        misc.check_same(state, "memory or the connection between these machines is at fault")
 
     def _take_place(self, content: Mapping[str, Any], path: Path) -> None:
         steps, processes = self.steps_per_epoch, misc.get_world_size()
