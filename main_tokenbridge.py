@@ -26,12 +26,13 @@ from util.args import (
     check_bits,
     check_positive,
     check_range,
+    check_same_flags,
     new_parser,
 )
 from util.checkpoint import finetune
 from util.checkpoint.load import load_weights
 from util.config import EVALUATE, FINETUNE, RESUME, Start, Tokenizer, add_model_args, resolve
-from util.datasets import Data, cache_metadata, data_root, listed, load_data, loader_of_all, training_loader
+from util.datasets import Data, cache_metadata, check_same_inputs, data_root, load_data, loader_of_all, training_loader
 from util.files import remove_parts, write_json
 from util.loader import ImageFolder, evenly_spaced
 from util.meters import BadSteps
@@ -157,10 +158,6 @@ def check_args(args: argparse.Namespace) -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # The parts of a run: checkpoint, tokenizer, model.
-
-
-#: Flags that may differ between machines; the contents of files are compared.
-OF_A_MACHINE = ("device", "num_workers", "pin_mem", "data_path", "cached_path", "cached_val_path", "vae_path")
 
 
 def open_start(args: argparse.Namespace) -> Start:
@@ -319,8 +316,7 @@ def main() -> None:
     args = get_args_parser().parse_args()
     with misc.processes(args.device) as device:
         check_args(args)
-        flags = {f"--{name}": value for name, value in vars(args).items() if name not in OF_A_MACHINE}
-        misc.check_same(flags, "start all processes with the same flags")
+        check_same_flags(args)
         measuring = args.evaluate or args.evaluate_nll
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)
@@ -329,9 +325,7 @@ def main() -> None:
         if args.evaluate:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
         data = {split: load_data(args, split, tokenizer) for split in splits}
-        read = {f"the list of images in {split}": listed(dataset) for split, dataset in data.items()}
-        read |= {} if vae is None else {"the tokenizer's checksum": misc.checksum(vae.state_dict().values())}
-        misc.check_same(read, "all machines must read the same files")
+        check_same_inputs(data, vae)
         seed_everything(args.seed + misc.get_rank())
         if args.quant_calibrate and config["channel_mean"] is None:
             config |= calibrate(args, data["train"], vae, tokenizer, device)

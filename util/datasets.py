@@ -3,10 +3,12 @@
 import argparse
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from util import misc
@@ -76,12 +78,19 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Dat
     return dataset
 
 
-def listed(dataset: Data) -> str:
-    """The number of images and a digest of their names and classes in order, which tell data sets apart."""
-    digest = hashlib.sha256()
-    for path, label in dataset.samples:
-        digest.update(f"{os.path.basename(path)} {label}\n".encode())
-    return f"{len(dataset)} images {digest.hexdigest()[:16]}"
+def check_same_inputs(data: Mapping[str, Data], vae: nn.Module | None) -> None:
+    """Compares names and classes of images, by split, and the tokenizer's weights, over all processes.
+
+    Raises:
+        UserError: they differ, as where machines have disks of their own.
+    """
+    read = {} if vae is None else {"the tokenizer's checksum": misc.checksum(vae.state_dict().values())}
+    for split, dataset in data.items():
+        digest = hashlib.sha256()
+        for path, label in dataset.samples:
+            digest.update(f"{os.path.basename(path)} {label}\n".encode())
+        read[f"the list of images in {split}"] = f"{len(dataset)} images {digest.hexdigest()[:16]}"
+    misc.check_same(read, "all machines must read the same files")
 
 
 def training_loader(dataset: Data, device: torch.device, args: argparse.Namespace) -> DataLoader:

@@ -29,8 +29,8 @@ def command(cached, tmp_path, known_peak):
 def error(capfd):
     """What two processes say, on one line, before both end with status 2."""
 
-    def error(command: str) -> str:
-        run_two("main_tokenbridge", command, status=2)
+    def error(command: str, script: str = "main_tokenbridge") -> str:
+        run_two(script, command, status=2)
         lines = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "error:" in line]
         assert len(lines) == 1 and lines[0].startswith("error:")
         return lines[0]
@@ -103,7 +103,15 @@ def test_images_that_differ_end_the_run(command, error, monkeypatch):
     assert "the list of images in train is 16 images" in error(command)
 
 
-def test_tokenizers_that_differ_end_the_run(error, images, vae_path, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("main_tokenbridge", f"{BASE} --data_path {{data}} --output_dir {{out}}"),
+        ("main_cache", "--img_size 16 --data_path {data} --cached_path {out}"),
+        ("reconstruction", "--img_size 16 --image_dir {data} --output_dir {out} --no_metrics"),
+    ],
+)
+def test_tokenizers_that_differ_end_the_run(error, images, vae_path, tmp_path, monkeypatch, script, flags):
     from_pretrained = AutoencoderKL.from_pretrained
 
     def read(path: str):
@@ -114,8 +122,8 @@ def test_tokenizers_that_differ_end_the_run(error, images, vae_path, tmp_path, m
         return vae, factor
 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", read)
-    command = f"{BASE} --data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/run"
-    assert "the tokenizer's checksum is" in error(command)
+    command = flags.format(data=images, out=tmp_path / "run")
+    assert "the tokenizer's checksum is" in error(f"{command} --vae_path {vae_path} --num_workers 0", script)
 
 
 def test_a_checkpoint_that_cannot_be_read_ends_all_with_one_line(command, error, train):
