@@ -88,7 +88,7 @@ def check_same_inputs(data: Mapping[str, Data], vae: nn.Module | None) -> None:
     for split, dataset in data.items():
         digest = hashlib.sha256()
         for path, label in dataset.samples:
-            digest.update(f"{os.path.basename(path)} {label}\n".encode())
+            digest.update(os.fsencode(f"{os.path.basename(path)} {label}\n"))
         read[f"the list of images in {split}"] = f"{len(dataset)} images {digest.hexdigest()[:16]}"
     misc.check_same(read, "all machines must read the same files")
 
