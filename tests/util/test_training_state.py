@@ -99,3 +99,20 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         results.append((loss, [p.grad.clone() for p in model.parameters()]))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_a_step_that_the_scaler_leaves_out_changes_neither_weights_nor_average():
+    model = TokenBridge(**NO_DROPOUT)
+    model.load_state_dict(deterministic_fill(model.state_dict()))
+    state = training_state(model, precision="fp16", ema_rate=0.5)
+    for overflows in (False, True, False):
+        state.scaler.scale(model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]))).backward()
+        if overflows:
+            next(model.parameters()).grad.fill_(torch.inf)
+        before = [parameter.clone() for kept in (model, state.average.module) for parameter in kept.parameters()]
+        state.take_step(torch.tensor(1.0), 1e-3)
+        step = state.settle()
+        after = [parameter for kept in (model, state.average.module) for parameter in kept.parameters()]
+        assert step.finite and step.taken == (not overflows)
+        assert all(map(torch.equal, before, after)) == overflows
+    assert state.scaler.get_scale() == 2**15
