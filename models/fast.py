@@ -312,6 +312,8 @@ def compile_blocks(model: nn.Module) -> None:
     sampling step takes another one. To be called on the model's device: on CUDA, the head's sampling of few tokens
     becomes one launch, too.
     """
+    # Else programs compiled within DDP are cut where its buckets end, to send gradients early. A block is short enough.
+    torch._dynamo.config.optimize_ddp = False
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True)

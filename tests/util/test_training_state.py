@@ -84,6 +84,33 @@ def test_two_processes_with_half_the_batch_give_the_gradients_of_one(tmp_path):
             assert torch.allclose(halves[name], p.grad, atol=1e-5), name
 
 
+@pytest.mark.slow
+def test_within_ddp_each_kind_of_block_is_compiled_once_and_whole(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    programs = []
+
+    def compile_fx(graph, *args, **options):
+        programs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr("torch._dynamo.config.optimize_ddp", True)
+    torch.compiler.reset()
+    try:
+        # Blocks of more than a bucket of gradients.
+        model = filled(TokenBridge(**{**NO_DROPOUT, "encoder_embed_dim": 256, "channel_embed_dim": 256})).train()
+        wrapped = DistributedDataParallel(GivenMasks(model), bucket_cap_mb=1)
+        model.compile_blocks()
+        wrapped(*whole_batch()).backward()
+    finally:
+        dist.destroy_process_group()
+        torch.compiler.reset()
+    assert len(programs) == 3  # encoder's, decoder's, head's
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     latents, labels = torch.randn(8, 16, 4, 4), torch.arange(8) % 4
     # All tokens masked, so that the drawn masks are the same for every part.
