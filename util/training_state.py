@@ -19,11 +19,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
 class Step(NamedTuple):
-    """A step that was computed, and taken if loss and gradient were finite."""
+    """A step that was computed, and taken if its gradient was finite."""
 
     loss: Tensor  # on the device
     norm: Tensor  # of the gradient before clipping, on the device
-    finite: Tensor  # whether the step was taken; in fp16 whether the loss was finite, the scaler sees to the gradient
+    finite: Tensor  # whether loss and gradient were; in fp16 the loss alone: the scaler sees to the gradient
+    taken: Tensor  # whether the weights changed
     lr: float
     epoch: int  # from 0
     step: int  # of the epoch, from 0
@@ -33,8 +34,7 @@ class TrainingState:
     """A run's model, average, optimizer and scaler, and its next step.
 
     A step's outcome is looked at when the next one has been computed, so that the device never waits for the host:
-    :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not finite
-    (with fp16 a step whose loss is: one that the scaler leaves out counts as taken, with weights that stay).
+    :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not taken.
 
     Args:
         model: on its device; with several processes all take the weights of the first.
@@ -77,8 +77,9 @@ class TrainingState:
         norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf)
         # After DDP's exchange every process sees the same norm. With fp16 an overflowing gradient is the scaler's
         # business: it leaves the step out by itself and lowers the scale.
-        finite = torch.isfinite(misc.all_reduce_mean(loss) if self.scaler.is_enabled() else norm)
+        finite = taken = torch.isfinite(norm)
         if self.scaler.is_enabled():
+            finite = torch.isfinite(misc.all_reduce_mean(loss))
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -86,12 +87,12 @@ class TrainingState:
             self.optimizer.step()
             del self.optimizer.found_inf, self.optimizer.grad_scale
         self.optimizer.zero_grad(set_to_none=True)
-        answer, event = finite, None
+        answers, event = torch.stack([finite, taken]), None
         if finite.is_cuda:
-            answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            answers = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(answers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending = Step(loss, norm, answer, lr, self.epoch, self.step), event
+        self._pending = Step(loss, norm, *answers, lr, self.epoch, self.step), event
         self.epoch, self.step = divmod(self.steps_done + 1, self.steps_per_epoch)
 
     def settle(self) -> Step | None:
@@ -101,7 +102,7 @@ class TrainingState:
         (last, event), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
-        if last.finite:
+        if last.taken:
             self.average.update(self.model)
         return last
 

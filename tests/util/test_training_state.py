@@ -85,6 +85,31 @@ def test_two_processes_with_half_the_batch_give_the_gradients_of_one(tmp_path):
             assert torch.allclose(halves[name], p.grad, atol=1e-5), name
 
 
+@pytest.mark.slow
+def test_within_ddp_each_kind_of_block_is_compiled_once_and_whole(monkeypatch):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    programs = []
+
+    def compile_fx(graph, *args, **options):
+        programs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr("torch._dynamo.config.optimize_ddp", True)
+    torch.compiler.reset()
+    try:
+        # Blocks of more than a bucket of gradients.
+        model = filled(TokenBridge(**{**NO_DROPOUT, "encoder_embed_dim": 256, "channel_embed_dim": 256})).train()
+        wrapped = DistributedDataParallel(GivenMasks(model), bucket_cap_mb=1)
+        model.compile_blocks()
+        wrapped(*whole_batch()).backward()
+    finally:
+        dist.destroy_process_group()
+        torch.compiler.reset()
+    assert len(programs) == 3  # encoder's, decoder's, head's
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     latents, labels = torch.randn(8, 16, 4, 4), torch.arange(8) % 4
     # All tokens masked, so that the drawn masks are the same for every part.
@@ -143,3 +168,20 @@ def test_a_damaged_checkpoint_ends_all_processes_and_one_tells():
     first, second = in_processes(2, resume)
     assert "here.pth has no weights" in str(first)
     assert str(second) == str(first) and isinstance(second, ToldByMain)
+
+
+def test_a_step_that_the_scaler_leaves_out_changes_neither_weights_nor_average():
+    model = TokenBridge(**NO_DROPOUT)
+    model.load_state_dict(deterministic_fill(model.state_dict()))
+    state = training_state(model, precision="fp16", ema_rate=0.5)
+    for overflows in (False, True, False):
+        state.scaler.scale(model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]))).backward()
+        if overflows:
+            next(model.parameters()).grad.fill_(torch.inf)
+        before = [parameter.clone() for kept in (model, state.average.module) for parameter in kept.parameters()]
+        state.take_step(torch.tensor(1.0), 1e-3)
+        step = state.settle()
+        after = [parameter for kept in (model, state.average.module) for parameter in kept.parameters()]
+        assert step.finite and step.taken == (not overflows)
+        assert all(map(torch.equal, before, after)) == overflows
+    assert state.scaler.get_scale() == 2**15
