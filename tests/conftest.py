@@ -262,7 +262,7 @@ def _run_as(rank: int, port: int, script: str, command: str) -> None:
         errors.run(importlib.import_module(script).main)
     except BaseException as error:
         traceback.print_exc()
-        os._exit(0 if isinstance(error, SystemExit) and not error.code else 1)
+        os._exit(error.code or 0 if isinstance(error, SystemExit) else 1)
     os._exit(0)
 
 
@@ -270,10 +270,10 @@ def _run_as(rank: int, port: int, script: str, command: str) -> None:
 def run_two():
     """``run_two("main_cache", "--flag value")``: in two processes, as torchrun would, that share what is patched here.
 
-    They are forked: what took seconds to import is there.
+    They are forked: what took seconds to import is there. Both must end with ``status``.
     """
 
-    def run(script: str, command: str) -> None:
+    def run(script: str, command: str, status: int = 0) -> None:
         importlib.import_module(script)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -285,7 +285,7 @@ def run_two():
         try:
             for process in ranks:
                 process.join(120)
-            assert [process.exitcode for process in ranks] == [0, 0]
+            assert [process.exitcode for process in ranks] == [status, status]
         finally:
             for process in ranks:
                 process.kill()
