@@ -18,7 +18,7 @@ from util import errors, misc
 from util.args import add_quantizer_args, add_run_args, add_vae_arg, check_bits, check_positive, new_parser
 from util.config import check_stride
 from util.datasets import loader_of_all
-from util.files import write_json
+from util.files import check_shared, write_json
 from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
 from util.loader import ImageFolderWithFilename, existing_folder, image_transform
 from util.metrics import (
@@ -47,6 +47,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--range", type=float, default=5.0, help="latents are clipped to [-range, range]")
     add_quantizer_args(parser, QUANTIZERS, default="gaussian")
     parser.add_argument("--images_per_class", type=int, default=50, help="takes the first of each, by name")
+    text = "of decoded values to bytes; down: as the paper's Table 1 was measured"
+    parser.add_argument("--rounding", choices=["nearest", "down"], default="nearest", help=text)
     parser.add_argument("--sweep", action="store_true", help="all levels and ranges of the paper's Table 1")
     parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for rFID against it")
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
@@ -191,7 +193,7 @@ def reconstruct(
     Args:
         calibration: ``channel_mean`` and ``channel_std``, or nothing.
         folder: where every image is written, to ``real/`` and ``recon/``; None writes none.
-        args: ``seed``, ``quantizer`` and ``precision``.
+        args: ``seed``, ``quantizer``, ``precision`` and ``rounding``.
 
     Returns:
         by column title, :data:`PICTURE_ROWS` images to show; Inception's features of the originals, batch by batch; and
@@ -208,7 +210,7 @@ def reconstruct(
 
     def decode(latents: Tensor) -> Tensor:
         with misc.autocast(device, args.precision):
-            return to_uint8(vae.decode(latents / latent_factor))
+            return to_uint8(vae.decode(latents / latent_factor), args.rounding)
 
     def save(part: str, images: Tensor) -> None:
         for number, image in zip(numbers, images, strict=True) if folder else ():
@@ -318,6 +320,8 @@ def write_picture(path: Path, pictures: dict[str, list[Tensor]]) -> None:
 def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
     """What rFID and Inception Score need; None with ``--no_metrics``, or where it is missing and no flag names it.
 
+    All processes have it or none.
+
     Raises:
         UserError: a file that a flag names is missing or damaged.
     """
@@ -346,6 +350,7 @@ def main() -> None:
         # Images are sorted by class: one is among its class's first n if the n-th before it is of another class.
         n, classes = args.images_per_class, dataset.targets
         chosen = Subset(dataset, [i for i, label in enumerate(classes) if i < n or classes[i - n] != label])
+        misc.check_same({"the number of images": len(chosen)}, "all processes must see the same --image_dir")
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         check_stride(args.img_size, vae.stride)
         evaluator = make_evaluator(args, device)
@@ -355,6 +360,9 @@ def main() -> None:
         bound = "calibrated" if args.quant_calibrate else f"r{args.range}"
         name = "sweep" if args.sweep else f"{kind}_b{args.bits}_{bound}"
         folder = Path(args.output_dir) / f"{name}_n{n}"
+        images_to = None if args.sweep else folder  # a sweep has eight reconstructions of each image
+        if images_to is not None:
+            check_shared(folder)
         for part in ("", "real", "recon"):
             empty_of_images(folder / part)
 
@@ -364,7 +372,6 @@ def main() -> None:
             measured = channel_statistics(vae, loader, vae.embed_dim, latent_factor, device, args.precision)
             calibration = dict(zip(("channel_mean", "channel_std"), measured, strict=True))
         settings = list(TABLE_1) if args.sweep else [Setting(args.bits, args.range)]
-        images_to = None if args.sweep else folder  # a sweep has eight reconstructions of each image
         pictures, features, all_stats = reconstruct(
             vae, latent_factor, loader, settings, calibration, evaluator, images_to, args
         )
