@@ -1,6 +1,7 @@
 """The loops: training, generation for evaluation, and caching of latents."""
 
 import math
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -199,21 +200,28 @@ def evaluate(
     interrupted continues where it stopped.
 
     Args:
+        folder: on a disk that all processes share (:func:`util.files.check_shared`).
         weights: what identifies the weights; images sampled from others are not taken for this run's.
 
     Raises:
-        UserError: ``num_images`` is not a multiple of the number of classes.
+        UserError: ``num_images`` is not a multiple of the number of classes, or the folder cannot be written.
     """
     check_num_images(settings.num_images, model.class_num)
     folder = SampleFolder(folder)
-    folder.prepare({"settings": asdict(settings), "weights": weights})
+    misc.by_main_process(lambda: folder.prepare({"settings": asdict(settings), "weights": weights}))
     total, size, rank, world = settings.num_images, settings.eval_bsz, misc.get_rank(), misc.get_world_size()
     chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
     if len(chunks) < world:
         misc.warn("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
+
+    def find_missing() -> list[range]:
+        there = folder.numbers()
+        if settings.save_confidence:
+            there &= folder.confidence.numbers()
+        return [chunk for chunk in chunks if not there.issuperset(chunk)]
+
     # All processes share what is missing, so that one whose images were lost has no more to do than others.
-    folders = [folder, folder.confidence] if settings.save_confidence else [folder]
-    missing = misc.from_main_process([chunk for chunk in chunks if not all(part.has(chunk) for part in folders)])
+    missing = misc.by_main_process(find_missing)
     with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
         bar.update(total - sum(map(len, missing)))
         for chunk in missing[rank::world]:
@@ -387,7 +395,8 @@ def cache_latents(
             for name, plain, flipped in zip(names, *moments, strict=True):
                 path = cached_file(cached_path, name)
                 counts += torch.tensor([1.0, float(path.exists())], device=device)
-                with written_whole(path) as file:
+                with written_whole(path, flush=False) as file:
                     np.savez(file, moments=plain, moments_flip=flipped)
+    os.sync()  # what was not flushed file by file, before the counts tell other processes that all is there
     written, replaced = (misc.all_reduce_mean(counts) * misc.get_world_size()).round().int().tolist()
     return written, replaced

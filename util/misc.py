@@ -106,6 +106,29 @@ def by_main_process(work: Callable[[], Any]) -> Any:
     return result
 
 
+def in_all_processes(work: Callable[[], Any]) -> Any:
+    """What ``work``, run by every process, returns in this one.
+
+    ``work`` must make the same collective calls in every process, also where it fails.
+
+    Raises:
+        UserError: ``work`` raised one in some process; all end with it, and the main one prints it with the hosts.
+    """
+    result, failed = None, None
+    try:
+        result = work()
+    except UserError as error:
+        failed = str(error)
+    answers = from_all_processes((socket.gethostname(), failed))
+    messages = [message for _, message in answers if message is not None]
+    if messages:
+        hosts = ", ".join(sorted({host for host, message in answers if message is not None}))
+        end_all(
+            messages[0] + (f" ({len(messages)} of {len(answers)} processes, on {hosts})" if len(answers) > 1 else "")
+        )
+    return result
+
+
 def check_same(values: Mapping[str, Any], advice: str) -> None:
     """Compares plain values over all processes.
 
