@@ -47,6 +47,25 @@ def is_local_main_process() -> bool:
     return not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+# How long an operation of all processes waits for the slowest of them before it ends the run: usually, since the main
+# process computes metrics and writes files meanwhile; and in a training step, where a lost machine shows by nothing else.
+PATIENCE, STEP_PATIENCE = timedelta(minutes=30), timedelta(minutes=5)
+
+
+def _set_patience(limit: timedelta) -> None:
+    if dist.is_initialized():
+        newer = hasattr(dist, "set_timeout")
+        dist.set_timeout(limit) if newer else dist.distributed_c10d._set_pg_timeout(limit)
+
+
+@contextmanager
+def patience(limit: timedelta) -> Iterator[None]:
+    """Operations of all processes that start within the block wait ``limit`` for the slowest instead of ``PATIENCE``."""
+    _set_patience(limit)
+    yield
+    _set_patience(PATIENCE)
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if dist.is_initialized():
@@ -205,8 +224,7 @@ def processes(device: str | None = None) -> Iterator[torch.device]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else device.index or 0)
         torch.cuda.set_device(device)
     if launched:
-        # Others wait while the main process computes metrics and writes checkpoints, longer than NCCL's ten minutes.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     start_log()
     yield device
     # Not after an error: the others may wait in a collective operation, and this would wait for them. The launcher ends
