@@ -120,7 +120,7 @@ def train_one_epoch(
         lr = adjust_learning_rate(state.optimizer, epoch + step / steps, args)
         batches = list(islice(iterator, args.accum_iter))
         seed_everything(args.seed, misc.get_rank(), epoch, step)
-        # Processes begin an epoch and come from a checkpoint at different times; in other steps they wait for each other.
+        # Processes begin an epoch at different times.
         with misc.patience(misc.STEP_PATIENCE if step > first else misc.PATIENCE):
             loss = backward(state, batches, vae, latent_factor, args.precision)
             settle(state, meter, bad_steps, loader, first)  # the step before, while its weights are still there

@@ -48,7 +48,7 @@ def is_local_main_process() -> bool:
 
 
 # How long an operation of all processes waits for the slowest of them before it ends the run: usually, since the main
-# process computes metrics and writes files meanwhile; and in a training step, where a lost machine shows by nothing else.
+# process computes metrics and writes files meanwhile; and in a training step. A lost machine may show by nothing else.
 PATIENCE, STEP_PATIENCE = timedelta(minutes=30), timedelta(minutes=5)
 
 
@@ -60,7 +60,7 @@ def _set_patience(limit: timedelta) -> None:
 
 @contextmanager
 def patience(limit: timedelta) -> Iterator[None]:
-    """Operations of all processes that start within the block wait ``limit`` for the slowest instead of ``PATIENCE``."""
+    """Operations of all processes that start within the block wait ``limit`` for the slowest, not ``PATIENCE``."""
     _set_patience(limit)
     yield
     _set_patience(PATIENCE)

@@ -34,15 +34,15 @@ class Host:
     def __exit__(self, *_) -> None:
         self.first.communicate()
 
-    def inside(self, *command: str | Path) -> list:
+    def inside(self, *command: str) -> list:
         """What runs a command in here, in the checkout."""
         files = {"net": "net", "uts": "uts", "mount": "mnt", "pid": "pid_for_children"}
         enter = [f"--{kind}=/proc/{self.first.pid}/ns/{file}" for kind, file in files.items()]
-        return ["nsenter", *enter, "env", "-C", ROOT, *command]
+        return ["nsenter", *enter, "env", f"--chdir={ROOT}", *command]
 
-    def run(self, *command: str | Path) -> None:
+    def run(self, command: str) -> None:
         """Runs a command that must succeed."""
-        subprocess.run(self.inside(*command), check=True)
+        subprocess.run(self.inside(*command.split()), check=True)
 
     def link(self, command: str) -> None:
         """Runs ``ip link`` in its network alone: numbers of processes are those that this process sees."""
@@ -50,15 +50,15 @@ class Host:
 
     def kill(self) -> None:
         """Kills all processes but the first at once."""
-        self.run("sh", "-c", "kill -9 -1")
+        subprocess.run(self.inside("sh", "-c", "kill -9 -1"), check=True)
 
     def slow_down(self) -> None:
         """Lets it send 2.5 MB a second: a second or two for the gradients of the tiny model."""
-        self.run(*"tc qdisc add dev eth0 root tbf rate 20mbit burst 64kb latency 1s".split())
+        self.run("tc qdisc add dev eth0 root tbf rate 20mbit burst 64kb latency 1s")
 
     def speed_up(self) -> None:
         """Ends :meth:`slow_down`."""
-        self.run(*"tc qdisc del dev eth0 root".split())
+        self.run("tc qdisc del dev eth0 root")
 
 
 class Cluster:
@@ -83,11 +83,11 @@ class Cluster:
         for number, node in enumerate(self.nodes, 1):
             self.switch.link(f"add {node.name} type veth peer name eth0 netns {node.first.pid}")
             self.switch.link(f"set {node.name} up master bridge")
-            node.run(*f"ip address add 10.77.0.{number}/24 dev eth0".split())
+            node.run(f"ip address add 10.77.0.{number}/24 dev eth0")
             node.link("set eth0 up")
             (folder / node.name).mkdir()
-            node.run("mount", "--bind", folder / "hosts", "/etc/hosts")
-            node.run("mount", "--bind", folder / node.name, local)
+            node.run(f"mount --bind {folder}/hosts /etc/hosts")
+            node.run(f"mount --bind {folder}/{node.name} {local}")
 
     def cut_off(self, node: Host) -> None:
         """Pulls a node's cable out of the bridge: what is sent gets lost, and nobody is told."""
