@@ -6,10 +6,10 @@ from pathlib import Path
 from engine_tokenbridge import cache_latents
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_run_args, add_skip_arg, add_vae_arg, check_positive, new_parser
+from util.args import add_run_args, add_skip_arg, add_vae_arg, check_positive, check_same_flags, new_parser
 from util.checkpoint.load import fingerprint
 from util.config import Tokenizer, follow_tokenizer
-from util.datasets import loader_of_all
+from util.datasets import check_same_inputs, loader_of_all
 from util.files import remove_parts, write_json
 from util.loader import (
     CACHE_METADATA,
@@ -70,6 +70,7 @@ def main() -> None:
         check_positive(args, "img_size", "batch_size")
         if not args.cached_path:
             raise errors.UserError("--cached_path is missing: name the folder to write the cache to")
+        check_same_flags(args)
         seed_everything(args.seed + misc.get_rank())
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         defaults = get_args_parser().parse_args([])
@@ -95,6 +96,7 @@ def main() -> None:
             cached_path=args.cached_path,
             shape=(2 * vae.embed_dim, side, side),
         )
+        check_same_inputs({args.split: dataset}, vae)
         loader = loader_of_all(dataset, device, args, collate_fn=collate_present)
 
         metadata_path = Path(args.cached_path) / CACHE_METADATA

@@ -1,6 +1,7 @@
 """Trains a TokenBridge, or samples from one (torchrun or plain python)."""
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +26,13 @@ from util.args import (
     check_bits,
     check_positive,
     check_range,
+    check_same_flags,
     new_parser,
 )
 from util.checkpoint import finetune
 from util.checkpoint.load import load_weights
 from util.config import EVALUATE, FINETUNE, RESUME, Start, Tokenizer, add_model_args, resolve
-from util.datasets import Data, cache_metadata, data_root, load_data, loader_of_all, training_loader
+from util.datasets import Data, cache_metadata, check_same_inputs, data_root, load_data, loader_of_all, training_loader
 from util.files import remove_parts, write_json
 from util.loader import ImageFolder, evenly_spaced
 from util.meters import BadSteps
@@ -161,10 +163,27 @@ def check_args(args: argparse.Namespace) -> None:
 def open_start(args: argparse.Namespace) -> Start:
     """The checkpoint that ``--resume`` or ``--finetune`` names; a fresh start without one.
 
-    ``--resume`` with the run's own ``--output_dir`` is a fresh start, or one from ``--finetune``, until it holds one.
+    The main process reads it, so that the file need not lie on other machines; these have a Start without content.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
+    """
+    content = {}
+
+    def read() -> Start:
+        start = read_start(args)
+        content.update(start.content)
+        return dataclasses.replace(start, content={})
+
+    if args.resume and not (args.evaluate or args.evaluate_nll or checkpoint.hub.is_address(args.resume)):
+        checkpoint.check_newest(args.resume)
+    return dataclasses.replace(misc.by_main_process(read), content=content)
+
+
+def read_start(args: argparse.Namespace) -> Start:
+    """:func:`open_start` by this process alone.
+
+    ``--resume`` with the run's own ``--output_dir`` is a fresh start, or one from ``--finetune``, until it holds one.
     """
     measuring = args.evaluate or args.evaluate_nll
     if args.resume:
@@ -221,8 +240,8 @@ def calibrate(
     return {"channel_mean": mean, "channel_std": deviation}
 
 
-def build_model(args: argparse.Namespace, config: dict, start: Start) -> TokenBridge:
-    """The model that ``config`` describes, on the CPU, with the weights of the checkpoint that the run starts from.
+def build_model(args: argparse.Namespace, config: dict, start: Start, device: torch.device) -> TokenBridge:
+    """The model that ``config`` describes, with the weights of the checkpoint that the run starts from, or drawn ones.
 
     A run that is resumed gets its weights later, with the rest of its state.
 
@@ -233,13 +252,18 @@ def build_model(args: argparse.Namespace, config: dict, start: Start) -> TokenBr
         model = MODELS[args.model](**config)
     except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
         raise errors.UserError(errors.reason(error)) from error
-    if start.use == FINETUNE:
-        finetune.start_from(model, start.content, start.config, start.path, ema=not args.no_ema)
-    elif start.use == EVALUATE:
-        load_weights(model, start.content, start.path, ema=not args.no_ema)
-    else:
-        return model
-    start.content.clear()  # it may lie in memory
+
+    def load() -> None:
+        if start.use == FINETUNE:
+            finetune.start_from(model, start.content, start.config, start.path, ema=not args.no_ema)
+        elif start.use == EVALUATE:
+            load_weights(model, start.content, start.path, ema=not args.no_ema)
+
+    misc.by_main_process(load)
+    if start.use != RESUME:
+        start.content.clear()  # it may lie in memory
+    model.to(device)
+    misc.share(model.state_dict().values())
     return model
 
 
@@ -294,6 +318,7 @@ def main() -> None:
     args = get_args_parser().parse_args()
     with misc.processes(args.device) as device:
         check_args(args)
+        check_same_flags(args)
         measuring = args.evaluate or args.evaluate_nll
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)
@@ -302,13 +327,14 @@ def main() -> None:
         if args.evaluate:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
         data = {split: load_data(args, split, tokenizer) for split in splits}
+        check_same_inputs(data, vae)
         seed_everything(args.seed + misc.get_rank())
         if args.quant_calibrate and config["channel_mean"] is None:
             config |= calibrate(args, data["train"], vae, tokenizer, device)
-        model = build_model(args, config, start)
+        model = build_model(args, config, start, device)
         model.metadata = {"model": args.model, "latent_factor": tokenizer.latent_factor}
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
-        model, vae = model.to(device), None if vae is None else vae.to(device, memory_format=torch.channels_last)
+        vae = None if vae is None else vae.to(device, memory_format=torch.channels_last)
         held_out = loader_of_all(data["val"], device, args) if "val" in data else None
         loader = None if measuring else training_loader(data["train"], device, args)
         run = Run(args, device, vae, tokenizer.latent_factor, make_evaluator(args, device), held_out)

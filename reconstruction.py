@@ -15,9 +15,17 @@ from engine_tokenbridge import channel_statistics
 from models.quantizer import QUANTIZERS, ScalarQuantizer, calibrated_bounds
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_quantizer_args, add_run_args, add_vae_arg, check_bits, check_positive, new_parser
+from util.args import (
+    add_quantizer_args,
+    add_run_args,
+    add_vae_arg,
+    check_bits,
+    check_positive,
+    check_same_flags,
+    new_parser,
+)
 from util.config import check_stride
-from util.datasets import loader_of_all
+from util.datasets import check_same_inputs, loader_of_all
 from util.files import write_json
 from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
 from util.loader import ImageFolderWithFilename, existing_folder, image_transform
@@ -340,6 +348,7 @@ def main() -> None:
         check_positive(args, "range", "images_per_class", "img_size", "batch_size")
         if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
             raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
+        check_same_flags(args)
         root = existing_folder(args.image_dir, "image folder")
         root = root / "train" if (root / "train").is_dir() else root
         dataset = ImageFolderWithFilename(root, image_transform(args.img_size))
@@ -348,6 +357,7 @@ def main() -> None:
         chosen = Subset(dataset, [i for i, label in enumerate(classes) if i < n or classes[i - n] != label])
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         check_stride(args.img_size, vae.stride)
+        check_same_inputs({"the folder": dataset}, vae)
         evaluator = make_evaluator(args, device)
         if evaluator is not None:
             warn_if_few(len(chosen), "images")

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from util.errors import UserError
-from util.misc import PRECISIONS
+from util.misc import PRECISIONS, check_same
 
 
 def new_parser(description: str, module: str | None = None) -> argparse.ArgumentParser:
@@ -94,3 +94,22 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: it must be above zero")
+
+
+#: Flags that may differ between machines: of paths, the files' contents matter.
+OF_A_MACHINE = (
+    "device",
+    "num_workers",
+    "pin_mem",
+    "data_path",
+    "image_dir",
+    "cached_path",
+    "cached_val_path",
+    "vae_path",
+)
+
+
+def check_same_flags(args: argparse.Namespace) -> None:
+    """Raises UserError, on all processes, unless all were started with the same flags."""
+    flags = {f"--{name}": value for name, value in vars(args).items() if name not in OF_A_MACHINE}
+    check_same(flags, "start all processes with the same flags")

@@ -1,10 +1,14 @@
 """The data sets that a run's flags name: images or cached moments, found, opened, and dealt to processes."""
 
 import argparse
+import hashlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from util import misc
@@ -72,6 +76,21 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Dat
             made = f"of shape {list(moments.shape)}" if size is None else f"at --img_size {size}"
             raise UserError(f"{root} holds moments {made}, which --img_size {args.img_size} does not fit")
     return dataset
+
+
+def check_same_inputs(data: Mapping[str, Data], vae: nn.Module | None) -> None:
+    """Compares names and classes of images, by split, and the tokenizer's weights, over all processes.
+
+    Raises:
+        UserError: they differ, as where machines have disks of their own.
+    """
+    read = {} if vae is None else {"the tokenizer's checksum": misc.checksum(vae.state_dict().values())}
+    for split, dataset in data.items():
+        digest = hashlib.sha256()
+        for path, label in dataset.samples:
+            digest.update(os.fsencode(f"{os.path.basename(path)} {label}\n"))
+        read[f"the list of images in {split}"] = f"{len(dataset)} images {digest.hexdigest()[:16]}"
+    misc.check_same(read, "all machines must read the same files")
 
 
 def training_loader(dataset: Data, device: torch.device, args: argparse.Namespace) -> DataLoader:

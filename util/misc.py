@@ -1,6 +1,7 @@
 """Processes, seeds, logging, precision, and the optimizer's parameter groups."""
 
 import ctypes
+import hashlib
 import logging
 import math
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -90,6 +91,20 @@ def from_main_process(value: Any) -> Any:
     return box[0]
 
 
+def from_all_processes(value: Any) -> list:
+    """Each process's ``value`` (plain types), in order, on all processes."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def end_all(message: str) -> NoReturn:
+    """Ends all processes, each of which must call this, with a UserError that the main one alone prints."""
+    raise UserError(message) if is_main_process() else ToldByMain(message)
+
+
 def by_main_process(work: Callable[[], Any]) -> Any:
     """What ``work``, run by the main process alone, returns there (plain types): on all processes.
 
@@ -102,11 +117,9 @@ def by_main_process(work: Callable[[], Any]) -> Any:
             result = work()
         except UserError as error:
             failed = error
-    result, message = from_main_process((result, str(failed)))
-    if failed is not None:
-        raise failed
-    if message != str(None):
-        raise ToldByMain(message)
+    result, message = from_main_process((result, failed and str(failed)))
+    if message is not None:
+        raise failed or ToldByMain(message)
     return result
 
 
@@ -116,23 +129,30 @@ def check_same(values: Mapping[str, Any], advice: str) -> None:
     Raises:
         UserError: some differ, on all processes; the main one prints which, where, and ``advice``.
     """
-    if not dist.is_initialized():
-        return
-    gathered = [None] * get_world_size()
-    dist.all_gather_object(gathered, (socket.gethostname(), dict(values)))
+    (_, here), *others = gathered = from_all_processes((socket.gethostname(), dict(values)))
+    for rank, (host, there) in enumerate(others, start=1):
+        for name in here:
+            if there[name] != here[name]:
+                differing = sum(values[name] != here[name] for _, values in gathered)
+                end_all(
+                    f"{name} is {here[name]} in process 0, but {there[name]} in process {rank} on {host} "
+                    f"({differing} of {len(gathered)} processes differ); {advice}"
+                )
 
-    def compare() -> None:
-        _, here = gathered[0]
-        for rank, (host, there) in enumerate(gathered):
-            for name, value in there.items():
-                if value != here[name]:
-                    different = [r for r, (_, others) in enumerate(gathered) if others[name] != here[name]]
-                    raise UserError(
-                        f"{name} is {here[name]} in process 0, but {value} in process {rank} on {host} "
-                        f"({len(different)} of {len(gathered)} processes differ); {advice}"
-                    )
 
-    by_main_process(compare)
+def share(tensors: Iterable[Tensor]) -> None:
+    """Overwrites ``tensors``, of equal shapes on all processes, with the main process's."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Sixteen digits that tell tensors from those of which a single bit differs."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = [tensor.detach().flatten() for tensor in tensors]
+    sums = torch.stack([values.view(integers[values.element_size()]).sum() for values in flat])
+    return hashlib.sha256(str(sums.tolist()).encode()).hexdigest()[:16]
 
 
 class StopSignals:

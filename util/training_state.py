@@ -15,13 +15,16 @@ from util import checkpoint, misc
 from util.checkpoint.load import load_optimizer, load_scaler, load_weights
 from util.errors import UserError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
+
 
 class Step(NamedTuple):
-    """A step that was computed, and taken if loss and gradient were finite."""
+    """A step that was computed, and taken if its gradient was finite."""
 
     loss: Tensor  # on the device
     norm: Tensor  # of the gradient before clipping, on the device
-    finite: Tensor  # whether the step was taken; in fp16 whether the loss was finite, the scaler sees to the gradient
+    finite: Tensor  # whether loss and gradient were; in fp16 the loss alone: the scaler sees to the gradient
+    taken: Tensor  # whether the weights changed
     lr: float
     epoch: int  # from 0
     step: int  # of the epoch, from 0
@@ -31,8 +34,7 @@ class TrainingState:
     """A run's model, average, optimizer and scaler, and its next step.
 
     A step's outcome is looked at when the next one has been computed, so that the device never waits for the host:
-    :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not finite
-    (with fp16 a step whose loss is: one that the scaler leaves out counts as taken, with weights that stay).
+    :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not taken.
 
     Args:
         model: on its device; with several processes all take the weights of the first.
@@ -75,8 +77,9 @@ class TrainingState:
         norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf)
         # After DDP's exchange every process sees the same norm. With fp16 an overflowing gradient is the scaler's
         # business: it leaves the step out by itself and lowers the scale.
-        finite = torch.isfinite(misc.all_reduce_mean(loss) if self.scaler.is_enabled() else norm)
+        finite = taken = torch.isfinite(norm)
         if self.scaler.is_enabled():
+            finite = torch.isfinite(misc.all_reduce_mean(loss))
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -84,12 +87,12 @@ class TrainingState:
             self.optimizer.step()
             del self.optimizer.found_inf, self.optimizer.grad_scale
         self.optimizer.zero_grad(set_to_none=True)
-        answer, event = finite, None
+        answers, event = torch.stack([finite, taken]), None
         if finite.is_cuda:
-            answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            answers = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(answers, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending = Step(loss, norm, answer, lr, self.epoch, self.step), event
+        self._pending = Step(loss, norm, *answers, lr, self.epoch, self.step), event
         self.epoch, self.step = divmod(self.steps_done + 1, self.steps_per_epoch)
 
     def settle(self) -> Step | None:
@@ -99,7 +102,7 @@ class TrainingState:
         (last, event), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
-        if last.finite:
+        if last.taken:
             self.average.update(self.model)
         return last
 
@@ -139,6 +142,8 @@ class TrainingState:
     def load(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
         """Takes over a checkpoint's weights, and its average, optimizer, scaler, epoch and step where it has them.
 
+        The main process alone needs the content; all others get what it made of it.
+
         Args:
             content: see :func:`util.checkpoint.read_run`.
             path: the file, for messages.
@@ -147,6 +152,11 @@ class TrainingState:
         Raises:
             UserError: something in it is damaged, of another model, or was trained with other frozen parameters.
         """
+        misc.by_main_process(lambda: self._take_over(content, path, frozen))
+        self._share()
+        misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, self.epoch, self.step)
+
+    def _take_over(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
         load_weights(self.model, content, path, ema=False)
         self.average.module.load_state_dict(self.model.state_dict())
         if "model_ema" in content:
@@ -164,7 +174,26 @@ class TrainingState:
             self._take_place(content, path)
         if self.scaler.is_enabled() and content.get("scaler"):
             load_scaler(self.scaler, content["scaler"], path)
-        misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, self.epoch, self.step)
+
+    def _share(self) -> None:
+        """Gives all processes the main one's state, and compares what they then have."""
+        learned = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = self.optimizer.state
+        stepped = [parameter in moments for parameter in learned]
+        place = self.epoch, self.step, stepped, self.scaler.state_dict()
+        self.epoch, self.step, stepped, scale = misc.from_main_process(place)
+        if scale:
+            self.scaler.load_state_dict(scale)
+        learned = [parameter for parameter, has in zip(learned, stepped, strict=True) if has]
+        tensors = [each for model in (self.model, self.average.module) for each in model.state_dict().values()]
+        for parameter in learned:
+            if parameter not in moments:
+                step = torch.zeros((), device=parameter.device)
+                moments[parameter] = {"step": step, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
+            tensors += [moments[parameter][name] for name in ("step", *MOMENTS)]
+        misc.share(tensors)
+        state = {"the checksum of weights, average and optimizer": misc.checksum(tensors)}
+        misc.check_same(state, "memory or the connection between these machines is at fault")
 
     def _take_place(self, content: Mapping[str, Any], path: Path) -> None:
         steps, processes = self.steps_per_epoch, misc.get_world_size()

@@ -1,12 +1,10 @@
 """Seeds, and shares of several processes."""
 
-import multiprocessing
-import socket
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 
+from tests.processes import in_processes
 from util import misc
 from util.errors import ToldByMain, UserError
 from util.rng import seed_everything
@@ -35,32 +33,6 @@ def test_shares_come_back_in_order():
 
     with mock.patch("util.misc.get_world_size", return_value=3), mock.patch("torch.distributed.all_gather", all_gather):
         assert torch.equal(misc.gather_shares(rows[1::3], 11), rows)
-
-
-def in_processes(world: int, work) -> list:
-    """What ``work(rank)`` returns, or the UserError it raises, in forked gloo processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    said = fork.SimpleQueue()
-
-    def start(rank: int) -> None:
-        torch.set_num_threads(1)  # the threads of the process that was forked are not there
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-        try:
-            said.put((rank, work(rank)))
-        except UserError as error:
-            said.put((rank, type(error)(str(error))))
-        dist.barrier()
-
-    processes = [fork.Process(target=start, args=(rank,)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    answers = dict(said.get() for _ in processes)
-    for process in processes:
-        process.join(60)
-    return [answers[rank] for rank in range(world)]
 
 
 def test_the_main_process_decides_for_all_and_its_error_ends_all():
