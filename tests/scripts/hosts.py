@@ -116,7 +116,7 @@ class Cluster:
         self.wait(lambda: all(launcher.poll() is not None for launcher in launchers))
         return [launcher.returncode for launcher in launchers]
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 240) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 600) -> None:
         """Waits for a condition; kills all and raises TimeoutError with what the nodes said if it does not come."""
         until = time.monotonic() + seconds
         while not condition():

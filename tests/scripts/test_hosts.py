@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import time
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -134,7 +135,7 @@ def test_folders_of_samples_that_are_not_shared_end_the_run_at_once(cluster, sit
 
 
 def test_a_step_waits_less_for_others_than_a_checkpoint(run_two, cached, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(misc, "STEP_PATIENCE", misc.timedelta(seconds=2))
+    monkeypatch.setattr(misc, "STEP_PATIENCE", timedelta(seconds=2))
     command = f"{BASE} --epochs 1 --batch_size 2 --use_cached --cached_path {cached} --output_dir {tmp_path}"
     save, take_step = TrainingState.save, TrainingState.take_step
 
