@@ -223,8 +223,8 @@ def evaluate(
     folder.prepare({"settings": asdict(settings), "weights": weights})
     total, size, rank, world = settings.num_images, settings.eval_bsz, misc.get_rank(), misc.get_world_size()
     chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
-    if len(chunks) < world and rank == 0:
-        misc.log.warning("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
+    if len(chunks) < world:
+        misc.warn("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
     # All processes share what is missing, so that one whose images were lost has no more to do than others.
     folders = [folder, folder.confidence] if settings.save_confidence else [folder]
     missing = misc.from_main_process([chunk for chunk in chunks if not all(part.has(chunk) for part in folders)])

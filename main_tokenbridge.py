@@ -296,7 +296,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
     vae = None if args.use_cached else run.vae
     total = args.epochs * state.steps_per_epoch
     bar = misc.progress(total=total, initial=state.steps_done, unit="step", desc="training")
-    with bar, misc.StopSignals() as stop_signals:
+    with bar, misc.StopSignals(device) as stop_signals:
         for epoch in range(state.epoch, args.epochs):
             loader.sampler.set_epoch(epoch)
             loader.sampler.start = state.step * images_per_step
@@ -316,7 +316,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with misc.processes(args.device, args.deterministic) as device:
         check_args(args)
         check_same_flags(args)
         measuring = args.evaluate or args.evaluate_nll

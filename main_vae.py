@@ -111,7 +111,7 @@ def measure_latent_factor(vae: AutoencoderKL, loader: DataLoader, device: torch.
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with misc.processes(args.device, args.deterministic) as device:
         check_positive(args, "img_size", "batch_size", "vae_embed_dim", "ch", "epochs", "num_res_blocks", "lr")
         check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
         check_same_flags(args)

@@ -343,7 +343,7 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator 
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with misc.processes(args.device, args.deterministic) as device:
         check_bits(args.bits, "--bits", continuous=True)
         check_positive(args, "range", "images_per_class", "img_size", "batch_size")
         if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):

@@ -23,6 +23,8 @@ def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, pr
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not")
     group.set_defaults(pin_mem=True)
     group.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    text = "on CUDA, compute the same bits in every run, more slowly; on the CPU they are the same anyhow"
+    group.add_argument("--deterministic", action="store_true", help=text)
     group.add_argument("--precision", choices=PRECISIONS, default=precision, help="of autocast; fp32 means none")
 
 

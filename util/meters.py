@@ -80,4 +80,4 @@ class BadSteps:
                 f"{self.count}); its images are listed in {self.path}; lower the learning rate, check the data, or "
                 "allow more with --max_bad_steps"
             )
-        misc.log.warning("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)
+        misc.warn("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)

@@ -121,8 +121,8 @@ def extract_features(
     Each process computes those of its share of the images; all processes return those of all.
     """
     share = RankSampler(len(images), misc.get_rank(), misc.get_world_size())
-    if len(images) < misc.get_world_size() and misc.is_main_process():
-        misc.log.warning("%d images for %d processes: some have nothing to do", len(images), misc.get_world_size())
+    if len(images) < misc.get_world_size():
+        misc.warn("%d images for %d processes: some have nothing to do", len(images), misc.get_world_size())
     loader = DataLoader(images, batch_size=batch_size, sampler=share, num_workers=num_workers)
     batches: list[tuple[Tensor, Tensor]] = []
     with misc.progress(total=len(images), unit="img", desc="Inception") as bar:
@@ -173,7 +173,7 @@ def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:
 def warn_if_few(count: int, what: str) -> None:
     """Warns that FID is biased if there are fewer images than features."""
     if count < 2048:
-        misc.log.warning("%d %s are fewer than Inception's 2048 features: FID is biased", count, what)
+        misc.warn("%d %s are fewer than Inception's 2048 features: FID is biased", count, what)
 
 
 def compute_metrics(

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -20,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.errors import ToldByMain, UserError
+from util.errors import ToldByMain, UserError, where
 
 log = logging.getLogger("tokenbridge")
 
@@ -155,19 +157,47 @@ def checksum(tensors: Iterable[Tensor]) -> str:
     return hashlib.sha256(str(sums.tolist()).encode()).hexdigest()[:16]
 
 
+class Arriving:
+    """A tensor on its way to the host: reading it waits for what computes it, not for what the device does later.
+
+    Args:
+        value: the tensor; on CUDA it is copied.
+        work: an asynchronous operation that writes it.
+    """
+
+    def __init__(self, value: Tensor, work: dist.Work | None = None):
+        self.value, self.work, self.event = value, work, None
+        if value.is_cuda:
+            if work is not None:
+                work.wait()  # on CUDA, only later operations wait
+            self.value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> Tensor:
+        """The tensor on the host."""
+        if self.event is not None:
+            self.event.synchronize()
+        elif self.work is not None:
+            self.work.wait()
+        return self.value
+
+
 class StopSignals:
     """Notes SIGTERM, SIGUSR1 and SIGINT, so that all processes can stop after the same step.
 
     A context manager: leaving it restores the signals' former handlers. A second SIGINT interrupts at once.
+
+    Args:
+        device: on which processes tell each other, so that the run needs no other network than that of its gradients.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         self.heard: str | None = None
-        # Asked on the CPU and answered a step later: the device is not waited for.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self.answer, self.pending = torch.zeros(()), None
+        self.device = device
+        self.answer: Arriving | None = None
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self._hear) for number in self.NUMBERS}
@@ -183,13 +213,12 @@ class StopSignals:
 
     def agreed(self) -> bool:
         """Whether any process had a signal when all last exchanged; all processes must call this once a step."""
-        if self.group is None:
+        if not dist.is_initialized():
             return self.heard is not None
-        if self.pending is not None:
-            self.pending.wait()
-        stop = bool(self.answer)
-        self.answer = torch.tensor(float(self.heard is not None))
-        self.pending = dist.all_reduce(self.answer, group=self.group, async_op=True)
+        # Answered a step later: neither is the device waited for, nor another process.
+        stop = self.answer is not None and bool(self.answer.read())
+        heard = torch.full((), float(self.heard is not None), device=self.device)
+        self.answer = Arriving(heard, dist.all_reduce(heard, async_op=True))
         return stop
 
 
@@ -219,33 +248,95 @@ def keep_freed_memory() -> None:
 
 
 def start_log() -> None:
-    """Sends the main process's log to standard error; other processes log nothing."""
-    log.handlers = [logging.StreamHandler()]  # made anew, since tests replace sys.stderr
-    log.setLevel(logging.INFO if is_main_process() else logging.CRITICAL)
+    """Sends the main process's log to standard error, and of others, by their number, what warns."""
+    handler = logging.StreamHandler()  # made anew, since tests replace sys.stderr
+    handler.setFormatter(logging.Formatter(f"{where()}%(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+
+
+def warn(message: str, *args: Any) -> None:
+    """Logs a warning that every process has: the main one says it for all."""
+    if is_main_process():
+        log.warning(message, *args)
+
+
+def join_group(device: torch.device) -> int:
+    """Joins torchrun's process group, nccl on CUDA and gloo on the CPU; the number of machines.
+
+    Raises:
+        UserError: some processes compute on CUDA and others on the CPU; all end with it.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    # Processes of different backends would wait for each other for ever, so devices are compared before.
+    asked = dist.PrefixStore(f"devices{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    asked.set(str(rank), f"{device.type} {socket.gethostname()}")
+    told = [asked.get(str(other)).decode().split() for other in range(world)]
+    if asked.add("have read", 1) == world:
+        asked.set("all have read", "")
+    different = next((other for other in range(world) if told[other][0] != told[0][0]), None)
+    if different is not None:
+        (here, host), (there, other_host) = told[0], told[different]
+        if rank != 0:
+            raise ToldByMain("devices differ")
+        asked.wait(["all have read"])  # this process may be the one that holds what all read
+        raise UserError(
+            f"process 0 on {host} computes on {here}, process {different} on {other_host} on {there}: pass --device "
+            "cuda to all; the machine that then has no CUDA device needs another driver, or a torch made for its own"
+        )
+    options = {"timeout": PATIENCE, "store": store, "rank": rank, "world_size": world}
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device, **options)
+    else:
+        dist.init_process_group("gloo", **options)
+    return len({host for _, host in told})
+
+
+def described(device: torch.device, hosts: int) -> str:
+    """What the run computes with: devices, machines, and versions of what may be too old."""
+    backend = f", {dist.get_backend()}" if dist.is_initialized() else ""
+    where_to = f"{get_world_size()} processes on {hosts} machines{backend}" if backend else "one process"
+    if device.type != "cuda":
+        capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+        return f"{device.type} ({capability}, {threads} threads), {where_to}, torch {torch.__version__}"
+    driver = Path("/proc/driver/nvidia/version")
+    version = re.search(r"\d+\.\d+[.\d]*", driver.read_text()) if driver.exists() else None
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, driver {version[0] if version else 'unknown'}"
+    return f"{torch.cuda.get_device_name(device)}, {where_to}, {versions}"
+
+
+def make_deterministic() -> None:
+    """Has CUDA compute the same bits in every run; torch warns of operations that cannot. To be called before all."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @contextmanager
-def processes(device: str | None = None) -> Iterator[torch.device]:
-    """Joins torchrun's process group, if there is one (nccl on CUDA, gloo on the CPU); yields this process's device.
+def processes(device: str | None = None, deterministic: bool = False) -> Iterator[torch.device]:
+    """Joins torchrun's process group, if there is one, and starts the log; yields this process's device.
 
     Args:
         device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where there is one.
+        deterministic: see :func:`make_deterministic`.
 
     Raises:
-        UserError: there is no CUDA device, but ``device`` is one.
+        UserError: there is no CUDA device, but ``device`` is one; or processes have different ones.
     """
+    if deterministic:
+        make_deterministic()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but this machine has no CUDA device that torch can use; pass --device cpu")
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    launched, hosts = "RANK" in os.environ and "WORLD_SIZE" in os.environ, 1
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else device.index or 0)
         torch.cuda.set_device(device)
     if launched:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        hosts = join_group(device)
     start_log()
+    log.info("computing on %s", described(device, hosts))
     yield device
     # Not after an error: the others may wait in a collective operation, and this would wait for them. The launcher ends
     # them when this process ends.

@@ -15,6 +15,8 @@ from util import checkpoint, misc
 from util.checkpoint.load import load_optimizer, load_scaler, load_weights
 from util.errors import UserError
 
+#: Buffers are tables that never change: sending them before each forward pass would be for nothing.
+DDP_OPTIONS = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
@@ -50,7 +52,7 @@ class TrainingState:
         self.model, self.steps_per_epoch, self.grad_clip = model, steps_per_epoch, args.grad_clip
         self.device = next(model.parameters()).device
         several = misc.get_world_size() > 1
-        self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
+        self.wrapped = DistributedDataParallel(model, **DDP_OPTIONS) if several else model
         # A copy of the weights that all processes have once DDP has shared those of the first.
         self.average = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True)
         if args.compile:
@@ -59,7 +61,7 @@ class TrainingState:
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
         self.epoch, self.step = args.start_epoch, 0
-        self._pending: tuple[Step, torch.cuda.Event | None] | None = None
+        self._pending: tuple[Step, misc.Arriving] | None = None
         self._saved_at: int | None = None
 
     @property
@@ -87,21 +89,17 @@ class TrainingState:
             self.optimizer.step()
             del self.optimizer.found_inf, self.optimizer.grad_scale
         self.optimizer.zero_grad(set_to_none=True)
-        answers, event = torch.stack([finite, taken]), None
-        if finite.is_cuda:
-            answers = torch.empty(2, dtype=torch.bool, pin_memory=True).copy_(answers, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending = Step(loss, norm, *answers, lr, self.epoch, self.step), event
+        answers = misc.Arriving(torch.stack([finite, taken]))
+        self._pending = Step(loss, norm, finite, taken, lr, self.epoch, self.step), answers
         self.epoch, self.step = divmod(self.steps_done + 1, self.steps_per_epoch)
 
     def settle(self) -> Step | None:
         """Waits for the last step and updates the average by it if it was taken; None if it is settled already."""
         if self._pending is None:
             return None
-        (last, event), self._pending = self._pending, None
-        if event is not None:
-            event.synchronize()
+        (last, answers), self._pending = self._pending, None
+        finite, taken = answers.read()
+        last = last._replace(finite=finite, taken=taken)
         if last.taken:
             self.average.update(self.model)
         return last

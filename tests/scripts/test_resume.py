@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import engine_tokenbridge
 from models.tokenbridge import TokenBridge
@@ -263,6 +264,33 @@ def test_the_launcher_restarts_what_a_signal_to_one_process_stopped(cached, tmp_
     assert "SIGUSR1, saved after epoch" in said and "another process, saved after epoch" in said
     assert said.count("resumed from") == 1
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_to_the_launcher_saves_and_leaves_no_process(cached, tmp_path, name):
+    command = (
+        f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 1000 --lr 1e-3 --warmup_epochs 1"
+    )
+    command += f" --batch_size 2 --save_last_freq 1 --device cpu --output_dir {tmp_path}/run"
+    handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    if "--signals-to-handle" in get_args_parser().format_help():
+        launcher.append(f"--signals-to-handle={handled}")
+    variables = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_SIGNALS_TO_HANDLE": handled}
+    process = subprocess.Popen(
+        [*launcher, *command.split()], cwd=ROOT, env={**os.environ, **variables}, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(tmp_path / "run" / "checkpoint-last.pth", process)
+    workers = processes_of(tmp_path / "run")
+    assert len(workers) == 2
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and said.count("saved after epoch") == 2, said
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    content = load(tmp_path / "run")
+    steps = {int(state["step"]) for state in content["optimizer"]["state"].values()}
+    assert steps == {4 * (content["epoch"] + 1) + content["step"]}
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, refused, cached, trained, tmp_path, caplog):

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine_tokenbridge import backward
 from models import fast
 from models.tokenbridge import TokenBridge
-from tests.conftest import SMALL, filled, load, released, training_state
+from tests.conftest import SMALL, batch, filled, load, released, training_state
 from tests.fill import deterministic_fill
 from tests.processes import free_port, in_processes
 from util.checkpoint.load import load_optimizer
@@ -185,3 +185,14 @@ def test_a_step_that_the_scaler_leaves_out_changes_neither_weights_nor_average()
         assert step.finite and step.taken == (not overflows)
         assert all(map(torch.equal, before, after)) == overflows
     assert state.scaler.get_scale() == 2**15
+
+
+def test_processes_do_not_send_buffers_at_every_step():
+    def train(rank: int) -> float:
+        model = TokenBridge(**NO_DROPOUT)
+        state = training_state(model)
+        model.quantizer.boundaries.fill_(float(rank))
+        state.wrapped(*batch(model))
+        return model.quantizer.boundaries.mean().item()
+
+    assert in_processes(2, train) == [0.0, 1.0]
