@@ -60,6 +60,19 @@ def backward(
     return total
 
 
+def order_gradients(state: TrainingState, batch_size: int, precision: str) -> None:
+    """Computes gradients and forgets them: DDP lays gradients out anew by the order in which the first ones come.
+
+    The place of a gradient decides in which order those of more than two processes are added. A run that is resumed
+    so adds them as an unbroken one does, from its first step on.
+    """
+    latents = torch.zeros(batch_size, *state.model.latent_shape, device=state.device)
+    with misc.autocast(state.device, precision):
+        loss = state.wrapped(latents, torch.zeros(batch_size, dtype=torch.long, device=state.device))
+    loss.backward()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
 def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
     """The files of a step's images, ``images`` of them; steps count from this epoch's first batch of ``loader``."""
     indices = list(loader.sampler)[step * images : (step + 1) * images]
@@ -108,12 +121,13 @@ def train_one_epoch(
         lr = adjust_learning_rate(state.optimizer, epoch + step / steps, args)
         batches = list(islice(iterator, args.accum_iter))
         seed_everything(args.seed, misc.get_rank(), epoch, step)
-        loss = backward(state, batches, vae, latent_factor, args.precision)
-        settle(state, meter, bad_steps, loader, first)  # the step before, while its weights are still there
-        state.take_step(loss, lr)
-        bar.update()
-
-        stop = stop_signals.agreed()
+        # Processes begin an epoch at different times.
+        with misc.patience(misc.STEP_PATIENCE if step > first else misc.PATIENCE):
+            loss = backward(state, batches, vae, latent_factor, args.precision)
+            settle(state, meter, bad_steps, loader, first)  # the step before, while its weights are still there
+            state.take_step(loss, lr)
+            bar.update()
+            stop = stop_signals.agreed()
         due = args.save_every_steps and state.steps_done % args.save_every_steps == 0
         log = (step + 1) % LOG_EVERY == 0 or step + 1 == steps
         if log or stop or due:
@@ -123,8 +137,8 @@ def train_one_epoch(
             show(figures, bar, writer, epoch, state.steps_done)
         if stop or due:
             state.save(args)
+            misc.barrier()  # with more patience than the next step has
         if stop:
-            misc.barrier()
             raise Preempted(
                 f"by {stop_signals.heard or 'another process'}, saved after epoch {epoch}, step {step}; "
                 f"start the same command with --resume {args.output_dir} to continue"

@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benc
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 README_LINES = 250
 #: Flags in running text that are other programs'.
-FOREIGN_FLAGS = {"--max_restarts"}
+FOREIGN_FLAGS = {"--max_restarts", "--nnodes", "--local_addr"}
 #: Programs before they moved, which the README's table of changes names.
 FORMER = {"figures", "channel_order", "util.download", "util.packed", "util.checkpoint"}
 

@@ -50,6 +50,25 @@ def is_local_main_process() -> bool:
     return not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+# How long an operation of all processes waits for the slowest of them before it ends the run: usually, since the main
+# process computes metrics and writes files meanwhile; and in a training step. A lost machine may show by nothing else.
+PATIENCE, STEP_PATIENCE = timedelta(minutes=30), timedelta(minutes=5)
+
+
+def _set_patience(limit: timedelta) -> None:
+    if dist.is_initialized():
+        newer = hasattr(dist, "set_timeout")
+        dist.set_timeout(limit) if newer else dist.distributed_c10d._set_pg_timeout(limit)
+
+
+@contextmanager
+def patience(limit: timedelta) -> Iterator[None]:
+    """Operations of all processes that start within the block wait ``limit`` for the slowest, not ``PATIENCE``."""
+    _set_patience(limit)
+    yield
+    _set_patience(PATIENCE)
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if dist.is_initialized():
@@ -288,8 +307,7 @@ def join_group(device: torch.device) -> int:
             f"process 0 on {host} computes on {here}, process {different} on {other_host} on {there}: pass --device "
             "cuda to all; the machine that then has no CUDA device needs another driver, or a torch made for its own"
         )
-    # Others wait while the main process computes metrics and writes checkpoints, longer than NCCL's ten minutes.
-    options = {"timeout": timedelta(minutes=30), "store": store, "rank": rank, "world_size": world}
+    options = {"timeout": PATIENCE, "store": store, "rank": rank, "world_size": world}
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device, **options)
     else:
