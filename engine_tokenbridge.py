@@ -123,6 +123,7 @@ def train_one_epoch(
         if stop or due:
             state.save(args)
         if stop:
+            misc.by_main_process(state.saver.finish)
             misc.barrier()
             raise Preempted(
                 f"by {stop_signals.heard or 'another process'}, saved after epoch {epoch}, step {step}; "

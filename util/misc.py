@@ -119,7 +119,7 @@ def check_same(values: Mapping[str, Any], advice: str) -> None:
 class StopSignals:
     """Notes SIGTERM, SIGUSR1 and SIGINT, so that all processes can stop after the same step.
 
-    A context manager: leaving it restores the signals' former handlers. A second SIGINT interrupts at once.
+    A context manager: leaving it restores the signals' former handlers. A second SIGINT kills at once.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -140,7 +140,7 @@ class StopSignals:
 
     def _hear(self, number: int, frame: Any) -> None:
         self.heard = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # KeyboardInterrupt would wait for collectives and a checkpoint
 
     def agreed(self) -> bool:
         """Whether any process had a signal when all last exchanged; all processes must call this once a step."""
