@@ -14,10 +14,10 @@ import torch.distributed as dist
 
 import engine_tokenbridge
 from models.tokenbridge import TokenBridge
-from tests.conftest import SHORT, SMALL, TINY, described, load, same, training_state
+from tests.conftest import SMALL, described, load, same, training_state
+from tests.scripts.conftest import BASE
 from util import misc
 from util.checkpoint import read_run, saver
-from util.errors import UserError
 from util.training_state import TrainingState
 
 WAIT = 60  # seconds until what should have come is given up
@@ -25,23 +25,23 @@ WAIT = 60  # seconds until what should have come is given up
 
 def take_step(state: TrainingState) -> None:
     loss = state.model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]))
-    loss.backward()
+    state.scaler.scale(loss).backward()
     state.take_step(loss.detach(), 1e-3)
     state.settle()
 
 
 @pytest.fixture
 def slow_disk(monkeypatch):
-    """An event that files wait for once they are written, not yet under their name; and whether it came."""
-    event, came, write = threading.Event(), [], torch.save
+    """Files wait for it once they are written, not yet under their name, each for a release of its own."""
+    disk, came, write = threading.Semaphore(0), [], torch.save
 
     def slow(content, file):
         write(content, file)
-        came.append(event.wait(WAIT))
+        came.append(disk.acquire(timeout=WAIT))
 
     monkeypatch.setattr(torch, "save", slow)
-    event.came = came
-    return event
+    disk.came = came
+    return disk
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -51,13 +51,13 @@ def slow_disk(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_file_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch, precision):
     state, at_once, written, write = training_state(described(), precision=precision), io.BytesIO(), [], torch.save
-    copied, go = saver.snapshot, threading.Event()
+    save, go = saver.Saver.save, threading.Event()
 
-    def snapshot(content):
+    def both(self, path, content, keep_last):
         write(content, at_once)
-        return copied(content)
+        save(self, path, content, keep_last)
 
-    monkeypatch.setattr(saver, "snapshot", snapshot)
+    monkeypatch.setattr(saver.Saver, "save", both)
     monkeypatch.setattr(torch, "save", lambda *args: written.append(go.wait(WAIT)) or write(*args))
     take_step(state)
     state.save(Namespace(output_dir=str(tmp_path), keep_last=1))
@@ -70,7 +70,7 @@ def test_a_file_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch, pr
     assert written == [True] and (tmp_path / "checkpoint-last.pth").read_bytes() == at_once.getvalue()
 
 
-def test_a_snapshot_copies_each_storage_once(monkeypatch):
+def test_a_snapshot_copies_each_storage_once():
     whole = torch.arange(12.0).view(3, 4)
     content = {"whole": whole, "list": [whole.T, whole[1:, ::2]], "empty": torch.zeros(0), "half": whole.half(), "n": 1}
     result = saver.snapshot({"weights": TokenBridge(**SMALL).state_dict(), **content})
@@ -84,13 +84,13 @@ def test_a_snapshot_copies_each_storage_once(monkeypatch):
 # Runs on slow and full disks.
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(train, slow_disk, monkeypatch, tmp_path):
+def test_training_goes_on_while_a_checkpoint_is_written(train, slow_disk, monkeypatch):
     step = TrainingState.take_step
 
     def take_step(state, *args):  # of the next epoch, whose loader's processes were forked meanwhile
         step(state, *args)
         if state.steps_done == 6:
-            slow_disk.set()
+            slow_disk.release(2)
 
     monkeypatch.setattr(TrainingState, "take_step", take_step)
     folder = train("run", "--epochs 2 --save_last_freq 1 --num_workers 2")
@@ -100,25 +100,22 @@ def test_training_goes_on_while_a_checkpoint_is_written(train, slow_disk, monkey
 
 def test_a_save_waits_for_the_one_before_and_says_so_once(slow_disk, monkeypatch, tmp_path):
     state, said = training_state(described()), []
-    monkeypatch.setattr(saver.log, "warning", lambda message: said.append(message) or slow_disk.set())
-    for _ in range(2):
+    monkeypatch.setattr(saver.log, "warning", lambda message: said.append(message) or slow_disk.release())
+    for number in range(3):
         take_step(state)
+        if number == 2:
+            threading.Timer(0.5, slow_disk.release).start()
         state.save(Namespace(output_dir=str(tmp_path), keep_last=3))
-    slow_disk.clear()
-    take_step(state)
-    state.save(Namespace(output_dir=str(tmp_path), keep_last=3))
-    threading.Timer(0.5, slow_disk.set).start()
-    take_step(state)
-    state.save(Namespace(output_dir=str(tmp_path), keep_last=3))
+    slow_disk.release()
     state.saver.finish()
-    assert slow_disk.came == [True] * 4 and len(said) == 1 and "training waits for the disk" in said[0]
+    assert slow_disk.came == [True] * 3 and len(said) == 1 and "training waits for the disk" in said[0]
     names = ["checkpoint-last.2.pth", "checkpoint-last.1.pth", "checkpoint-last.pth"]
-    assert [load(tmp_path, name)["step"] for name in names] == [2, 3, 0]
+    assert [load(tmp_path, name)["step"] for name in names] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("end", ["later save", "end", "signal", "other error"])
-def test_a_full_disk_ends_a_run_with_one_line(refused, cached, trained, monkeypatch, tmp_path, end):
-    saves, steps, fsync, step = [], [], os.fsync, TrainingState.take_step
+def test_a_full_disk_ends_a_run_with_one_line(refused, cached, known_peak, monkeypatch, tmp_path, end):
+    saves, steps, step = [], [], TrainingState.take_step
 
     def full(number):
         saves.append(number)
@@ -127,19 +124,18 @@ def test_a_full_disk_ends_a_run_with_one_line(refused, cached, trained, monkeypa
     def take_step(state, *args):
         steps.append(step(state, *args))
         if end == "signal":
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGUSR1)
         elif end == "other error" and len(steps) == 3:
             raise RuntimeError("something else")
 
     monkeypatch.setattr(TrainingState, "take_step", take_step)
     monkeypatch.setattr(os, "fsync", full)
-    before = (trained / "checkpoint-last.pth").read_bytes()
     often = "--save_every_steps 2" if end in ("later save", "other error") else ""
-    common = f"{TINY} --warmup_epochs 1 --lr 1e-3 --use_cached --cached_path {cached} --epochs 3 {often}"
-    line = refused("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")
+    folder = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/run"
+    line = refused("main_tokenbridge", f"{BASE} {folder} --epochs 1 {often}")
     assert line.endswith("checkpoint-last.pth: No space left on device; free space or choose another folder")
     assert len(saves) == 1 and len(steps) == {"later save": 4, "end": 4, "signal": 1, "other error": 3}[end]
-    assert (trained / "checkpoint-last.pth").read_bytes() == before and fsync is not os.fsync
+    assert not list((tmp_path / "run").glob("*.pt*"))
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -151,9 +147,8 @@ def test_no_process_leaves_before_the_file_is_there(run_two, cached, monkeypatch
         monkeypatch.setattr(engine_tokenbridge, "Preempted", lambda _: SystemExit(0 if path.exists() else 1))
     else:
         monkeypatch.setattr(dist, "destroy_process_group", lambda: os._exit(0 if path.exists() else 1))
-    run_two(
-        "main_tokenbridge", f"{TINY} {SHORT} --epochs 1 --use_cached --cached_path {cached} --output_dir {path.parent}"
-    )
+    common = f"{BASE} --epochs 1 --use_cached --cached_path {cached}"
+    run_two("main_tokenbridge", f"{common} --output_dir {path.parent}")
     assert load(path.parent)["step"] == (1 if stopped else 0)
 
 
