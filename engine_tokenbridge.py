@@ -139,6 +139,7 @@ def train_one_epoch(
             state.save(args)
             misc.barrier()  # with more patience than the next step has
         if stop:
+            misc.by_main_process(state.saver.finish)
             raise Preempted(
                 f"by {stop_signals.heard or 'another process'}, saved after epoch {epoch}, step {step}; "
                 f"start the same command with --resume {args.output_dir} to continue"

@@ -296,7 +296,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
     vae = None if args.use_cached else run.vae
     total = args.epochs * state.steps_per_epoch
     bar = misc.progress(total=total, initial=state.steps_done, unit="step", desc="training")
-    with bar, misc.StopSignals(device) as stop_signals:
+    with bar, misc.StopSignals(device) as stop_signals, state.saver:
         for epoch in range(state.epoch, args.epochs):
             loader.sampler.set_epoch(epoch)
             loader.sampler.start = state.step * images_per_step
@@ -309,6 +309,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
                 state.save(args)
             if last or (epoch + 1) % args.eval_freq == 0:
                 evaluate_online(run, state.model if args.no_ema else state.average.module, epoch, writer)
+        misc.by_main_process(state.saver.finish)  # all end together, and with its error if there is one
     if writer is not None:
         writer.close()
 

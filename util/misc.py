@@ -209,7 +209,7 @@ class Arriving:
 class StopSignals:
     """Notes SIGTERM, SIGUSR1 and SIGINT, so that all processes can stop after the same step.
 
-    A context manager: leaving it restores the signals' former handlers. A second SIGINT interrupts at once.
+    A context manager: leaving it restores the signals' former handlers. A second SIGINT kills at once.
 
     Args:
         device: on which processes tell each other, so that the run needs no other network than that of its gradients.
@@ -232,7 +232,7 @@ class StopSignals:
 
     def _hear(self, number: int, frame: Any) -> None:
         self.heard = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # KeyboardInterrupt would wait for collectives and a checkpoint
 
     def agreed(self) -> bool:
         """Whether any process had a signal when all last exchanged; all processes must call this once a step."""

@@ -155,20 +155,6 @@ def test_a_signal_saves_after_its_step_and_handlers_are_put_back(train, trace, m
     assert torch.allclose(content["model_ema"]["class_emb.weight"], expected_average(trace, content), atol=1e-7)
 
 
-def test_a_second_interrupt_ends_a_run_at_once(train, trace, monkeypatch):
-    forward = TokenBridge.forward
-
-    def interrupted(*args):
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)
-        return forward(*args)
-
-    monkeypatch.setattr(TokenBridge, "forward", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train("run", "--epochs 3")
-    assert not trace.steps and not trace.saved
-
-
 def test_calibration_is_of_the_same_latents_from_images_as_from_their_cache(run, images, vae_path, train, tmp_path):
     cached = load(train("cached", "--epochs 1 --quant_calibrate --no_mirror"))["config"]
     data = f"--data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/images"
