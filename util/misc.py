@@ -292,7 +292,7 @@ def join_group(device: torch.device) -> int:
     """
     store, rank, world = next(dist.rendezvous("env://"))
     # Processes of different backends would wait for each other for ever, so devices are compared before.
-    asked = dist.PrefixStore(f"devices{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    asked = dist.PrefixStore("devices", store)
     asked.set(str(rank), f"{device.type} {socket.gethostname()}")
     told = [asked.get(str(other)).decode().split() for other in range(world)]
     if asked.add("have read", 1) == world:
