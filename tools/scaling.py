@@ -4,12 +4,10 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import inception_v3
 
@@ -52,6 +50,7 @@ ASSUMED = {
     "disk": (1.0, "GB a second that a checkpoint is written with"),
     "save_last_freq": (5, "epochs between two checkpoints"),
     "launch": (5.0, "microseconds that the launch of one operation takes"),
+    "launches": (35, "operations that a transformer block launches"),
     "num_iter": (256, "steps of sampling, with guidance"),
     "eval_bsz": (256, "images sampled at once on a GPU"),
 }
@@ -68,33 +67,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 # --------------------------------------------------------------------------------------------------------------------
 # What is counted.
-
-
-class Dispatched(TorchDispatchMode):
-    """Counts operations that compute something: on CUDA each is a launch, or more."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
-
-
-@cache
-@torch.no_grad()
-def dispatched(model: TokenBridge) -> tuple[int, int]:
-    """Operations of one step of sampling with guidance, by backbone and head, for any number of images.
-
-    They are rounded to hundreds, since PyTorch's versions differ. ``model`` is on the meta device.
-    """
-    with torch.device("meta"):
-        tokens, classes = torch.empty(2, model.seq_len, model.token_dim), model.class_emb.weight[:2]
-        known, wanted = torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1, dtype=torch.long)
-        with Dispatched() as backbone:
-            features = model.backbone(tokens, known, classes, wanted)
-        with Dispatched() as head:
-            model.head.sample(features[:, 0], 1.0, torch.empty(2, model.head.channel_steps))
-    return round(backbone.count, -2), round(head.count, -2)
 
 
 @torch.no_grad()
@@ -148,14 +120,19 @@ def all_reduce_seconds(size: float, count: int, gpu: Gpu, a: argparse.Namespace,
     return 2 * (count - 1) / count * size / rate
 
 
+def launches(model: TokenBridge, a: argparse.Namespace) -> tuple[int, int]:
+    """Of one step of sampling, by the backbone's blocks and by the head's, which run once a channel step."""
+    backbone = model.config["encoder_depth"] + model.config["decoder_depth"]
+    return a.launches * backbone, a.launches * model.head.depth * model.head.channel_steps
+
+
 def sampling_seconds(model: TokenBridge, gpu: Gpu, a: argparse.Namespace) -> tuple[float, float]:
     """Of a batch, by backbone and head: of each step, what its operations take or what launching them takes."""
-    plan = sampling_plan(SamplingOptions(a.num_iter, cfg=3.0), model.seq_len)
-    launches = [1e-6 * a.launch * count for count in dispatched(model)]
     rate, backbone, head = gpu.bf16 * a.utilization / a.eval_bsz, 0.0, 0.0
-    for step in plan:
-        backbone += max(2 * model.backbone_flops(step.masked) / rate, launches[0])
-        head += max((step.masked - step.left) * model.token_flops() / rate, launches[1])
+    waits = [1e-6 * a.launch * count for count in launches(model, a)]
+    for step in sampling_plan(SamplingOptions(a.num_iter), model.seq_len):
+        backbone += max(2 * model.backbone_flops(step.masked) / rate, waits[0])  # guidance doubles the batch
+        head += max((step.masked - step.left) * model.token_flops() / rate, waits[1])
     return backbone, head
 
 
@@ -249,14 +226,13 @@ def files(c: Counts, a: argparse.Namespace) -> str:
 def fid(c: Counts, a: argparse.Namespace) -> str:
     rows, images = [], 50_000
     for name, model in c.models.items():
-        backbone_launches, head_launches = dispatched(model)
         for kind, gpu in GPUS.items():
             batches = math.ceil(math.ceil(images / a.eval_bsz) / a.node)  # of one GPU
             parts = [batches * seconds for seconds in sampling_seconds(model, gpu, a)]
             parts.append(images * c.decode / gpu.bf16 / a.utilization / a.node)
             parts.append(images * c.inception / gpu.tf32 / a.utilization / a.node)
             minutes = [f"{seconds / 60:.1f}" for seconds in (*parts, sum(parts))]
-            rows.append([name, kind, f"{backbone_launches} + {head_launches}", *minutes])
+            rows.append([name, kind, " + ".join(f"{count:,}" for count in launches(model, a)), *minutes])
     header = ["model", "GPU", "launches a step", "backbone", "head", "VAE", "Inception", f"minutes on {a.node}"]
     return markdown(header, rows)
 
@@ -298,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args(argv)
     texts = pages(args)
-    print(texts[ROOT / "docs" / "scaling.md"])
+    print(texts[ROOT / "docs" / "scaling.md"], end="")
     if args.write:
         for path, text in texts.items():
             write_text(path, text)
