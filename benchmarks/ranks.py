@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--img_size", type=int, default=64, help="of the images whose latents are trained on")
     parser.add_argument("--processes", type=int, default=2, help="compared with one")
     parser.add_argument("--batch", type=int, default=16, help="images of a step in one process")
-    parser.add_argument("--images", type=int, default=1920, help="that each run sees")
+    parser.add_argument(
+        "--steps", type=int, default=60, help="of the processes together; other runs see as many images"
+    )
     args = parse(parser)
     hardware, several = machine(args.device), args.processes
     ways = {  # runs, processes of each, images of a step in each process
@@ -36,7 +38,7 @@ def main() -> None:
     }
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as cache:
-        write_cache(Path(cache), args.images, args.img_size // 16)
+        write_cache(Path(cache), args.steps * several * args.batch, args.img_size // 16)
         flags = f"--model {args.model} --img_size {args.img_size} --class_num 10 --num_workers 0 --epochs 1"
         flags += f" --use_cached --cached_path {cache} --device {args.device.type}"
         for _ in range(args.repeats):  # ways take turns, as everywhere

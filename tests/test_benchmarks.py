@@ -61,7 +61,7 @@ def test_the_diffusion_head_samples_what_it_should():
         ("sampling", "--model tokenbridge_tiny --num_iter 2 --ways release bf16"),
         ("training", "--model tokenbridge_tiny --ways release bf16"),
         ("loader", "--images 40 --workers 0"),
-        ("ranks", "--batch 2 --images 160"),
+        ("ranks", "--batch 2 --steps 40"),
     ],
 )
 def test_benchmarks_run(name, flags, tmp_path):
