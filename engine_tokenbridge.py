@@ -1,6 +1,7 @@
 """The loops: training, generation for evaluation, and caching of latents."""
 
 import math
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -59,6 +60,19 @@ def backward(
     return total
 
 
+def order_gradients(state: TrainingState, batch_size: int, precision: str) -> None:
+    """Computes gradients and forgets them: DDP lays gradients out anew by the order in which the first ones come.
+
+    The place of a gradient decides in which order those of more than two processes are added. A run that is resumed
+    so adds them as an unbroken one does, from its first step on.
+    """
+    latents = torch.zeros(batch_size, *state.model.latent_shape, device=state.device)
+    with misc.autocast(state.device, precision):
+        loss = state.wrapped(latents, torch.zeros(batch_size, dtype=torch.long, device=state.device))
+    loss.backward()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
 def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
     """The files of a step's images, ``images`` of them; steps count from this epoch's first batch of ``loader``."""
     indices = list(loader.sampler)[step * images : (step + 1) * images]
@@ -107,12 +121,13 @@ def train_one_epoch(
         lr = adjust_learning_rate(state.optimizer, epoch + step / steps, args)
         batches = list(islice(iterator, args.accum_iter))
         seed_everything(args.seed, misc.get_rank(), epoch, step)
-        loss = backward(state, batches, vae, latent_factor, args.precision)
-        settle(state, meter, bad_steps, loader, first)  # the step before, while its weights are still there
-        state.take_step(loss, lr)
-        bar.update()
-
-        stop = stop_signals.agreed()
+        # Processes begin an epoch at different times.
+        with misc.patience(misc.STEP_PATIENCE if step > first else misc.PATIENCE):
+            loss = backward(state, batches, vae, latent_factor, args.precision)
+            settle(state, meter, bad_steps, loader, first)  # the step before, while its weights are still there
+            state.take_step(loss, lr)
+            bar.update()
+            stop = stop_signals.agreed()
         due = args.save_every_steps and state.steps_done % args.save_every_steps == 0
         log = (step + 1) % LOG_EVERY == 0 or step + 1 == steps
         if log or stop or due:
@@ -122,8 +137,9 @@ def train_one_epoch(
             show(figures, bar, writer, epoch, state.steps_done)
         if stop or due:
             state.save(args)
+            misc.barrier()  # with more patience than the next step has
         if stop:
-            misc.barrier()
+            misc.by_main_process(state.saver.finish)
             raise Preempted(
                 f"by {stop_signals.heard or 'another process'}, saved after epoch {epoch}, step {step}; "
                 f"start the same command with --resume {args.output_dir} to continue"
@@ -199,21 +215,28 @@ def evaluate(
     interrupted continues where it stopped.
 
     Args:
+        folder: on a disk that all processes share (:func:`util.files.check_shared`).
         weights: what identifies the weights; images sampled from others are not taken for this run's.
 
     Raises:
-        UserError: ``num_images`` is not a multiple of the number of classes.
+        UserError: ``num_images`` is not a multiple of the number of classes, or the folder cannot be written.
     """
     check_num_images(settings.num_images, model.class_num)
     folder = SampleFolder(folder)
-    folder.prepare({"settings": asdict(settings), "weights": weights})
+    misc.by_main_process(lambda: folder.prepare({"settings": asdict(settings), "weights": weights}))
     total, size, rank, world = settings.num_images, settings.eval_bsz, misc.get_rank(), misc.get_world_size()
     chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
     if len(chunks) < world:
         misc.warn("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
+
+    def find_missing() -> list[range]:
+        there = folder.numbers()
+        if settings.save_confidence:
+            there &= folder.confidence.numbers()
+        return [chunk for chunk in chunks if not there.issuperset(chunk)]
+
     # All processes share what is missing, so that one whose images were lost has no more to do than others.
-    folders = [folder, folder.confidence] if settings.save_confidence else [folder]
-    missing = misc.from_main_process([chunk for chunk in chunks if not all(part.has(chunk) for part in folders)])
+    missing = misc.by_main_process(find_missing)
     with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
         bar.update(total - sum(map(len, missing)))
         for chunk in missing[rank::world]:
@@ -387,7 +410,8 @@ def cache_latents(
             for name, plain, flipped in zip(names, *moments, strict=True):
                 path = cached_file(cached_path, name)
                 counts += torch.tensor([1.0, float(path.exists())], device=device)
-                with written_whole(path) as file:
+                with written_whole(path, flush=False) as file:
                     np.savez(file, moments=plain, moments_flip=flipped)
+    os.sync()  # what was not flushed file by file, before the counts tell other processes that all is there
     written, replaced = (misc.all_reduce_mean(counts) * misc.get_world_size()).round().int().tolist()
     return written, replaced

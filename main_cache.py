@@ -10,7 +10,7 @@ from util.args import add_run_args, add_skip_arg, add_vae_arg, check_positive, c
 from util.checkpoint.load import fingerprint
 from util.config import Tokenizer, follow_tokenizer
 from util.datasets import check_same_inputs, loader_of_all
-from util.files import remove_parts, write_json
+from util.files import check_shared, remove_parts, write_json
 from util.loader import (
     CACHE_METADATA,
     PACKED_METADATA,
@@ -83,10 +83,10 @@ def main() -> None:
             "precision": args.precision,
             "split": args.split,
         }
-        check_same(args.cached_path, metadata)
+        misc.by_main_process(lambda: check_same(args.cached_path, metadata))
         if misc.is_main_process():
             remove_parts(Path(args.cached_path).rglob(".*.part"))
-        misc.barrier()  # all processes have looked before one writes
+        check_shared(args.cached_path)
         side = args.img_size // vae.stride
         bad_images = BadImages(args.cached_path) if args.skip_bad_images else None
         dataset = ImagesToCache(

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from engine_tokenbridge import channel_statistics, check_num_images, train_one_epoch
+from engine_tokenbridge import channel_statistics, check_num_images, order_gradients, train_one_epoch
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
 from models.quantizer import QUANTIZERS
 from models.sampling import ORDERS
@@ -284,6 +284,8 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
     if start.use == RESUME:
         state.load(start.content, start.path, args.freeze)
         start.content.clear()
+    if misc.get_world_size() > 2:
+        order_gradients(state, args.batch_size, args.precision)
     peak = misc.matmul_flops(device, args.precision)
     misc.log.info("whole batch %d, learning rate %.3g, matrix products at %.2f TFLOP/s", batch, args.lr, peak / 1e12)
     if state.epoch >= args.epochs:
@@ -294,7 +296,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
     vae = None if args.use_cached else run.vae
     total = args.epochs * state.steps_per_epoch
     bar = misc.progress(total=total, initial=state.steps_done, unit="step", desc="training")
-    with bar, misc.StopSignals(device) as stop_signals:
+    with bar, misc.StopSignals(device) as stop_signals, state.saver:
         for epoch in range(state.epoch, args.epochs):
             loader.sampler.set_epoch(epoch)
             loader.sampler.start = state.step * images_per_step
@@ -307,6 +309,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
                 state.save(args)
             if last or (epoch + 1) % args.eval_freq == 0:
                 evaluate_online(run, state.model if args.no_ema else state.average.module, epoch, writer)
+        misc.by_main_process(state.saver.finish)  # all end together, and with its error if there is one
     if writer is not None:
         writer.close()
 

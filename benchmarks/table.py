@@ -1,9 +1,10 @@
-"""Writes the tables of ``benchmarks/README.md`` from the files in ``benchmarks/results``."""
+"""Writes the tables of ``benchmarks/README.md`` and ``docs/training.md`` from the files in ``benchmarks/results``."""
 
 import re
 from pathlib import Path
 
 from benchmarks.common import table
+from benchmarks.memory import PARTS, smallest_gpu
 from util.files import read_json
 from util.tables import write_text
 
@@ -13,6 +14,7 @@ COMMANDS = {
     "head_speed": "python -m benchmarks.head_speed --model tokenbridge_large --tokens 1 4 16 64 --compile",
     "sampling": "python -m benchmarks.sampling --model tokenbridge_large --batch 256 --num_iter 64 --ways bf16",
     "training": "python -m benchmarks.training --model tokenbridge_large --batch 64 --compile --ways bf16",
+    "tokenizer": "python -m benchmarks.tokenizer --batch 64",
     "loader": "python -m benchmarks.loader --workers 0 8",
 }
 
@@ -57,8 +59,16 @@ def reached() -> dict[str, str]:
     }
 
 
+def memory() -> str:
+    """The table of docs/training.md: GiB, and the smallest GPU."""
+    rows = read_json(HERE / "results" / "memory.json")["rows"]
+    for row in rows:
+        row.update({part: f"{row[part]:.1f} ({smallest_gpu(row[part]) or 'no'} GB)" for part in PARTS})
+    return table(rows)
+
+
 def main() -> None:
-    """Fills in the README's tables."""
+    """Fills in the tables."""
     path = HERE / "README.md"
     text = path.read_text()
     for name, value in reached().items():
@@ -67,6 +77,9 @@ def main() -> None:
         before, _, rest = text.partition(f"<!-- {device} -->\n")
         text = f"{before}<!-- {device} -->\n{tables(device)}<!-- end -->{rest.partition('<!-- end -->')[2]}"
     write_text(path, text)
+    path = HERE.parent / "docs" / "training.md"
+    before, start, rest = path.read_text().partition("<!-- memory -->\n")
+    write_text(path, f"{before}{start}{memory()}<!-- end -->{rest.partition('<!-- end -->')[2]}")
 
 
 if __name__ == "__main__":

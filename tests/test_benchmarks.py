@@ -58,6 +58,7 @@ def test_the_diffusion_head_samples_what_it_should():
         ("head_speed", "--model tokenbridge_tiny --tokens 2 --precision fp32"),
         ("sampling", "--model tokenbridge_tiny --num_iter 2 --ways release bf16"),
         ("training", "--model tokenbridge_tiny --ways release bf16"),
+        ("tokenizer", "--img_size 32 --precision fp32"),
         ("loader", "--images 40 --workers 0"),
     ],
 )

@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benc
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 README_LINES = 250
 #: Flags in running text that are other programs'.
-FOREIGN_FLAGS = {"--max_restarts"}
+FOREIGN_FLAGS = {"--max_restarts", "--nnodes", "--local_addr", "--signal"}
 #: Programs before they moved, which the README's table of changes names.
 FORMER = {"figures", "channel_order", "util.download", "util.packed", "util.checkpoint"}
 
@@ -128,6 +128,13 @@ def test_links_lead_somewhere(page):
 def test_commands_are_accepted(page, capsys):
     refused = {shlex.join(call): why for call in commands(page.read_text()) if (why := refusal(call, capsys))}
     assert refused == {}
+
+
+@pytest.mark.parametrize("script", [path.name for path in (ROOT / "tools/slurm").glob("*.slurm")])
+def test_commands_of_slurm_scripts_are_accepted(script, capsys):
+    lines = (ROOT / "tools/slurm" / script).read_text().replace("\\\n", " ").splitlines()
+    (command,) = [shlex.split(line.removesuffix("&")) for line in lines if line.startswith("srun ")]
+    assert refusal(program(command), capsys) == ""
 
 
 def test_flags_in_running_text_exist():

@@ -49,6 +49,25 @@ def is_local_main_process() -> bool:
     return not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+# How long an operation of all processes waits for the slowest of them before it ends the run: usually, since the main
+# process computes metrics and writes files meanwhile; and in a training step. A lost machine may show by nothing else.
+PATIENCE, STEP_PATIENCE = timedelta(minutes=30), timedelta(minutes=5)
+
+
+def _set_patience(limit: timedelta) -> None:
+    if dist.is_initialized():
+        newer = hasattr(dist, "set_timeout")
+        dist.set_timeout(limit) if newer else dist.distributed_c10d._set_pg_timeout(limit)
+
+
+@contextmanager
+def patience(limit: timedelta) -> Iterator[None]:
+    """Operations of all processes that start within the block wait ``limit`` for the slowest, not ``PATIENCE``."""
+    _set_patience(limit)
+    yield
+    _set_patience(PATIENCE)
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if dist.is_initialized():
@@ -102,6 +121,29 @@ def by_main_process(work: Callable[[], Any]) -> Any:
     result, message = from_main_process((result, failed and str(failed)))
     if message is not None:
         raise failed or ToldByMain(message)
+    return result
+
+
+def in_all_processes(work: Callable[[], Any]) -> Any:
+    """What ``work``, run by every process, returns in this one.
+
+    ``work`` must make the same collective calls in every process, also where it fails.
+
+    Raises:
+        UserError: ``work`` raised one in some process; all end with it, and the main one prints it with the hosts.
+    """
+    result, failed = None, None
+    try:
+        result = work()
+    except UserError as error:
+        failed = str(error)
+    answers = from_all_processes((socket.gethostname(), failed))
+    messages = [message for _, message in answers if message is not None]
+    if messages:
+        hosts = ", ".join(sorted({host for host, message in answers if message is not None}))
+        end_all(
+            messages[0] + (f" ({len(messages)} of {len(answers)} processes, on {hosts})" if len(answers) > 1 else "")
+        )
     return result
 
 
@@ -166,7 +208,7 @@ class Arriving:
 class StopSignals:
     """Notes SIGTERM, SIGUSR1 and SIGINT, so that all processes can stop after the same step.
 
-    A context manager: leaving it restores the signals' former handlers. A second SIGINT interrupts at once.
+    A context manager: leaving it restores the signals' former handlers. A second SIGINT kills at once.
 
     Args:
         device: on which processes tell each other, so that the run needs no other network than that of its gradients.
@@ -189,7 +231,7 @@ class StopSignals:
 
     def _hear(self, number: int, frame: Any) -> None:
         self.heard = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # KeyboardInterrupt would wait for collectives and a checkpoint
 
     def agreed(self) -> bool:
         """Whether any process had a signal when all last exchanged; all processes must call this once a step."""
@@ -259,8 +301,7 @@ def processes(device: str | None = None, deterministic: bool = False) -> Iterato
         keep_freed_memory()
     elif not problem:
         torch.cuda.set_device(device)
-    # Others wait while the main process computes metrics and writes checkpoints, longer than NCCL's ten minutes.
-    hosts = join_group(device, problem, timeout=timedelta(minutes=30)) if launched() else 1
+    hosts = join_group(device, problem, timeout=PATIENCE) if launched() else 1
     if problem:
         raise UserError(problem)
     start_log()

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util import checkpoint, misc
 from util.checkpoint.load import load_optimizer, load_scaler, load_weights
+from util.checkpoint.saver import Saver
 from util.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
@@ -44,6 +45,7 @@ class TrainingState:
     Attributes:
         wrapped: the model that computes losses: in its DDP wrapper where there are several processes.
         epoch, step: the next step to take; epochs and an epoch's steps count from 0.
+        saver: writes the main process's checkpoints; its ``finish`` waits for the last one.
     """
 
     def __init__(self, model: nn.Module, args: argparse.Namespace, steps_per_epoch: int):
@@ -64,7 +66,7 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
         self.epoch, self.step = args.start_epoch, 0
         self._pending: tuple[Step, misc.Arriving] | None = None
-        self._saved_at: int | None = None
+        self.saver, self._saved_at = Saver(), None
 
     @property
     def steps_done(self) -> int:
@@ -110,15 +112,16 @@ class TrainingState:
     # Files.
 
     def save(self, args: argparse.Namespace) -> None:
-        """Writes ``checkpoint-last.pth`` from the main process, unless the newest one is of this very step.
+        """Starts to write the main process's ``checkpoint-last.pth``, unless the newest one is of this very step.
 
-        :meth:`settle` comes before.
+        The file holds what the run is at this moment, and is there when :attr:`saver` has finished. :meth:`settle`
+        comes before.
 
         Args:
             args: ``output_dir``, ``keep_last``, and everything else that the file is to tell of the run.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the one before could not be written.
         """
         if self._saved_at == self.steps_done or not misc.is_main_process():
             return
@@ -136,7 +139,7 @@ class TrainingState:
         }
         if self.scaler.is_enabled():
             content["scaler"] = self.scaler.state_dict()
-        checkpoint.save(Path(args.output_dir) / checkpoint.CHECKPOINT_NAME, content, args.keep_last)
+        self.saver.save(Path(args.output_dir) / checkpoint.CHECKPOINT_NAME, content, args.keep_last)
         self._saved_at = self.steps_done
 
     def load(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:

@@ -45,8 +45,17 @@ def test_a_cuda_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices.find_device("cuda:1") == (torch.device("cuda:1"), "")
-    with pytest.raises(UserError, match="there is no cuda:2 on .*, which has 2 CUDA devices"), misc.processes("cuda:2"):
+    with pytest.raises(UserError, match=r"no cuda:2 on .*, which has 2 CUDA devices"), misc.processes("cuda:2"):
         pass
+
+
+def test_a_machine_that_came_back_joins_others_that_were_restarted():
+    def start(rank: int) -> int:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # each launcher counts its own
+        with misc.processes("cpu"):
+            return misc.get_world_size()
+
+    assert forked(2, start)[0] == [2, 2]
 
 
 def test_a_process_on_cuda_joins_with_its_device(monkeypatch):

@@ -1,13 +1,13 @@
 """Seeds, and shares of several processes."""
 
-import os
 import signal
+import socket
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from tests.processes import forked, in_processes
+from tests.processes import in_processes
 from util import misc
 from util.errors import ToldByMain, UserError
 from util.rng import seed_everything
@@ -50,6 +50,23 @@ def test_the_main_process_decides_for_all_and_its_error_ends_all():
     answers = in_processes(3, fail)
     assert [str(answer) for answer in answers] == ["mend it 0"] * 3
     assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]  # which alone is printed
+
+
+def test_an_error_of_any_process_ends_all_and_names_its_host():
+    def work(rank: int, failing: int) -> int:
+        socket.gethostname = lambda: f"host{rank}"
+
+        def fail() -> int:
+            if rank >= failing:
+                raise UserError(f"mend it {rank}")
+            return rank
+
+        return misc.in_all_processes(fail)
+
+    assert in_processes(3, lambda rank: work(rank, 3)) == [0, 1, 2]
+    answers = in_processes(3, lambda rank: work(rank, 1))
+    assert [str(answer) for answer in answers] == ["mend it 1 (2 of 3 processes, on host1, host2)"] * 3
+    assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]
 
 
 def test_values_that_differ_end_all_processes():

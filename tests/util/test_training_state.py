@@ -153,6 +153,7 @@ def test_all_processes_go_on_from_what_the_main_one_read(tmp_path, precision):
 
     saved = step(state(0.5), 0.1)
     saved.save(argparse.Namespace(output_dir=str(tmp_path), keep_last=1))
+    saved.saver.finish()
 
     def resume(rank: int) -> tuple:
         resumed = state(float(rank))
