@@ -194,6 +194,7 @@ class SampleSettings:
     precision: str
     order: str = "random"
     confidence_noise: float = 0.0
+    first_place: str = "trained"
     save_confidence: bool = False
     vae_precision: str | None = None  # by default that of the model
 
@@ -259,7 +260,7 @@ def sample_chunk(
 ) -> tuple[Tensor, Tensor]:
     """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``."""
     labels = torch.tensor([number // (settings.num_images // model.class_num) for number in numbers])
-    names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise")
+    names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise", "first_place")
     options = {name: getattr(settings, name) for name in names}
     options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
     with misc.autocast(device, settings.precision):

@@ -16,6 +16,8 @@ from util.rng import ImageDraws
 
 #: Orders in which tokens can be generated.
 ORDERS = ("random", "raster", "confidence")
+#: Inputs of the head's first channel step: as in training, or as the release samples.
+FIRST_PLACES = ("trained", "released")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings, and what is given for each image.
