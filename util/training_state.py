@@ -201,8 +201,9 @@ class TrainingState:
         steps_there, processes_there = content.get("steps_per_epoch", steps), content.get("world_size", processes)
         self.epoch, self.step = content["epoch"] + 1, round(content.get("step", 0) * steps / steps_there)
         if (steps_there, processes_there) != (steps, processes):
+            differing = "draws" if steps_there == steps else "draws and order of images"
             misc.log.warning(
                 "%s was written by %d processes with %d steps an epoch, this run has %d with %d: it continues at the "
-                "same place of the epoch, but draws and order of images are not those of an unbroken run",
-                *(path, processes_there, steps_there, processes, steps),
+                "same place of the epoch, but its %s are not those of an unbroken run",
+                *(path, processes_there, steps_there, processes, steps, differing),
             )
