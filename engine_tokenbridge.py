@@ -1,6 +1,7 @@
 """The loops: training, generation for evaluation, and caching of latents."""
 
 import math
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -59,6 +60,19 @@ def backward(
     return total
 
 
+def order_gradients(state: TrainingState, batch_size: int, precision: str) -> None:
+    """Computes gradients and forgets them: DDP lays gradients out anew by the order in which the first ones come.
+
+    The place of a gradient decides in which order those of more than two processes are added. A run that is resumed
+    so adds them as an unbroken one does, from its first step on.
+    """
+    latents = torch.zeros(batch_size, *state.model.latent_shape, device=state.device)
+    with misc.autocast(state.device, precision):
+        loss = state.wrapped(latents, torch.zeros(batch_size, dtype=torch.long, device=state.device))
+    loss.backward()
+    state.optimizer.zero_grad(set_to_none=True)
+
+
 def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
     """The files of a step's images, ``images`` of them; steps count from this epoch's first batch of ``loader``."""
     indices = list(loader.sampler)[step * images : (step + 1) * images]
@@ -107,12 +121,13 @@ def train_one_epoch(
         lr = adjust_learning_rate(state.optimizer, epoch + step / steps, args)
         batches = list(islice(iterator, args.accum_iter))
         seed_everything(args.seed, misc.get_rank(), epoch, step)
-        loss = backward(state, batches, vae, latent_factor, args.precision)
-        settle(state, meter, bad_steps, loader, first)  # the step before, while its weights are still there
-        state.take_step(loss, lr)
-        bar.update()
-
-        stop = stop_signals.agreed()
+        # Processes begin an epoch at different times.
+        with misc.patience(misc.STEP_PATIENCE if step > first else misc.PATIENCE):
+            loss = backward(state, batches, vae, latent_factor, args.precision)
+            settle(state, meter, bad_steps, loader, first)  # the step before, while its weights are still there
+            state.take_step(loss, lr)
+            bar.update()
+            stop = stop_signals.agreed()
         due = args.save_every_steps and state.steps_done % args.save_every_steps == 0
         log = (step + 1) % LOG_EVERY == 0 or step + 1 == steps
         if log or stop or due:
@@ -122,8 +137,9 @@ def train_one_epoch(
             show(figures, bar, writer, epoch, state.steps_done)
         if stop or due:
             state.save(args)
+            misc.barrier()  # with more patience than the next step has
         if stop:
-            misc.barrier()
+            misc.by_main_process(state.saver.finish)
             raise Preempted(
                 f"by {stop_signals.heard or 'another process'}, saved after epoch {epoch}, step {step}; "
                 f"start the same command with --resume {args.output_dir} to continue"
@@ -178,6 +194,7 @@ class SampleSettings:
     precision: str
     order: str = "random"
     confidence_noise: float = 0.0
+    first_place: str = "trained"
     save_confidence: bool = False
     vae_precision: str | None = None  # by default that of the model
 
@@ -199,21 +216,28 @@ def evaluate(
     interrupted continues where it stopped.
 
     Args:
+        folder: on a disk that all processes share (:func:`util.files.check_shared`).
         weights: what identifies the weights; images sampled from others are not taken for this run's.
 
     Raises:
-        UserError: ``num_images`` is not a multiple of the number of classes.
+        UserError: ``num_images`` is not a multiple of the number of classes, or the folder cannot be written.
     """
     check_num_images(settings.num_images, model.class_num)
     folder = SampleFolder(folder)
-    folder.prepare({"settings": asdict(settings), "weights": weights})
+    misc.by_main_process(lambda: folder.prepare({"settings": asdict(settings), "weights": weights}))
     total, size, rank, world = settings.num_images, settings.eval_bsz, misc.get_rank(), misc.get_world_size()
     chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
-    if len(chunks) < world and rank == 0:
-        misc.log.warning("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
+    if len(chunks) < world:
+        misc.warn("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
+
+    def find_missing() -> list[range]:
+        there = folder.numbers()
+        if settings.save_confidence:
+            there &= folder.confidence.numbers()
+        return [chunk for chunk in chunks if not there.issuperset(chunk)]
+
     # All processes share what is missing, so that one whose images were lost has no more to do than others.
-    folders = [folder, folder.confidence] if settings.save_confidence else [folder]
-    missing = misc.from_main_process([chunk for chunk in chunks if not all(part.has(chunk) for part in folders)])
+    missing = misc.by_main_process(find_missing)
     with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
         bar.update(total - sum(map(len, missing)))
         for chunk in missing[rank::world]:
@@ -236,7 +260,7 @@ def sample_chunk(
 ) -> tuple[Tensor, Tensor]:
     """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``."""
     labels = torch.tensor([number // (settings.num_images // model.class_num) for number in numbers])
-    names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise")
+    names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise", "first_place")
     options = {name: getattr(settings, name) for name in names}
     options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
     with misc.autocast(device, settings.precision):
@@ -258,7 +282,7 @@ def decode_images(vae: AutoencoderKL, latents: Tensor, precision: str) -> Tensor
     for part in latents.float().split(size):
         with misc.autocast(latents.device, precision):
             parts.append(to_uint8(vae.decode(part.contiguous(memory_format=torch.channels_last))))
-    return torch.cat([part.cpu() for part in parts])  # the host waits once
+    return torch.cat(parts).cpu()  # the host waits once
 
 
 def check_num_images(num_images: int, class_num: int) -> None:
@@ -305,15 +329,15 @@ def held_out_likelihood(
     for batch, labels in loader:
         numbers = [rank + world * (done + i) for i in range(len(batch))]
         done += len(batch)
-        batch = batch.to(device, non_blocking=True)
+        batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
         posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
         draws = numbered_draws(seed, numbers)
-        latents = posterior.sample(draws.normal(*posterior.mean.shape[1:]).to(device)) * latent_factor
+        latents = posterior.sample(misc.to_device(draws.normal(*posterior.mean.shape[1:]), device)) * latent_factor
         orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
         for i, count in enumerate(counts):
-            mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0).to(device)
+            mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
             with misc.autocast(device, precision):
-                sums[0] += model(latents, labels.to(device), mask) * len(batch) / len(counts)
+                sums[0] += model(latents, labels, mask) * len(batch) / len(counts)
         sums[1] += len(batch)
     model.train(training)
     sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels
@@ -375,7 +399,7 @@ def cache_latents(
     Raises:
         UserError: a name leads out of ``cached_path``, or a file cannot be written.
     """
-    counts = torch.zeros(2, device=device)  # written, replaced
+    counts = torch.zeros(2)  # written, replaced
     with misc.progress(loader, unit="batch", desc="caching") as batches:
         for batch in batches:
             if batch is None:
@@ -386,8 +410,9 @@ def cache_latents(
                 moments = [vae.encode(view).parameters.float().cpu().numpy() for view in (images, images.flip(3))]
             for name, plain, flipped in zip(names, *moments, strict=True):
                 path = cached_file(cached_path, name)
-                counts += torch.tensor([1.0, float(path.exists())], device=device)
-                with written_whole(path) as file:
+                counts += torch.tensor([1.0, float(path.exists())])
+                with written_whole(path, flush=False) as file:
                     np.savez(file, moments=plain, moments_flip=flipped)
-    written, replaced = (misc.all_reduce_mean(counts) * misc.get_world_size()).round().int().tolist()
+    os.sync()  # what was not flushed file by file, before the counts tell other processes that all is there
+    written, replaced = (misc.all_reduce_mean(counts.to(device)) * misc.get_world_size()).round().int().tolist()
     return written, replaced

@@ -14,7 +14,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, misc
 from util.errors import UserError
-from util.files import write_json
+from util.files import check_shared, write_json
 from util.metrics import TITLES, Evaluator, provenance, table
 from util.plots import write_search
 from util.sample_folder import SampleFolder
@@ -38,17 +38,24 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator 
     """Everything that metrics need, loaded before the first image is made; None for pictures alone.
 
     Raises:
-        UserError: some of it is missing.
+        UserError: some of it is missing, or the processes do not share the folder of the images.
     """
-    if args.no_metrics or not (args.evaluate or args.online_eval):
+    if not (args.evaluate or args.online_eval):
+        return None
+    check_shared(args.output_dir)
+    if args.no_metrics:
         return None
     if args.fid_stats is None and args.reference is None:
         args.fid_stats = ADM_STATS
-    if args.fid_stats is not None and not Path(args.fid_stats).is_file():
-        raise UserError(
-            f"no FID statistics at {args.fid_stats}: put ADM's for ImageNet 256 there, make others with "
-            "main_metrics.py --save_stats and name them with --fid_stats, or pass --no_metrics for pictures alone"
-        )
+
+    def check_stats() -> None:
+        if args.fid_stats is not None and not Path(args.fid_stats).is_file():
+            raise UserError(
+                f"no FID statistics at {args.fid_stats}: put ADM's for ImageNet 256 there, make others with "
+                "main_metrics.py --save_stats and name them with --fid_stats, or pass --no_metrics for pictures alone"
+            )
+
+    misc.by_main_process(check_stats)
     return Evaluator(args.inception_weights, args.fid_stats, args.reference, device, args.eval_bsz, args.num_workers)
 
 
@@ -67,9 +74,16 @@ def identity(path: str | Path | None) -> dict[str, str | int] | None:
 
 
 def weights_identity(args: argparse.Namespace, path: Path) -> dict:
-    """Identifies the weights of a checkpoint and of its tokenizer: samples of others are made anew."""
-    vae_file = checkpoint.located(args.vae_path, checkpoint.VAE_NAMES)
-    return {"ema": not args.no_ema, "model": identity(path), "vae": identity(vae_file)}
+    """Identifies the weights of a checkpoint and of its tokenizer: samples of others are made anew.
+
+    The main process's files count for all: other machines may have none, or copies of other times.
+    """
+
+    def identify() -> dict:
+        vae_file = checkpoint.located(args.vae_path, checkpoint.VAE_NAMES)
+        return {"ema": not args.no_ema, "model": identity(path), "vae": identity(vae_file)}
+
+    return misc.by_main_process(identify)
 
 
 def measured_against(args: argparse.Namespace) -> dict:
@@ -86,7 +100,7 @@ def sample_and_measure(
     """
     args, settings = run.args, sampling_settings(run.args, cfg, temperature)
     folder = evaluate(model, run.vae, run.latent_factor, path, settings, run.device, weights)
-    images = folder.images(args.num_images)
+    images = misc.in_all_processes(lambda: folder.images(args.num_images))
     if misc.is_main_process():
         folder.write_grid(images)
         if args.save_confidence:
@@ -116,12 +130,18 @@ def sample_and_measure(
 
 def finished_before(run: Run, path: Path, cfg: float, temperature: float, weights: dict) -> dict[str, float]:
     """The metrics of this pair that an interrupted search by the same command has left; empty if there are none."""
-    folder = SampleFolder(path)
-    before = folder.results()
-    made_with = {"settings": asdict(sampling_settings(run.args, cfg, temperature)), "weights": weights}
-    done = run.evaluator is not None and folder.is_of({**made_with, "measured_against": measured_against(run.args)})
-    misc.barrier()  # all processes have looked before one writes
-    return {name: before[name] for name in ("images", *TITLES) if name in before} if done else {}
+    if run.evaluator is None:
+        return {}
+
+    def look() -> dict[str, float]:
+        folder = SampleFolder(path)
+        made_with = {"settings": asdict(sampling_settings(run.args, cfg, temperature)), "weights": weights}
+        if not folder.is_of({**made_with, "measured_against": measured_against(run.args)}):
+            return {}
+        before = folder.results()
+        return {name: before[name] for name in ("images", *TITLES) if name in before}
+
+    return misc.by_main_process(look)
 
 
 def search(run: Run, model: TokenBridge, weights: dict) -> None:
@@ -157,9 +177,8 @@ def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWri
     for cfg, temperature in product(dict.fromkeys([1.0, *args.cfg]), args.temperature) if args.online_eval else ():
         name = f"cfg{cfg:g}" + (f"-t{temperature:g}" if len(args.temperature) > 1 else "")
         path = Path(args.output_dir) / "online_eval" / f"epoch{epoch:04d}-{name}"
-        if misc.is_main_process():
-            SampleFolder(path).remove_images()  # perhaps of another run: a restarted one does not come back here
-        misc.barrier()
+        # They may be of another run: a restarted one does not come back here.
+        misc.by_main_process(SampleFolder(path).remove_images)
         figures = sample_and_measure(run, model, path, cfg, temperature, {"epoch": epoch, "ema": not args.no_ema})
         scalars |= {f"eval/{key}-{name}": value for key, value in figures.items() if key in TITLES}
     if writer is not None:

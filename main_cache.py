@@ -6,11 +6,11 @@ from pathlib import Path
 from engine_tokenbridge import cache_latents
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_run_args, add_skip_arg, add_vae_arg, check_positive, new_parser
+from util.args import add_run_args, add_skip_arg, add_vae_arg, check_positive, check_same_flags, new_parser
 from util.checkpoint.load import fingerprint
 from util.config import Tokenizer, follow_tokenizer
-from util.datasets import loader_of_all
-from util.files import remove_parts, write_json
+from util.datasets import check_same_inputs, loader_of_all
+from util.files import check_shared, remove_parts, write_json
 from util.loader import (
     CACHE_METADATA,
     PACKED_METADATA,
@@ -66,10 +66,11 @@ def check_same(cached_path: str | Path, metadata: dict) -> None:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with misc.processes(args.device, args.deterministic) as device:
         check_positive(args, "img_size", "batch_size")
         if not args.cached_path:
             raise errors.UserError("--cached_path is missing: name the folder to write the cache to")
+        check_same_flags(args)
         seed_everything(args.seed + misc.get_rank())
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         defaults = get_args_parser().parse_args([])
@@ -82,10 +83,10 @@ def main() -> None:
             "precision": args.precision,
             "split": args.split,
         }
-        check_same(args.cached_path, metadata)
+        misc.by_main_process(lambda: check_same(args.cached_path, metadata))
         if misc.is_main_process():
             remove_parts(Path(args.cached_path).rglob(".*.part"))
-        misc.barrier()  # all processes have looked before one writes
+        check_shared(args.cached_path)
         side = args.img_size // vae.stride
         bad_images = BadImages(args.cached_path) if args.skip_bad_images else None
         dataset = ImagesToCache(
@@ -95,6 +96,7 @@ def main() -> None:
             cached_path=args.cached_path,
             shape=(2 * vae.embed_dim, side, side),
         )
+        check_same_inputs({args.split: dataset}, vae)
         loader = loader_of_all(dataset, device, args, collate_fn=collate_present)
 
         metadata_path = Path(args.cached_path) / CACHE_METADATA

@@ -36,7 +36,7 @@ def main() -> None:
     args = get_args_parser().parse_args()
     with misc.processes(args.device) as device:
         check_args(args)
-        images = PlainImages(args.images, args.img_size)
+        images = misc.in_all_processes(lambda: PlainImages(args.images, args.img_size))
         evaluator = Evaluator(
             args.inception_weights, args.fid_stats, args.reference, device, args.batch_size, args.num_workers
         )

@@ -1,6 +1,7 @@
 """Trains a TokenBridge, or samples from one (torchrun or plain python)."""
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from engine_tokenbridge import channel_statistics, check_num_images, train_one_epoch
+from engine_tokenbridge import channel_statistics, check_num_images, order_gradients, train_one_epoch
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
 from models.quantizer import QUANTIZERS
-from models.sampling import ORDERS
+from models.sampling import FIRST_PLACES, ORDERS
 from models.tokenbridge import CHECKPOINTED, MODELS, SIZES, TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, errors, misc
@@ -25,12 +26,13 @@ from util.args import (
     check_bits,
     check_positive,
     check_range,
+    check_same_flags,
     new_parser,
 )
 from util.checkpoint import finetune
 from util.checkpoint.load import load_weights
 from util.config import EVALUATE, FINETUNE, RESUME, Start, Tokenizer, add_model_args, resolve
-from util.datasets import Data, cache_metadata, data_root, load_data, loader_of_all, training_loader
+from util.datasets import Data, cache_metadata, check_same_inputs, data_root, load_data, loader_of_all, training_loader
 from util.files import remove_parts, write_json
 from util.loader import ImageFolder, evenly_spaced
 from util.meters import BadSteps
@@ -85,7 +87,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--eval_freq", type=int, default=40, help="epochs between two measurements during training")
     sample.add_argument("--eval_bsz", type=int, default=64, help="images sampled at once on each device")
     sample.add_argument("--num_images", type=int, default=50000, help="over all classes evenly")
-    add_sampling_args(sample, ORDERS)
+    add_sampling_args(sample, ORDERS, FIRST_PLACES)
     sample.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale, or several to search")
     sample.add_argument("--temperature", type=float, nargs="+", default=1.0, help="or several to search")
     sample.add_argument("--gen_seed", type=int, default=0, help="with an image's number, the seed of that image")
@@ -161,10 +163,27 @@ def check_args(args: argparse.Namespace) -> None:
 def open_start(args: argparse.Namespace) -> Start:
     """The checkpoint that ``--resume`` or ``--finetune`` names; a fresh start without one.
 
-    ``--resume`` with the run's own ``--output_dir`` is a fresh start, or one from ``--finetune``, until it holds one.
+    The main process reads it, so that the file need not lie on other machines; these have a Start without content.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
+    """
+    content = {}
+
+    def read() -> Start:
+        start = read_start(args)
+        content.update(start.content)
+        return dataclasses.replace(start, content={})
+
+    if args.resume and not (args.evaluate or args.evaluate_nll or checkpoint.hub.is_address(args.resume)):
+        checkpoint.check_newest(args.resume)
+    return dataclasses.replace(misc.by_main_process(read), content=content)
+
+
+def read_start(args: argparse.Namespace) -> Start:
+    """:func:`open_start` by this process alone.
+
+    ``--resume`` with the run's own ``--output_dir`` is a fresh start, or one from ``--finetune``, until it holds one.
     """
     measuring = args.evaluate or args.evaluate_nll
     if args.resume:
@@ -221,8 +240,8 @@ def calibrate(
     return {"channel_mean": mean, "channel_std": deviation}
 
 
-def build_model(args: argparse.Namespace, config: dict, start: Start) -> TokenBridge:
-    """The model that ``config`` describes, on the CPU, with the weights of the checkpoint that the run starts from.
+def build_model(args: argparse.Namespace, config: dict, start: Start, device: torch.device) -> TokenBridge:
+    """The model that ``config`` describes, with the weights of the checkpoint that the run starts from, or drawn ones.
 
     A run that is resumed gets its weights later, with the rest of its state.
 
@@ -233,13 +252,18 @@ def build_model(args: argparse.Namespace, config: dict, start: Start) -> TokenBr
         model = MODELS[args.model](**config)
     except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
         raise errors.UserError(errors.reason(error)) from error
-    if start.use == FINETUNE:
-        finetune.start_from(model, start.content, start.config, start.path, ema=not args.no_ema)
-    elif start.use == EVALUATE:
-        load_weights(model, start.content, start.path, ema=not args.no_ema)
-    else:
-        return model
-    start.content.clear()  # it may lie in memory
+
+    def load() -> None:
+        if start.use == FINETUNE:
+            finetune.start_from(model, start.content, start.config, start.path, ema=not args.no_ema)
+        elif start.use == EVALUATE:
+            load_weights(model, start.content, start.path, ema=not args.no_ema)
+
+    misc.by_main_process(load)
+    if start.use != RESUME:
+        start.content.clear()  # it may lie in memory
+    model.to(device)
+    misc.share(model.state_dict().values())
     return model
 
 
@@ -260,6 +284,8 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
     if start.use == RESUME:
         state.load(start.content, start.path, args.freeze)
         start.content.clear()
+    if misc.get_world_size() > 2:
+        order_gradients(state, args.batch_size, args.precision)
     peak = misc.matmul_flops(device, args.precision)
     misc.log.info("whole batch %d, learning rate %.3g, matrix products at %.2f TFLOP/s", batch, args.lr, peak / 1e12)
     if state.epoch >= args.epochs:
@@ -270,7 +296,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
     vae = None if args.use_cached else run.vae
     total = args.epochs * state.steps_per_epoch
     bar = misc.progress(total=total, initial=state.steps_done, unit="step", desc="training")
-    with bar, misc.StopSignals() as stop_signals:
+    with bar, misc.StopSignals(device) as stop_signals, state.saver:
         for epoch in range(state.epoch, args.epochs):
             loader.sampler.set_epoch(epoch)
             loader.sampler.start = state.step * images_per_step
@@ -283,6 +309,7 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
                 state.save(args)
             if last or (epoch + 1) % args.eval_freq == 0:
                 evaluate_online(run, state.model if args.no_ema else state.average.module, epoch, writer)
+        misc.by_main_process(state.saver.finish)  # all end together, and with its error if there is one
     if writer is not None:
         writer.close()
 
@@ -290,8 +317,9 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with misc.processes(args.device, args.deterministic) as device:
         check_args(args)
+        check_same_flags(args)
         measuring = args.evaluate or args.evaluate_nll
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)
@@ -300,13 +328,14 @@ def main() -> None:
         if args.evaluate:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
         data = {split: load_data(args, split, tokenizer) for split in splits}
+        check_same_inputs(data, vae)
         seed_everything(args.seed + misc.get_rank())
         if args.quant_calibrate and config["channel_mean"] is None:
             config |= calibrate(args, data["train"], vae, tokenizer, device)
-        model = build_model(args, config, start)
+        model = build_model(args, config, start, device)
         model.metadata = {"model": args.model, "latent_factor": tokenizer.latent_factor}
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
-        model, vae = model.to(device), None if vae is None else vae.to(device, memory_format=torch.channels_last)
+        vae = None if vae is None else vae.to(device, memory_format=torch.channels_last)
         held_out = loader_of_all(data["val"], device, args) if "val" in data else None
         loader = None if measuring else training_loader(data["train"], device, args)
         run = Run(args, device, vae, tokenizer.latent_factor, make_evaluator(args, device), held_out)

@@ -12,9 +12,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_mirror_arg, add_run_args, add_skip_arg, check_positive, new_parser
+from util.args import add_mirror_arg, add_run_args, add_skip_arg, check_positive, check_same_flags, new_parser
 from util.checkpoint import save_vae
 from util.config import check_stride
+from util.datasets import check_same_inputs
 from util.loader import BadImages, ImageFolder, image_transform, make_loader
 from util.lr_sched import adjust_learning_rate
 from util.rng import seed_everything
@@ -110,13 +111,15 @@ def measure_latent_factor(vae: AutoencoderKL, loader: DataLoader, device: torch.
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with misc.processes(args.device, args.deterministic) as device:
         check_positive(args, "img_size", "batch_size", "vae_embed_dim", "ch", "epochs", "num_res_blocks", "lr")
         check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
+        check_same_flags(args)
         seed_everything(args.seed + misc.get_rank())
         bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
         folder = Path(args.data_path) / "train"
         dataset = ImageFolder(folder, image_transform(args.img_size), mirror=args.mirror, bad_images=bad_images)
+        check_same_inputs({"train": dataset}, None)
         sampler = DistributedSampler(dataset, misc.get_world_size(), misc.get_rank(), seed=args.seed)
         loader = make_loader(dataset, args, device, sampler=sampler, drop_last=True)
         if not len(loader):

@@ -15,10 +15,18 @@ from engine_tokenbridge import channel_statistics
 from models.quantizer import QUANTIZERS, ScalarQuantizer, calibrated_bounds
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_quantizer_args, add_run_args, add_vae_arg, check_bits, check_positive, new_parser
+from util.args import (
+    add_quantizer_args,
+    add_run_args,
+    add_vae_arg,
+    check_bits,
+    check_positive,
+    check_same_flags,
+    new_parser,
+)
 from util.config import check_stride
-from util.datasets import loader_of_all
-from util.files import write_json
+from util.datasets import check_same_inputs, loader_of_all
+from util.files import check_shared, write_json
 from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
 from util.loader import ImageFolderWithFilename, existing_folder, image_transform
 from util.metrics import (
@@ -47,6 +55,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--range", type=float, default=5.0, help="latents are clipped to [-range, range]")
     add_quantizer_args(parser, QUANTIZERS, default="gaussian")
     parser.add_argument("--images_per_class", type=int, default=50, help="takes the first of each, by name")
+    text = "of decoded values to bytes; down: as the paper's Table 1 was measured"
+    parser.add_argument("--rounding", choices=["nearest", "down"], default="nearest", help=text)
     parser.add_argument("--sweep", action="store_true", help="all levels and ranges of the paper's Table 1")
     parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for rFID against it")
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
@@ -191,7 +201,7 @@ def reconstruct(
     Args:
         calibration: ``channel_mean`` and ``channel_std``, or nothing.
         folder: where every image is written, to ``real/`` and ``recon/``; None writes none.
-        args: ``seed``, ``quantizer`` and ``precision``.
+        args: ``seed``, ``quantizer``, ``precision`` and ``rounding``.
 
     Returns:
         by column title, :data:`PICTURE_ROWS` images to show; Inception's features of the originals, batch by batch; and
@@ -208,7 +218,7 @@ def reconstruct(
 
     def decode(latents: Tensor) -> Tensor:
         with misc.autocast(device, args.precision):
-            return to_uint8(vae.decode(latents / latent_factor))
+            return to_uint8(vae.decode(latents / latent_factor), args.rounding)
 
     def save(part: str, images: Tensor) -> None:
         for number, image in zip(numbers, images, strict=True) if folder else ():
@@ -318,6 +328,8 @@ def write_picture(path: Path, pictures: dict[str, list[Tensor]]) -> None:
 def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
     """What rFID and Inception Score need; None with ``--no_metrics``, or where it is missing and no flag names it.
 
+    All processes have it or none.
+
     Raises:
         UserError: a file that a flag names is missing or damaged.
     """
@@ -328,18 +340,19 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator 
     except errors.UserError as error:
         if args.fid_stats or args.inception_weights:
             raise
-        misc.log.warning("without rFID and Inception Score: %s", error)
+        misc.warn("without rFID and Inception Score: %s", error)
         return None
 
 
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with misc.processes(args.device, args.deterministic) as device:
         check_bits(args.bits, "--bits", continuous=True)
         check_positive(args, "range", "images_per_class", "img_size", "batch_size")
         if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
             raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
+        check_same_flags(args)
         root = existing_folder(args.image_dir, "image folder")
         root = root / "train" if (root / "train").is_dir() else root
         dataset = ImageFolderWithFilename(root, image_transform(args.img_size))
@@ -348,6 +361,7 @@ def main() -> None:
         chosen = Subset(dataset, [i for i, label in enumerate(classes) if i < n or classes[i - n] != label])
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         check_stride(args.img_size, vae.stride)
+        check_same_inputs({"the folder": dataset}, vae)
         evaluator = make_evaluator(args, device)
         if evaluator is not None:
             warn_if_few(len(chosen), "images")
@@ -355,6 +369,9 @@ def main() -> None:
         bound = "calibrated" if args.quant_calibrate else f"r{args.range}"
         name = "sweep" if args.sweep else f"{kind}_b{args.bits}_{bound}"
         folder = Path(args.output_dir) / f"{name}_n{n}"
+        images_to = None if args.sweep else folder  # a sweep has eight reconstructions of each image
+        if images_to is not None:
+            check_shared(folder)
         for part in ("", "real", "recon"):
             empty_of_images(folder / part)
 
@@ -364,7 +381,6 @@ def main() -> None:
             measured = channel_statistics(vae, loader, vae.embed_dim, latent_factor, device, args.precision)
             calibration = dict(zip(("channel_mean", "channel_std"), measured, strict=True))
         settings = list(TABLE_1) if args.sweep else [Setting(args.bits, args.range)]
-        images_to = None if args.sweep else folder  # a sweep has eight reconstructions of each image
         pictures, features, all_stats = reconstruct(
             vae, latent_factor, loader, settings, calibration, evaluator, images_to, args
         )

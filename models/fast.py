@@ -71,10 +71,22 @@ class FastDropout(nn.Dropout):
 # plain products, since the fused kernel is 2 to 8 times slower there, most of all its bf16 backward pass.
 
 
+#: Most M x H in a call of the fused kernel: CUDA's limit for two of a grid's axes, which some versions do not look at.
+LAUNCH_ROWS = 2**16 - 1
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, drop: float) -> Tensor:
+    """:func:`attend` by PyTorch's kernel, :data:`LAUNCH_ROWS` at a time."""
+    kernel, rows = partial(F.scaled_dot_product_attention, dropout_p=drop, is_causal=causal), LAUNCH_ROWS // q.shape[1]
+    if len(q) <= rows:
+        return kernel(q, k, v)
+    return torch.cat([kernel(*part) for part in zip(*(x.split(rows) for x in (q, k, v)), strict=True)])
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, drop: float = 0.0) -> Tensor:
     """Softmax attention ``[M, H, N, d]`` with scale 1/sqrt(d); a ``mask [N, N]`` must be the causal one."""
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=drop, is_causal=mask is not None)
+        return fused(q, k, v, mask is not None, drop)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores + mask.to(scores.dtype)
@@ -134,7 +146,8 @@ class LossInParts(torch.autograd.Function):
     """The head's loss and its gradients, ``rows`` tokens at a time, so that the activations of no more are held.
 
     They are most of a training step's memory, 16 channel steps for each token. Nothing is computed twice: gradients are
-    taken while a part's activations are there, and scaled in the backward pass.
+    taken while a part's activations are there, and scaled in the backward pass. They are those of the sum of losses:
+    at the logits within [-1, 1], which fp16 holds whatever the scale that the loss only gets later.
     """
 
     @staticmethod
@@ -146,7 +159,9 @@ class LossInParts(torch.autograd.Function):
             with torch.enable_grad():
                 z = z.detach().requires_grad_(for_backbone)
                 logits = head(z, part).flatten(0, 1).float()
-                loss = F.cross_entropy(logits, part.flatten(), reduction="sum") / classes.numel()
+                loss = F.cross_entropy(logits, part.flatten(), reduction="sum")
+            # As every backward pass: with autocast, sums over rows would be of float32 copies.
+            with torch.autocast(features.device.type, enabled=False):
                 grads = list(torch.autograd.grad(loss, [*[z] * for_backbone, *learned], materialize_grads=True))
             total += loss.detach()
             if for_backbone:
@@ -156,11 +171,13 @@ class LossInParts(torch.autograd.Function):
             elif learned:
                 torch._foreach_add_(sums, grads)
         ctx.save_for_backward(torch.cat(feature_grads) if for_backbone else None, *sums)
-        return total
+        ctx.losses = classes.numel()
+        return total / ctx.losses
 
     @staticmethod
     def backward(ctx, scale: Tensor) -> tuple[Tensor | None, ...]:
         features, *learned = ctx.saved_tensors
+        scale = scale / ctx.losses
         scaled = torch._foreach_mul(learned, scale) if learned else ()
         return None, None, None if features is None else features * scale, None, *scaled
 
@@ -229,10 +246,8 @@ class FastChannelHead(ChannelHead):
     def loss(self, features: Tensor, targets: Tensor) -> Tensor:
         kind, learned = features.device.type, [p for p in self.parameters() if p.requires_grad]
         rows = max(1, TRAINING_BUDGET.get(kind, 2**25) // (self.channel_steps * self.dim))
-        # In fp16, gradients need the scale that the loss only gets later.
-        fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         training = torch.is_grad_enabled() and (features.requires_grad or learned)
-        if len(features) <= rows or not training or fp16:
+        if len(features) <= rows or not training:
             return super().loss(features, targets)
         return LossInParts.apply(self, rows, features, self.to_classes(targets[:, self.generation_order]), *learned)
 
@@ -297,6 +312,8 @@ def compile_blocks(model: nn.Module) -> None:
     sampling step takes another one. To be called on the model's device: on CUDA, the head's sampling of few tokens
     becomes one launch, too.
     """
+    # Else programs compiled within DDP are cut where its buckets end, to send gradients early. A block is short enough.
+    torch._dynamo.config.optimize_ddp = False
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(dynamic=True)

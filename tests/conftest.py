@@ -4,12 +4,10 @@ import argparse
 import contextlib
 import importlib
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -26,6 +24,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.vae import AutoencoderKL
+from tests import processes
 from tests.fill import deterministic_fill
 from tests.hub_server import serving
 from tests.scripts.trace import Trace
@@ -253,44 +252,10 @@ def trace(monkeypatch) -> Trace:
     return trace
 
 
-def _run_as(rank: int, port: int, script: str, command: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
-    torch.set_num_threads(1)  # the threads of the process that was forked are not there
-    sys.argv = [f"{script}.py", *command.split()]
-    try:
-        errors.run(importlib.import_module(script).main)
-    except BaseException as error:
-        traceback.print_exc()
-        os._exit(0 if isinstance(error, SystemExit) and not error.code else 1)
-    os._exit(0)
-
-
 @pytest.fixture
 def run_two():
-    """``run_two("main_cache", "--flag value")``: in two processes, as torchrun would, that share what is patched here.
-
-    They are forked: what took seconds to import is there.
-    """
-
-    def run(script: str, command: str) -> None:
-        importlib.import_module(script)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        fork = multiprocessing.get_context("fork")
-        ranks = [fork.Process(target=_run_as, args=(rank, port, script, f"{command} --device cpu")) for rank in (0, 1)]
-        for process in ranks:
-            process.start()
-        try:
-            for process in ranks:
-                process.join(120)
-            assert [process.exitcode for process in ranks] == [0, 0]
-        finally:
-            for process in ranks:
-                process.kill()
-
-    return run
+    """See :func:`tests.processes.run_two`."""
+    return processes.run_two
 
 
 def torchrun(command: str, processes: int = 2) -> subprocess.CompletedProcess:

@@ -16,7 +16,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benc
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 README_LINES = 250
 #: Flags in running text that are other programs'.
-FOREIGN_FLAGS = {"--max_restarts", "--signal"}
+FOREIGN_FLAGS = {"--max_restarts", "--nnodes", "--local_addr", "--signal"}
 #: Programs before they moved, which the README's table of changes names.
 FORMER = {"figures", "channel_order", "util.download", "util.packed", "util.checkpoint"}
 
@@ -92,7 +92,10 @@ def all_parsers() -> list[argparse.ArgumentParser]:
     """Every parser of the project's programs, those of subcommands included."""
     modules = [path.stem for path in [*ROOT.glob("main_*.py"), ROOT / "reconstruction.py"]]
     modules += [f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"]
-    modules += [f"benchmarks.{name}" for name in ("quantizer", "head_speed", "sampling", "training", "loader")]
+    modules += [
+        f"benchmarks.{name}"
+        for name in ("quantizer", "head_speed", "sampling", "training", "loader", "ranks", "curves")
+    ]
     parsers = [parser_of(module) for module in modules]
     actions = [action for parser in parsers for action in parser._actions]
     nested = [action.choices.values() for action in actions if isinstance(action, argparse._SubParsersAction)]

@@ -83,7 +83,7 @@ def plot(shares: Tensor, order: list[int], cutoff: float) -> Figure:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with misc.processes(args.device, args.deterministic) as device:
         check_positive(args, "patch_size", "num_images", "batch_size", "cutoff")
         check_range(args, 0, 1, "cutoff")
         check_range(args, 0, math.inf, "num_workers", "seed")

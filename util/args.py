@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from util.errors import UserError
-from util.misc import PRECISIONS
+from util.misc import PRECISIONS, check_same
 
 
 def new_parser(description: str, module: str | None = None) -> argparse.ArgumentParser:
@@ -23,6 +23,8 @@ def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, pr
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not")
     group.set_defaults(pin_mem=True)
     group.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    text = "on CUDA, compute the same bits in every run, more slowly; on the CPU they are the same anyhow"
+    group.add_argument("--deterministic", action="store_true", help=text)
     group.add_argument("--precision", choices=PRECISIONS, default=precision, help="of autocast; fp32 means none")
 
 
@@ -65,7 +67,7 @@ def add_quantizer_args(parser: argparse.ArgumentParser, quantizers: Sequence[str
     parser.add_argument("--quant_calibrate", action="store_true", help=text)
 
 
-def add_sampling_args(parser: argparse.ArgumentParser, orders: Sequence[str]) -> None:
+def add_sampling_args(parser: argparse.ArgumentParser, orders: Sequence[str], first_places: Sequence[str]) -> None:
     """Adds the flags of the steps, guidance schedule and order in which tokens are sampled."""
     parser.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
     parser.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear")
@@ -73,6 +75,8 @@ def add_sampling_args(parser: argparse.ArgumentParser, orders: Sequence[str]) ->
     parser.add_argument("--order", choices=orders, default="random", help=text)
     text = "Gumbel noise on confidences, falling to 0 over the steps"
     parser.add_argument("--confidence_noise", type=float, default=0.0, help=text)
+    text = "input of the head's first channel step: as in training, or as the release samples (the paper's results)"
+    parser.add_argument("--first_place", choices=first_places, default="trained", help=text)
 
 
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:
@@ -94,3 +98,22 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: it must be above zero")
+
+
+#: Flags that may differ between machines: of paths, the files' contents matter.
+OF_A_MACHINE = (
+    "device",
+    "num_workers",
+    "pin_mem",
+    "data_path",
+    "image_dir",
+    "cached_path",
+    "cached_val_path",
+    "vae_path",
+)
+
+
+def check_same_flags(args: argparse.Namespace) -> None:
+    """Raises UserError, on all processes, unless all were started with the same flags."""
+    flags = {f"--{name}": value for name, value in vars(args).items() if name not in OF_A_MACHINE}
+    check_same(flags, "start all processes with the same flags")

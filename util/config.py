@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from util.args import add_quantizer_args, add_vae_arg
 from util.errors import UserError
-from util.misc import log
+from util.misc import log, warn
 
 # --------------------------------------------------------------------------------------------------------------------
 # The published tokenizer, KL-16: assumed for files that do not describe theirs.
@@ -324,7 +324,7 @@ def check_config(
             if fact.unlike_published == "warn" and here.get(fact.name) not in (fact.published, None)
         )
         if other:
-            log.warning("%s does not describe itself; published models have %s", path, other)
+            warn("%s does not describe itself; published models have %s", path, other)
     # Checkpoints without these entries are older than the choice.
     same_channels = len(here["channel_order"]) == len(KL16_CHANNEL_ORDER)
     assumed = {fact.name: fact.published for fact in FACTS if fact.unlike_published == "refuse"}

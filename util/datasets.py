@@ -1,10 +1,14 @@
 """The data sets that a run's flags name: images or cached moments, found, opened, and dealt to processes."""
 
 import argparse
+import hashlib
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from util import misc
@@ -74,13 +78,33 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Dat
     return dataset
 
 
+def check_same_inputs(data: Mapping[str, Data], vae: nn.Module | None) -> None:
+    """Compares names and classes of images, by split, and the tokenizer's weights, over all processes.
+
+    Raises:
+        UserError: they differ, as where machines have disks of their own.
+    """
+    read = {} if vae is None else {"the tokenizer's checksum": misc.checksum(vae.state_dict().values())}
+    for split, dataset in data.items():
+        digest = hashlib.sha256()
+        for path, label in dataset.samples:
+            digest.update(os.fsencode(f"{os.path.basename(path)} {label}\n"))
+        read[f"the list of images in {split}"] = f"{len(dataset)} images {digest.hexdigest()[:16]}"
+    misc.check_same(read, "all machines must read the same files")
+
+
 def training_loader(dataset: Data, device: torch.device, args: argparse.Namespace) -> DataLoader:
     """Shuffled whole batches, this process's share of every epoch.
+
+    The images of a step, and which of them are mirrored, depend on the whole batch alone: not on the number of
+    processes and of batches a step that it is divided among.
 
     Raises:
         UserError: there are not enough images for one step.
     """
-    sampler = ShuffledRankSampler(dataset, misc.get_world_size(), misc.get_rank(), shuffle=True, seed=args.seed)
+    # An epoch that does not divide evenly is cut: padded, it may have a step more on many processes than on one.
+    options = {"shuffle": True, "seed": args.seed, "drop_last": True}
+    sampler = ShuffledRankSampler(dataset, misc.get_world_size(), misc.get_rank(), **options)
     # Workers start anew with each epoch, so that they know which of its images are mirrored.
     loader = make_loader(dataset, args, device, sampler=sampler, drop_last=True, persistent_workers=False)
     if len(loader) < args.accum_iter:

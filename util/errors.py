@@ -37,7 +37,7 @@ PREEMPTED_STATUS = 75  # EX_TEMPFAIL
 
 def lost_process(error: RuntimeError) -> bool:
     """Whether ``error`` is what a collective operation raises when another process has ended or does not take part."""
-    signs = ("gloo", "NCCL", "Connection closed")
+    signs = ("gloo", "NCCL", "Connection closed", "pair closure")
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 

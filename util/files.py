@@ -1,21 +1,27 @@
-"""Files that are written whole or not at all, and JSON and npz files that are read without running code."""
+"""Files written whole or not at all, folders shared by all processes, JSON and npz files read without running code."""
 
 import json
 import os
+import socket
+import time
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from util import misc
 from util.errors import UserError, reason
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[BinaryIO]:
+def written_whole(path: str | Path, flush: bool = True) -> Iterator[BinaryIO]:
     """A binary file to write; it replaces ``path`` when the block ends without an error, and is flushed to disk before.
+
+    Args:
+        flush: False for one of many files that ``os.sync`` flushes together, before anything calls them complete.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; ``path`` is as it was.
@@ -31,7 +37,8 @@ def written_whole(path: str | Path) -> Iterator[BinaryIO]:
         with open(beside, "rb") as written:
             if os.fstat(written.fileno()).st_mode != mode:
                 os.fchmod(written.fileno(), mode)
-            os.fsync(written.fileno())
+            if flush:
+                os.fsync(written.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
         # torch.save wraps the file system's error in a RuntimeError.
@@ -50,6 +57,52 @@ def remove_parts(paths: Iterable[Path]) -> None:
     for path in paths:
         if path.name.startswith(".") and path.name.endswith(".part"):
             path.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Folders that all processes share.
+
+PATIENCE = 60.0  # seconds for which network file systems may show what was there before (NFS: acdirmax)
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Whether ``condition`` holds, asked again for up to :data:`PATIENCE` seconds until it does."""
+    end = time.monotonic() + PATIENCE
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(min(1.0, PATIENCE / 10))
+    return holds
+
+
+def check_shared(folder: str | Path) -> None:
+    """Makes ``folder``, and makes sure that all processes see in it what the main one writes there.
+
+    Raises:
+        UserError: some do not, after :data:`PATIENCE` seconds, or it cannot be written; all processes end with it.
+    """
+    if misc.get_world_size() == 1:
+        return
+    token = Path(folder) / misc.from_main_process(f".{socket.gethostname()}.{time.time_ns()}.part")
+
+    def write() -> None:
+        with written_whole(token):
+            pass
+
+    def look() -> None:
+        if not wait_until(token.exists):
+            raise UserError(
+                f"{folder} must be on a disk that all machines share: what the main process writes is missing"
+            )
+
+    misc.by_main_process(write)
+    try:
+        misc.in_all_processes(look)
+    finally:
+        if misc.is_main_process():
+            token.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# JSON, paths and arrays.
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:

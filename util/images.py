@@ -15,9 +15,10 @@ from util.files import written_whole
 from util.misc import barrier, is_main_process
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] (clipped) to bytes, round(255 (x + 1) / 2); any shape."""
-    return (255 * (images.float() + 1) / 2).clamp(0, 255).round().to(torch.uint8)
+def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
+    """Images in [-1, 1] (clipped) to bytes, 255 (x + 1) / 2 rounded to the ``nearest`` or ``down``; any shape."""
+    values = (255 * (images.float() + 1) / 2).clamp(0, 255)
+    return (values.round() if rounding == "nearest" else values).to(torch.uint8)
 
 
 def save_png(image: Tensor, path: str | Path) -> None:

@@ -21,7 +21,7 @@ from util.args import check_range
 from util.crop import center_crop_arr
 from util.errors import UserError, reason
 from util.files import inside, read_arrays
-from util.misc import get_rank, get_world_size, log
+from util.misc import get_rank, get_world_size, warn
 
 #: The description of a cache, and of a packed one: tokenizer, image size, number of images.
 CACHE_METADATA, PACKED_METADATA = "cache.json", "packed.json"
@@ -116,7 +116,7 @@ class BadImages:
         paths = [self.folder / f"bad_images-rank{rank}.txt" for rank in range(get_world_size())]
         lines = {line for path in paths if path.exists() for line in path.read_bytes().splitlines()}
         if lines:
-            log.warning("%d images cannot be read and are left out: %s/bad_images-rank*.txt", len(lines), self.folder)
+            warn("%d images cannot be read and are left out: %s/bad_images-rank*.txt", len(lines), self.folder)
         return len(lines)
 
 

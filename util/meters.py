@@ -1,6 +1,7 @@
 """What a training loop records: means of losses, speed, and the steps that were not finite."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -40,9 +41,10 @@ class Meter:
         norms = torch.stack(self.norms)
         seconds = (time.perf_counter() - self.started) / len(self.losses)
         self.losses, self.norms, self.started = [], [], time.perf_counter()
+        norm = norms.where(norms.isfinite(), math.nan).nanmean().item()  # fp16 skips steps whose gradients overflow
         return {
             "train/loss": loss,
-            "train/grad_norm": norms[norms.isfinite()].mean().item(),  # fp16 skips steps whose gradients overflow
+            "train/grad_norm": norm,
             "speed/images_per_second": self.images / seconds,
             "speed/model_flops_utilization": self.flops / seconds / self.peak_flops,
             "speed/memory_gib": misc.memory_in_use(self.device),
@@ -80,4 +82,4 @@ class BadSteps:
                 f"{self.count}); its images are listed in {self.path}; lower the learning rate, check the data, or "
                 "allow more with --max_bad_steps"
             )
-        misc.log.warning("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)
+        misc.warn("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)

@@ -120,9 +120,10 @@ def extract_features(
 
     Each process computes those of its share of the images; all processes return those of all.
     """
+    misc.check_same({"the number of images": len(images)}, "all processes must see the same folder or file")
     share = RankSampler(len(images), misc.get_rank(), misc.get_world_size())
-    if len(images) < misc.get_world_size() and misc.is_main_process():
-        misc.log.warning("%d images for %d processes: some have nothing to do", len(images), misc.get_world_size())
+    if len(images) < misc.get_world_size():
+        misc.warn("%d images for %d processes: some have nothing to do", len(images), misc.get_world_size())
     loader = DataLoader(images, batch_size=batch_size, sampler=share, num_workers=num_workers)
     batches: list[tuple[Tensor, Tensor]] = []
     with misc.progress(total=len(images), unit="img", desc="Inception") as bar:
@@ -173,7 +174,7 @@ def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:
 def warn_if_few(count: int, what: str) -> None:
     """Warns that FID is biased if there are fewer images than features."""
     if count < 2048:
-        misc.log.warning("%d %s are fewer than Inception's 2048 features: FID is biased", count, what)
+        misc.warn("%d %s are fewer than Inception's 2048 features: FID is biased", count, what)
 
 
 def compute_metrics(
@@ -212,7 +213,7 @@ class Evaluator:
         reference: folder or ``.npz`` of reference images, or None.
 
     Raises:
-        UserError: one of these files is missing or has the wrong content.
+        UserError: one of these files is missing or has the wrong content; all processes end with it.
     """
 
     def __init__(
@@ -225,9 +226,14 @@ class Evaluator:
         num_workers: int,
     ):
         self.device, self.loading = device, (batch_size, num_workers)
-        self.stats = load_statistics(fid_stats) if fid_stats else None
-        images = PlainImages(reference) if reference else None  # errors of it before Inception is fetched
-        self.inception = load_inception(inception_weights, device)
+
+        def read_references() -> tuple[dict[str, np.ndarray] | None, PlainImages | None]:
+            measures = fid_stats and misc.is_main_process()
+            return load_statistics(fid_stats) if measures else None, PlainImages(reference) if reference else None
+
+        # All processes have all of it, or all end; errors of the references come before Inception is fetched.
+        self.stats, images = misc.in_all_processes(read_references)
+        self.inception = misc.in_all_processes(lambda: load_inception(inception_weights, device))
         self.reference = None
         if images:
             self.reference = self.features(images)

@@ -1,6 +1,7 @@
 """Processes, seeds, logging, precision, and the optimizer's parameter groups."""
 
 import ctypes
+import hashlib
 import logging
 import math
 import os
@@ -12,14 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.errors import ToldByMain, UserError
+from util.devices import described, find_device, join_group, launched, make_deterministic
+from util.errors import ToldByMain, UserError, where
 
 log = logging.getLogger("tokenbridge")
 
@@ -47,6 +49,25 @@ def is_local_main_process() -> bool:
     return not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+# How long an operation of all processes waits for the slowest of them before it ends the run: usually, since the main
+# process computes metrics and writes files meanwhile; and in a training step. A lost machine may show by nothing else.
+PATIENCE, STEP_PATIENCE = timedelta(minutes=30), timedelta(minutes=5)
+
+
+def _set_patience(limit: timedelta) -> None:
+    if dist.is_initialized():
+        newer = hasattr(dist, "set_timeout")
+        dist.set_timeout(limit) if newer else dist.distributed_c10d._set_pg_timeout(limit)
+
+
+@contextmanager
+def patience(limit: timedelta) -> Iterator[None]:
+    """Operations of all processes that start within the block wait ``limit`` for the slowest, not ``PATIENCE``."""
+    _set_patience(limit)
+    yield
+    _set_patience(PATIENCE)
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if dist.is_initialized():
@@ -71,6 +92,20 @@ def from_main_process(value: Any) -> Any:
     return box[0]
 
 
+def from_all_processes(value: Any) -> list:
+    """Each process's ``value`` (plain types), in order, on all processes."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def end_all(message: str) -> NoReturn:
+    """Ends all processes, each of which must call this, with a UserError that the main one alone prints."""
+    raise UserError(message) if is_main_process() else ToldByMain(message)
+
+
 def by_main_process(work: Callable[[], Any]) -> Any:
     """What ``work``, run by the main process alone, returns there (plain types): on all processes.
 
@@ -83,11 +118,32 @@ def by_main_process(work: Callable[[], Any]) -> Any:
             result = work()
         except UserError as error:
             failed = error
-    result, message = from_main_process((result, str(failed)))
-    if failed is not None:
-        raise failed
-    if message != str(None):
-        raise ToldByMain(message)
+    result, message = from_main_process((result, failed and str(failed)))
+    if message is not None:
+        raise failed or ToldByMain(message)
+    return result
+
+
+def in_all_processes(work: Callable[[], Any]) -> Any:
+    """What ``work``, run by every process, returns in this one.
+
+    ``work`` must make the same collective calls in every process, also where it fails.
+
+    Raises:
+        UserError: ``work`` raised one in some process; all end with it, and the main one prints it with the hosts.
+    """
+    result, failed = None, None
+    try:
+        result = work()
+    except UserError as error:
+        failed = str(error)
+    answers = from_all_processes((socket.gethostname(), failed))
+    messages = [message for _, message in answers if message is not None]
+    if messages:
+        hosts = ", ".join(sorted({host for host, message in answers if message is not None}))
+        end_all(
+            messages[0] + (f" ({len(messages)} of {len(answers)} processes, on {hosts})" if len(answers) > 1 else "")
+        )
     return result
 
 
@@ -97,38 +153,73 @@ def check_same(values: Mapping[str, Any], advice: str) -> None:
     Raises:
         UserError: some differ, on all processes; the main one prints which, where, and ``advice``.
     """
-    if not dist.is_initialized():
-        return
-    gathered = [None] * get_world_size()
-    dist.all_gather_object(gathered, (socket.gethostname(), dict(values)))
+    (_, here), *others = gathered = from_all_processes((socket.gethostname(), dict(values)))
+    for rank, (host, there) in enumerate(others, start=1):
+        for name in here:
+            if there[name] != here[name]:
+                differing = sum(values[name] != here[name] for _, values in gathered)
+                end_all(
+                    f"{name} is {here[name]} in process 0, but {there[name]} in process {rank} on {host} "
+                    f"({differing} of {len(gathered)} processes differ); {advice}"
+                )
 
-    def compare() -> None:
-        _, here = gathered[0]
-        for rank, (host, there) in enumerate(gathered):
-            for name, value in there.items():
-                if value != here[name]:
-                    different = [r for r, (_, others) in enumerate(gathered) if others[name] != here[name]]
-                    raise UserError(
-                        f"{name} is {here[name]} in process 0, but {value} in process {rank} on {host} "
-                        f"({len(different)} of {len(gathered)} processes differ); {advice}"
-                    )
 
-    by_main_process(compare)
+def share(tensors: Iterable[Tensor]) -> None:
+    """Overwrites ``tensors``, of equal shapes on all processes, with the main process's."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Sixteen digits that tell tensors from those of which a single bit differs."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = [tensor.detach().flatten() for tensor in tensors]
+    sums = torch.stack([values.view(integers[values.element_size()]).sum() for values in flat])
+    return hashlib.sha256(str(sums.tolist()).encode()).hexdigest()[:16]
+
+
+class Arriving:
+    """A tensor on its way to the host: reading it waits for what computes it, not for what the device does later.
+
+    Args:
+        value: the tensor; on CUDA it is copied.
+        work: an asynchronous operation that writes it.
+    """
+
+    def __init__(self, value: Tensor, work: dist.Work | None = None):
+        self.value, self.work, self.event = value, work, None
+        if value.is_cuda:
+            if work is not None:
+                work.wait()  # on CUDA, only later operations wait
+            self.value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def read(self) -> Tensor:
+        """The tensor on the host."""
+        if self.event is not None:
+            self.event.synchronize()
+        elif self.work is not None:
+            self.work.wait()
+        return self.value
 
 
 class StopSignals:
     """Notes SIGTERM, SIGUSR1 and SIGINT, so that all processes can stop after the same step.
 
-    A context manager: leaving it restores the signals' former handlers. A second SIGINT interrupts at once.
+    A context manager: leaving it restores the signals' former handlers. A second SIGINT kills at once.
+
+    Args:
+        device: on which processes tell each other, so that the run needs no other network than that of its gradients.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         self.heard: str | None = None
-        # Asked on the CPU and answered a step later: the device is not waited for.
-        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-        self.answer, self.pending = torch.zeros(()), None
+        self.device = device
+        self.answer: Arriving | None = None
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self._hear) for number in self.NUMBERS}
@@ -140,17 +231,16 @@ class StopSignals:
 
     def _hear(self, number: int, frame: Any) -> None:
         self.heard = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # KeyboardInterrupt would wait for collectives and a checkpoint
 
     def agreed(self) -> bool:
         """Whether any process had a signal when all last exchanged; all processes must call this once a step."""
-        if self.group is None:
+        if not dist.is_initialized():
             return self.heard is not None
-        if self.pending is not None:
-            self.pending.wait()
-        stop = bool(self.answer)
-        self.answer = torch.tensor(float(self.heard is not None))
-        self.pending = dist.all_reduce(self.answer, group=self.group, async_op=True)
+        # Answered a step later: neither is the device waited for, nor another process.
+        stop = self.answer is not None and bool(self.answer.read())
+        heard = torch.full((), float(self.heard is not None), device=self.device)
+        self.answer = Arriving(heard, dist.all_reduce(heard, async_op=True))
         return stop
 
 
@@ -180,38 +270,46 @@ def keep_freed_memory() -> None:
 
 
 def start_log() -> None:
-    """Sends the main process's log to standard error; other processes log nothing."""
-    log.handlers = [logging.StreamHandler()]  # made anew, since tests replace sys.stderr
-    log.setLevel(logging.INFO if is_main_process() else logging.CRITICAL)
+    """Sends the main process's log to standard error, and of others, by their number, what warns."""
+    handler = logging.StreamHandler()  # made anew, since tests replace sys.stderr
+    handler.setFormatter(logging.Formatter(f"{where()}%(message)s"))
+    log.handlers = [handler]
+    log.setLevel(logging.INFO if is_main_process() else logging.WARNING)
+
+
+def warn(message: str, *args: Any) -> None:
+    """Logs a warning that every process has: the main one says it for all."""
+    if is_main_process():
+        log.warning(message, *args)
 
 
 @contextmanager
-def processes(device: str | None = None) -> Iterator[torch.device]:
-    """Joins torchrun's process group, if there is one (nccl on CUDA, gloo on the CPU); yields this process's device.
+def processes(device: str | None = None, deterministic: bool = False) -> Iterator[torch.device]:
+    """Joins torchrun's process group, if there is one, and starts the log; yields this process's device.
 
     Args:
         device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where there is one.
+        deterministic: see :func:`util.devices.make_deterministic`.
 
     Raises:
-        UserError: there is no CUDA device, but ``device`` is one.
+        UserError: there is no such device; or processes have different ones.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but this machine has no CUDA device that torch can use; pass --device cpu")
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if deterministic:
+        make_deterministic()
+    device, problem = find_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    elif device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else device.index or 0)
+    elif not problem:
         torch.cuda.set_device(device)
-    if launched:
-        # Others wait while the main process computes metrics and writes checkpoints, longer than NCCL's ten minutes.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    hosts = join_group(device, problem, timeout=PATIENCE) if launched() else 1
+    if problem:
+        raise UserError(problem)
     start_log()
+    log.info("computing on %s", described(device, hosts))
     yield device
     # Not after an error: the others may wait in a collective operation, and this would wait for them. The launcher ends
     # them when this process ends.
-    if launched:
+    if launched():
         dist.destroy_process_group()
 
 
@@ -278,6 +376,16 @@ def matmul_flops(device: torch.device, precision: str) -> float:
         if best > 0.05:  # long enough for the clock
             break
     return 2 * size**3 / best
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on ``device``; from the host to CUDA through pinned memory.
+
+    A plain ``x.to(device)`` waits until the device has done all that it was given before; this one does not.
+    """
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def memory_in_use(device: torch.device) -> float:

@@ -5,6 +5,7 @@ images in each shard), ``names.json`` (``class/file`` of every image), ``checksu
 ``[N, 2]``) and ``shard-NNNNN.npy``, ``[n, 2, 2C, h, w]``: moments of each image and of its mirror image.
 """
 
+import os
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -172,6 +173,7 @@ def unpack(cache: PackedCache, root: str | Path, num_workers: int) -> None:
     metadata = {name: value for name, value in cache.metadata.items() if name not in own}
     write_json(Path(root) / CACHE_METADATA, {**metadata, "complete": False})
     for index, views in enumerate(read_all(cache, num_workers)):
-        with written_whole(cached_file(root, cache.name(index))) as file:
+        with written_whole(cached_file(root, cache.name(index)), flush=False) as file:
             np.savez(file, **dict(zip(VIEWS, views.numpy(), strict=True)))
+    os.sync()  # before the cache is called complete
     write_json(Path(root) / CACHE_METADATA, {**metadata, "complete": True})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from util import misc
 from util.errors import UserError
-from util.files import write_json, written_whole
+from util.files import wait_until, write_json, written_whole
 from util.images import save_grid, save_png
 from util.metrics import PlainImages
 
@@ -49,9 +49,10 @@ class SampleFolder:
         for number, image in zip(numbers, images, strict=True):
             save_png(image, self.image_path(number))
 
-    def has(self, numbers: Iterable[int]) -> bool:
-        """Whether all these images are there."""
-        return all(self.image_path(number).exists() for number in numbers)
+    def numbers(self) -> set[int]:
+        """The numbers of the images that are there."""
+        paths = [path for path in self.path.glob("*.png") if path.stem.isdecimal()]
+        return {int(path.stem) for path in paths if path == self.image_path(int(path.stem))}
 
     # ----------------------------------------------------------------------------------------------------------------
     # What the images were made with.
@@ -72,20 +73,20 @@ class SampleFolder:
     def prepare(self, made_with: Mapping[str, Mapping]) -> None:
         """Keeps the images that an interrupted run with the same settings and weights left, and removes others.
 
-        All processes wait for the main one.
+        One process does this for all.
         """
-        if misc.is_main_process() and not self.is_of(made_with):
-            before = self.results()
-            if self.remove_images():
-                entries = [
-                    (name, (before.get(part) or {}).get(name), value)
-                    for part, values in made_with.items()
-                    for name, value in values.items()
-                ]
-                changes = ", ".join(f"{name} {old} then, {new} now" for name, old, new in entries if old != new)
-                misc.log.info("replacing the images of another run in %s: %s", self, changes)
-            write_json(self.results_path, made_with)
-        misc.barrier()
+        if self.is_of(made_with):
+            return
+        before = self.results()
+        if self.remove_images():
+            entries = [
+                (name, (before.get(part) or {}).get(name), value)
+                for part, values in made_with.items()
+                for name, value in values.items()
+            ]
+            changes = ", ".join(f"{name} {old} then, {new} now" for name, old, new in entries if old != new)
+            misc.log.info("replacing the images of another run in %s: %s", self, changes)
+        write_json(self.results_path, made_with)
 
     def remove_images(self) -> int:
         """Removes the numbered images and maps of confidence, and folders that are then empty; counts the images."""
@@ -101,11 +102,12 @@ class SampleFolder:
     # All images of the folder.
 
     def images(self, count: int) -> PlainImages:
-        """The images, in order.
+        """The images, in order; looks again for a minute where some are missing, which other machines wrote.
 
         Raises:
             UserError: there are not ``count`` of them.
         """
+        wait_until(lambda: self.numbers().issuperset(range(count)))
         images = PlainImages(self.path)
         if len(images) != count:
             raise UserError(f"{self} holds {len(images)} images, not {count}; run the same command again")

@@ -13,15 +13,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util import checkpoint, misc
 from util.checkpoint.load import load_optimizer, load_scaler, load_weights
+from util.checkpoint.saver import Saver
 from util.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
 class Step(NamedTuple):
-    """A step that was computed, and taken if loss and gradient were finite."""
+    """A step that was computed, and taken if its gradient was finite."""
 
     loss: Tensor  # on the device
     norm: Tensor  # of the gradient before clipping, on the device
-    finite: Tensor  # whether the step was taken; in fp16 whether the loss was finite, the scaler sees to the gradient
+    finite: Tensor  # whether loss and gradient were; in fp16 the loss alone: the scaler sees to the gradient
+    taken: Tensor  # whether the weights changed
     lr: float
     epoch: int  # from 0
     step: int  # of the epoch, from 0
@@ -31,8 +35,7 @@ class TrainingState:
     """A run's model, average, optimizer and scaler, and its next step.
 
     A step's outcome is looked at when the next one has been computed, so that the device never waits for the host:
-    :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not finite
-    (with fp16 a step whose loss is: one that the scaler leaves out counts as taken, with weights that stay).
+    :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not taken.
 
     Args:
         model: on its device; with several processes all take the weights of the first.
@@ -42,6 +45,7 @@ class TrainingState:
     Attributes:
         wrapped: the model that computes losses: in its DDP wrapper where there are several processes.
         epoch, step: the next step to take; epochs and an epoch's steps count from 0.
+        saver: writes the main process's checkpoints; its ``finish`` waits for the last one.
     """
 
     def __init__(self, model: nn.Module, args: argparse.Namespace, steps_per_epoch: int):
@@ -49,6 +53,8 @@ class TrainingState:
         self.device = next(model.parameters()).device
         several = misc.get_world_size() > 1
         self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
+        if several:  # buffers are tables that never change; as an argument, this would also keep them from being shared
+            self.wrapped.broadcast_buffers = False
         # A copy of the weights that all processes have once DDP has shared those of the first.
         self.average = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True)
         if args.compile:
@@ -57,8 +63,8 @@ class TrainingState:
         self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
         self.epoch, self.step = args.start_epoch, 0
-        self._pending: tuple[Step, torch.cuda.Event | None] | None = None
-        self._saved_at: int | None = None
+        self._pending: tuple[Step, misc.Arriving] | None = None
+        self.saver, self._saved_at = Saver(), None
 
     @property
     def steps_done(self) -> int:
@@ -75,8 +81,9 @@ class TrainingState:
         norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf)
         # After DDP's exchange every process sees the same norm. With fp16 an overflowing gradient is the scaler's
         # business: it leaves the step out by itself and lowers the scale.
-        finite = torch.isfinite(misc.all_reduce_mean(loss) if self.scaler.is_enabled() else norm)
+        finite = taken = torch.isfinite(norm)
         if self.scaler.is_enabled():
+            finite = torch.isfinite(misc.all_reduce_mean(loss))
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -84,22 +91,18 @@ class TrainingState:
             self.optimizer.step()
             del self.optimizer.found_inf, self.optimizer.grad_scale
         self.optimizer.zero_grad(set_to_none=True)
-        answer, event = finite, None
-        if finite.is_cuda:
-            answer = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._pending = Step(loss, norm, answer, lr, self.epoch, self.step), event
+        answers = misc.Arriving(torch.stack([finite, taken]))
+        self._pending = Step(loss, norm, finite, taken, lr, self.epoch, self.step), answers
         self.epoch, self.step = divmod(self.steps_done + 1, self.steps_per_epoch)
 
     def settle(self) -> Step | None:
         """Waits for the last step and updates the average by it if it was taken; None if it is settled already."""
         if self._pending is None:
             return None
-        (last, event), self._pending = self._pending, None
-        if event is not None:
-            event.synchronize()
-        if last.finite:
+        (last, answers), self._pending = self._pending, None
+        finite, taken = answers.read()
+        last = last._replace(finite=finite, taken=taken)
+        if last.taken:
             self.average.update(self.model)
         return last
 
@@ -107,15 +110,16 @@ class TrainingState:
     # Files.
 
     def save(self, args: argparse.Namespace) -> None:
-        """Writes ``checkpoint-last.pth`` from the main process, unless the newest one is of this very step.
+        """Starts to write the main process's ``checkpoint-last.pth``, unless the newest one is of this very step.
 
-        :meth:`settle` comes before.
+        The file holds what the run is at this moment, and is there when :attr:`saver` has finished. :meth:`settle`
+        comes before.
 
         Args:
             args: ``output_dir``, ``keep_last``, and everything else that the file is to tell of the run.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the one before could not be written.
         """
         if self._saved_at == self.steps_done or not misc.is_main_process():
             return
@@ -133,11 +137,13 @@ class TrainingState:
         }
         if self.scaler.is_enabled():
             content["scaler"] = self.scaler.state_dict()
-        checkpoint.save(Path(args.output_dir) / checkpoint.CHECKPOINT_NAME, content, args.keep_last)
+        self.saver.save(Path(args.output_dir) / checkpoint.CHECKPOINT_NAME, content, args.keep_last)
         self._saved_at = self.steps_done
 
     def load(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
         """Takes over a checkpoint's weights, and its average, optimizer, scaler, epoch and step where it has them.
+
+        The main process alone needs the content; all others get what it made of it.
 
         Args:
             content: see :func:`util.checkpoint.read_run`.
@@ -147,6 +153,11 @@ class TrainingState:
         Raises:
             UserError: something in it is damaged, of another model, or was trained with other frozen parameters.
         """
+        misc.by_main_process(lambda: self._take_over(content, path, frozen))
+        self._share()
+        misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, self.epoch, self.step)
+
+    def _take_over(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
         load_weights(self.model, content, path, ema=False)
         self.average.module.load_state_dict(self.model.state_dict())
         if "model_ema" in content:
@@ -164,15 +175,35 @@ class TrainingState:
             self._take_place(content, path)
         if self.scaler.is_enabled() and content.get("scaler"):
             load_scaler(self.scaler, content["scaler"], path)
-        misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, self.epoch, self.step)
+
+    def _share(self) -> None:
+        """Gives all processes the main one's state, and compares what they then have."""
+        learned = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = self.optimizer.state
+        stepped = [parameter in moments for parameter in learned]
+        place = self.epoch, self.step, stepped, self.scaler.state_dict()
+        self.epoch, self.step, stepped, scale = misc.from_main_process(place)
+        if scale:
+            self.scaler.load_state_dict(scale)
+        learned = [parameter for parameter, has in zip(learned, stepped, strict=True) if has]
+        tensors = [each for model in (self.model, self.average.module) for each in model.state_dict().values()]
+        for parameter in learned:
+            if parameter not in moments:
+                step = torch.zeros((), device=parameter.device)
+                moments[parameter] = {"step": step, **{name: torch.zeros_like(parameter) for name in MOMENTS}}
+            tensors += [moments[parameter][name] for name in ("step", *MOMENTS)]
+        misc.share(tensors)
+        state = {"the checksum of weights, average and optimizer": misc.checksum(tensors)}
+        misc.check_same(state, "memory or the connection between these machines is at fault")
 
     def _take_place(self, content: Mapping[str, Any], path: Path) -> None:
         steps, processes = self.steps_per_epoch, misc.get_world_size()
         steps_there, processes_there = content.get("steps_per_epoch", steps), content.get("world_size", processes)
         self.epoch, self.step = content["epoch"] + 1, round(content.get("step", 0) * steps / steps_there)
         if (steps_there, processes_there) != (steps, processes):
+            differing = "draws" if steps_there == steps else "draws and order of images"
             misc.log.warning(
                 "%s was written by %d processes with %d steps an epoch, this run has %d with %d: it continues at the "
-                "same place of the epoch, but draws and order of images are not those of an unbroken run",
-                *(path, processes_there, steps_there, processes, steps),
+                "same place of the epoch, but its %s are not those of an unbroken run",
+                *(path, processes_there, steps_there, processes, steps, differing),
             )

@@ -80,6 +80,77 @@ def test_bf16_gradients_stay_as_near_to_fp32_whatever_the_parts(monkeypatch, bud
     assert distance(grads["fast"], grads["fp32"]) < 1.2 * distance(grads["plain"], grads["fp32"]) < 0.1
 
 
+def gradients(model: TokenBridge, given: tuple, scale: float, precision: torch.dtype) -> torch.Tensor:
+    """Gradients of ``scale`` times the loss, divided by it again, as a scaler does."""
+    model.zero_grad()
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        loss = scale * model(*given)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for part in (model.backbone, model.head) for p in part.parameters()]) / scale
+
+
+@pytest.fixture
+def in_parts(monkeypatch) -> list:
+    """Lets a small model's head train 7 tokens at a time; a list that grows with each loss in parts."""
+    monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 7 * 16 * 32)
+    calls, forward = [], fast.LossInParts.forward
+    monkeypatch.setattr(fast.LossInParts, "forward", lambda ctx, *rest: (calls.append(1), forward(ctx, *rest))[1])
+    return calls
+
+
+def test_fp16_gradients_in_parts_are_as_near_to_fp32_and_do_not_underflow(monkeypatch, in_parts):
+    model = small("ar", **NO_DROPOUT).train()
+    given = batch(model)
+    exact = gradients(model, given, 1.0, torch.float32)
+    found = [gradients(model, given, scale, torch.float16) for scale in (2.0**8, 2.0**-14)]
+    assert len(in_parts) == 3
+    monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 2**30)
+    plain, underflown = (gradients(model, given, scale, torch.float16) for scale in (2.0**8, 2.0**-14))
+    assert distance(found[0], exact) < 1.2 * distance(plain, exact) < 0.01
+    # The head's gradients do not depend on the scale: only those of the backbone do.
+    head = slice(-sum(p.numel() for p in model.head.parameters()), None)
+    assert distance(found[1][head], exact[head]) < 0.01 < 0.1 < distance(underflown[head], exact[head])
+
+
+def test_fp16_gradients_that_overflow_in_a_part_are_not_finite(in_parts):
+    model = small("ar", **NO_DROPOUT).train()
+    given = batch(model)
+    with torch.no_grad():  # features so large that their products with gradients overflow, but no activation does
+        model.backbone.output_pos_embed.fill_(3e4)
+        model.head.condition_proj.weight.mul_(1e-5)
+    assert not gradients(model, given, 1.0, torch.float16).isfinite().all() and in_parts
+    assert gradients(model, given, 1.0, torch.float32).isfinite().all()
+
+
+def test_the_losss_backward_passes_run_without_autocast(monkeypatch, in_parts):
+    seen = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(("forward", torch.is_autocast_enabled("cpu")))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(("backward", torch.is_autocast_enabled("cpu")))
+            return grad
+
+    classify = fast.FastChannelHead.classify
+    monkeypatch.setattr(fast.FastChannelHead, "classify", lambda self, x: classify(self, Probe.apply(x)))
+    model = small("ar", **NO_DROPOUT).train()
+    given, results = batch(model), []
+    for within in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(*given)
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            loss.backward()
+        results.append([p.grad for p in model.head.parameters()])
+    assert set(seen) == {("forward", True), ("backward", False)} and len(in_parts) == 2
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_drops_what_it_should_and_scales_the_rest(p):
     x = torch.ones(300_001, requires_grad=True)
@@ -143,6 +214,27 @@ def test_fast_modules_give_what_plain_ones_give():
                 assert torch.allclose(*steps, atol=1e-5)
         elif kind is torch.nn.Dropout:
             assert torch.equal(one(x), x) and torch.equal(other(x), x)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_fused_kernel_gets_no_more_rows_than_a_launch_may_have(monkeypatch, causal):
+    q, k, v = (torch.randn(50, 4, 16, 8, requires_grad=True) for _ in range(3))
+    kernel, sizes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(q, *args, **options):
+        sizes.append(q.shape[0] * q.shape[1])
+        return kernel(q, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    results = []
+    for limit in (fast.LAUNCH_ROWS, 63):  # 15 rows of 4 heads
+        monkeypatch.setattr(fast, "LAUNCH_ROWS", limit)
+        results.append(torch.autograd.grad((out := fast.fused(q, k, v, causal, 0.0)).square().sum(), (q, k, v)))
+        assert torch.allclose(
+            out, fast.attend(q, k, v, torch.full((16, 16), -torch.inf).triu(1) if causal else None), atol=1e-5
+        )
+    assert sizes == [200, 60, 60, 60, 20] and fast.LAUNCH_ROWS < 2**16
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
 
 
 def test_every_dropout_of_the_model_is_the_fast_one():

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from engine_tokenbridge import decode_images
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import filled, manifest, reference
 from tests.fill import deterministic_fill
+from util import misc
 from util.checkpoint import save_vae
 from util.errors import UserError
 
@@ -23,6 +25,15 @@ def test_moments_and_reconstruction_are_the_published_models(kl16):
     posterior = kl16.encode(vectors["image"])
     assert torch.allclose(posterior.parameters, vectors["moments"], atol=1e-4)
     assert torch.allclose(kl16.decode(posterior.mode()), vectors["reconstruction"], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_fp16_decodes_closer_to_float32_than_bf16_does(kl16, monkeypatch):
+    monkeypatch.setattr(misc, "effective_precision", lambda device, precision: precision)  # this CPU's may be fp32
+    latents = reference("vae")[1]["moments"][:, :16, :1, :1]
+    exact = decode_images(kl16, latents, "fp32").int()
+    off = {name: (decode_images(kl16, latents, name).int() - exact).abs() for name in ("fp16", "bf16")}
+    assert off["fp16"].max() <= 1 and off["fp16"].float().mean() < off["bf16"].float().mean() / 3
 
 
 def test_names_shapes_and_order_are_the_published_ones(kl16):

@@ -1,6 +1,8 @@
 """What tests of scripts need: their calls watched, short trainings, what is in their pictures."""
 
 import inspect
+import os
+import socket
 from pathlib import Path
 from unittest import mock
 
@@ -113,6 +115,37 @@ def fid_stats(tmp_path):
     for name in ("a", "b"):
         np.savez(tmp_path / f"{name}.npz", mu=np.zeros(2048), sigma=np.zeros((2048, 2048)))
     return tmp_path / "a.npz", tmp_path / "b.npz"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Two machines.
+
+
+@pytest.fixture
+def two_hosts(run_two, monkeypatch, tmp_path, capfd):
+    """``two_hosts(script, command)``: as run_two, but on hosts of their own; returns what they said, line by line.
+
+    Each process works in ``tmp_path/host0`` or ``host1``: what a relative path names is not shared. None waits long.
+    """
+    processes = misc.processes
+    hosts = [tmp_path / f"host{rank}" for rank in (0, 1)]
+    for host in hosts:
+        host.mkdir()
+    monkeypatch.setattr("util.files.PATIENCE", 0.5)
+
+    def on_own_host(*flags):
+        host = hosts[int(os.environ["RANK"])]
+        os.chdir(host)
+        socket.gethostname = lambda: host.name  # of this forked process
+        return processes(*flags)
+
+    def run(script: str, command: str, status: int = 0) -> list[str]:
+        capfd.readouterr()
+        with mock.patch.object(misc, "processes", on_own_host):
+            run_two(script, command, status)
+        return capfd.readouterr().err.replace("\r", "\n").splitlines()
+
+    return run
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -82,6 +82,21 @@ def test_two_processes_cache_and_count_together(run_two, images, vae_path, cache
     assert len(CachedFolder(cached)) == 15
 
 
+@pytest.mark.parametrize("made_by", ["main_cache", "tools.pack"])
+def test_a_cache_is_flushed_at_once_and_then_called_complete(
+    run, cached, images, vae_path, tmp_path, monkeypatch, made_by
+):
+    folder, flushed = tmp_path / "new", []
+    command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {folder} --num_workers 0"
+    if made_by == "tools.pack":
+        run("tools.pack", f"--cached_path {cached} --output_dir {tmp_path}/packed --num_workers 0")
+        command = f"--unpack --cached_path {tmp_path}/packed --output_dir {folder} --num_workers 0"
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(json.loads(os.pread(file, 9999, 0))["complete"]))
+    monkeypatch.setattr(os, "sync", lambda: flushed.append(len(list(folder.rglob("*.npz")))))
+    run(made_by, command)
+    assert flushed == [False, 16, True]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What a cache holds.
 

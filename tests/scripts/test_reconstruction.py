@@ -136,6 +136,16 @@ def test_calibration_is_of_the_posteriors_and_gives_each_channel_its_range(run, 
     assert results(tmp_path / "out" / "linear_b6_calibrated_n3")["latent_mse"] != figures["latent_mse"]
 
 
+def test_reconstructions_but_not_originals_are_rounded_down_as_the_releases(run, common, tmp_path):
+    run("reconstruction", common)
+    folder = tmp_path / "out" / "quant_b6_r5.0_n3"
+    before = {path: pixels(path).int() for path in folder.glob("re*/*.png")}
+    run("reconstruction", f"{common} --rounding down")
+    for path, nearest in before.items():
+        change = pixels(path).int() - nearest
+        assert change.unique().tolist() == ([-1, 0] if path.parent.name == "recon" else [0]), path
+
+
 def test_what_another_run_left_in_the_folder_goes(run, common, tmp_path):
     folder = tmp_path / "out" / "quant_b6_r5.0_n3"
     for part in ("real", "recon"):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 import engine_tokenbridge
 from models.tokenbridge import TokenBridge
@@ -154,20 +155,6 @@ def test_a_signal_saves_after_its_step_and_handlers_are_put_back(train, trace, m
     assert torch.allclose(content["model_ema"]["class_emb.weight"], expected_average(trace, content), atol=1e-7)
 
 
-def test_a_second_interrupt_ends_a_run_at_once(train, trace, monkeypatch):
-    forward = TokenBridge.forward
-
-    def interrupted(*args):
-        for _ in range(2):
-            signal.raise_signal(signal.SIGINT)
-        return forward(*args)
-
-    monkeypatch.setattr(TokenBridge, "forward", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train("run", "--epochs 3")
-    assert not trace.steps and not trace.saved
-
-
 def test_calibration_is_of_the_same_latents_from_images_as_from_their_cache(run, images, vae_path, train, tmp_path):
     cached = load(train("cached", "--epochs 1 --quant_calibrate --no_mirror"))["config"]
     data = f"--data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/images"
@@ -263,6 +250,33 @@ def test_the_launcher_restarts_what_a_signal_to_one_process_stopped(cached, tmp_
     assert "SIGUSR1, saved after epoch" in said and "another process, saved after epoch" in said
     assert said.count("resumed from") == 1
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_to_the_launcher_saves_and_leaves_no_process(cached, tmp_path, name):
+    command = (
+        f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 1000 --lr 1e-3 --warmup_epochs 1"
+    )
+    command += f" --batch_size 2 --save_last_freq 1 --device cpu --output_dir {tmp_path}/run"
+    flags = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=600"]
+    if any(flag.split("=")[0] not in get_args_parser().format_help() for flag in flags):
+        pytest.skip("this torch's launcher has no such flags")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*launcher, *command.split()], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(tmp_path / "run" / "checkpoint-last.pth", process)
+    workers = processes_of(tmp_path / "run")
+    assert len(workers) == 2
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and said.count("saved after epoch") == 2, said
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    content = load(tmp_path / "run")
+    steps = {int(state["step"]) for state in content["optimizer"]["state"].values()}
+    assert steps == {4 * (content["epoch"] + 1) + content["step"]}
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, refused, cached, trained, tmp_path, caplog):
@@ -370,3 +384,17 @@ def test_the_files_of_a_step_are_those_the_loader_gave(cached):
     labels = [label for _, labels in loader for label in labels.tolist()]
     expected = [dataset.samples[label][0] for label in labels[4:8]]
     assert engine_tokenbridge.files_of_step(loader, 1, 4) == expected
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bits that are the same in every run.
+
+
+def test_nothing_in_training_and_sampling_is_refused_as_not_deterministic(train, vae_path):
+    try:
+        sample = f"--online_eval --no_metrics --num_images 4 --num_iter 2 --cfg 2 --vae_path {vae_path}"
+        folder = train("run", f"--epochs 1 --deterministic {sample}")
+        assert torch.get_deterministic_debug_mode() == 2
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert list((folder / "online_eval").iterdir())

@@ -18,6 +18,12 @@ def test_psnr_is_the_textbook_figure():
     assert pictures.psnr(a, b).tolist() == [math.inf, pytest.approx(20 * math.log10(255 / 5))]
 
 
+def test_bytes_are_the_nearest_or_those_below():
+    values = (torch.tensor([-300.0, 0.0, 0.4, 0.6, 99.5001, 254.9, 255.0, 300.0]) / 127.5) - 1
+    assert pictures.to_uint8(values).tolist() == [0, 0, 0, 1, 100, 255, 255, 255]
+    assert pictures.to_uint8(values, "down").tolist() == [0, 0, 0, 0, 99, 254, 255, 255]
+
+
 def test_ssim_is_scikit_images():
     a = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
     b = (a.float() * 0.8 + 20 * torch.rand(a.shape)).to(torch.uint8)

@@ -1,12 +1,13 @@
 """Seeds, and shares of several processes."""
 
-import multiprocessing
+import signal
 import socket
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
+from tests.processes import in_processes
 from util import misc
 from util.errors import ToldByMain, UserError
 from util.rng import seed_everything
@@ -37,32 +38,6 @@ def test_shares_come_back_in_order():
         assert torch.equal(misc.gather_shares(rows[1::3], 11), rows)
 
 
-def in_processes(world: int, work) -> list:
-    """What ``work(rank)`` returns, or the UserError it raises, in forked gloo processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    said = fork.SimpleQueue()
-
-    def start(rank: int) -> None:
-        torch.set_num_threads(1)  # the threads of the process that was forked are not there
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-        try:
-            said.put((rank, work(rank)))
-        except UserError as error:
-            said.put((rank, type(error)(str(error))))
-        dist.barrier()
-
-    processes = [fork.Process(target=start, args=(rank,)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    answers = dict(said.get() for _ in processes)
-    for process in processes:
-        process.join(60)
-    return [answers[rank] for rank in range(world)]
-
-
 def test_the_main_process_decides_for_all_and_its_error_ends_all():
     assert in_processes(3, lambda rank: misc.by_main_process(lambda: f"from {rank}")) == ["from 0"] * 3
 
@@ -77,9 +52,40 @@ def test_the_main_process_decides_for_all_and_its_error_ends_all():
     assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]  # which alone is printed
 
 
+def test_an_error_of_any_process_ends_all_and_names_its_host():
+    def work(rank: int, failing: int) -> int:
+        socket.gethostname = lambda: f"host{rank}"
+
+        def fail() -> int:
+            if rank >= failing:
+                raise UserError(f"mend it {rank}")
+            return rank
+
+        return misc.in_all_processes(fail)
+
+    assert in_processes(3, lambda rank: work(rank, 3)) == [0, 1, 2]
+    answers = in_processes(3, lambda rank: work(rank, 1))
+    assert [str(answer) for answer in answers] == ["mend it 1 (2 of 3 processes, on host1, host2)"] * 3
+    assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]
+
+
 def test_values_that_differ_end_all_processes():
     assert in_processes(3, lambda rank: misc.check_same({"--lr": 0.1, "--seed": 1}, "start alike")) == [None] * 3
     answers = in_processes(3, lambda rank: misc.check_same({"--lr": 0.1, "--seed": rank // 2}, "start alike"))
     assert all("--seed is 0 in process 0, but 1 in process 2" in str(answer) for answer in answers)
     assert "1 of 3 processes differ" in str(answers[0]) and str(answers[0]).endswith("start alike")
     assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]
+
+
+def test_processes_stop_after_the_same_step_without_another_network(monkeypatch):
+    monkeypatch.setattr(dist, "new_group", None)  # whose sockets a cluster may not have
+
+    def train(rank: int) -> int:
+        with misc.StopSignals(torch.device("cpu")) as signals:
+            for step in range(10):
+                if rank == 1 and step == 4:
+                    signal.raise_signal(signal.SIGUSR1)
+                if signals.agreed():
+                    return step
+
+    assert in_processes(3, train) == [5] * 3  # the step after

@@ -1,7 +1,9 @@
 """A run's state: step counts, and gradients over batches and processes."""
 
+import argparse
 import os
-import socket
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from engine_tokenbridge import backward
 from models import fast
 from models.tokenbridge import TokenBridge
-from tests.conftest import SMALL, filled, released, training_state
+from tests.conftest import SMALL, batch, filled, load, released, training_state
 from tests.fill import deterministic_fill
+from tests.processes import free_port, in_processes
 from util.checkpoint.load import load_optimizer
-from util.misc import add_weight_decay
+from util.errors import ToldByMain
+from util.misc import add_weight_decay, checksum
+from util.training_state import TrainingState
 
 
 def test_step_counts_go_where_this_runs_optimizer_wants_them(small_model, tmp_path):
@@ -72,16 +77,38 @@ def gradients_of_half(rank: int, port: int, results: str) -> None:
 
 
 def test_two_processes_with_half_the_batch_give_the_gradients_of_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(gradients_of_half, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(gradients_of_half, args=(free_port(), str(tmp_path)), nprocs=2)
     model = filled(TokenBridge(**NO_DROPOUT)).train()
     GivenMasks(model)(*whole_batch()).backward()
     for rank in range(2):
         halves = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for name, p in model.named_parameters():
             assert torch.allclose(halves[name], p.grad, atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_within_ddp_each_kind_of_block_is_compiled_once_and_whole(monkeypatch):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    programs = []
+
+    def compile_fx(graph, *args, **options):
+        programs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    monkeypatch.setattr("torch._dynamo.config.optimize_ddp", True)
+    torch.compiler.reset()
+    try:
+        # Blocks of more than a bucket of gradients.
+        model = filled(TokenBridge(**{**NO_DROPOUT, "encoder_embed_dim": 256, "channel_embed_dim": 256})).train()
+        wrapped = DistributedDataParallel(GivenMasks(model), bucket_cap_mb=1)
+        model.compile_blocks()
+        wrapped(*whole_batch()).backward()
+    finally:
+        dist.destroy_process_group()
+        torch.compiler.reset()
+    assert len(programs) == 3  # encoder's, decoder's, head's
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
@@ -99,3 +126,80 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         results.append((loss, [p.grad.clone() for p in model.parameters()]))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_all_processes_go_on_from_what_the_main_one_read(tmp_path, precision):
+    def state(mask_token: float) -> TrainingState:
+        model = TokenBridge(**NO_DROPOUT)
+        model.metadata = {}
+        torch.nn.init.constant_(model.backbone.mask_token, mask_token)
+        state = training_state(model, precision=precision)
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1, enabled=precision == "fp16")
+        return state
+
+    def step(state: TrainingState, gradient: float) -> TrainingState:
+        loss = state.scaler.scale(sum(parameter.sum() for parameter in state.model.parameters()) * gradient)
+        loss.backward()
+        state.take_step(loss.detach(), 1e-3)
+        state.settle()
+        return state
+
+    def described(state: TrainingState) -> tuple:
+        moments = [state.optimizer.state[each] for each in state.model.parameters()]
+        tensors = [value for entry in moments for name, value in sorted(entry.items())]
+        tensors += [*state.model.state_dict().values(), *state.average.module.state_dict().values()]
+        return state.epoch, state.step, state.scaler.get_scale(), checksum(tensors)
+
+    saved = step(state(0.5), 0.1)
+    saved.save(argparse.Namespace(output_dir=str(tmp_path), keep_last=1))
+    saved.saver.finish()
+
+    def resume(rank: int) -> tuple:
+        resumed = state(float(rank))
+        resumed.load(load(tmp_path) if rank == 0 else {}, tmp_path / "checkpoint-last.pth", frozen=[])
+        return described(step(resumed, 0.2))
+
+    assert in_processes(2, resume) == [described(step(saved, 0.2))] * 2
+
+
+def test_a_damaged_checkpoint_ends_all_processes_and_one_tells():
+    def resume(rank: int) -> None:
+        training_state(TokenBridge(**NO_DROPOUT)).load({}, Path("here.pth"), frozen=[])
+
+    first, second = in_processes(2, resume)
+    assert "here.pth has no weights" in str(first)
+    assert str(second) == str(first) and isinstance(second, ToldByMain)
+
+
+def test_a_step_that_the_scaler_leaves_out_changes_neither_weights_nor_average():
+    model = TokenBridge(**NO_DROPOUT)
+    model.load_state_dict(deterministic_fill(model.state_dict()))
+    state = training_state(model, precision="fp16", ema_rate=0.5)
+    for overflows in (False, True, False):
+        state.scaler.scale(model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]))).backward()
+        if overflows:
+            next(model.parameters()).grad.fill_(torch.inf)
+        before = [parameter.clone() for kept in (model, state.average.module) for parameter in kept.parameters()]
+        state.take_step(torch.tensor(1.0), 1e-3)
+        step = state.settle()
+        after = [parameter for kept in (model, state.average.module) for parameter in kept.parameters()]
+        assert step.finite and step.taken == (not overflows)
+        assert all(map(torch.equal, before, after)) == overflows
+    assert state.scaler.get_scale() == 2**15
+
+
+def test_processes_share_buffers_at_the_start_and_do_not_send_them_at_every_step():
+    def train(rank: int) -> list[float]:
+        warnings.simplefilter("error", FutureWarning)  # of an argument that a later torch does not know
+        model = TokenBridge(**NO_DROPOUT)
+        tables = model.quantizer.thresholds, model.quantizer.boundaries  # one of them is not saved
+        for table in tables:
+            table.fill_(float(rank))
+        state = training_state(model)
+        shared = [table.mean().item() for table in tables]
+        tables[1].fill_(float(rank))
+        state.wrapped(*batch(model))
+        return [*shared, tables[1].mean().item()]
+
+    assert in_processes(2, train) == [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]

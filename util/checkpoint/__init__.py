@@ -5,6 +5,8 @@ import math
 import os
 import pickle
 import shutil
+import socket
+import time
 import zipfile
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -18,13 +20,14 @@ from util.checkpoint import hub, safetensors_io
 from util.config import KL16_CONFIG, KL16_LATENT_FACTOR
 from util.errors import UserError, reason
 from util.files import read_json, written_whole
-from util.misc import log
+from util.misc import end_all, from_all_processes, log
 
 CHECKPOINT_NAME, SAFE_NAME = "checkpoint-last.pth", "checkpoint-last.safetensors"
 #: Weights, and the configuration of the model, in a folder that ``save_pretrained`` wrote.
 HUB_NAME, HUB_CONFIG = "model.safetensors", "config.json"
 #: Names of a tokenizer's weights in its folder, looked for in this order; the last is that of diffusers.
 VAE_NAMES = (HUB_NAME, "vae.ckpt", "kl16.ckpt", "diffusion_pytorch_model.safetensors")
+LOOKS, PAUSE = 12, 5.0  # how often, and after how many seconds, a folder is looked at again: networks' disks lag
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reading.
@@ -154,6 +157,28 @@ def find(resume: str | Path | hub.Address, **options) -> Path:
         there = "in" if Path(resume).is_dir() else "at"
         raise UserError(f"no {CHECKPOINT_NAME} {there} {resume}; name the file, or the folder that holds it")
     return path
+
+
+def check_newest(resume: str | Path) -> None:
+    """Raises UserError, on all processes, if another process than the main one finds a newer checkpoint.
+
+    A run would otherwise go on from an older one, or begin afresh, when its first process has moved to another machine.
+    """
+    for look in range(LOOKS):
+        try:
+            mine = find(resume).stat().st_mtime_ns
+        except (UserError, OSError):
+            mine = 0
+        found = from_all_processes((mine, socket.gethostname()))
+        newest, host = max(found)
+        if newest == found[0][0]:
+            return
+        if look < LOOKS - 1:
+            time.sleep(PAUSE)
+    end_all(
+        f"{host} holds a newer checkpoint in {resume} than {found[0][1]}, where process 0 runs: let process 0 run on "
+        f"{host}, or put --output_dir and --resume on a disk that all machines share"
+    )
 
 
 def plain(value: Any) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from util.checkpoint.safetensors_io import tensor_bytes
 from util.errors import UserError, reason
-from util.misc import log
+from util.misc import warn
 
 SHAPE_HINT = "Check --model, --quant_bits, --class_num, --img_size, --patch_size and --buffer_size"
 
@@ -72,7 +72,7 @@ def matching(
         listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
         raise UserError(f"{path} does not fit: {listed}. {hint}")
     if unexpected:
-        log.warning("%s: ignored %d entries that the model does not have: %s", path, len(unexpected), some(unexpected))
+        warn("%s: ignored %d entries that the model does not have: %s", path, len(unexpected), some(unexpected))
     return {name: weights[name] for name in expected}
 
 

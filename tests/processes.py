@@ -1,0 +1,87 @@
+"""Several processes, forked: what took seconds to import is there, and they share what a test has patched."""
+
+import importlib
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from util import errors
+from util.errors import UserError
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def forked(world: int, work: Callable[[int], Any]) -> tuple[list[Any], list[int]]:
+    """What ``work(rank)`` returns in each of ``world`` processes, None where it ended its process; and their statuses.
+
+    Each has the variables that torchrun sets.
+    """
+    port, fork = free_port(), multiprocessing.get_context("fork")
+    pipes = [fork.Pipe(duplex=False) for _ in range(world)]
+
+    def start(rank: int) -> None:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        torch.set_num_threads(1)  # the threads of the process that was forked are not there
+        status = 0
+        try:
+            pipes[rank][1].send(work(rank))
+        except SystemExit as stop:
+            status = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stderr.flush()
+        os._exit(status)
+
+    processes = [fork.Process(target=start, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(120)
+    finally:
+        for process in processes:
+            process.kill()
+    answers = [pipe.recv() if pipe.poll() else None for pipe, _ in pipes]  # small enough to lie in the pipe
+    return answers, [process.exitcode for process in processes]
+
+
+def in_processes(world: int, work: Callable[[int], Any]) -> list[Any]:
+    """What ``work(rank)`` returns, or the UserError that it raises, in each process of a gloo group."""
+
+    def join(rank: int) -> Any:
+        dist.init_process_group("gloo")
+        try:
+            return work(rank)
+        except UserError as error:
+            return type(error)(str(error))
+        finally:
+            dist.barrier()
+
+    answers, statuses = forked(world, join)
+    assert statuses == [0] * world
+    return answers
+
+
+def run_two(script: str, command: str, status: int = 0) -> None:
+    """Runs a script in two processes, which must end with ``status``: ``run_two("main_cache", "--flag value")``."""
+    main = importlib.import_module(script).main
+
+    def start(rank: int) -> None:
+        sys.argv = [f"{script}.py", *command.split(), "--device", "cpu"]
+        errors.run(main)
+
+    assert forked(2, start)[1] == [status] * 2

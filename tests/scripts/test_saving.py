@@ -1,0 +1,188 @@
+"""Checkpoints written while training goes on."""
+
+import io
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import engine_tokenbridge
+from models.tokenbridge import TokenBridge
+from tests.conftest import SMALL, described, load, same, training_state
+from tests.scripts.conftest import BASE
+from util import misc
+from util.checkpoint import read_run, saver
+from util.training_state import TrainingState
+
+WAIT = 60  # seconds until what should have come is given up
+
+
+def take_step(state: TrainingState) -> None:
+    loss = state.model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]))
+    state.scaler.scale(loss).backward()
+    state.take_step(loss.detach(), 1e-3)
+    state.settle()
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Files wait for it once they are written, not yet under their name, each for a release of its own."""
+    disk, came, write = threading.Semaphore(0), [], torch.save
+
+    def slow(content, file):
+        write(content, file)
+        came.append(disk.acquire(timeout=WAIT))
+
+    monkeypatch.setattr(torch, "save", slow)
+    disk.came = came
+    return disk
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The file.
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_file_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch, precision):
+    state, at_once, written, write = training_state(described(), precision=precision), io.BytesIO(), [], torch.save
+    save, go = saver.Saver.save, threading.Event()
+
+    def both(self, path, content, keep_last):
+        write(content, at_once)
+        save(self, path, content, keep_last)
+
+    monkeypatch.setattr(saver.Saver, "save", both)
+    monkeypatch.setattr(torch, "save", lambda *args: written.append(go.wait(WAIT)) or write(*args))
+    take_step(state)
+    state.save(Namespace(output_dir=str(tmp_path), keep_last=1))
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    for _ in range(2):
+        take_step(state)
+    go.set()
+    state.saver.finish()
+    assert not all(map(torch.equal, before.values(), state.model.state_dict().values()))
+    assert written == [True] and (tmp_path / "checkpoint-last.pth").read_bytes() == at_once.getvalue()
+
+
+def test_a_snapshot_copies_each_storage_once():
+    whole = torch.arange(12.0).view(3, 4)
+    content = {"whole": whole, "list": [whole.T, whole[1:, ::2]], "empty": torch.zeros(0), "half": whole.half(), "n": 1}
+    result = saver.snapshot({"weights": TokenBridge(**SMALL).state_dict(), **content})
+    assert result.pop("weights")._metadata and same(result, content)
+    assert [t.stride() for t in result["list"]] == [(1, 4), (4, 2)]
+    assert {t.untyped_storage().data_ptr() for t in result["list"]} == {result["whole"].data_ptr()}
+    assert result["whole"].data_ptr() != whole.data_ptr() and result["half"].data_ptr() != content["half"].data_ptr()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs on slow and full disks.
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(train, slow_disk, monkeypatch):
+    step = TrainingState.take_step
+
+    def take_step(state, *args):  # of the next epoch, whose loader's processes were forked meanwhile
+        step(state, *args)
+        if state.steps_done == 6:
+            slow_disk.release(2)
+
+    monkeypatch.setattr(TrainingState, "take_step", take_step)
+    folder = train("run", "--epochs 2 --save_last_freq 1 --num_workers 2")
+    assert slow_disk.came == [True, True]
+    assert [load(folder, f"checkpoint-last{age}.pth")["epoch"] for age in (".1", "")] == [0, 1]
+
+
+def test_a_save_waits_for_the_one_before_and_says_so_once(slow_disk, monkeypatch, tmp_path):
+    state, said = training_state(described()), []
+    monkeypatch.setattr(saver.log, "warning", lambda message: said.append(message) or slow_disk.release())
+    for number in range(3):
+        take_step(state)
+        if number == 2:
+            threading.Timer(0.5, slow_disk.release).start()
+        state.save(Namespace(output_dir=str(tmp_path), keep_last=3))
+    slow_disk.release()
+    state.saver.finish()
+    assert slow_disk.came == [True] * 3 and len(said) == 1 and "training waits for the disk" in said[0]
+    names = ["checkpoint-last.2.pth", "checkpoint-last.1.pth", "checkpoint-last.pth"]
+    assert [load(tmp_path, name)["step"] for name in names] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("end", ["later save", "end", "signal", "other error"])
+def test_a_full_disk_ends_a_run_with_one_line(refused, cached, known_peak, monkeypatch, tmp_path, end):
+    saves, steps, step = [], [], TrainingState.take_step
+
+    def full(number):
+        saves.append(number)
+        raise OSError(28, "No space left on device")
+
+    def take_step(state, *args):
+        steps.append(step(state, *args))
+        if end == "signal":
+            signal.raise_signal(signal.SIGUSR1)
+        elif end == "other error" and len(steps) == 3:
+            raise RuntimeError("something else")
+
+    monkeypatch.setattr(TrainingState, "take_step", take_step)
+    monkeypatch.setattr(os, "fsync", full)
+    often = "--save_every_steps 2" if end in ("later save", "other error") else ""
+    folder = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/run"
+    line = refused("main_tokenbridge", f"{BASE} {folder} --epochs 1 {often}")
+    assert line.endswith("checkpoint-last.pth: No space left on device; free space or choose another folder")
+    assert len(saves) == 1 and len(steps) == {"later save": 4, "end": 4, "signal": 1, "other error": 3}[end]
+    assert not list((tmp_path / "run").glob("*.pt*"))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_no_process_leaves_before_the_file_is_there(run_two, cached, monkeypatch, tmp_path, stopped):
+    path, write = tmp_path / "run" / "checkpoint-last.pth", torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: time.sleep(2) or write(*args))
+    if stopped:
+        monkeypatch.setattr(misc.StopSignals, "agreed", lambda self: True)
+        monkeypatch.setattr(engine_tokenbridge, "Preempted", lambda _: SystemExit(0 if path.exists() else 1))
+    else:
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: os._exit(0 if path.exists() else 1))
+    common = f"{BASE} --epochs 1 --use_cached --cached_path {cached}"
+    run_two("main_tokenbridge", f"{common} --output_dir {path.parent}")
+    assert load(path.parent)["step"] == (1 if stopped else 0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Killed.
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_kill_or_a_second_interrupt_amid_a_file_leaves_the_one_before(train, monkeypatch, tmp_path, number):
+    fork, write, hear, files = multiprocessing.get_context("fork"), torch.save, misc.StopSignals._hear, []
+    writing, heard = fork.Event(), fork.Event()
+
+    def save(content, file):
+        files.append(file)
+        if len(files) == 2:
+            file.write(b"half")
+            file.flush()
+            writing.set()
+            time.sleep(10 * WAIT)
+        write(content, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(misc.StopSignals, "_hear", lambda *args: hear(*args) or heard.set())
+    run = fork.Process(target=train, args=("run", "--epochs 99 --save_last_freq 1"))
+    run.start()
+    try:
+        assert writing.wait(WAIT)
+        if number == signal.SIGINT:
+            os.kill(run.pid, number)
+            assert heard.wait(WAIT)
+        os.kill(run.pid, number)
+        run.join(WAIT)
+        assert run.exitcode == -number
+    finally:
+        run.kill()
+    assert read_run(tmp_path / "run" / "checkpoint-last.pth")["epoch"] == 0
+    assert len(list((tmp_path / "run").glob(".checkpoint-last.pth.*.part"))) == 1
