@@ -5,7 +5,6 @@ import hashlib
 import logging
 import math
 import os
-import re
 import signal
 import socket
 import sys
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from util.devices import described, find_device, join_group, launched, make_deterministic
 from util.errors import ToldByMain, UserError, where
 
 log = logging.getLogger("tokenbridge")
@@ -284,86 +283,33 @@ def warn(message: str, *args: Any) -> None:
         log.warning(message, *args)
 
 
-def join_group(device: torch.device) -> int:
-    """Joins torchrun's process group, nccl on CUDA and gloo on the CPU; the number of machines.
-
-    Raises:
-        UserError: some processes compute on CUDA and others on the CPU; all end with it.
-    """
-    store, rank, world = next(dist.rendezvous("env://"))
-    # Processes of different backends would wait for each other for ever, so devices are compared before.
-    asked = dist.PrefixStore("devices", store)
-    asked.set(str(rank), f"{device.type} {socket.gethostname()}")
-    told = [asked.get(str(other)).decode().split() for other in range(world)]
-    if asked.add("have read", 1) == world:
-        asked.set("all have read", "")
-    different = next((other for other in range(world) if told[other][0] != told[0][0]), None)
-    if different is not None:
-        (here, host), (there, other_host) = told[0], told[different]
-        if rank != 0:
-            raise ToldByMain("devices differ")
-        asked.wait(["all have read"])  # this process may be the one that holds what all read
-        raise UserError(
-            f"process 0 on {host} computes on {here}, process {different} on {other_host} on {there}: pass --device "
-            "cuda to all; the machine that then has no CUDA device needs another driver, or a torch made for its own"
-        )
-    options = {"timeout": PATIENCE, "store": store, "rank": rank, "world_size": world}
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device, **options)
-    else:
-        dist.init_process_group("gloo", **options)
-    return len({host for _, host in told})
-
-
-def described(device: torch.device, hosts: int) -> str:
-    """What the run computes with: devices, machines, and versions of what may be too old."""
-    backend = f", {dist.get_backend()}" if dist.is_initialized() else ""
-    where_to = f"{get_world_size()} processes on {hosts} machines{backend}" if backend else "one process"
-    if device.type != "cuda":
-        capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-        return f"{device.type} ({capability}, {threads} threads), {where_to}, torch {torch.__version__}"
-    driver = Path("/proc/driver/nvidia/version")
-    version = re.search(r"\d+\.\d+[.\d]*", driver.read_text()) if driver.exists() else None
-    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, driver {version[0] if version else 'unknown'}"
-    return f"{torch.cuda.get_device_name(device)}, {where_to}, {versions}"
-
-
-def make_deterministic() -> None:
-    """Has CUDA compute the same bits in every run; torch warns of operations that cannot. To be called before all."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-
-
 @contextmanager
 def processes(device: str | None = None, deterministic: bool = False) -> Iterator[torch.device]:
     """Joins torchrun's process group, if there is one, and starts the log; yields this process's device.
 
     Args:
         device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where there is one.
-        deterministic: see :func:`make_deterministic`.
+        deterministic: see :func:`util.devices.make_deterministic`.
 
     Raises:
-        UserError: there is no CUDA device, but ``device`` is one; or processes have different ones.
+        UserError: there is no such device; or processes have different ones.
     """
     if deterministic:
         make_deterministic()
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but this machine has no CUDA device that torch can use; pass --device cpu")
-    launched, hosts = "RANK" in os.environ and "WORLD_SIZE" in os.environ, 1
+    device, problem = find_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    elif device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched else device.index or 0)
+    elif not problem:
         torch.cuda.set_device(device)
-    if launched:
-        hosts = join_group(device)
+    hosts = join_group(device, problem, timeout=PATIENCE) if launched() else 1
+    if problem:
+        raise UserError(problem)
     start_log()
     log.info("computing on %s", described(device, hosts))
     yield device
     # Not after an error: the others may wait in a collective operation, and this would wait for them. The launcher ends
     # them when this process ends.
-    if launched:
+    if launched():
         dist.destroy_process_group()
 
 
@@ -430,6 +376,16 @@ def matmul_flops(device: torch.device, precision: str) -> float:
         if best > 0.05:  # long enough for the clock
             break
     return 2 * size**3 / best
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on ``device``; from the host to CUDA through pinned memory.
+
+    A plain ``x.to(device)`` waits until the device has done all that it was given before; this one does not.
+    """
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def memory_in_use(device: torch.device) -> float:

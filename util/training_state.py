@@ -16,8 +16,6 @@ from util.checkpoint.load import load_optimizer, load_scaler, load_weights
 from util.checkpoint.saver import Saver
 from util.errors import UserError
 
-#: Buffers are tables that never change: sending them before each forward pass would be for nothing.
-DDP_OPTIONS = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
@@ -54,7 +52,9 @@ class TrainingState:
         self.model, self.steps_per_epoch, self.grad_clip = model, steps_per_epoch, args.grad_clip
         self.device = next(model.parameters()).device
         several = misc.get_world_size() > 1
-        self.wrapped = DistributedDataParallel(model, **DDP_OPTIONS) if several else model
+        self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
+        if several:  # buffers are tables that never change; as an argument, this would also keep them from being shared
+            self.wrapped.broadcast_buffers = False
         # A copy of the weights that all processes have once DDP has shared those of the first.
         self.average = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True)
         if args.compile:

@@ -1,6 +1,5 @@
 """Seeds, and shares of several processes."""
 
-import os
 import signal
 import socket
 from unittest import mock
@@ -8,7 +7,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tests.processes import forked, in_processes
+from tests.processes import in_processes
 from util import misc
 from util.errors import ToldByMain, UserError
 from util.rng import seed_everything
@@ -78,19 +77,6 @@ def test_values_that_differ_end_all_processes():
     assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]
 
 
-def test_processes_of_other_devices_end_at_once():
-    def start(rank: int) -> str:
-        try:
-            misc.join_group(torch.device("cuda" if rank == 1 else "cpu"))
-        except UserError as error:
-            return f"{type(error).__name__}: {error}"
-
-    (first, *others), statuses = forked(3, start)
-    assert statuses == [0] * 3
-    assert first.startswith("UserError: process 0") and "on cpu, process 1" in first and "on cuda: pass" in first
-    assert [other.split(":")[0] for other in others] == ["ToldByMain"] * 2
-
-
 def test_processes_stop_after_the_same_step_without_another_network(monkeypatch):
     monkeypatch.setattr(dist, "new_group", None)  # whose sockets a cluster may not have
 
@@ -103,27 +89,3 @@ def test_processes_stop_after_the_same_step_without_another_network(monkeypatch)
                     return step
 
     assert in_processes(3, train) == [5] * 3  # the step after
-
-
-def test_the_log_tells_device_and_processes_and_what_others_warn_of(capfd):
-    def start(rank: int) -> None:
-        with misc.processes("cpu"):
-            misc.log.info("said by %d", rank)
-            misc.log.warning("warned by %d", rank)
-            misc.warn("known to all")
-
-    assert forked(2, start)[1] == [0, 0]
-    said = sorted(capfd.readouterr().err.splitlines())
-    assert len(said) == 5
-    assert said[0] == "[process 1] warned by 1"
-    assert said[1].startswith("computing on cpu (") and "2 processes on 1 machines, gloo" in said[1]
-    assert said[1].endswith(torch.__version__)
-    assert said[2:] == ["known to all", "said by 0", "warned by 0"]
-
-
-def test_deterministic_runs_ask_torch_for_it():
-    def start(rank: int) -> tuple:
-        with misc.processes("cpu", deterministic=True):
-            return torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
-
-    assert forked(1, start)[0] == [(True, ":4096:8")]

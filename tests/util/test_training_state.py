@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -188,12 +189,17 @@ def test_a_step_that_the_scaler_leaves_out_changes_neither_weights_nor_average()
     assert state.scaler.get_scale() == 2**15
 
 
-def test_processes_do_not_send_buffers_at_every_step():
-    def train(rank: int) -> float:
+def test_processes_share_buffers_at_the_start_and_do_not_send_them_at_every_step():
+    def train(rank: int) -> list[float]:
+        warnings.simplefilter("error", FutureWarning)  # of an argument that a later torch does not know
         model = TokenBridge(**NO_DROPOUT)
+        tables = model.quantizer.thresholds, model.quantizer.boundaries  # one of them is not saved
+        for table in tables:
+            table.fill_(float(rank))
         state = training_state(model)
-        model.quantizer.boundaries.fill_(float(rank))
+        shared = [table.mean().item() for table in tables]
+        tables[1].fill_(float(rank))
         state.wrapped(*batch(model))
-        return model.quantizer.boundaries.mean().item()
+        return [*shared, tables[1].mean().item()]
 
-    assert in_processes(2, train) == [0.0, 1.0]
+    assert in_processes(2, train) == [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]

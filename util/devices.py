@@ -1,0 +1,114 @@
+"""Which device a process computes on: found, compared with those of other processes before they join, and told."""
+
+import json
+import os
+import re
+import socket
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from util.errors import ToldByMain, UserError
+
+DRIVER = Path("/proc/driver/nvidia/version")  # what Linux tells of NVIDIA's driver
+
+
+def launched() -> bool:
+    """Whether torchrun started this process, or what sets its variables."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def find_device(asked: str | None) -> tuple[torch.device, str]:
+    """This process's device, and why it cannot be used, which is empty if it can.
+
+    Args:
+        asked: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where there is one. Of a machine's CUDA devices
+            torchrun's processes take one each.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device(asked or ("cuda" if there else "cpu"))
+    if device.type != "cuda":
+        return device, ""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched() else device.index or 0)
+    host = socket.gethostname()
+    if there == 0:
+        advice = "its driver may be too old (docs/training.md, Devices), or pass --device cpu"
+        return device, f"--device cuda, but torch can use no CUDA device on {host}: {advice}"
+    return device, "" if device.index < there else f"there is no {device} on {host}, which has {there} CUDA devices"
+
+
+def check_devices(store: dist.Store, rank: int, world: int, device: torch.device, problem: str) -> int:
+    """Compares the devices of all processes before they join; the number of machines.
+
+    Processes of different backends, or one that ended before it joined, would let the others wait for half an hour.
+
+    Args:
+        store: the launcher's, which all processes reach.
+        device, problem: what :func:`find_device` found.
+
+    Raises:
+        UserError: some compute on CUDA and others on the CPU, or some have a problem; all end with it, and the main one
+            prints it.
+    """
+    shared = dist.PrefixStore("devices", store)
+    shared.set(str(rank), json.dumps([device.type, socket.gethostname(), problem]))
+    told = [json.loads(shared.get(str(other))) for other in range(world)]
+    if shared.add("have read", 1) == world:
+        shared.set("all have read", "")
+    wrong = []
+    for other, (kind, host, its_problem) in enumerate(told):
+        if its_problem:
+            wrong.append(its_problem)
+        elif kind != told[0][0]:
+            text = f"process 0 on {told[0][1]} computes on {told[0][0]}, process {other} on {host} on {kind}"
+            wrong.append(f"{text}: pass --device cuda, which tells why a machine does not, or --device cpu")
+    if wrong:
+        # The launcher ends all when the first one ends, and the main one may hold the store.
+        with suppress(dist.DistError):
+            shared.wait(["all have read"])
+        message = f"{wrong[0]} ({len(wrong)} of {world} processes)"
+        raise ToldByMain(message) if rank else UserError(message)
+    return len({host for _, host, _ in told})
+
+
+def join_group(device: torch.device, problem: str, timeout: timedelta) -> int:
+    """Joins torchrun's process group, nccl on CUDA and gloo on the CPU; the number of machines.
+
+    Args:
+        device, problem: see :func:`check_devices`, which raises UserError.
+        timeout: how long an operation of all processes waits for the slowest.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    hosts = check_devices(store, rank, world, device, problem)
+    options = {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device, **options)
+    else:
+        dist.init_process_group("gloo", **options)
+    return hosts
+
+
+def described(device: torch.device, hosts: int) -> str:
+    """What the run computes with: devices, processes, machines, and versions of what may be too old."""
+    if device.type == "cuda":
+        what = f"cuda ({torch.cuda.get_device_name(device)}, {torch.cuda.device_count()} on this machine)"
+    else:
+        what = f"{device.type} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+    group = "one process"
+    if dist.is_initialized():
+        group = f"{dist.get_world_size()} processes on {hosts} machines, {dist.get_backend()}"
+    driver = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text()) if DRIVER.exists() else None
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, NVIDIA driver {driver and driver[0]}"
+    return f"{what}, {group}, {versions}"
+
+
+def make_deterministic() -> None:
+    """Has CUDA compute the same bits in every run; torch refuses operations that cannot. To be called before all else.
+
+    It is not enough that torch warns: attention's backward pass would then stay as it is.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
