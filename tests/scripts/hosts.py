@@ -97,19 +97,24 @@ class Cluster:
         """Ends :meth:`cut_off`."""
         self.switch.link(f"set {node.name} master bridge")
 
-    def start(self, node: Host, command: str) -> subprocess.Popen:
+    def start(self, node: Host, command: str, restarts: int = 3) -> subprocess.Popen:
         """Starts a command on one node as docs/training.md says."""
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(self.nodes)}", "--nproc_per_node=1"]
-        launcher += ["--max_restarts=3", "--rdzv_backend=c10d", "--rdzv_endpoint=node0:29400", "--rdzv_id=test"]
+        launcher += [
+            f"--max_restarts={restarts}",
+            "--rdzv_backend=c10d",
+            "--rdzv_endpoint=node0:29400",
+            "--rdzv_id=test",
+        ]
         variables = ["OMP_NUM_THREADS=1", f"PYTHONPATH={ROOT}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
         with self.log(node).open("a") as log:
             return subprocess.Popen(node.inside("env", *variables, *launcher, *command.split()), stdout=log, stderr=log)
 
-    def start_all(self, command: str) -> list[subprocess.Popen]:
+    def start_all(self, command: str, restarts: int = 3) -> list[subprocess.Popen]:
         """Starts a command on all nodes, whose logs begin anew."""
         for node in self.nodes:
             self.log(node).unlink(missing_ok=True)
-        return [self.start(node, command) for node in self.nodes]
+        return [self.start(node, command, restarts) for node in self.nodes]
 
     def finish(self, launchers: list[subprocess.Popen]) -> list[int]:
         """The exit statuses of a command."""
