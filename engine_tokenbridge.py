@@ -194,6 +194,7 @@ class SampleSettings:
     precision: str
     order: str = "random"
     confidence_noise: float = 0.0
+    first_place: str = "trained"
     save_confidence: bool = False
     vae_precision: str | None = None  # by default that of the model
 
@@ -259,7 +260,7 @@ def sample_chunk(
 ) -> tuple[Tensor, Tensor]:
     """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``."""
     labels = torch.tensor([number // (settings.num_images // model.class_num) for number in numbers])
-    names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise")
+    names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise", "first_place")
     options = {name: getattr(settings, name) for name in names}
     options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
     with misc.autocast(device, settings.precision):
@@ -281,7 +282,7 @@ def decode_images(vae: AutoencoderKL, latents: Tensor, precision: str) -> Tensor
     for part in latents.float().split(size):
         with misc.autocast(latents.device, precision):
             parts.append(to_uint8(vae.decode(part.contiguous(memory_format=torch.channels_last))))
-    return torch.cat([part.cpu() for part in parts])  # the host waits once
+    return torch.cat(parts).cpu()  # the host waits once
 
 
 def check_num_images(num_images: int, class_num: int) -> None:
@@ -328,15 +329,15 @@ def held_out_likelihood(
     for batch, labels in loader:
         numbers = [rank + world * (done + i) for i in range(len(batch))]
         done += len(batch)
-        batch = batch.to(device, non_blocking=True)
+        batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
         posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
         draws = numbered_draws(seed, numbers)
-        latents = posterior.sample(draws.normal(*posterior.mean.shape[1:]).to(device)) * latent_factor
+        latents = posterior.sample(misc.to_device(draws.normal(*posterior.mean.shape[1:]), device)) * latent_factor
         orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
         for i, count in enumerate(counts):
-            mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0).to(device)
+            mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
             with misc.autocast(device, precision):
-                sums[0] += model(latents, labels.to(device), mask) * len(batch) / len(counts)
+                sums[0] += model(latents, labels, mask) * len(batch) / len(counts)
         sums[1] += len(batch)
     model.train(training)
     sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels
@@ -398,7 +399,7 @@ def cache_latents(
     Raises:
         UserError: a name leads out of ``cached_path``, or a file cannot be written.
     """
-    counts = torch.zeros(2, device=device)  # written, replaced
+    counts = torch.zeros(2)  # written, replaced
     with misc.progress(loader, unit="batch", desc="caching") as batches:
         for batch in batches:
             if batch is None:
@@ -409,9 +410,9 @@ def cache_latents(
                 moments = [vae.encode(view).parameters.float().cpu().numpy() for view in (images, images.flip(3))]
             for name, plain, flipped in zip(names, *moments, strict=True):
                 path = cached_file(cached_path, name)
-                counts += torch.tensor([1.0, float(path.exists())], device=device)
+                counts += torch.tensor([1.0, float(path.exists())])
                 with written_whole(path, flush=False) as file:
                     np.savez(file, moments=plain, moments_flip=flipped)
     os.sync()  # what was not flushed file by file, before the counts tell other processes that all is there
-    written, replaced = (misc.all_reduce_mean(counts) * misc.get_world_size()).round().int().tolist()
+    written, replaced = (misc.all_reduce_mean(counts.to(device)) * misc.get_world_size()).round().int().tolist()
     return written, replaced

@@ -13,7 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from engine_tokenbridge import channel_statistics, check_num_images, order_gradients, train_one_epoch
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
 from models.quantizer import QUANTIZERS
-from models.sampling import ORDERS
+from models.sampling import FIRST_PLACES, ORDERS
 from models.tokenbridge import CHECKPOINTED, MODELS, SIZES, TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, errors, misc
@@ -87,7 +87,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--eval_freq", type=int, default=40, help="epochs between two measurements during training")
     sample.add_argument("--eval_bsz", type=int, default=64, help="images sampled at once on each device")
     sample.add_argument("--num_images", type=int, default=50000, help="over all classes evenly")
-    add_sampling_args(sample, ORDERS)
+    add_sampling_args(sample, ORDERS, FIRST_PLACES)
     sample.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale, or several to search")
     sample.add_argument("--temperature", type=float, nargs="+", default=1.0, help="or several to search")
     sample.add_argument("--gen_seed", type=int, default=0, help="with an image's number, the seed of that image")

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.tokenbridge import MODELS
 from util import misc
@@ -20,6 +23,8 @@ from util.args import new_parser
 from util.files import write_json
 from util.metrics import provenance
 from util.tables import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def benchmark_parser(description: str, repeats: int) -> argparse.ArgumentParser:
@@ -153,3 +158,29 @@ def finish(name: str, rows: list[dict[str, Any]], hardware: dict[str, Any], path
     print(json.dumps({key: hardware[key] for key in ("device", "threads", "matmul_tflops", "copy_gb_per_s")}))
     if path:
         write_json(path, {"benchmark": name, "machine": hardware, "rows": rows})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Whole trainings.
+
+
+def start_training(processes: int, flags: str, folder: Path) -> subprocess.Popen:
+    """Starts main_tokenbridge.py under torchrun, in processes of one thread each; all it writes goes to ``folder``."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*launcher, "main_tokenbridge.py", *flags.split(), "--output_dir", str(folder)]
+    folder.mkdir(parents=True)
+    with open(folder / "log.txt", "w") as log:
+        return subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT
+        )
+
+
+def logged(training: subprocess.Popen, folder: Path, tag: str) -> dict[int, float]:
+    """Waits for a training that :func:`start_training` started; what it logged under ``tag``, by step.
+
+    Raises:
+        RuntimeError: it failed; its last words.
+    """
+    if training.wait():
+        raise RuntimeError((folder / "log.txt").read_text()[-2000:])
+    return {event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(tag)}

@@ -11,13 +11,13 @@ from util.loader import CachedFolder
 from util.packed import DTYPES, PackedCache, pack
 
 
-def write_cache(root: Path, images: int) -> None:
-    """Writes random moments of ``images`` images in MAR's layout, one file each."""
+def write_cache(root: Path, images: int, side: int = 16) -> None:
+    """Writes random moments, ``[32, side, side]``, of ``images`` images in MAR's layout, one file each."""
     random = np.random.RandomState(0)
     for number in range(images):
         path = root / f"{number % 10}" / f"{number:06d}.JPEG.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        moments = random.randn(2, 32, 16, 16).astype(np.float32)
+        moments = random.randn(2, 32, side, side).astype(np.float32)
         np.savez(path, moments=moments[0], moments_flip=moments[1])
 
 

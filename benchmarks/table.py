@@ -1,12 +1,11 @@
 """Writes the tables of ``benchmarks/README.md`` and ``docs/training.md`` from the files in ``benchmarks/results``."""
 
-import re
 from pathlib import Path
 
 from benchmarks.common import table
 from benchmarks.memory import PARTS, smallest_gpu
 from util.files import read_json
-from util.tables import write_text
+from util.tables import fill, write_text
 
 HERE = Path(__file__).parent
 COMMANDS = {
@@ -16,6 +15,8 @@ COMMANDS = {
     "training": "python -m benchmarks.training --model tokenbridge_large --batch 64 --compile --ways bf16",
     "tokenizer": "python -m benchmarks.tokenizer --batch 64",
     "loader": "python -m benchmarks.loader --workers 0 8",
+    "ranks": "python -m benchmarks.ranks --model tokenbridge_large --img_size 256 --processes 8 --batch 64",
+    "curves": "python -m benchmarks.curves",
 }
 
 
@@ -26,11 +27,14 @@ def tables(device: str) -> str:
         path = HERE / "results" / f"{device}-{name}.json"
         parts.append(f"### {name}, {device}\n")
         if not path.exists():
+            command = command if device == "cuda" else f"python -m benchmarks.{name}"
             parts.append(f"Not measured. `{command} --device {device} --json benchmarks/results/{path.name}`\n")
             continue
         content = read_json(path)
         hardware = content["machine"]
         parts.append(table(content["rows"]))
+        if path.with_suffix(".png").exists():
+            parts.append(f"![{name}](results/{path.stem}.png)\n")
         peaks = ", ".join(f"{value} TFLOP/s {precision}" for precision, value in hardware["matmul_tflops"].items())
         rates = f"matrix products {peaks}; copies {hardware['copy_gb_per_s']} GB/s"
         versions = f"torch {hardware['torch_version']}, commit {hardware['commit'][:12]}"
@@ -49,6 +53,8 @@ def reached() -> dict[str, str]:
     head = heads["channel head", "fp32", 64]["times faster than recomputing"]
     sampling, training = ({row["way"]: row for row in rows(name)} for name in ("sampling", "training"))
     loader = {(row["cache"], row["workers"]): row["ratio"] for row in rows("loader")}
+    ranks = {row["way"]: row["ratio"] for row in rows("ranks")}
+    ends = [row for row in rows("curves") if row["processes x batch x accumulation"] != "1 x 64 x 1"]
     memory = training["ours, bf16"]["peak_memory_gib"] * 2**30 / 1e9
     return {
         "quantizer": " and ".join(f"{ratio:.1f}" for ratio in quantizer),
@@ -56,6 +62,9 @@ def reached() -> dict[str, str]:
         "sampling": f"{sampling['ours, bf16']['ratio']:.1f} (bf16), {sampling['ours, fp32']['ratio']:.1f} (fp32)",
         "training": f"{training['ours, bf16']['ratio']:.1f} (bf16), {memory:.1f} GB",
         "loader": f"{loader['packed, fp32', 0]:.1f} in one process, {loader['packed, fp32', 2]:.1f} with 2 workers",
+        "ranks": f"{ranks['same batch a process']:.2f}, {ranks['same whole batch']:.2f}; runs of their own "
+        f"{ranks['runs of their own']:.2f}",
+        "curves": f"{max(abs(row['off_the_mean']) for row in ends):.4f} of {ends[0]['another_seed_within']:.4f}",
     }
 
 
@@ -72,10 +81,9 @@ def main() -> None:
     path = HERE / "README.md"
     text = path.read_text()
     for name, value in reached().items():
-        text = re.sub(rf"(<!-- {name} -->).*?(<!-- end -->)", rf"\g<1>{value}\g<2>", text)
+        text = fill(text, name, value)
     for device in ("cpu", "cuda"):
-        before, _, rest = text.partition(f"<!-- {device} -->\n")
-        text = f"{before}<!-- {device} -->\n{tables(device)}<!-- end -->{rest.partition('<!-- end -->')[2]}"
+        text = fill(text, device, f"\n{tables(device)}")
     write_text(path, text)
     path = HERE.parent / "docs" / "training.md"
     before, start, rest = path.read_text().partition("<!-- memory -->\n")

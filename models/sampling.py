@@ -11,10 +11,13 @@ from torch import Tensor
 from models.backbone import MaskedBackbone, gather_tokens
 from models.channel_head import ChannelHead
 from models.quantizer import ScalarQuantizer
+from util.misc import to_device
 from util.rng import ImageDraws
 
 #: Orders in which tokens can be generated.
 ORDERS = ("random", "raster", "confidence")
+#: Inputs of the head's first channel step: as in training, or as the release samples.
+FIRST_PLACES = ("trained", "released")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings, and what is given for each image.
@@ -55,12 +58,14 @@ class Given(NamedTuple):
     orders: Tensor | None  # [B, L]; tokens are taken from the end
     seeds: Sequence[int] | None  # of each image's random numbers
     tokens: Tensor | None  # values [B, L, C]; those count that `known` marks
-    known: Tensor | None  # [B, L], true where a token is kept
+    known: Tensor | None  # [B, L], true where a token is kept; counting them waits for a device that it is on
 
     def images(self, rows: Sequence[int]) -> "Given":
         """What is given for the images numbered ``rows``."""
         seeds = self.seeds if self.seeds is None else [self.seeds[row] for row in rows]
-        chosen = {name: x[rows] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        # Row by row: a list of rows would be a tensor that the device is waited for to take.
+        tensors = {name: x for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        chosen = {name: torch.stack([x[row] for row in rows]) for name, x in tensors.items()}
         return self._replace(**chosen, seeds=seeds)
 
 
@@ -124,7 +129,7 @@ def class_embeddings(backbone: MaskedBackbone, bsz: int, labels: Tensor | None, 
     unconditional = backbone.fake_latent.expand(bsz, -1)
     if labels is None:
         return unconditional  # with guidance, too: both halves would be the same
-    conditional = backbone.class_emb(labels.to(unconditional.device))
+    conditional = backbone.class_emb(to_device(labels, unconditional.device))
     return conditional if cfg == 1.0 else torch.cat([conditional, unconditional])
 
 
@@ -168,12 +173,13 @@ def sample_tokens(
         return generate(backbone, head, quantizer, bsz, given, options)
     # Images with equally many known tokens make a batch: all its shapes follow from their number.
     counts = given.known.sum(dim=1).tolist()
-    tokens, confidence = torch.empty_like(given.tokens), given.tokens.new_empty(bsz, backbone.seq_len)
+    images = {}
     for count in sorted(set(counts)):
         rows = [row for row in range(bsz) if counts[row] == count]
         part = generate(backbone, head, quantizer, len(rows), given.images(rows), options, known_count=count)
-        tokens[rows], confidence[rows] = part
-    return tokens, confidence
+        images |= dict(zip(rows, zip(*part, strict=True), strict=True))
+    tokens, confidence = zip(*(images[row] for row in range(bsz)), strict=True)
+    return torch.stack(tokens), torch.stack(confidence)
 
 
 def generate(
@@ -189,11 +195,12 @@ def generate(
     device, length, by_confidence = backbone.fake_latent.device, backbone.seq_len, options.order == "confidence"
     draws = ImageDraws(bsz, device, given.seeds)
     orders = initial_orders(options.order, draws, length)  # drawn in any case: later numbers do not depend on it
-    orders = orders if given.orders is None else given.orders.to(device)
+    orders = orders if given.orders is None else to_device(given.orders, device)
     tokens = torch.zeros(bsz, length, head.channels, device=device)
     if given.known is not None:
-        tokens = torch.where(given.known[..., None], given.tokens, tokens)
-        orders = orders.gather(1, given.known.gather(1, orders).int().argsort(dim=1, stable=True))  # known ones last
+        is_known = to_device(given.known, device)
+        tokens = torch.where(is_known[..., None], given.tokens, tokens)
+        orders = orders.gather(1, is_known.gather(1, orders).int().argsort(dim=1, stable=True))  # known ones last
     classes = class_embeddings(backbone, bsz, given.labels, options.cfg)
     confidence = torch.zeros(bsz, length, device=device)
 

@@ -17,6 +17,7 @@ from models.pretrained import PretrainedTokenBridge
 from models.published import PublishedNames, default_channel_order
 from models.quantizer import build_quantizer
 from util.config import KL16_CHANNEL_ORDER  # noqa: F401, others import it from here
+from util.misc import to_device
 
 #: Parts whose blocks can be recomputed in the backward pass.
 CHECKPOINTED = ("encoder", "decoder", "head")
@@ -232,7 +233,8 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         Args:
             latents: ``[B, C, h, w]``, scaled by the latent factor.
             labels: classes ``[B]``.
-            mask: ``[B, L]``, 1 where a token is masked, the same number in each sample; drawn if not given.
+            mask: ``[B, L]``, 1 where a token is masked, the same number in each sample; drawn if not given. It
+                lies best on the host, which would else wait for the device to count them.
 
         Raises:
             ValueError: latents of another shape, labels outside the classes, or uneven masks.
@@ -244,7 +246,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         if mask is None:
             masked, known = self.sample_orders(len(latents)).tensor_split([self.draw_num_masked()], dim=1)
         else:
-            known, masked = self._split(mask)
+            known, masked = (to_device(positions, latents.device) for positions in self._split(mask))
         self.check_labels(labels)
         features = self.backbone(tokens, known, self.class_emb(labels))  # [B, L, D]
         # Tokens of all samples in one batch of M: features [M, D], levels [M, C].
@@ -376,7 +378,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         return (latents, confidence) if return_confidence else latents
 
     def _known_tokens(self, bsz: int, latents: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Values ``[B, L, C]`` of known latents, and their boolean mask ``[B, L]``, on the model's device."""
+        """Values ``[B, L, C]`` of known latents, on the model's device, and their boolean mask ``[B, L]``."""
         if (latents is None) != (mask is None):
             raise ValueError("known_latents and known_mask go together")
         if mask is None:
@@ -385,7 +387,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         if given != expected:
             shapes = "{} and {}, expected {} and {}".format(*given, *expected)
             raise ValueError(f"known_latents and known_mask are {shapes}")
-        return self.quantize(self.patchify(latents.to(self.device)))[1], mask.to(self.device).bool()
+        return self.quantize(self.patchify(to_device(latents, self.device)))[1], mask.bool()
 
 
 # --------------------------------------------------------------------------------------------------------------------

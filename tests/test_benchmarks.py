@@ -1,6 +1,7 @@
 """What benchmarks compare with does the same, and every benchmark runs."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks.baselines import DiffusionHead, RecomputingHead, argmin_over_levels, plain_kernels
+from benchmarks.loader import write_cache
 from models.quantizer import GaussianQuantizer
 from tests.conftest import NO_DROPOUT, ROOT, batch, small
 
@@ -60,6 +62,7 @@ def test_the_diffusion_head_samples_what_it_should():
         ("training", "--model tokenbridge_tiny --ways release bf16"),
         ("tokenizer", "--img_size 32 --precision fp32"),
         ("loader", "--images 40 --workers 0"),
+        ("ranks", "--batch 2 --steps 40"),
     ],
 )
 def test_benchmarks_run(name, flags, tmp_path):
@@ -68,4 +71,15 @@ def test_benchmarks_run(name, flags, tmp_path):
     subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, capture_output=True)
     content = json.loads(path.read_text())
     assert content["benchmark"] == name and content["machine"]["matmul_tflops"]["fp32"] > 0
-    assert all(row["median_s"] > 0 for row in content["rows"])
+    assert all(row.get("median_s", row.get("images_per_s")) > 0 for row in content["rows"])
+
+
+@pytest.mark.slow
+def test_curves_run(tmp_path):
+    write_cache(tmp_path / "cache", 128, side=1)  # one token an image
+    flags = f"--cached_path {tmp_path}/cache --epochs 2 --seeds 2 --json {tmp_path}/curves.json"
+    subprocess.run([sys.executable, "-m", "benchmarks.curves", *flags.split()], cwd=ROOT, check=True)
+    rows = json.loads((tmp_path / "curves.json").read_text())["rows"]
+    assert [row["seed"] for row in rows] == [1, 2, 1, 1, 1, 1] and (tmp_path / "curves.png").exists()
+    assert sum(row["off_the_mean"] for row in rows[:2]) == pytest.approx(0, abs=1e-6)
+    assert all(row["loss_at_end"] == pytest.approx(math.log(32), abs=0.3) for row in rows)  # of 32 levels, untrained

@@ -92,7 +92,10 @@ def all_parsers() -> list[argparse.ArgumentParser]:
     """Every parser of the project's programs, those of subcommands included."""
     modules = [path.stem for path in [*ROOT.glob("main_*.py"), ROOT / "reconstruction.py"]]
     modules += [f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"]
-    modules += [f"benchmarks.{name}" for name in ("quantizer", "head_speed", "sampling", "training", "loader")]
+    modules += [
+        f"benchmarks.{name}"
+        for name in ("quantizer", "head_speed", "sampling", "training", "loader", "ranks", "curves")
+    ]
     parsers = [parser_of(module) for module in modules]
     actions = [action for parser in parsers for action in parser._actions]
     nested = [action.choices.values() for action in actions if isinstance(action, argparse._SubParsersAction)]

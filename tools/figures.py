@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine_tokenbridge import channel_statistics, decode_images
 from models.quantizer import QUANTIZERS, ScalarQuantizer
-from models.sampling import ORDERS
+from models.sampling import FIRST_PLACES, ORDERS
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import checkpoint, errors, misc
@@ -68,7 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         command.add_argument("--temperature", type=float, default=1.0)
         command.add_argument("--gen_seed", type=int, default=0, help="gives sample n its seed, together with n")
         command.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
-        add_sampling_args(command, ORDERS)
+        add_sampling_args(command, ORDERS, FIRST_PLACES)
         add_vae_arg(command)
     for command in (levels, samples, parallel, confidence):
         command.add_argument("--output", default="", help="the picture; by default <figure>.png")
@@ -174,7 +174,7 @@ def sample(
             latents, confidence = model.sample_tokens(
                 len(labels[part]), args.num_iter, args.cfg, args.cfg_schedule, torch.tensor(labels[part]),
                 args.temperature, seeds=seeds[part], order=order, confidence_noise=args.confidence_noise,
-                return_confidence=True,
+                return_confidence=True, first_place=args.first_place,
             )  # fmt: skip
         images.append(decode_images(vae, latents / latent_factor, args.precision))
         grids = confidence.unflatten(1, (model.grid_size, -1)).cpu()

@@ -67,7 +67,7 @@ def add_quantizer_args(parser: argparse.ArgumentParser, quantizers: Sequence[str
     parser.add_argument("--quant_calibrate", action="store_true", help=text)
 
 
-def add_sampling_args(parser: argparse.ArgumentParser, orders: Sequence[str]) -> None:
+def add_sampling_args(parser: argparse.ArgumentParser, orders: Sequence[str], first_places: Sequence[str]) -> None:
     """Adds the flags of the steps, guidance schedule and order in which tokens are sampled."""
     parser.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
     parser.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear")
@@ -75,6 +75,8 @@ def add_sampling_args(parser: argparse.ArgumentParser, orders: Sequence[str]) ->
     parser.add_argument("--order", choices=orders, default="random", help=text)
     text = "Gumbel noise on confidences, falling to 0 over the steps"
     parser.add_argument("--confidence_noise", type=float, default=0.0, help=text)
+    text = "input of the head's first channel step: as in training, or as the release samples (the paper's results)"
+    parser.add_argument("--first_place", choices=first_places, default="trained", help=text)
 
 
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:

@@ -96,10 +96,15 @@ def check_same_inputs(data: Mapping[str, Data], vae: nn.Module | None) -> None:
 def training_loader(dataset: Data, device: torch.device, args: argparse.Namespace) -> DataLoader:
     """Shuffled whole batches, this process's share of every epoch.
 
+    The images of a step, and which of them are mirrored, depend on the whole batch alone: not on the number of
+    processes and of batches a step that it is divided among.
+
     Raises:
         UserError: there are not enough images for one step.
     """
-    sampler = ShuffledRankSampler(dataset, misc.get_world_size(), misc.get_rank(), shuffle=True, seed=args.seed)
+    # An epoch that does not divide evenly is cut: padded, it may have a step more on many processes than on one.
+    options = {"shuffle": True, "seed": args.seed, "drop_last": True}
+    sampler = ShuffledRankSampler(dataset, misc.get_world_size(), misc.get_rank(), **options)
     # Workers start anew with each epoch, so that they know which of its images are mirrored.
     loader = make_loader(dataset, args, device, sampler=sampler, drop_last=True, persistent_workers=False)
     if len(loader) < args.accum_iter:

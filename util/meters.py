@@ -1,6 +1,7 @@
 """What a training loop records: means of losses, speed, and the steps that were not finite."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -40,9 +41,10 @@ class Meter:
         norms = torch.stack(self.norms)
         seconds = (time.perf_counter() - self.started) / len(self.losses)
         self.losses, self.norms, self.started = [], [], time.perf_counter()
+        norm = norms.where(norms.isfinite(), math.nan).nanmean().item()  # fp16 skips steps whose gradients overflow
         return {
             "train/loss": loss,
-            "train/grad_norm": norms[norms.isfinite()].mean().item(),  # fp16 skips steps whose gradients overflow
+            "train/grad_norm": norm,
             "speed/images_per_second": self.images / seconds,
             "speed/model_flops_utilization": self.flops / seconds / self.peak_flops,
             "speed/memory_gib": misc.memory_in_use(self.device),

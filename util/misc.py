@@ -378,6 +378,16 @@ def matmul_flops(device: torch.device, precision: str) -> float:
     return 2 * size**3 / best
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """``x`` on ``device``; from the host to CUDA through pinned memory.
+
+    A plain ``x.to(device)`` waits until the device has done all that it was given before; this one does not.
+    """
+    if torch.device(device).type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def memory_in_use(device: torch.device) -> float:
     """Peak memory in GiB: of the device on CUDA, of the process on the CPU."""
     if device.type == "cuda":

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from util.misc import to_device
+
 
 def seed_everything(*seeds: int) -> None:
     """Seeds torch's global generators from one or more numbers."""
@@ -54,7 +56,7 @@ class ImageDraws:
     def _draw(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
         if self.generators is None:
             return draw(self.bsz, *shape, device=self.device)
-        return torch.stack([draw(*shape, generator=generator) for generator in self.generators]).to(self.device)
+        return to_device(torch.stack([draw(*shape, generator=each) for each in self.generators]), self.device)
 
 
 def numbered_draws(seed: int, numbers: Sequence[int]) -> ImageDraws:

@@ -1,5 +1,6 @@
 """Markdown tables and text files."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,3 +23,16 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes text, whole or not at all."""
     with written_whole(path) as file:
         file.write(text.encode())
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between ``<!-- name -->`` and the ``<!-- end -->`` after it.
+
+    Raises:
+        ValueError: there is no such place.
+    """
+    place = re.compile(rf"(<!-- {name} -->).*?(<!-- end -->)", re.DOTALL)
+    filled, places = place.subn(lambda match: match[1] + content + match[2], text)
+    if not places:
+        raise ValueError(f"the text has no place named {name}")
+    return filled

@@ -53,9 +53,7 @@ class TrainingState:
         self.device = next(model.parameters()).device
         several = misc.get_world_size() > 1
         self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
-        if (
-            several
-        ):  # buffers are tables that never change; as an argument, this would keep DDP from sharing them at all
+        if several:  # buffers are tables that never change; as an argument, this would also keep them from being shared
             self.wrapped.broadcast_buffers = False
         # A copy of the weights that all processes have once DDP has shared those of the first.
         self.average = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True)
@@ -203,8 +201,9 @@ class TrainingState:
         steps_there, processes_there = content.get("steps_per_epoch", steps), content.get("world_size", processes)
         self.epoch, self.step = content["epoch"] + 1, round(content.get("step", 0) * steps / steps_there)
         if (steps_there, processes_there) != (steps, processes):
+            differing = "draws" if steps_there == steps else "draws and order of images"
             misc.log.warning(
                 "%s was written by %d processes with %d steps an epoch, this run has %d with %d: it continues at the "
-                "same place of the epoch, but draws and order of images are not those of an unbroken run",
-                *(path, processes_there, steps_there, processes, steps),
+                "same place of the epoch, but its %s are not those of an unbroken run",
+                *(path, processes_there, steps_there, processes, steps, differing),
             )

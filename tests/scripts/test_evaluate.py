@@ -28,7 +28,7 @@ from util.rng import image_seeds
 def test_every_flag_of_sampling_reaches_the_sampler(run, weights, tmp_path, sampler, decoder):
     flags = {
         "num_iter": 3, "cfg": 2.5, "cfg_schedule": "constant", "temperature": 0.7, "order": "confidence",
-        "confidence_noise": 0.4,
+        "confidence_noise": 0.4, "first_place": "released",
     }  # fmt: skip
     typed = " ".join(f"--{name} {value}" for name, value in flags.items())
     common = f"{weights} --evaluate --no_metrics --num_images 8 {typed}"

@@ -63,7 +63,7 @@ def test_figures_sample_as_asked_and_place_what_they_sample(run, weights, vae_pa
     greys = [grey(label) for label in range(4)]
     flags = {
         "num_iter": 3, "cfg": 2.5, "cfg_schedule": "constant", "temperature": 0.7, "order": "raster",
-        "confidence_noise": 0.4,
+        "confidence_noise": 0.4, "first_place": "released",
     }  # fmt: skip
     typed = " ".join(f"--{name} {value}" for name, value in flags.items())
     common = f"--vae_path {vae_path} --resume {tmp_path}/weights --device cpu"

@@ -154,6 +154,7 @@ def content(tmp_path_factory) -> dict:
     state.model.metadata = {"latent_factor": 0.5, "class_names": ["a", "b"]}
     state.epoch, state.step = 1, 2
     state.save(args)
+    state.saver.finish()
     return torch.load(folder / "checkpoint-last.pth", weights_only=True)
 
 

@@ -1,5 +1,6 @@
 """Images of every kind, cached folders, their mirror images, samplers and loaders; what cannot be read is named."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,7 +13,8 @@ from PIL import Image
 
 from tests.conftest import ROOT, TINY, damaged, write_images
 from util import images as pictures
-from util import loader
+from util import loader, misc
+from util.datasets import training_loader
 from util.errors import UserError
 from util.loader import BadImages, CachedFolder, ImageFolder, image_transform, read_image
 
@@ -211,6 +213,33 @@ def test_a_share_of_an_epoch_can_start_in_its_middle():
     assert sorted(whole[0] + whole[1]) == list(range(20))
     shares[0].start = 4
     assert list(shares[0]) == whole[0][4:] and len(shares[0]) == 10
+
+
+@pytest.mark.parametrize("processes, batch, accum", [(2, 4, 1), (4, 2, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("start", [0, 1], ids=["from the start", "resumed"])
+def test_a_steps_images_depend_on_the_whole_batch_alone(monkeypatch, tmp_path, processes, batch, accum, start):
+    cache = loader.CachedFolder(write_cache(tmp_path, count=31))  # three steps of 8, and all but one image of a fourth
+
+    def steps(processes: int, batch: int, accum: int) -> list[list[float]]:
+        """The values of each step's items, which tell image and view."""
+        images: list[list[float]] = []
+        monkeypatch.setattr(misc, "get_world_size", lambda: processes)
+        for rank in range(processes):
+            monkeypatch.setattr(misc, "get_rank", lambda rank=rank: rank)
+            args = argparse.Namespace(batch_size=batch, accum_iter=accum, seed=1, num_workers=0, pin_mem=False)
+            batches = training_loader(cache, torch.device("cpu"), args)
+            count = len(batches) // accum
+            batches.sampler.set_epoch(2)
+            batches.sampler.start = start * batch * accum
+            cache.set_draws(1, 2)
+            values = torch.cat([moments[:, 0, 0, 0] for moments, _ in batches])
+            values = values[: (count - start) * batch * accum].view(count - start, -1)
+            images = [step + more for step, more in zip(images or [[]] * len(values), values.tolist(), strict=True)]
+        return [sorted(step) for step in images]
+
+    alone = steps(1, 8, 1)
+    assert len(alone) == 3 - start and steps(processes, batch, accum) == alone
+    assert {value >= 100 for step in alone for value in step} == {True, False}  # mirror images among them
 
 
 def test_shares_cover_everything_once():

@@ -1,0 +1,209 @@
+"""What runs on CUDA leaves nothing on the host, and has the host wait for the device only where a test says so."""
+
+import argparse
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import engine_tokenbridge as engine
+from models import fast
+from models.fast import Recordings
+from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
+from tests.conftest import HEADS, batch, training_state, variant
+from tests.fake_cuda import DEVICE, FakeCuda, HiddenWait, WrongPlace, gradients
+from tests.models.test_fast import rerun
+from util import misc
+from util.meters import BadSteps
+
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.cuda.is_built() and hasattr(torch._C, "_ensureCUDADeviceGuardSet")),
+    reason="torch's CUDA wheel is needed (no GPU is), whose fake tensors do without a driver (not 2.6's)",
+)
+
+#: Heads, tokens and quantizers of every kind, with few channels: here operations cost time by their number, and by that
+#: of different shapes, not by their size.
+KINDS = {
+    **HEADS,
+    "patches": {"vae_stride": 8, "patch_size": 2, "vae_embed_dim": 1},
+    "linear": {"quantizer": "linear"},
+    "calibrated": {"channel_mean": [0.1] * 4, "channel_std": [0.9] * 4},
+}
+
+
+def model_of(kind: str, **options) -> TokenBridge:
+    return variant(**{"vae_embed_dim": 4, "channel_depth": 1, **KINDS[kind], **options})
+
+
+def tokenizer(cuda: FakeCuda) -> AutoencoderKL:
+    return cuda.put(AutoencoderKL(4, (1, 1, 2), ch=8, num_res_blocks=1).eval())
+
+
+def loaded(model: TokenBridge, images: bool = False) -> tuple[Tensor, Tensor]:
+    """A batch as the loader gives it, of moments or images: on the host, in pinned memory."""
+    shape = (3, 16, 16) if images else (2 * model.vae_embed_dim, *model.latent_shape[1:])
+    return torch.randn(2, *shape).pin_memory(), torch.arange(2).pin_memory()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The device itself.
+
+FAULTS = {
+    "a tensor made on the host": (WrongPlace, lambda x: x + torch.arange(4)),
+    "a mask of the host": (WrongPlace, lambda x: torch.where(torch.ones(4).bool(), x, 0)),
+    "a table on the host": (WrongPlace, lambda x: torch.bucketize(x, torch.arange(4.0))),
+    "positions on the host": (WrongPlace, lambda x: x.gather(0, torch.arange(2))),
+    "a list of rows": (HiddenWait, lambda x: x[[0, 1]]),
+    "a number read": (HiddenWait, lambda x: x.sum().item()),
+    "a list read": (HiddenWait, lambda x: x.tolist()),
+    "a condition": (HiddenWait, lambda x: bool((x > 0).any())),
+    "a comparison": (HiddenWait, lambda x: torch.equal(x, x)),
+    "a Boolean index": (HiddenWait, lambda x: x[x > 0]),
+    "a Boolean index to write": (HiddenWait, lambda x: x.__setitem__(x > 0, x)),
+    "nonzero": (HiddenWait, lambda x: x.nonzero()),
+    "levels counted": (HiddenWait, lambda x: torch.bincount(x.long())),
+    "a copy to the host": (HiddenWait, lambda x: x.cpu()),
+    "a copy to the device": (HiddenWait, lambda x: torch.ones(4).to(x.device)),
+    "a copy from pageable memory": (HiddenWait, lambda x: torch.ones(4).to(x.device, non_blocking=True)),
+    "a copy into the device": (HiddenWait, lambda x: x.copy_(torch.ones(4))),
+    "numbers made on the device": (HiddenWait, lambda x: torch.tensor([1.0, 2.0], device=x.device)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_raises(fault):
+    kind, work = FAULTS[fault]
+    with FakeCuda() as cuda, pytest.raises(kind):
+        work(cuda.tensor(torch.ones(4)))
+
+
+def test_what_does_not_wait_passes_and_announced_waits_must_come():
+    with FakeCuda("the test", "the test") as cuda:
+        x = cuda.tensor(torch.ones(4, dtype=torch.long))
+        x[0] = int(torch.rand(2).argmax())  # a number known on the host
+        x[1] += torch.tensor(1) + torch.arange(4, device=x.device)[x].sum()
+        assert x.tolist() == [1, 1, 1, 1] and x.cpu().dtype == torch.long
+    with pytest.raises(HiddenWait, match="no wait in somewhere"), FakeCuda("somewhere"):
+        pass
+
+
+def test_gradients_are_those_of_the_engine(monkeypatch):
+    model = model_of("ar", attn_dropout=0.0, proj_dropout=0.0, grad_checkpointing=["decoder"]).train()
+    monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 7 * 4 * 32)
+    loss = model(*batch(model))
+    found = gradients(loss)
+    loss.backward()
+    assert {id(p) for p in found} == {id(p) for p in model.parameters() if p.grad is not None}
+    assert all(torch.allclose(found[p], p.grad, atol=1e-6) for p in found)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_in_parts_and_gradients(kind, monkeypatch):
+    model = model_of(kind, grad_checkpointing=["head"] * (kind == "pairs")).train()
+    monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 13 * model.head.channel_steps * model.head.dim)
+    with FakeCuda() as cuda:
+        latents, labels, mask = batch(cuda.put(model), 2)
+        with misc.autocast(DEVICE, "bf16"):
+            loss = model(cuda.tensor(latents), cuda.tensor(labels), mask)
+        loss.backward()
+        assert loss.device == DEVICE and loss.dtype == torch.float32
+        assert {p.grad.device for p in model.parameters() if p.grad is not None} == {DEVICE}
+
+
+@pytest.mark.parametrize(("precision", "images"), [("bf16", False), ("fp16", True)])
+def test_an_epoch_waits_for_a_flag_a_step_and_for_figures_at_its_end(precision, images, tmp_path):
+    args = {"seed": 0, "accum_iter": 2, "precision": precision, "batch_size": 2, "save_every_steps": 0}
+    args |= {"lr": 1e-3, "min_lr": 0.0, "lr_schedule": "constant", "warmup_epochs": 0, "epochs": 1}
+    with FakeCuda("settle", "settle", "read", "read") as cuda:
+        model = cuda.put(model_of("ar"))
+        state = training_state(model, steps_per_epoch=2, precision=precision)
+        loader, vae = [loaded(model, images) for _ in range(4)], tokenizer(cuda) if images else None
+        options = misc.StopSignals(), BadSteps(0, tmp_path), tqdm(disable=True)
+        figures = engine.train_one_epoch(state, loader, vae, 0.5, argparse.Namespace(**args), *options)
+        assert state.epoch == 1 and figures["train/loss"] == 1  # what comes from this device is 1
+        moments = [x for slot in state.optimizer.state.values() for x in slot.values()]
+        assert {x.device for x in [*moments, *state.average.module.parameters()]} == {DEVICE}
+
+
+def test_held_out_likelihood_waits_once():
+    with FakeCuda("held_out_likelihood") as cuda:
+        model = cuda.put(model_of("ar"))
+        loader, vae = [loaded(model, images=True) for _ in range(2)], tokenizer(cuda)
+        assert engine.held_out_likelihood(model, vae, 0.5, loader, DEVICE, "bf16")["images"] == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sampling.
+
+
+def sampled(model: TokenBridge, **options) -> None:
+    """Samples in two steps from labels and seeds on the host, under guidance and bf16."""
+    options = {"cfg": 2.0, "labels": torch.arange(2), "seeds": [1, 2], "return_confidence": True, **options}
+    with misc.autocast(DEVICE, "bf16"):
+        found = model.sample_tokens(2, 2, **options)
+    assert {x.device for x in found} == {DEVICE}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampling_never_waits(kind):
+    with FakeCuda() as cuda:
+        sampled(cuda.put(model_of(kind).requires_grad_(False)))
+
+
+OPTIONS = {
+    "without seeds and labels": {"seeds": None, "labels": None},
+    "most probable": {"temperature": 0.0, "first_place": "released", "cfg_schedule": "constant"},
+    "raster": {"order": "raster"},
+    "confidence": {"order": "confidence", "confidence_noise": 1.0},
+    "orders": {"orders": torch.arange(16).expand(2, -1)},
+    "known": {"known_latents": torch.ones(2, 4, 4, 4), "known_mask": torch.arange(16) < torch.tensor([[8], [5]])},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_sampling_never_waits_whatever_is_asked_and_given(option):
+    with FakeCuda() as cuda:
+        sampled(cuda.put(model_of("ar")), **OPTIONS[option])
+
+
+def test_known_tokens_on_the_device_are_counted_once():
+    with FakeCuda("sample_tokens") as cuda:
+        sampled(cuda.put(model_of("ar")), **{name: cuda.tensor(x) for name, x in OPTIONS["known"].items()})
+
+
+@pytest.mark.parametrize("kind", ["ar", "parallel"])
+def test_recorded_sampling_never_waits(kind):
+    with FakeCuda() as cuda:
+        model = cuda.put(model_of(kind))
+        recordings = model.head.recordings = Recordings(rerun)
+        for _ in range(2):
+            sampled(model)
+        buffers = [x for inputs, _, outputs in recordings.kept.values() for x in (*inputs, *outputs)]
+        assert buffers and {x.device for x in buffers} == {DEVICE}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images.
+
+
+def test_a_chunk_of_images_is_waited_for_at_its_end(monkeypatch):
+    monkeypatch.setitem(engine.DECODING_BUDGET, "cuda", 2 * 16**2)  # three images in two parts
+    options = {"num_iter": 2, "cfg": 2.0, "cfg_schedule": "linear", "temperature": 1.0, "gen_seed": 0}
+    settings = engine.SampleSettings(num_images=4, eval_bsz=3, precision="bf16", vae_precision="fp16", **options)
+    with FakeCuda("decode_images", "sample_chunk") as cuda:
+        model, vae = cuda.put(model_of("ar")), tokenizer(cuda)
+        images, confidence = engine.sample_chunk(model, vae, 0.5, range(3), settings, DEVICE)
+    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8 and confidence.shape == (3, 4, 4)
+
+
+def test_caching_waits_for_the_moments_of_each_view_and_once_to_count(tmp_path):
+    with FakeCuda(*["cache_latents"] * 6) as cuda, mock.patch("numpy.savez"):
+        loader = [(torch.randn(2, 3, 16, 16).pin_memory(), None, [f"a/{n}", f"a/{n + 1}"]) for n in (0, 2)]
+        engine.cache_latents(tokenizer(cuda), loader, tmp_path, DEVICE, "bf16")
