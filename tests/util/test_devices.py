@@ -111,7 +111,12 @@ def test_the_stop_flag_is_asked_on_cuda_without_waiting_for_the_device(monkeypat
         return mock.Mock(wait=lambda: said.append("reduced"))
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    with FakeTensorMode():  # where looking at a number is an error
-        signals = misc.StopSignals(torch.device("cuda"))
-        assert not signals.agreed() and said == ["reduced", "recorded"]
-        assert not signals.answer.read().is_cuda and said == ["reduced", "recorded", "waited for"]
+
+    def ask(rank: int) -> list[str]:
+        with FakeTensorMode():  # where looking at a number is an error; its devices stay, hence another process
+            signals = misc.StopSignals(torch.device("cuda"))
+            assert not signals.agreed() and said == ["reduced", "recorded"]
+            assert not signals.answer.read().is_cuda
+        return said
+
+    assert forked(1, ask) == ([["reduced", "recorded", "waited for"]], [0])
