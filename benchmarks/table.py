@@ -86,8 +86,7 @@ def main() -> None:
         text = fill(text, device, f"\n{tables(device)}")
     write_text(path, text)
     path = HERE.parent / "docs" / "training.md"
-    before, start, rest = path.read_text().partition("<!-- memory -->\n")
-    write_text(path, f"{before}{start}{memory()}<!-- end -->{rest.partition('<!-- end -->')[2]}")
+    write_text(path, fill(path.read_text(), "memory", f"\n{memory()}"))
 
 
 if __name__ == "__main__":

@@ -121,11 +121,11 @@ def test_loss_in_parts_and_gradients(kind, monkeypatch):
 def test_an_epoch_waits_for_a_flag_a_step_and_for_figures_at_its_end(precision, images, tmp_path):
     args = {"seed": 0, "accum_iter": 2, "precision": precision, "batch_size": 2, "save_every_steps": 0}
     args |= {"lr": 1e-3, "min_lr": 0.0, "lr_schedule": "constant", "warmup_epochs": 0, "epochs": 1}
-    with FakeCuda("settle", "settle", "read", "read") as cuda:
+    with FakeCuda(*["read"] * 4) as cuda:  # Arriving.read after each step, and Meter.read
         model = cuda.put(model_of("ar"))
         state = training_state(model, steps_per_epoch=2, precision=precision)
         loader, vae = [loaded(model, images) for _ in range(4)], tokenizer(cuda) if images else None
-        options = misc.StopSignals(), BadSteps(0, tmp_path), tqdm(disable=True)
+        options = misc.StopSignals(DEVICE), BadSteps(0, tmp_path), tqdm(disable=True)
         figures = engine.train_one_epoch(state, loader, vae, 0.5, argparse.Namespace(**args), *options)
         assert state.epoch == 1 and figures["train/loss"] == 1  # what comes from this device is 1
         moments = [x for slot in state.optimizer.state.values() for x in slot.values()]
