@@ -87,6 +87,7 @@ def test_two_processes_with_half_the_batch_give_the_gradients_of_one(tmp_path):
 
 
 @pytest.mark.slow
+@torch._dynamo.config.patch(optimize_ddp=True)  # monkeypatch would leave the entry deleted
 def test_within_ddp_each_kind_of_block_is_compiled_once_and_whole(monkeypatch):
     address = f"tcp://127.0.0.1:{free_port()}"
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
@@ -97,7 +98,6 @@ def test_within_ddp_each_kind_of_block_is_compiled_once_and_whole(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
-    monkeypatch.setattr("torch._dynamo.config.optimize_ddp", True)
     torch.compiler.reset()
     try:
         # Blocks of more than a bucket of gradients.
