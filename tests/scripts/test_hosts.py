@@ -151,6 +151,5 @@ def test_a_step_waits_less_for_others_than_a_checkpoint(run_two, cached, tmp_pat
         take_step(state, loss, lr)
 
     monkeypatch.setattr(TrainingState, "take_step", step_slowly)
-    with pytest.raises(AssertionError, match=r"\[1, 1\]"):
-        run_two("main_tokenbridge", command)
+    run_two("main_tokenbridge", command, status=1)
     assert LOST in capfd.readouterr().err
