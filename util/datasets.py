@@ -84,6 +84,8 @@ def check_same_inputs(data: Mapping[str, Data], vae: nn.Module | None) -> None:
     Raises:
         UserError: they differ, as where machines have disks of their own.
     """
+    if misc.get_world_size() == 1:
+        return
     read = {} if vae is None else {"the tokenizer's checksum": misc.checksum(vae.state_dict().values())}
     for split, dataset in data.items():
         digest = hashlib.sha256()

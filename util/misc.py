@@ -141,9 +141,8 @@ def in_all_processes(work: Callable[[], Any]) -> Any:
     messages = [message for _, message in answers if message is not None]
     if messages:
         hosts = ", ".join(sorted({host for host, message in answers if message is not None}))
-        end_all(
-            messages[0] + (f" ({len(messages)} of {len(answers)} processes, on {hosts})" if len(answers) > 1 else "")
-        )
+        which = f" ({len(messages)} of {len(answers)} processes, on {hosts})" if len(answers) > 1 else ""
+        end_all(messages[0] + which)
     return result
 
 

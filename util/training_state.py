@@ -178,6 +178,8 @@ class TrainingState:
 
     def _share(self) -> None:
         """Gives all processes the main one's state, and compares what they then have."""
+        if misc.get_world_size() == 1:
+            return
         learned = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments = self.optimizer.state
         stepped = [parameter in moments for parameter in learned]
