@@ -170,9 +170,13 @@ def test_a_kill_or_a_second_interrupt_amid_a_file_leaves_the_one_before(train, m
             time.sleep(10 * WAIT)
         write(content, file)
 
+    def start():
+        torch.set_num_threads(1)  # the threads of the process that was forked are not there
+        train("run", "--epochs 99 --save_last_freq 1")
+
     monkeypatch.setattr(torch, "save", save)
     monkeypatch.setattr(misc.StopSignals, "_hear", lambda *args: hear(*args) or heard.set())
-    run = fork.Process(target=train, args=("run", "--epochs 99 --save_last_freq 1"))
+    run = fork.Process(target=start)
     run.start()
     try:
         assert writing.wait(WAIT)
