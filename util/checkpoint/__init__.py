@@ -201,7 +201,7 @@ def as_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
         content |= {"config": stored, "averaged": True}  # save_pretrained writes the weights that sampling uses
     if isinstance(content.get("config"), dict) and "vae" in content["config"]:
         raise UserError(f"{path} is a tokenizer, not a TokenBridge: it goes with --vae_path")
-    lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "world_size": 1}
+    lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "world_size": 1, "average_steps": 0}
     numbers = {name: content[name] for name in lowest if name in content}
     wrong = [name for name, value in numbers.items() if type(value) is not int or value < lowest[name]]
     if not wrong and content.get("step", 0) > content.get("steps_per_epoch", 1):
