@@ -15,8 +15,9 @@ from models.vae import AutoencoderKL
 from util import checkpoint, misc
 from util.errors import UserError
 from util.files import check_shared, write_json
-from util.metrics import TITLES, Evaluator, provenance, table
+from util.metrics import TITLES, Evaluator, table
 from util.plots import write_search
+from util.provenance import provenance
 from util.sample_folder import SampleFolder
 
 ADM_STATS = "fid_stats/adm_in256_stats.npz"  # the usual name of ADM's statistics of ImageNet 256

@@ -5,7 +5,8 @@ import argparse
 from util import errors, misc
 from util.args import add_metrics_args, check_positive, new_parser
 from util.files import write_json
-from util.metrics import Evaluator, PlainImages, provenance, save_statistics, table, warn_if_few
+from util.metrics import Evaluator, PlainImages, save_statistics, table, warn_if_few
+from util.provenance import provenance
 
 
 def get_args_parser() -> argparse.ArgumentParser:

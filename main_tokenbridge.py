@@ -36,7 +36,7 @@ from util.datasets import Data, cache_metadata, check_same_inputs, data_root, lo
 from util.files import remove_parts, write_json
 from util.loader import ImageFolder, evenly_spaced
 from util.meters import BadSteps
-from util.metrics import provenance
+from util.provenance import provenance
 from util.rng import seed_everything
 from util.training_state import TrainingState
 

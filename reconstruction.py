@@ -34,10 +34,10 @@ from util.metrics import (
     compute_metrics,
     frechet_distance,
     gather_features,
-    provenance,
     statistics,
     warn_if_few,
 )
+from util.provenance import provenance
 from util.rng import numbered_draws
 from util.tables import markdown, write_text
 

@@ -1,7 +1,5 @@
 """FID, Inception Score, precision and recall: torch-fidelity's Inception and formulas, shared over processes."""
 
-import importlib.metadata
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -265,16 +263,3 @@ TITLES = {
 def table(figures: Mapping[str, Any]) -> str:
     """The metrics as aligned lines for the terminal."""
     return "\n".join(f"{title:<40}{figures[name]:>12.4f}" for name, title in TITLES.items() if name in figures)
-
-
-def provenance() -> dict[str, str]:
-    """Versions of packages and the project's commit, to be kept with results."""
-    packages = ("torch", "torchvision", "torch-fidelity", "numpy", "timm")
-    versions = {f"{name}_version": importlib.metadata.version(name) for name in packages}
-    root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # not a checkout
-        commit = "unknown"
-    return {**versions, "commit": commit}

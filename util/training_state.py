@@ -17,7 +17,7 @@ from util.checkpoint.saver import Saver
 from util.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
-#: After n steps the average's decay is n / (n + 10), at most --ema_rate: it spans the last tenth of a short run, and not
+#: After n steps the average decays by n / (n + 10), at most --ema_rate: it spans the last tenth of a short run, not
 #: the drawn weights. At 0.9999 that ends after 100,000 steps; of the published recipe 150,000 are left, after which
 #: averages with and without it differ by a share of exp(-15), less than float32 rounds in them.
 AVERAGE_WARMUP = {"use_warmup": True, "warmup_gamma": 10.0, "warmup_power": 1.0}
