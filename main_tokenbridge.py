@@ -55,19 +55,23 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--freeze", nargs="+", default=[], metavar="PATTERN", help="parameters that stay: encoder_blocks.*, class_emb.*"
     )
-    train.add_argument("--epochs", type=int, default=400)
+    train.add_argument("--epochs", type=int, default=400, help="passes over the training images")
     train.add_argument("--accum_iter", type=int, default=1, help="batches whose gradients make one step")
     train.add_argument("--lr", type=float, help="peak learning rate; by default blr x whole batch / 256")
     train.add_argument("--blr", type=float, default=1e-4, help="base learning rate, for a batch of 256")
     train.add_argument("--min_lr", type=float, default=0.0, help="learning rate at the end of the cosine")
-    train.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine")
-    train.add_argument("--warmup_epochs", type=float, default=100)
+    text = "learning rate after the warm-up: half a cosine down to --min_lr, or --lr throughout"
+    train.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help=text)
+    text = "epochs over which the learning rate rises from 0"
+    train.add_argument("--warmup_epochs", type=float, default=100, help=text)
     train.add_argument("--compile", action="store_true", help="torch.compile the blocks; minutes before the first step")
-    train.add_argument("--weight_decay", type=float, default=0.02)
+    train.add_argument(
+        "--weight_decay", type=float, default=0.02, help="AdamW's; biases and one-dimensional weights have none"
+    )
     train.add_argument(
         "--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit (release: 3.0)"
     )
-    train.add_argument("--ema_rate", type=float, default=0.9999)
+    train.add_argument("--ema_rate", type=float, default=0.9999, help="what the weights' average keeps in a step")
     train.add_argument("--start_epoch", type=int, default=0, help="set by --resume where the checkpoint tells")
     train.add_argument("--save_last_freq", type=int, default=5, help="epochs between two checkpoints")
     train.add_argument(

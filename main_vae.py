@@ -37,11 +37,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kl_weight", type=float, default=1e-6, help="weight of the KL divergence; the L1 error's is 1"
     )
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=100, help="passes over the training images")
     parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     parser.add_argument("--min_lr", type=float, default=0.0, help="learning rate at the end")
-    parser.add_argument("--warmup_epochs", type=float, default=1.0)
-    parser.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine")
+    text = "epochs over which the learning rate rises from 0"
+    parser.add_argument("--warmup_epochs", type=float, default=1.0, help=text)
+    text = "learning rate after the warm-up: half a cosine down to --min_lr, or --lr throughout"
+    parser.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help=text)
     parser.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit")
     add_mirror_arg(parser)
     add_skip_arg(parser)

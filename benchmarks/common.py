@@ -39,7 +39,7 @@ def benchmark_parser(description: str, repeats: int) -> argparse.ArgumentParser:
 
 def add_ways(parser: argparse.ArgumentParser, batch: int, what: str) -> None:
     """Adds the flags of :func:`compare_ways`."""
-    parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
+    parser.add_argument("--model", choices=MODELS, default="tokenbridge_base", help="size of the model")
     parser.add_argument("--batch", type=int, default=batch, help=what)
     ways = "the release's way, and precisions of ours: fp32, bf16, fp16"
     parser.add_argument("--ways", nargs="+", default=["release", "fp32", "bf16"], help=ways)

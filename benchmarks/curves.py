@@ -67,9 +67,9 @@ def plot(curves: dict[str, list[float]], seeds: list[list[float]], path: Path) -
 def main() -> None:
     """Runs the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all runs")
     parser.add_argument("--cached_path", default="output/demo/cache", help="the demo's cache")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=6, help="of each run")
     parser.add_argument("--seeds", type=int, default=5, help="of one process, two or more")
     parser.add_argument("--json", help="file to write the results to; a picture goes beside it")
     args = parser.parse_args()

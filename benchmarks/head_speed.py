@@ -16,10 +16,10 @@ from util import misc
 def main() -> None:
     """Runs the command line."""
     parser = benchmark_parser(__doc__, repeats=5)
-    parser.add_argument("--model", choices=MODELS, default="tokenbridge_base")
+    parser.add_argument("--model", choices=MODELS, default="tokenbridge_base", help="size of the model")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="tokens sampled at once")
     parser.add_argument("--compile", action="store_true", help="also measure our head compiled")
-    parser.add_argument("--precision", choices=misc.PRECISIONS, nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--precision", choices=misc.PRECISIONS, nargs="+", default=["fp32", "bf16"], help="of autocast")
     args = parse(parser)
     hardware, device = machine(args.device), args.device
     with torch.device("meta"):  # for their configurations: a head is measured without its backbone

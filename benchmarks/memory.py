@@ -166,9 +166,11 @@ def step_memory(
 def main() -> None:
     """Runs the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS)[1:])
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS)[1:], help="sizes of the model")
     parser.add_argument("--batch", nargs="+", type=int, default=[32, 64], help="images of a GPU")
-    parser.add_argument("--precision", nargs="+", choices=misc.PRECISIONS, default=["bf16", "fp32"])
+    parser.add_argument(
+        "--precision", nargs="+", choices=misc.PRECISIONS, default=["bf16", "fp32"], help="of autocast; fp32 means none"
+    )
     parser.add_argument("--json", help="file to write the results to")
     args, rows = parser.parse_args(), []
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")

@@ -21,7 +21,7 @@ def images_per_second(runs: int, processes: int, batch: int, flags: str) -> floa
 def main() -> None:
     """Runs the command line."""
     parser = benchmark_parser(__doc__, repeats=3)
-    parser.add_argument("--model", choices=MODELS, default="tokenbridge_tiny")
+    parser.add_argument("--model", choices=MODELS, default="tokenbridge_tiny", help="size of the model")
     parser.add_argument("--img_size", type=int, default=64, help="of the images whose latents are trained on")
     parser.add_argument("--processes", type=int, default=2, help="compared with one")
     parser.add_argument("--batch", type=int, default=16, help="images of a step in one process")

@@ -37,7 +37,10 @@ REFERENCE = ROOT / "tests" / "reference"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves tests on fake CUDA tensors to the end: after them no process that is forked can compute gradients."""
+    """Moves tests on fake CUDA tensors to the end: after them no process that is forked can compute gradients.
+
+    Of the processes of pytest-xdist, too, each runs its tests in this order.
+    """
     items.sort(key=lambda item: item.path.name == "test_fake_cuda.py")
 
 

@@ -148,6 +148,12 @@ def test_flags_in_running_text_exist():
         assert flags <= known, page
 
 
+def test_every_flag_has_help():
+    actions = [action for parser in all_parsers() for action in parser._actions]
+    bare = [action for action in actions if not action.help and not isinstance(action, argparse._SubParsersAction)]
+    assert [action.option_strings or action.dest for action in bare] == []
+
+
 def test_programs_in_running_text_exist():
     for page in PAGES:
         spans = re.findall(r"`(python [^`]+)`", split(page.read_text())[0])

@@ -44,9 +44,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__, "tools.figures")
     figures = parser.add_subparsers(dest="figure", required=True)
-    options = {"formatter_class": parser.formatter_class, "allow_abbrev": False}
 
-    levels = figures.add_parser("levels", help="Figure 3: latents, their levels, and what quantizing leaves", **options)
+    levels = figures.add_parser("levels", help="Figure 3: latents, their levels, and what quantizing leaves")
     levels.add_argument("--cached_path", default="", help="a cache of main_cache.py or tools.pack")
     levels.add_argument("--quant_bits", type=int, default=6, help="2^bits levels a channel")
     levels.add_argument("--quant_min", type=float, default=-5.0, help="lower bound of the latents")
@@ -54,18 +53,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     levels.add_argument("--num_images", type=int, default=1000, help="at most, evenly spaced")
     add_quantizer_args(levels, QUANTIZERS, default="gaussian")
 
-    samples = figures.add_parser("samples", help="Figures 2 and 9: samples by class", **options)
+    samples = figures.add_parser("samples", help="Figures 2 and 9: samples by class")
     samples.add_argument("--per_class", type=int, default=4, help="samples of each class")
-    parallel = figures.add_parser("parallel", help="Figure 7: a parallel head above an autoregressive one", **options)
+    parallel = figures.add_parser("parallel", help="Figure 7: a parallel head above an autoregressive one")
     parallel.add_argument("--resume_parallel", default="", help="folder of the checkpoint trained with --head parallel")
     text = "Figure 8: random order, order by confidence, and a map of the confidence"
-    confidence = figures.add_parser("confidence", help=text, **options)
+    confidence = figures.add_parser("confidence", help=text)
     for command in (samples, parallel, confidence):
         command.add_argument("--resume", default="", help=f"folder that holds {checkpoint.CHECKPOINT_NAME}")
         text = "names of class folders, ImageNet's names, or numbers; by default eight classes"
         command.add_argument("--classes", nargs="+", help=text)
         command.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
-        command.add_argument("--temperature", type=float, default=1.0)
+        command.add_argument("--temperature", type=float, default=1.0, help="of every channel's distribution")
         command.add_argument("--gen_seed", type=int, default=0, help="gives sample n its seed, together with n")
         command.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
         add_sampling_args(command, ORDERS, FIRST_PLACES)

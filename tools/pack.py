@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from util import errors, misc
-from util.args import check_positive, check_range, new_parser
+from util.args import WORKERS, check_positive, check_range, new_parser
 from util.errors import UserError
 from util.loader import CACHE_METADATA, PACKED_METADATA
 from util.packed import DTYPES, PackedCache, open_cache, pack, unpack
@@ -19,7 +19,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", default="", help="folder to write the converted cache to")
     parser.add_argument("--cache_dtype", choices=DTYPES, default="fp32", help="type of the packed values")
     parser.add_argument("--shard_images", type=int, default=20000, help="images in each file of the packed cache")
-    parser.add_argument("--num_workers", type=int, default=10)
+    parser.add_argument("--num_workers", type=int, default=WORKERS, help="reading processes")
     parser.add_argument("--unpack", action="store_true", help="from packed to one file an image")
     return parser
 

@@ -1,16 +1,50 @@
 """Flags that several scripts share, and checks of what was typed."""
 
 import argparse
-from collections.abc import Sequence
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
-from util.errors import UserError
+from util.errors import UserError, where
 from util.misc import PRECISIONS, check_same
 
+#: Data loading processes by default: one for each core that this process may use, 10 at most.
+WORKERS = min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
-def new_parser(description: str, module: str | None = None) -> argparse.ArgumentParser:
-    """A parser of a script, or of ``python -m module``; help shows defaults, flags cannot be abbreviated."""
-    formatter, prog = argparse.ArgumentDefaultsHelpFormatter, module and f"python -m {module}"
-    return argparse.ArgumentParser(prog, description=description, formatter_class=formatter, allow_abbrev=False)
+
+class Parser(argparse.ArgumentParser):
+    """A command line or a subcommand's: help shows defaults, flags cannot be abbreviated, errors are one line."""
+
+    def __init__(self, *args, **options):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(*args, **{"formatter_class": formatter, "allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Prints ``error: <message>`` and exits with status 2."""
+        self.exit(2, f"{where()}error: {message}\n")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        """Refuses what it does not know: subcommands get here, too, and know which flags are theirs."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        for word in unknown:
+            if word.startswith("-"):
+                flag = word.split("=")[0]
+                self.error(f"unknown flag {flag}; {did_you_mean(flag, self._option_string_actions)}")
+        if unknown:
+            self.error(f"{unknown[0]} belongs to no flag; --help lists them")
+        return parsed, []
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that is most like a misspelt one, as a question; where there is none, what tells them."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else "--help lists the flags"
+
+
+def new_parser(description: str, module: str | None = None) -> Parser:
+    """A parser of a script, or of ``python -m module``."""
+    return Parser(module and f"python -m {module}", description=description)
 
 
 def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, precision: str) -> None:
@@ -18,7 +52,7 @@ def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, pr
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=int, default=batch_size, help="images at once on each device")
     group.add_argument("--seed", type=int, default=seed, help="of everything random")
-    group.add_argument("--num_workers", type=int, default=10, help="data loading processes for each device")
+    group.add_argument("--num_workers", type=int, default=WORKERS, help="data loading processes for each device")
     group.add_argument("--pin_mem", action="store_true", help="pin host memory for faster transfers")
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not")
     group.set_defaults(pin_mem=True)
@@ -70,7 +104,8 @@ def add_quantizer_args(parser: argparse.ArgumentParser, quantizers: Sequence[str
 def add_sampling_args(parser: argparse.ArgumentParser, orders: Sequence[str], first_places: Sequence[str]) -> None:
     """Adds the flags of the steps, guidance schedule and order in which tokens are sampled."""
     parser.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
-    parser.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear")
+    text = "guidance scale: growing to --cfg with the tokens known, or --cfg in every step"
+    parser.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear", help=text)
     text = "of tokens: random, row by row, or the most confident of all unknown ones first (Figure 8)"
     parser.add_argument("--order", choices=orders, default="random", help=text)
     text = "Gumbel noise on confidences, falling to 0 over the steps"

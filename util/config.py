@@ -105,7 +105,7 @@ def add_model_args(
 ) -> None:
     """Adds the model's flags, with the values of ``--model``, ``--quantizer`` and ``--checkpoint_blocks``."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=models, default="tokenbridge_large")
+    model.add_argument("--model", choices=models, default="tokenbridge_large", help="size of the transformer")
     model.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
     add_vae_arg(model)
     told = "a file that tells its own wins"
@@ -113,9 +113,9 @@ def add_model_args(
     model.add_argument("--vae_stride", type=int, default=16, help=f"pixels a latent covers; {told}")
     model.add_argument("--patch_size", type=int, default=1, help="latent positions a token covers, each way")
     model.add_argument("--buffer_size", type=int, default=64, help="positions that hold the class embedding")
-    model.add_argument("--class_num", type=int, default=1000)
-    model.add_argument("--attn_dropout", type=float, default=0.1)
-    model.add_argument("--proj_dropout", type=float, default=0.1)
+    model.add_argument("--class_num", type=int, default=1000, help="classes of the data")
+    model.add_argument("--attn_dropout", type=float, default=0.1, help="of attention weights, 0 to 1")
+    model.add_argument("--proj_dropout", type=float, default=0.1, help="of the blocks' outputs, 0 to 1")
     model.add_argument("--label_drop_prob", type=float, default=0.1, help="for classifier-free guidance")
     model.add_argument("--mask_ratio_min", type=float, default=0.7, help="lower end of the mask ratios")
     model.add_argument("--grad_checkpointing", action="store_true", help="recompute blocks to save memory")

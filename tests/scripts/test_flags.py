@@ -18,11 +18,11 @@ def test_flags_have_the_releases_names_and_defaults():
             "save_last_freq": 5, "num_iter": 256, "num_images": 50000, "cfg": 1.0, "cfg_schedule": "linear",
             "temperature": 1.0, "eval_bsz": 64, "eval_freq": 40, "online_eval": False, "evaluate": False,
             "data_path": "./data/imagenet", "output_dir": "./output_dir", "resume": "", "use_cached": False,
-            "cached_path": "", "num_workers": 10, "pin_mem": True, "device": None, "precision": "bf16",
+            "cached_path": "", "pin_mem": True, "device": None, "precision": "bf16",
         },
         main_cache: {
             "batch_size": 128, "img_size": 256, "vae_path": "pretrained_models/vae/kl16.ckpt", "vae_embed_dim": 16,
-            "data_path": "./data/imagenet", "cached_path": "", "seed": 0, "num_workers": 10, "pin_mem": True,
+            "data_path": "./data/imagenet", "cached_path": "", "seed": 0, "pin_mem": True,
         },
         reconstruction: {
             "vae_path": "pretrained_models/vae/kl16.ckpt", "image_dir": "./data/imagenet/train", "bits": 6,
