@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -73,6 +74,26 @@ def order_gradients(state: TrainingState, batch_size: int, precision: str) -> No
     state.optimizer.zero_grad(set_to_none=True)
 
 
+def dry_run(
+    state: TrainingState, loader: DataLoader, vae: AutoencoderKL | None, latent_factor: float, args: Namespace
+) -> None:
+    """Takes two steps and logs what a run needs: seconds, hours, memory, the size of a checkpoint. Writes nothing."""
+    batches = list(islice(loader, args.accum_iter))
+    for _ in range(2):  # the first warms up
+        start = time.perf_counter()
+        loss = backward(state, batches, vae, latent_factor, args.precision)
+        state.take_step(loss, args.lr)
+        state.settle()
+    seconds, loss = time.perf_counter() - start, misc.all_reduce_mean(loss).item()
+    steps = args.epochs * state.steps_per_epoch - state.steps_done + 2
+    hours = seconds * steps / 3600
+    learned = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
+    stored = 2 * sum(value.numel() for value in state.model.state_dict().values()) + 2 * learned
+    memory, file = misc.memory_in_use(state.device), stored * 4 / 2**30  # float32
+    misc.log.info("dry run: loss %.4f, %.3g s a step, %.3g hours for %d steps", loss, seconds, hours, steps)
+    misc.log.info("dry run: %.1f GiB of memory in a process, %.2f GiB a checkpoint; nothing was written", memory, file)
+
+
 def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
     """The files of a step's images, ``images`` of them; steps count from this epoch's first batch of ``loader``."""
     indices = list(loader.sampler)[step * images : (step + 1) * images]
@@ -141,7 +162,7 @@ def train_one_epoch(
         if stop:
             misc.by_main_process(state.saver.finish)
             raise Preempted(
-                f"by {stop_signals.heard or 'another process'}, saved after epoch {epoch}, step {step}; "
+                f"by {stop_signals.heard or 'another process'}, saved at epoch {state.epoch}, step {state.step}; "
                 f"start the same command with --resume {args.output_dir} to continue"
             )
     return figures
@@ -211,7 +232,7 @@ def evaluate(
 ) -> SampleFolder:
     """Samples ``settings.num_images``, the same number of each class, into ``folder/NNNNN.png``.
 
-    Image n shows class ``n // (num_images / class_num)`` and has its own seed. Chunks of ``eval_bsz`` consecutive
+    Image n shows class ``n * class_num // num_images`` and has its own seed. Chunks of ``eval_bsz`` consecutive
     images are dealt to the processes whole, so that the number of processes never changes an image. A run that was
     interrupted continues where it stopped.
 
@@ -220,9 +241,8 @@ def evaluate(
         weights: what identifies the weights; images sampled from others are not taken for this run's.
 
     Raises:
-        UserError: ``num_images`` is not a multiple of the number of classes, or the folder cannot be written.
+        UserError: the folder cannot be written.
     """
-    check_num_images(settings.num_images, model.class_num)
     folder = SampleFolder(folder)
     misc.by_main_process(lambda: folder.prepare({"settings": asdict(settings), "weights": weights}))
     total, size, rank, world = settings.num_images, settings.eval_bsz, misc.get_rank(), misc.get_world_size()
@@ -259,7 +279,7 @@ def sample_chunk(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``."""
-    labels = torch.tensor([number // (settings.num_images // model.class_num) for number in numbers])
+    labels = torch.tensor([number * model.class_num // settings.num_images for number in numbers])
     names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise", "first_place")
     options = {name: getattr(settings, name) for name in names}
     options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
@@ -286,11 +306,12 @@ def decode_images(vae: AutoencoderKL, latents: Tensor, precision: str) -> Tensor
 
 
 def check_num_images(num_images: int, class_num: int) -> None:
-    """Raises UserError unless every class can have the same number of images."""
+    """Raises UserError unless every class can have the same number of images, as metrics want them."""
     if num_images <= 0 or num_images % class_num:
         near = max(class_num, round(num_images / class_num) * class_num)
         raise UserError(
-            f"--num_images {num_images} cannot be shared evenly by {class_num} classes; use a multiple, such as {near}"
+            f"--num_images {num_images} cannot be shared evenly by {class_num} classes; use a multiple, such as "
+            f"{near}, or --no_metrics for pictures alone"
         )
 
 

@@ -5,7 +5,9 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
@@ -182,6 +184,8 @@ def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWri
         misc.by_main_process(SampleFolder(path).remove_images)
         figures = sample_and_measure(run, model, path, cfg, temperature, {"epoch": epoch, "ema": not args.no_ema})
         scalars |= {f"eval/{key}-{name}": value for key, value in figures.items() if key in TITLES}
+        if writer is not None:
+            writer.add_image(f"samples/{name}", np.asarray(Image.open(f"{path}.png")), epoch + 1, dataformats="HWC")
     if writer is not None:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, epoch + 1)

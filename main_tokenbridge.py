@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from engine_tokenbridge import channel_statistics, check_num_images, order_gradients, train_one_epoch
+from engine_tokenbridge import channel_statistics, check_num_images, dry_run, order_gradients, train_one_epoch
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
 from models.quantizer import QUANTIZERS
 from models.sampling import FIRST_PLACES, ORDERS
@@ -30,13 +30,14 @@ from util.args import (
     new_parser,
 )
 from util.checkpoint import finetune
-from util.checkpoint.load import load_weights
-from util.config import EVALUATE, FINETUNE, RESUME, Start, Tokenizer, add_model_args, resolve
+from util.checkpoint.load import fingerprint, load_weights
+from util.config import EVALUATE, FINETUNE, KL16_LATENT_FACTOR, RESUME, Start, Tokenizer, add_model_args, resolve
 from util.datasets import Data, cache_metadata, check_same_inputs, data_root, load_data, loader_of_all, training_loader
 from util.files import remove_parts, write_json
 from util.loader import ImageFolder, evenly_spaced
+from util.lr_sched import tell_rates
 from util.meters import BadSteps
-from util.provenance import provenance
+from util.provenance import provenance, write_args
 from util.rng import seed_everything
 from util.training_state import TrainingState
 
@@ -78,6 +79,8 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         "--save_every_steps", type=int, default=0, help="steps between two checkpoints; 0 for epochs only"
     )
     train.add_argument("--max_bad_steps", type=int, default=0, help="steps that may be left out for not being finite")
+    text = "build everything, take two steps, tell sizes, memory and hours, write nothing"
+    train.add_argument("--dry_run", action="store_true", help=text)
     train.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, the newest included")
 
 
@@ -145,9 +148,11 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             check_positive(args, name)
     check_range(args, 0, math.inf, "confidence_noise", "gen_seed", "seed")
-    if min(args.temperature) < 0:
-        raise errors.UserError(f"--temperature {min(args.temperature)}: it must not be negative")
-    if args.online_eval:
+    for name in ("cfg", "temperature"):
+        if not all(0 <= value < math.inf for value in getattr(args, name)):
+            raise errors.UserError(f"--{name} {min(getattr(args, name))}: it must be a number, and not negative")
+    check_positive(args, "num_images")
+    if args.online_eval and not args.no_metrics:
         check_num_images(args.num_images, args.class_num)
     if (args.evaluate or args.evaluate_nll) and not args.resume:
         flag = "--evaluate" if args.evaluate else "--evaluate_nll"
@@ -200,6 +205,7 @@ def read_start(args: argparse.Namespace) -> Start:
         else:
             content, path = (checkpoint.read_run(path), path) if measuring else checkpoint.read_newest_whole(path)
             return Start(EVALUATE if measuring else RESUME, content, path, content.get("config", {}))
+    checkpoint.check_folder_is_free(args.output_dir)
     if args.finetune:
         path = checkpoint.find(args.finetune)
         content = checkpoint.read_run(path)
@@ -207,25 +213,34 @@ def read_start(args: argparse.Namespace) -> Start:
     return Start()
 
 
-def load_tokenizer(args: argparse.Namespace, splits: Sequence[str]) -> tuple[AutoencoderKL | None, Tokenizer]:
+def load_tokenizer(
+    args: argparse.Namespace, splits: Sequence[str], start: Start
+) -> tuple[AutoencoderKL | None, Tokenizer]:
     """The tokenizer, None where cached moments are enough, and its description, by itself or by the caches.
 
     Raises:
-        UserError: it cannot be read, or a cache was made with another one.
+        UserError: it cannot be read, is not named, or a cache was made with another one.
     """
     vae, found = None, []
     roots = [data_root(args, split) for split in splits]
-    if args.evaluate or args.online_eval or not args.use_cached:
+    named = args.vae_path != get_args_parser().get_default("vae_path")
+    needed = args.evaluate or args.online_eval or not args.use_cached
+    factor = start.config.get("latent_factor", KL16_LATENT_FACTOR)
+    if needed and not named and not math.isclose(factor, KL16_LATENT_FACTOR, rel_tol=1e-6) and start.use != FINETUNE:
+        told = f"{start.path} was trained with another tokenizer than KL-16, of latent factor {factor:.4g}"
+        raise errors.UserError(f"{told}: name its file with --vae_path")
+    if needed or named:
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         found.append(Tokenizer(vae.config, latent_factor, args.vae_path))
     for root in roots if args.use_cached else ():
-        found.append(Tokenizer(*checkpoint.tokenizer_of(cache_metadata(root), root), root))
-    for other in found[1:]:
-        if not other.same_factor(found[0].latent_factor):
-            raise errors.UserError(
-                f"{other.source} was made with another tokenizer than the run's: latent factors differ"
-            )
-    return vae, found[-1]
+        metadata = cache_metadata(root)
+        found.append(Tokenizer(*checkpoint.tokenizer_of(metadata, root), root))
+        differs = found[0].same_factor(found[-1].latent_factor) or "latent factors"
+        if differs is True and vae is not None and metadata.get("vae_sha256", sha := fingerprint(vae)) != sha:
+            differs = "weights"
+        if differs is not True:
+            raise errors.UserError(f"{root} was made with another tokenizer than {found[0].source}: {differs} differ")
+    return vae if needed else None, found[-1]
 
 
 CALIBRATION_IMAGES = 10_000
@@ -278,7 +293,7 @@ def build_model(args: argparse.Namespace, config: dict, start: Start, device: to
 def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> None:
     """Trains ``model`` from where ``start`` left off, saving, and measuring where asked for."""
     args, device = run.args, run.device
-    if misc.is_main_process():
+    if misc.is_main_process() and not args.dry_run:
         remove_parts(Path(args.output_dir).glob(".*.part"))
     images_per_step = args.batch_size * args.accum_iter  # in each process
     batch = images_per_step * misc.get_world_size()
@@ -291,13 +306,18 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
     if misc.get_world_size() > 2:
         order_gradients(state, args.batch_size, args.precision)
     peak = misc.matmul_flops(device, args.precision)
-    misc.log.info("whole batch %d, learning rate %.3g, matrix products at %.2f TFLOP/s", batch, args.lr, peak / 1e12)
+    misc.log.info("whole batch %d, matrix products at %.2f TFLOP/s", batch, peak / 1e12)
+    tell_rates(args, state.steps_per_epoch)
+    vae = None if args.use_cached else run.vae
+    if args.dry_run:
+        dry_run(state, loader, vae, run.latent_factor, args)
+        return
     if state.epoch >= args.epochs:
         misc.log.info("all %d epochs are done: nothing to train", args.epochs)
 
+    misc.by_main_process(lambda: write_args(args.output_dir, args))
     writer = SummaryWriter(args.output_dir) if misc.is_main_process() else None
     bad_steps = BadSteps(args.max_bad_steps, args.output_dir)
-    vae = None if args.use_cached else run.vae
     total = args.epochs * state.steps_per_epoch
     bar = misc.progress(total=total, initial=state.steps_done, unit="step", desc="training")
     with bar, misc.StopSignals(device) as stop_signals, state.saver:
@@ -327,9 +347,9 @@ def main() -> None:
         measuring = args.evaluate or args.evaluate_nll
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)
-        vae, tokenizer = load_tokenizer(args, splits)
+        vae, tokenizer = load_tokenizer(args, splits, start)
         config = resolve(args, get_args_parser().parse_args([]), SIZES, tokenizer, start)
-        if args.evaluate:  # the number of classes is that of the weights
+        if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
         data = {split: load_data(args, split, tokenizer) for split in splits}
         check_same_inputs(data, vae)
@@ -338,6 +358,8 @@ def main() -> None:
             config |= calibrate(args, data["train"], vae, tokenizer, device)
         model = build_model(args, config, start, device)
         model.metadata = {"model": args.model, "latent_factor": tokenizer.latent_factor}
+        if (args.evaluate or args.online_eval) and args.num_iter > model.seq_len:
+            misc.log.info("--num_iter %d for %d tokens: %d steps do it", args.num_iter, model.seq_len, model.seq_len)
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
         vae = None if vae is None else vae.to(device, memory_format=torch.channels_last)
         held_out = loader_of_all(data["val"], device, args) if "val" in data else None

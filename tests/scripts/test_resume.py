@@ -225,7 +225,7 @@ def test_a_signal_ends_a_run_after_its_step_and_saves(cached, tmp_path, name):
     wait_for(tmp_path / "run" / "checkpoint-last.pth", process)
     os.killpg(process.pid, getattr(signal, name))  # to the loader's workers, too, as schedulers do
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 75 and f"stopped: by {name}, saved after epoch" in said
+    assert process.returncode == 75 and f"stopped: by {name}, saved at epoch" in said
     content = load(tmp_path / "run")
     assert 0 <= content["epoch"] < 99
     steps = {int(state["step"]) for state in content["optimizer"]["state"].values()}
@@ -248,7 +248,7 @@ def test_the_launcher_restarts_what_a_signal_to_one_process_stopped(cached, tmp_
     os.kill(processes_of(tmp_path / "cut")[-1], signal.SIGUSR1)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert "SIGUSR1, saved after epoch" in said and "another process, saved after epoch" in said
+    assert "SIGUSR1, saved at epoch" in said and "another process, saved at epoch" in said
     assert said.count("resumed from") == 1
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
 
@@ -273,7 +273,7 @@ def test_a_signal_to_the_launcher_saves_and_leaves_no_process(cached, tmp_path, 
     assert len(workers) == 2
     process.send_signal(getattr(signal, name))
     _, said = process.communicate(timeout=120)
-    assert process.returncode != 0 and said.count("saved after epoch") == 2, said
+    assert process.returncode != 0 and said.count("saved at epoch") == 2, said
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     content = load(tmp_path / "run")
     steps = {int(state["step"]) for state in content["optimizer"]["state"].values()}

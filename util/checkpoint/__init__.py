@@ -159,6 +159,15 @@ def find(resume: str | Path | hub.Address, **options) -> Path:
     return path
 
 
+def check_folder_is_free(output_dir: str | Path, name: str = CHECKPOINT_NAME) -> None:
+    """Raises UserError if a run's checkpoint ``name`` is in the folder, which a new run would replace."""
+    if (Path(output_dir) / name).exists():
+        raise UserError(
+            f"{output_dir} holds {name} of another run: continue it with --resume {output_dir}, or start anew in "
+            "another --output_dir"
+        )
+
+
 def check_newest(resume: str | Path) -> None:
     """Raises UserError, on all processes, if another process than the main one finds a newer checkpoint.
 
