@@ -121,7 +121,7 @@ def export(args: argparse.Namespace) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
     text = "Shows what is in a checkpoint, converts between .pth and .safetensors without loss, exports models."
-    parser = new_parser(text, "tools.checkpoint")
+    parser = new_parser(text, "tools.checkpoint", config=False)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="what is in a file")
     show.add_argument("file", help="a checkpoint, its folder, or an address on the Hub")

@@ -42,7 +42,7 @@ from util.rng import image_seeds, seed_everything
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
-    parser = new_parser(__doc__, "tools.figures")
+    parser = new_parser(__doc__, "tools.figures", config=False)
     figures = parser.add_subparsers(dest="figure", required=True)
 
     levels = figures.add_parser("levels", help="Figure 3: latents, their levels, and what quantizing leaves")

@@ -3,8 +3,12 @@
 import argparse
 import difflib
 import os
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
+
+import yaml
 
 from util.errors import UserError, where
 from util.misc import PRECISIONS, check_same
@@ -14,18 +18,26 @@ WORKERS = min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line or a subcommand's: help shows defaults, flags cannot be abbreviated, errors are one line."""
+    """A command line or a subcommand's: help shows defaults, flags cannot be abbreviated, errors are one line.
 
-    def __init__(self, *args, **options):
+    Args:
+        config: whether it has ``--config``, a file of flags; one whose flags are all its subcommands' has not.
+    """
+
+    def __init__(self, *args, config: bool = True, **options):
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(*args, **{"formatter_class": formatter, "allow_abbrev": False, **options})
+        self.has_config = config
+        if config:
+            self.add_argument("--config", metavar="FILE", help="YAML of flags and values; flags typed here win")
 
     def error(self, message: str) -> NoReturn:
         """Prints ``error: <message>`` and exits with status 2."""
         self.exit(2, f"{where()}error: {message}\n")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        """Refuses what it does not know: subcommands get here, too, and know which flags are theirs."""
+        """Refuses what it does not know, and adds what ``--config`` says: subcommands get here, too."""
+        args = sys.argv[1:] if args is None else args
         parsed, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
             if word.startswith("-"):
@@ -33,7 +45,44 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown flag {flag}; {did_you_mean(flag, self._option_string_actions)}")
         if unknown:
             self.error(f"{unknown[0]} belongs to no flag; --help lists them")
+        if self.has_config and parsed.config:
+            parsed, _ = super().parse_known_args([*self.words_of(parsed.config), *args])
         return parsed, []
+
+    def words_of(self, path: str) -> list[str]:
+        """What one would type for the flags in a file; every value is text, as typed, whatever YAML makes of it."""
+        try:
+            flags = yaml.load(Path(path).read_text(), yaml.BaseLoader)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.error(f"{path} cannot be read as YAML: {' '.join(str(error).split())}")
+        if not isinstance(flags, dict):
+            self.error(f"{path} must hold lines of the form 'flag: value'")
+        named = [action for action in self._actions if action.option_strings and action.dest not in ("help", "config")]
+        known = {action.dest: action for action in named}
+        known |= {flag.removeprefix("--"): action for action in named for flag in action.option_strings}
+        words = []
+        for name, value in flags.items():
+            if name not in known:
+                self.error(f"{path}: unknown flag {name}; {did_you_mean(name, known)}")
+            if known[name].nargs == 0:
+                words += self.switched(known[name], value, path, name)
+            elif isinstance(value, list) and known[name].nargs:
+                words += [known[name].option_strings[0], *map(str, value)]
+            elif isinstance(value, str):
+                words.append(f"{known[name].option_strings[0]}={value}")
+            else:
+                self.error(f"{path}: {name} takes one value, not {value}")
+        return words
+
+    def switched(self, action: argparse.Action, value: object, path: str, name: str) -> list[str]:
+        """The flag without a value that ``name: value`` stands for; none where that is so by default."""
+        text = str(value).lower()
+        if text not in ("true", "false"):
+            self.error(f"{path}: {name} is true or false, not {value}")
+        wanted = text == "true"
+        if f"--{name}" in self._option_string_actions:  # such as no_pin_mem, which turns pin_mem off
+            wanted = wanted == action.const
+        return [each.option_strings[0] for each in self._actions if (each.dest, each.const) == (action.dest, wanted)]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -42,9 +91,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else "--help lists the flags"
 
 
-def new_parser(description: str, module: str | None = None) -> Parser:
-    """A parser of a script, or of ``python -m module``."""
-    return Parser(module and f"python -m {module}", description=description)
+def new_parser(description: str, module: str | None = None, config: bool = True) -> Parser:
+    """A parser of a script, or of ``python -m module``; without ``--config`` if all flags are its subcommands'."""
+    return Parser(module and f"python -m {module}", description=description, config=config)
 
 
 def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, precision: str) -> None:
@@ -137,6 +186,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 #: Flags that may differ between machines: of paths, the files' contents matter.
 OF_A_MACHINE = (
+    "config",
     "device",
     "num_workers",
     "pin_mem",

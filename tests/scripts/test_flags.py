@@ -1,9 +1,10 @@
-"""Names and defaults of the flags of all scripts."""
+"""Names and defaults of the flags of all scripts; a file of flags trains as typing them does."""
 
 import main_cache
 import main_tokenbridge
 import main_vae
 import reconstruction
+from tests.conftest import load, same
 
 
 def test_flags_have_the_releases_names_and_defaults():
@@ -34,3 +35,10 @@ def test_flags_have_the_releases_names_and_defaults():
         args = vars(script.get_args_parser().parse_args([]))
         assert {name: args[name] for name in defaults} == defaults
     assert not main_tokenbridge.get_args_parser().parse_args(["--no_pin_mem"]).pin_mem
+
+
+def test_a_run_of_a_file_of_flags_is_that_of_typed_ones(train, tmp_path):
+    (tmp_path / "run.yaml").write_text("{epochs: 2, lr: 5e-4, mirror: false, blr: 1}")
+    typed, read = train("typed", "--epochs 2 --no_mirror"), train("read", f"--config {tmp_path}/run.yaml")
+    assert same(load(typed)["model"], load(read)["model"])
+    assert load(read)["epoch"] == 1
