@@ -101,8 +101,10 @@ def check_args(args: argparse.Namespace) -> None:
     check_range(args, 0, math.inf, "kl_weight", "perceptual_weight", "disc_weight", "disc_start", "grad_clip", "min_lr")
     check_range(args, 0, math.inf, "warmup_epochs", "save_every_steps", "max_bad_steps", "num_workers", "seed")
     check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
-    if args.disc_weight > 0 and args.img_size < 8:
-        raise errors.UserError("--disc_weight needs images of 8 pixels or more: its patches have 8")
+    if args.disc_weight > 0 and args.img_size < 16:
+        raise errors.UserError(
+            "--disc_weight needs images of 16 pixels or more: lower --disc_weight to 0, or raise --img_size"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def perceptual_distance(path: str | Path | None, device: torch.device) -> Distan
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Images ``[B, 3, H, W]``, H and W at least 8, to a logit for each patch, ``[B, 1, H / 8, W / 8]``: real or not.
+    """Images ``[B, 3, H, W]``, H and W at least 16, to a logit for each patch, ``[B, 1, H / 8, W / 8]``: real or not.
 
     That of PatchGAN (Isola et al. 2017), with group norm, which has no state and does not mix images.
     """

@@ -156,7 +156,7 @@ def test_what_cannot_work_is_told_in_one_line(run, refused, images, tmp_path):
     assert "16 images do not fill one step of 24" in line
     line = refused("main_vae", f"{common} {images} --perceptual_weight 1 --vgg_weights {tmp_path}/none.pth")
     assert "none.pth" in line and "https://" in line and "--perceptual_weight 0" in line
-    assert "8 pixels" in refused("main_vae", f"{common} {images} --img_size 4 --disc_weight 1")
+    assert "16 pixels" in refused("main_vae", f"{common} {images} --img_size 8 --disc_weight 1")
     assert not (tmp_path / "vae").exists()
 
     with Image.open(images / "train" / "class1" / "1.png") as image:

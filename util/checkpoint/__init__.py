@@ -111,6 +111,10 @@ def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float
         raise UserError(f"{path} holds no tokenizer: expected its weights under 'model'")
     if "class_emb.weight" in weights:
         raise UserError(f"{path} is a TokenBridge, not a tokenizer: it goes with --resume")
+    if any(str(name).startswith("vae.") for name in weights):
+        raise UserError(
+            f"{path} is what main_vae.py goes on from; the tokenizer is vae.ckpt, which it writes at its end"
+        )
     return weights, *tokenizer_of(config, path)
 
 
