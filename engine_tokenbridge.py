@@ -2,7 +2,6 @@
 
 import math
 import os
-import time
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -38,60 +37,44 @@ LOG_EVERY = 20  # steps between two looks at the device's numbers
 
 
 def backward(
-    state: TrainingState, batches: Sequence, vae: AutoencoderKL | None, latent_factor: float, precision: str
+    state: TrainingState, batches: Sequence, vae: AutoencoderKL | None, latent_factor: float | None, precision: str
 ) -> Tensor:
     """Computes the gradients of one step, and its mean loss over ``batches``, which it returns, detached.
 
-    Batches are images ``[B, 3, H, W]``, or moments ``[B, 2C, h, w]`` where ``vae`` is None, and labels ``[B]``.
+    Batches are images ``[B, 3, H, W]``, or moments ``[B, 2C, h, w]`` where ``vae`` is None, and labels ``[B]``. Without
+    a ``latent_factor`` the model takes them as they are.
     """
     total = torch.zeros((), device=state.device)
     for i, (batch, labels) in enumerate(batches):
-        state.model.check_labels(labels)  # while they are on the host
+        if latent_factor is not None:
+            state.model.check_labels(labels)  # while they are on the host
         batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
-        with torch.no_grad():
-            posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
-            latents = posterior.sample() * latent_factor
+        if latent_factor is not None:
+            with torch.no_grad():
+                posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
+                batch = posterior.sample() * latent_factor
         # Processes exchange gradients once a step, with its last batch.
         waits = isinstance(state.wrapped, DistributedDataParallel) and i < len(batches) - 1
         with state.wrapped.no_sync() if waits else nullcontext():
             with misc.autocast(state.device, precision):
-                loss = state.wrapped(latents, labels) / len(batches)
+                loss = state.wrapped(batch, labels) / len(batches)
             state.scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-def order_gradients(state: TrainingState, batch_size: int, precision: str) -> None:
-    """Computes gradients and forgets them: DDP lays gradients out anew by the order in which the first ones come.
+def order_gradients(state: TrainingState, shape: Sequence[int], precision: str) -> None:
+    """Computes gradients of a batch of zeros of ``shape``, and forgets them.
 
-    The place of a gradient decides in which order those of more than two processes are added. A run that is resumed
-    so adds them as an unbroken one does, from its first step on.
+    DDP lays gradients out anew by the order in which the first ones come. The place of a gradient decides in which
+    order those of more than two processes are added. A run that is resumed so adds them as an unbroken one does, from
+    its first step on.
     """
-    latents = torch.zeros(batch_size, *state.model.latent_shape, device=state.device)
     with misc.autocast(state.device, precision):
-        loss = state.wrapped(latents, torch.zeros(batch_size, dtype=torch.long, device=state.device))
+        labels = torch.zeros(shape[0], dtype=torch.long, device=state.device)
+        loss = state.wrapped(torch.zeros(*shape, device=state.device), labels)
     loss.backward()
     state.optimizer.zero_grad(set_to_none=True)
-
-
-def dry_run(
-    state: TrainingState, loader: DataLoader, vae: AutoencoderKL | None, latent_factor: float, args: Namespace
-) -> None:
-    """Takes two steps and logs what a run needs: seconds, hours, memory, the size of a checkpoint. Writes nothing."""
-    batches = list(islice(loader, args.accum_iter))
-    for _ in range(2):  # the first warms up
-        start = time.perf_counter()
-        loss = backward(state, batches, vae, latent_factor, args.precision)
-        state.take_step(loss, args.lr)
-        state.settle()
-    seconds, loss = time.perf_counter() - start, misc.all_reduce_mean(loss).item()
-    steps = args.epochs * state.steps_per_epoch - state.steps_done + 2
-    hours = seconds * steps / 3600
-    learned = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
-    stored = 2 * sum(value.numel() for value in state.model.state_dict().values()) + 2 * learned
-    memory, file = misc.memory_in_use(state.device), stored * 4 / 2**30  # float32
-    misc.log.info("dry run: loss %.4f, %.3g s a step, %.3g hours for %d steps", loss, seconds, hours, steps)
-    misc.log.info("dry run: %.1f GiB of memory in a process, %.2f GiB a checkpoint; nothing was written", memory, file)
 
 
 def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
@@ -104,7 +87,7 @@ def train_one_epoch(
     state: TrainingState,
     loader: DataLoader,
     vae: AutoencoderKL | None,
-    latent_factor: float,
+    latent_factor: float | None,
     args: Namespace,
     stop_signals: misc.StopSignals,
     bad_steps: BadSteps,

@@ -10,14 +10,16 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from engine_tokenbridge import channel_statistics, check_num_images, dry_run, order_gradients, train_one_epoch
+from engine_tokenbridge import channel_statistics, check_num_images, order_gradients
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
 from models.quantizer import QUANTIZERS
 from models.sampling import FIRST_PLACES, ORDERS
 from models.tokenbridge import CHECKPOINTED, MODELS, SIZES, TokenBridge
 from models.vae import AutoencoderKL
+from training import train_epochs
 from util import checkpoint, errors, misc
 from util.args import (
+    add_dry_run_arg,
     add_metrics_args,
     add_mirror_arg,
     add_run_args,
@@ -34,10 +36,8 @@ from util.checkpoint.load import fingerprint, load_weights
 from util.config import EVALUATE, FINETUNE, KL16_LATENT_FACTOR, RESUME, Start, Tokenizer, add_model_args, resolve
 from util.datasets import Data, cache_metadata, check_same_inputs, data_root, load_data, loader_of_all, training_loader
 from util.files import remove_parts, write_json
-from util.loader import ImageFolder, evenly_spaced
-from util.lr_sched import tell_rates
-from util.meters import BadSteps
-from util.provenance import provenance, write_args
+from util.loader import evenly_spaced
+from util.provenance import provenance
 from util.rng import seed_everything
 from util.training_state import TrainingState
 
@@ -79,8 +79,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         "--save_every_steps", type=int, default=0, help="steps between two checkpoints; 0 for epochs only"
     )
     train.add_argument("--max_bad_steps", type=int, default=0, help="steps that may be left out for not being finite")
-    text = "build everything, take two steps, tell sizes, memory and hours, write nothing"
-    train.add_argument("--dry_run", action="store_true", help=text)
+    add_dry_run_arg(train)
     train.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, the newest included")
 
 
@@ -196,16 +195,11 @@ def read_start(args: argparse.Namespace) -> Start:
     """
     measuring = args.evaluate or args.evaluate_nll
     if args.resume:
-        try:
-            path = checkpoint.find(args.resume)
-        except errors.UserError:
-            if measuring or Path(args.resume).resolve() != Path(args.output_dir).resolve():
-                raise
-            misc.log.info("no %s in %s: starting afresh", checkpoint.CHECKPOINT_NAME, args.resume)
-        else:
+        path = checkpoint.find(args.resume) if measuring else checkpoint.find_to_resume(args.resume, args.output_dir)
+        if path is not None:
             content, path = (checkpoint.read_run(path), path) if measuring else checkpoint.read_newest_whole(path)
             return Start(EVALUATE if measuring else RESUME, content, path, content.get("config", {}))
-    checkpoint.check_folder_is_free(args.output_dir)
+    checkpoint.check_folder_is_free(args.output_dir, args.resume, checkpoint.CHECKPOINT_NAME)
     if args.finetune:
         path = checkpoint.find(args.finetune)
         content = checkpoint.read_run(path)
@@ -292,11 +286,10 @@ def build_model(args: argparse.Namespace, config: dict, start: Start, device: to
 
 def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> None:
     """Trains ``model`` from where ``start`` left off, saving, and measuring where asked for."""
-    args, device = run.args, run.device
+    args = run.args
     if misc.is_main_process() and not args.dry_run:
         remove_parts(Path(args.output_dir).glob(".*.part"))
-    images_per_step = args.batch_size * args.accum_iter  # in each process
-    batch = images_per_step * misc.get_world_size()
+    batch = args.batch_size * args.accum_iter * misc.get_world_size()
     if args.lr is None:
         args.lr = args.blr * batch / 256
     state = TrainingState(model, args, steps_per_epoch=len(loader) // args.accum_iter)  # what is left over is dropped
@@ -304,38 +297,13 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
         state.load(start.content, start.path, args.freeze)
         start.content.clear()
     if misc.get_world_size() > 2:
-        order_gradients(state, args.batch_size, args.precision)
-    peak = misc.matmul_flops(device, args.precision)
-    misc.log.info("whole batch %d, matrix products at %.2f TFLOP/s", batch, peak / 1e12)
-    tell_rates(args, state.steps_per_epoch)
-    vae = None if args.use_cached else run.vae
-    if args.dry_run:
-        dry_run(state, loader, vae, run.latent_factor, args)
-        return
-    if state.epoch >= args.epochs:
-        misc.log.info("all %d epochs are done: nothing to train", args.epochs)
+        order_gradients(state, (args.batch_size, *model.latent_shape), args.precision)
 
-    misc.by_main_process(lambda: write_args(args.output_dir, args))
-    writer = SummaryWriter(args.output_dir) if misc.is_main_process() else None
-    bad_steps = BadSteps(args.max_bad_steps, args.output_dir)
-    total = args.epochs * state.steps_per_epoch
-    bar = misc.progress(total=total, initial=state.steps_done, unit="step", desc="training")
-    with bar, misc.StopSignals(device) as stop_signals, state.saver:
-        for epoch in range(state.epoch, args.epochs):
-            loader.sampler.set_epoch(epoch)
-            loader.sampler.start = state.step * images_per_step
-            loader.dataset.set_draws(args.seed, epoch)
-            train_one_epoch(state, loader, vae, run.latent_factor, args, stop_signals, bad_steps, bar, writer, peak)
-            if isinstance(loader.dataset, ImageFolder) and loader.dataset.bad_images is not None:
-                loader.dataset.bad_images.count()
-            last = epoch + 1 == args.epochs
-            if last or (epoch + 1) % args.save_last_freq == 0:
-                state.save(args)
-            if last or (epoch + 1) % args.eval_freq == 0:
-                evaluate_online(run, state.model if args.no_ema else state.average.module, epoch, writer)
-        misc.by_main_process(state.saver.finish)  # all end together, and with its error if there is one
-    if writer is not None:
-        writer.close()
+    def measure(epoch: int, writer: SummaryWriter | None) -> None:
+        evaluate_online(run, state.model if args.no_ema else state.average.module, epoch, writer)
+
+    vae = None if args.use_cached else run.vae
+    train_epochs(state, loader, vae, run.latent_factor, args, args.output_dir, measure)
 
 
 def main() -> None:

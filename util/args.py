@@ -128,6 +128,12 @@ def add_mirror_arg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
+def add_dry_run_arg(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that only looks at what a training would take."""
+    text = "build everything, take two steps, tell hours, memory and the size of a checkpoint, write nothing"
+    parser.add_argument("--dry_run", action="store_true", help=text)
+
+
 def add_skip_arg(parser: argparse.ArgumentParser) -> None:
     """Adds the flag that says what happens to images that cannot be read."""
     text = "leave out images that cannot be read, count them, list them in bad_images-rank<n>.txt; by default errors"

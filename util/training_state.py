@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,9 @@ class TrainingState:
         model: on its device; with several processes all take the weights of the first.
         args: ``ema_rate``, ``weight_decay``, ``lr``, ``grad_clip``, ``precision``, ``compile``, ``start_epoch``.
         steps_per_epoch: optimizer steps of an epoch.
+        name: the file name of checkpoints.
+        parts: the optimizer's groups, in lists, each of which has its gradients clipped by a norm of its own; by
+            default one list, of all of ``model``.
 
     Attributes:
         wrapped: the model that computes losses: in its DDP wrapper where there are several processes.
@@ -53,8 +57,15 @@ class TrainingState:
         saver: writes the main process's checkpoints; its ``finish`` waits for the last one.
     """
 
-    def __init__(self, model: nn.Module, args: argparse.Namespace, steps_per_epoch: int):
-        self.model, self.steps_per_epoch, self.grad_clip = model, steps_per_epoch, args.grad_clip
+    def __init__(
+        self,
+        model: nn.Module,
+        args: argparse.Namespace,
+        steps_per_epoch: int,
+        name: str = checkpoint.CHECKPOINT_NAME,
+        parts: Sequence[list[dict]] | None = None,
+    ):
+        self.model, self.steps_per_epoch, self.grad_clip, self.name = model, steps_per_epoch, args.grad_clip, name
         self.device = next(model.parameters()).device
         several = misc.get_world_size() > 1
         self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
@@ -65,8 +76,9 @@ class TrainingState:
         self.average_steps = 0
         if args.compile:
             model.compile_blocks()
-        groups = misc.add_weight_decay(model, args.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+        parts = parts or [misc.add_weight_decay(model, args.weight_decay)]
+        self.clipped = [[parameter for group in part for parameter in group["params"]] for part in parts]
+        self.optimizer = torch.optim.AdamW([*chain(*parts)], lr=args.lr, betas=(0.9, 0.95), fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
         self.epoch, self.step = args.start_epoch, 0
         self._pending: tuple[Step, misc.Arriving] | None = None
@@ -83,8 +95,7 @@ class TrainingState:
         Nothing is waited for: the fused optimizer looks at the flag on the device. ``lr`` is kept for the record.
         """
         self.scaler.unscale_(self.optimizer)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.grad_clip or math.inf)
+        norm = sum(nn.utils.clip_grad_norm_(part, self.grad_clip or math.inf) for part in self.clipped)
         # After DDP's exchange every process sees the same norm. With fp16 an overflowing gradient is the scaler's
         # business: it leaves the step out by itself and lowers the scale.
         finite = taken = torch.isfinite(norm)
@@ -117,7 +128,7 @@ class TrainingState:
     # Files.
 
     def save(self, args: argparse.Namespace) -> None:
-        """Starts to write the main process's ``checkpoint-last.pth``, unless the newest one is of this very step.
+        """Starts to write the main process's checkpoint, :attr:`name`, unless the newest one is of this very step.
 
         The file holds what the run is at this moment, and is there when :attr:`saver` has finished. :meth:`settle`
         comes before.
@@ -145,7 +156,7 @@ class TrainingState:
         }
         if self.scaler.is_enabled():
             content["scaler"] = self.scaler.state_dict()
-        self.saver.save(Path(args.output_dir) / checkpoint.CHECKPOINT_NAME, content, args.keep_last)
+        self.saver.save(Path(args.output_dir) / self.name, content, args.keep_last)
         self._saved_at = self.steps_done
 
     def load(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
