@@ -2,8 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# Empty unless $(VENV) was installed whole and its Python, which may be the system's, is still there.
+SOUND := $(shell test -e $(VENV)/.installed && $(RUN) -c 'print("sound")' 2> /dev/null)
+NEEDED = $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+FOUND = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+NEWER = $(lastword $(shell printf '%s\n' $(NEEDED) $(FOUND) | sort -V))
+TOO_OLD = Python $(NEEDED) or newer is needed, $(PYTHON) is $(or $(FOUND),not there): try make PYTHON=python$(NEEDED)
 
-.PHONY: demo test test-slow soak format lock clean
+.PHONY: demo test test-slow soak format lock clean $(if $(SOUND),,$(VENV)/.installed)
 
 demo: $(VENV)/.installed
 	$(RUN) demo/demo.py
@@ -29,13 +35,17 @@ format: $(VENV)/.installed
 # Pins the newest versions that pyproject.toml allows; run the tests before committing what it writes.
 lock: $(VENV)/.installed
 	$(RUN) -m pip install --quiet uv
-	$(RUN) -m uv pip compile --universal --python-version 3.11 --all-extras --no-annotate --no-header --upgrade \
-		pyproject.toml --output-file requirements.lock
+	$(RUN) -m uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes --no-strip-extras \
+		--no-annotate --no-header --upgrade pyproject.toml --output-file requirements.lock
 
+# Not output/, which may hold results.
 clean:
-	rm -rf $(VENV) output
+	rm -rf $(VENV) *.egg-info .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/.installed: requirements.lock
-	$(PYTHON) -m venv $(VENV)
+	$(if $(SOUND)$(filter $(FOUND),$(NEWER)),,$(error $(TOO_OLD)))
+	$(if $(SOUND),,$(PYTHON) -m venv --clear $(VENV))
+	rm -f $@
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
