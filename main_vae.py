@@ -12,13 +12,23 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_mirror_arg, add_run_args, add_skip_arg, check_positive, check_same_flags, new_parser
+from util.args import (
+    DATA_PATH,
+    add_column_args,
+    add_mirror_arg,
+    add_run_args,
+    add_skip_arg,
+    check_positive,
+    check_same_flags,
+    new_parser,
+)
 from util.checkpoint import save_vae
 from util.config import check_stride
 from util.datasets import check_same_inputs
 from util.loader import BadImages, ImageFolder, image_transform, make_loader
 from util.lr_sched import adjust_learning_rate
 from util.rng import seed_everything
+from util.sources import open_images
 
 VAE_NAME = "vae.ckpt"
 
@@ -26,7 +36,7 @@ VAE_NAME = "vae.ckpt"
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    parser.add_argument("--data_path", default="./data/imagenet", help="folder that holds train/<class>/<image>")
+    parser.add_argument("--data_path", default="./data/imagenet", help=DATA_PATH)
     parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
     parser.add_argument("--output_dir", default="./output_dir", help=f"where {VAE_NAME} and TensorBoard's logs go")
     parser.add_argument("--vae_embed_dim", type=int, default=16, help="latent channels")
@@ -45,6 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit")
     add_mirror_arg(parser)
     add_skip_arg(parser)
+    add_column_args(parser)
     add_run_args(parser, batch_size=16, seed=1, precision="bf16")
     return parser
 
@@ -117,8 +128,8 @@ def main() -> None:
         check_same_flags(args)
         seed_everything(args.seed + misc.get_rank())
         bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
-        folder = Path(args.data_path) / "train"
-        dataset = ImageFolder(folder, image_transform(args.img_size), mirror=args.mirror, bad_images=bad_images)
+        source = open_images(args.data_path, "train", args.image_column, args.label_column)
+        dataset = ImageFolder(source, image_transform(args.img_size), mirror=args.mirror, bad_images=bad_images)
         check_same_inputs({"train": dataset}, None)
         sampler = DistributedSampler(dataset, misc.get_world_size(), misc.get_rank(), seed=args.seed)
         loader = make_loader(dataset, args, device, sampler=sampler, drop_last=True)
