@@ -19,6 +19,8 @@ from models.vae import AutoencoderKL
 from training import train_epochs
 from util import checkpoint, errors, misc
 from util.args import (
+    DATA_PATH,
+    add_column_args,
     add_dry_run_arg,
     add_metrics_args,
     add_mirror_arg,
@@ -109,7 +111,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
 def add_file_args(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that name files and folders."""
     files = parser.add_argument_group("files")
-    files.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
+    files.add_argument("--data_path", default="./data/imagenet", help=DATA_PATH)
     files.add_argument(
         "--use_cached", action="store_true", help="train on cached moments; needs no images, no tokenizer"
     )
@@ -121,6 +123,7 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
     )
     add_mirror_arg(files)
     add_skip_arg(files)
+    add_column_args(files)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -18,6 +18,8 @@ from tools.channel_order import energies, low_frequencies, low_shares
 from training import train_epochs
 from util import checkpoint, errors, misc
 from util.args import (
+    DATA_PATH,
+    add_column_args,
     add_dry_run_arg,
     add_mirror_arg,
     add_run_args,
@@ -34,6 +36,7 @@ from util.images import psnr, to_uint8
 from util.loader import BadImages, ImageFolder, evenly_spaced, image_transform
 from util.provenance import provenance
 from util.rng import seed_everything
+from util.sources import open_images
 from util.training_state import TrainingState
 
 #: The result; what an interrupted run goes on from; what is measured of the result.
@@ -80,7 +83,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    parser.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
+    parser.add_argument("--data_path", default="./data/imagenet", help=DATA_PATH)
     parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
     text = f"where {VAE_NAME}, checkpoints and TensorBoard's logs go"
     parser.add_argument("--output_dir", default="./output_dir", help=text)
@@ -93,6 +96,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_training_args(parser)
     add_mirror_arg(parser)
     add_skip_arg(parser)
+    add_column_args(parser)
     add_run_args(parser, batch_size=16, seed=1, precision="bf16")
     return parser
 
@@ -139,16 +143,21 @@ def open_start(args: argparse.Namespace) -> tuple[dict, Path | None]:
     return content, misc.by_main_process(read)
 
 
-def open_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
-    """The images to train on, and those that reconstructions are measured on: ``val``, else training images."""
-    root = Path(args.data_path)
+def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
+    """The images to train on, and those that reconstructions are measured on: of ``val``, else training images.
+
+    Raises:
+        UserError: there are none to train on.
+    """
     bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
     options = {"transform": image_transform(args.img_size), "bad_images": bad_images}
-    training = ImageFolder(root / "train", mirror=args.mirror, **options)
-    held_out = (root / "val").is_dir()
-    measured = ImageFolder(root / ("val" if held_out else "train"), **options)
-    if not held_out:
-        misc.log.info("no %s/val: reconstructions are measured on training images", root)
+    source = open_images(args.data_path, "train", args.image_column, args.label_column)
+    training = ImageFolder(source, mirror=args.mirror, **options)
+    try:
+        source = open_images(args.data_path, "val", args.image_column, args.label_column)
+    except errors.UserError as error:
+        misc.log.info("reconstructions are measured on training images: %s", error)
+    measured = ImageFolder(source, **options)
     check_same_inputs({"train": training, "val": measured}, None)
     return training, measured
 
@@ -301,7 +310,7 @@ def main() -> None:
         check_same_flags(args)
         start = open_start(args)
         seed_everything(args.seed + misc.get_rank())
-        images, others = open_images(args)
+        images, others = load_images(args)
         loader = training_loader(images, device, args)
         measured = loader_of_all(evenly_spaced(others, MEASURED_IMAGES), device, args, persistent_workers=False)
         vae = train(build_losses(args, device), loader, measured, start, args)

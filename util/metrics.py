@@ -18,7 +18,8 @@ from util import checkpoint, misc
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import read_arrays, written_whole
-from util.loader import RankSampler, existing_folder, read_image
+from util.loader import RankSampler
+from util.sources import Rows, existing_folder, holds_rows, read_image
 
 #: Inception's layers: pooled features for FID, precision and recall; logits for the Inception Score.
 POOL, LOGITS = "2048", "logits_unbiased"
@@ -65,10 +66,11 @@ def load_inception(path: str | None, device: torch.device) -> FeatureExtractorIn
 
 
 class PlainImages(Dataset):
-    """Byte images ``[3, H, W]``, sorted, of a folder and its subfolders or of an npz.
+    """Byte images ``[3, H, W]``, sorted, of a folder and its subfolders, of a data set in rows, or of an npz.
 
     Args:
-        source: a folder, or an ``.npz`` with ``arr_0``, uint8 ``[N, H, W, 3]`` (ADM's layout).
+        source: a folder; a data set's ``train`` split (:class:`util.sources.Rows`); or an ``.npz`` with ``arr_0``,
+            uint8 ``[N, H, W, 3]`` (ADM's layout).
         img_size: crop and resize to this size as for training; by default images stay as they are.
 
     Raises:
@@ -76,12 +78,15 @@ class PlainImages(Dataset):
     """
 
     def __init__(self, source: str | Path, img_size: int | None = None):
-        self.source, self.img_size = Path(source), img_size
+        self.source, self.img_size, self.rows = Path(source), img_size, None
         if self.source.suffix == ".npz":
             self.items = read_arrays(self.source, "arr_0")["arr_0"]
             if self.items.dtype != np.uint8 or self.items.ndim != 4 or self.items.shape[3] != 3:
                 found = f"{self.items.dtype} {list(self.items.shape)}"
                 raise UserError(f"{self.source}: arr_0 is {found}, expected uint8 [N, H, W, 3]")
+        elif holds_rows(source):
+            self.rows = Rows(source, "train")
+            self.items = [name for name, _ in self.rows.samples]
         else:
             paths = existing_folder(self.source, "image folder").rglob("*")
             self.items = sorted(p for p in paths if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
@@ -93,8 +98,10 @@ class PlainImages(Dataset):
         return len(self.items)
 
     def _read(self, index: int) -> Image.Image:
-        in_array = isinstance(self.items, np.ndarray)
-        image = Image.fromarray(self.items[index]) if in_array else read_image(str(self.items[index]))
+        if isinstance(self.items, np.ndarray):
+            image = Image.fromarray(self.items[index])
+        else:
+            image = read_image(str(self.items[index])) if self.rows is None else self.rows.read(index)
         try:
             return image if self.img_size is None else center_crop_arr(image, self.img_size)
         except ValueError as error:

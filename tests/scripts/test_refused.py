@@ -38,7 +38,7 @@ def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, tr
     )
     small = "--model tokenbridge_tiny --img_size 16 --buffer_size 4 --num_workers 0"
     cases = {
-        f"{small} --class_num 5 {use}": "4 class folders, but class_num is 5",
+        f"{small} --class_num 5 {use}": "4 classes, but class_num is 5",
         f"{TINY} {use} --img_size 32": "--img_size",
         f"{TINY} {use} --quant_bits 10": "1 to 9 bits",
         f"{TINY} {use} --quant_bits -1": "1 to 9 bits",
@@ -79,4 +79,4 @@ def test_unreadable_images_and_caches_are_named(refused, images, vae_path, cache
     new = f"--img_size 16 --num_workers {workers} --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/c"
     assert "class3/2.png" in refused("main_cache", new)
     line = refused("main_tokenbridge", f"{tiny} --use_cached --cached_path {tmp_path}/c {out}")
-    assert "class folders" in line or "incomplete" in line or "holds no cached moments" in line
+    assert "class" in line or "incomplete" in line or "holds no cached moments" in line

@@ -82,7 +82,7 @@ def test_a_signal_ends_a_run_after_its_step_and_saves(images, tmp_path):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)  # to the loader's workers, too, as schedulers do
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 75 and "stopped: by SIGTERM, saved after epoch" in said
+    assert process.returncode == 75 and "stopped: by SIGTERM, saved at epoch" in said
     assert f"--resume {tmp_path}/run" in said and "Traceback" not in said
     content = load(tmp_path / "run", "vae-last.pth")
     steps = {int(state["step"]) for state in content["optimizer"]["state"].values()}
