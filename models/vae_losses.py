@@ -138,8 +138,7 @@ class VAELosses(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """The mean loss over ``images [B, 3, H, W]`` in [-1, 1]; labels play no part."""
-        # Convolutions of this format are faster.
-        reconstruction, posterior = self.vae(images.contiguous(memory_format=torch.channels_last))
+        reconstruction, posterior = self.vae(images)
         reconstruction = reconstruction.float()
         error, kl = (reconstruction - images).abs().mean(), posterior.kl().mean()
         figures, each = {"error": error, "kl": kl}, error
