@@ -143,7 +143,9 @@ class Rows:
         if self.column is None:
             raise UserError(f"{root} has no column of images: its columns are {described(table)}")
         column = find_column(self.root, table, "label", label_column)
-        log.info("%s: %d rows of %s, images in %s, labels in %s", root, len(table), split, self.column, column)
+        log.info(
+            "%s: %d rows of %s, images in %s, labels in %s", root, len(table), split, self.column, column or "none"
+        )
         self.classes, labels = ([UNLABELED], [0] * len(table)) if column is None else self._labels(table, column)
         self.samples = [(f"{self.classes[label]}/{split}-{row:08d}", label) for row, label in enumerate(labels)]
         self.table = table.select_columns([self.column])
@@ -212,12 +214,11 @@ def open_table(root: str, split: str) -> tuple[Any, str]:
     except UserError:
         raise
     except Exception as error:  # files, formats and the network fail in many ways
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        cache = datasets.config.HF_DATASETS_CACHE
-        message = f"cannot open {root} ({reason(cause)}); check path and files, the network, and the disk of {cache}"
-        raise UserError(message) from error
+        generic = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its cause tells what happened
+        why = reason((error.__cause__ if generic else None) or error)
+        files = "the network, and the account (hf auth login)" if address else "path and files"
+        disk = f"the disk of {datasets.config.HF_DATASETS_CACHE}"
+        raise UserError(f"cannot open {root} ({why}); check {files}, or {disk}, and start again") from error
 
 
 def holds(feature: Any) -> str:

@@ -59,13 +59,14 @@ def test_training_on_rows_is_that_on_the_folder_whatever_the_processes(
 ):
     rows = write_rows(tmp_path / "rows", in_rows(images / "train"))
     common = f"{BASE} --epochs 1 --vae_path {vae_path}"
-    weights = []
+    runs = []
     for name, path, start in (("folder", images, run), ("rows", rows, run), ("two", rows, run_two)):
         batch = "--batch_size 2" if start is run_two else ""
         start("main_tokenbridge", f"{common} --data_path {path} --output_dir {tmp_path}/{name} {batch}")
-        weights.append(load(tmp_path / name)["model"])
-    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    assert load(tmp_path / "rows")["config"]["class_names"] == [f"class{i}" for i in range(4)]
+        runs.append(load(tmp_path / name))
+    assert all(torch.equal(value, runs[1]["model"][name]) for name, value in runs[0]["model"].items())
+    assert all(run["config"]["class_names"] == [f"class{i}" for i in range(4)] for run in runs)
+    assert runs[1]["config"] == runs[2]["config"]
 
 
 def test_training_on_rows_resumes_in_the_middle_of_an_epoch(run, trace, rows, vae_path, tmp_path, monkeypatch):

@@ -140,10 +140,14 @@ def test_what_datasets_cannot_open_is_one_line(images, tmp_path, served, monkeyp
     path = write_bare(tmp_path / "cut.parquet", in_rows(images / "train"))
     path.write_bytes(path.read_bytes()[:-900])
     served.add("owner/text", {"README.md": b"nothing"})
+    served.add("owner/gated", {"README.md": b"nothing"})
+    served.gated.add("owner/gated")
     cases = {
         path: r"cannot open .*cut\.parquet \(.*Parquet.*\); check path and files",
         tmp_path / "no.parquet": r"cannot open .*no\.parquet \(",
-        "hf://datasets/owner/none": r"cannot open hf://datasets/owner/none \(.*Hub",
+        "hf://datasets/owner/none": r"cannot open .* \(Dataset 'owner/none' doesn't exist on the Hub.*hf auth login",
+        "hf://datasets/owner/gated": r"\(Dataset 'owner/gated' is a gated dataset on the Hub.*hf auth login",
+        "hf://datasets/owner/text@v9": r"cannot open .* \(Revision 'v9' doesn't exist",
         "hf://datasets/owner/text": r"cannot open hf://datasets/owner/text \(",
         "hf://owner/model": r"no data set on the Hub: write hf://datasets/owner/name",
     }
