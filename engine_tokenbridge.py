@@ -38,38 +38,42 @@ LOG_EVERY = 20  # steps between two looks at the device's numbers
 
 
 def backward(
-    state: TrainingState, batches: Sequence, vae: AutoencoderKL | None, latent_factor: float, precision: str
+    state: TrainingState, batches: Sequence, vae: AutoencoderKL | None, latent_factor: float | None, precision: str
 ) -> Tensor:
     """Computes the gradients of one step, and its mean loss over ``batches``, which it returns, detached.
 
-    Batches are images ``[B, 3, H, W]``, or moments ``[B, 2C, h, w]`` where ``vae`` is None, and labels ``[B]``.
+    Batches are images ``[B, 3, H, W]``, or moments ``[B, 2C, h, w]`` where ``vae`` is None, and labels ``[B]``. Without
+    a ``latent_factor`` the model takes them as they are.
     """
     total = torch.zeros((), device=state.device)
     for i, (batch, labels) in enumerate(batches):
-        state.model.check_labels(labels)  # while they are on the host
+        if latent_factor is not None:
+            state.model.check_labels(labels)  # while they are on the host
         batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
-        with torch.no_grad():
-            posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
-            latents = posterior.sample() * latent_factor
+        if latent_factor is not None:
+            with torch.no_grad():
+                posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
+                batch = posterior.sample() * latent_factor
         # Processes exchange gradients once a step, with its last batch.
         waits = isinstance(state.wrapped, DistributedDataParallel) and i < len(batches) - 1
         with state.wrapped.no_sync() if waits else nullcontext():
             with misc.autocast(state.device, precision):
-                loss = state.wrapped(latents, labels) / len(batches)
+                loss = state.wrapped(batch, labels) / len(batches)
             state.scaler.scale(loss).backward()
         total += loss.detach()
     return total
 
 
-def order_gradients(state: TrainingState, batch_size: int, precision: str) -> None:
-    """Computes gradients and forgets them: DDP lays gradients out anew by the order in which the first ones come.
+def order_gradients(state: TrainingState, shape: Sequence[int], precision: str) -> None:
+    """Computes gradients of a batch of zeros of ``shape``, and forgets them.
 
-    The place of a gradient decides in which order those of more than two processes are added. A run that is resumed
-    so adds them as an unbroken one does, from its first step on.
+    DDP lays gradients out anew by the order in which the first ones come. The place of a gradient decides in which
+    order those of more than two processes are added. A run that is resumed so adds them as an unbroken one does, from
+    its first step on.
     """
-    latents = torch.zeros(batch_size, *state.model.latent_shape, device=state.device)
     with misc.autocast(state.device, precision):
-        loss = state.wrapped(latents, torch.zeros(batch_size, dtype=torch.long, device=state.device))
+        labels = torch.zeros(shape[0], dtype=torch.long, device=state.device)
+        loss = state.wrapped(torch.zeros(*shape, device=state.device), labels)
     loss.backward()
     state.optimizer.zero_grad(set_to_none=True)
 
@@ -85,7 +89,7 @@ def train_one_epoch(
     state: TrainingState,
     loader: DataLoader,
     vae: AutoencoderKL | None,
-    latent_factor: float,
+    latent_factor: float | None,
     args: Namespace,
     stop_signals: misc.StopSignals,
     bad_steps: BadSteps,
@@ -143,7 +147,7 @@ def train_one_epoch(
         if stop:
             misc.by_main_process(state.saver.finish)
             raise Preempted(
-                f"by {stop_signals.heard or 'another process'}, saved after epoch {epoch}, step {step}; "
+                f"by {stop_signals.heard or 'another process'}, saved at epoch {state.epoch}, step {state.step}; "
                 f"start the same command with --resume {args.output_dir} to continue"
             )
     return figures
@@ -213,7 +217,7 @@ def evaluate(
 ) -> SampleFolder:
     """Samples ``settings.num_images``, the same number of each class, into ``folder/NNNNN.png``.
 
-    Image n shows class ``n // (num_images / class_num)`` and has its own seed. Chunks of ``eval_bsz`` consecutive
+    Image n shows class ``n * class_num // num_images`` and has its own seed. Chunks of ``eval_bsz`` consecutive
     images are dealt to the processes whole, so that the number of processes never changes an image. A run that was
     interrupted continues where it stopped.
 
@@ -222,9 +226,8 @@ def evaluate(
         weights: what identifies the weights; images sampled from others are not taken for this run's.
 
     Raises:
-        UserError: ``num_images`` is not a multiple of the number of classes, or the folder cannot be written.
+        UserError: the folder cannot be written.
     """
-    check_num_images(settings.num_images, model.class_num)
     folder = SampleFolder(folder)
     misc.by_main_process(lambda: folder.prepare({"settings": asdict(settings), "weights": weights}))
     total, size, rank, world = settings.num_images, settings.eval_bsz, misc.get_rank(), misc.get_world_size()
@@ -261,7 +264,7 @@ def sample_chunk(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``."""
-    labels = torch.tensor([number // (settings.num_images // model.class_num) for number in numbers])
+    labels = torch.tensor([number * model.class_num // settings.num_images for number in numbers])
     names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise", "first_place")
     options = {name: getattr(settings, name) for name in names}
     options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
@@ -288,11 +291,12 @@ def decode_images(vae: AutoencoderKL, latents: Tensor, precision: str) -> Tensor
 
 
 def check_num_images(num_images: int, class_num: int) -> None:
-    """Raises UserError unless every class can have the same number of images."""
+    """Raises UserError unless every class can have the same number of images, as metrics want them."""
     if num_images <= 0 or num_images % class_num:
         near = max(class_num, round(num_images / class_num) * class_num)
         raise UserError(
-            f"--num_images {num_images} cannot be shared evenly by {class_num} classes; use a multiple, such as {near}"
+            f"--num_images {num_images} cannot be shared evenly by {class_num} classes; use a multiple, such as "
+            f"{near}, or --no_metrics for pictures alone"
         )
 
 

@@ -6,7 +6,16 @@ from pathlib import Path
 from engine_tokenbridge import cache_latents
 from models.vae import AutoencoderKL
 from util import errors, misc
-from util.args import add_run_args, add_skip_arg, add_vae_arg, check_positive, check_same_flags, new_parser
+from util.args import (
+    DATA_PATH,
+    add_column_args,
+    add_run_args,
+    add_skip_arg,
+    add_vae_arg,
+    check_positive,
+    check_same_flags,
+    new_parser,
+)
 from util.checkpoint.load import fingerprint
 from util.config import Tokenizer, follow_tokenizer
 from util.datasets import check_same_inputs, loader_of_all
@@ -21,6 +30,7 @@ from util.loader import (
     read_cache_metadata,
 )
 from util.rng import seed_everything
+from util.sources import open_images
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -31,10 +41,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--vae_embed_dim", type=int, default=16, help="latent channels; the tokenizer's own number wins"
     )
     parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
-    parser.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
-    parser.add_argument("--split", choices=["train", "val"], default="train", help="folder of --data_path to cache")
+    parser.add_argument("--data_path", default="./data/imagenet", help=DATA_PATH)
+    parser.add_argument("--split", choices=["train", "val"], default="train", help="part of --data_path to cache")
     parser.add_argument("--cached_path", default="", help="folder to write <class>/<image>.npz to")
     add_skip_arg(parser)
+    add_column_args(parser)
     add_run_args(parser, batch_size=128, seed=0, precision="fp32")
     return parser
 
@@ -90,7 +101,7 @@ def main() -> None:
         side = args.img_size // vae.stride
         bad_images = BadImages(args.cached_path) if args.skip_bad_images else None
         dataset = ImagesToCache(
-            Path(args.data_path) / args.split,
+            open_images(args.data_path, args.split, args.image_column, args.label_column),
             image_transform(args.img_size),
             bad_images=bad_images,
             cached_path=args.cached_path,

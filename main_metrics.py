@@ -5,13 +5,15 @@ import argparse
 from util import errors, misc
 from util.args import WORKERS, add_metrics_args, check_positive, new_parser
 from util.files import write_json
-from util.metrics import Evaluator, PlainImages, provenance, save_statistics, table, warn_if_few
+from util.metrics import Evaluator, PlainImages, save_statistics, table, warn_if_few
+from util.provenance import provenance
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    parser.add_argument("--images", default="", help="what to measure: a folder of images, or .npz with arr_0")
+    text = "what to measure: a folder of images, parquet files, hf://datasets/owner/name, or .npz with arr_0"
+    parser.add_argument("--images", default="", help=text)
     add_metrics_args(parser)
     parser.add_argument("--save_stats", help=".npz to write the images' statistics (mu, sigma) to")
     parser.add_argument("--img_size", type=int, help="crop to this size as for training; for --save_stats only")

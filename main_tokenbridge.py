@@ -10,14 +10,18 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from engine_tokenbridge import channel_statistics, check_num_images, order_gradients, train_one_epoch
+from engine_tokenbridge import channel_statistics, check_num_images, order_gradients
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
 from models.quantizer import QUANTIZERS
 from models.sampling import FIRST_PLACES, ORDERS
 from models.tokenbridge import CHECKPOINTED, MODELS, SIZES, TokenBridge
 from models.vae import AutoencoderKL
+from training import train_epochs
 from util import checkpoint, errors, misc
 from util.args import (
+    DATA_PATH,
+    add_column_args,
+    add_dry_run_arg,
     add_metrics_args,
     add_mirror_arg,
     add_run_args,
@@ -30,13 +34,12 @@ from util.args import (
     new_parser,
 )
 from util.checkpoint import finetune
-from util.checkpoint.load import load_weights
-from util.config import EVALUATE, FINETUNE, RESUME, Start, Tokenizer, add_model_args, resolve
+from util.checkpoint.load import fingerprint, load_weights
+from util.config import EVALUATE, FINETUNE, KL16_LATENT_FACTOR, RESUME, Start, Tokenizer, add_model_args, resolve
 from util.datasets import Data, cache_metadata, check_same_inputs, data_root, load_data, loader_of_all, training_loader
 from util.files import remove_parts, write_json
-from util.loader import ImageFolder, evenly_spaced
-from util.meters import BadSteps
-from util.metrics import provenance
+from util.loader import evenly_spaced
+from util.provenance import provenance
 from util.rng import seed_everything
 from util.training_state import TrainingState
 
@@ -78,6 +81,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         "--save_every_steps", type=int, default=0, help="steps between two checkpoints; 0 for epochs only"
     )
     train.add_argument("--max_bad_steps", type=int, default=0, help="steps that may be left out for not being finite")
+    add_dry_run_arg(train)
     train.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, the newest included")
 
 
@@ -107,7 +111,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
 def add_file_args(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that name files and folders."""
     files = parser.add_argument_group("files")
-    files.add_argument("--data_path", default="./data/imagenet", help="folder of train/<class>/<image>, val/ likewise")
+    files.add_argument("--data_path", default="./data/imagenet", help=DATA_PATH)
     files.add_argument(
         "--use_cached", action="store_true", help="train on cached moments; needs no images, no tokenizer"
     )
@@ -119,6 +123,7 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
     )
     add_mirror_arg(files)
     add_skip_arg(files)
+    add_column_args(files)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -145,9 +150,11 @@ def check_args(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None:
             check_positive(args, name)
     check_range(args, 0, math.inf, "confidence_noise", "gen_seed", "seed")
-    if min(args.temperature) < 0:
-        raise errors.UserError(f"--temperature {min(args.temperature)}: it must not be negative")
-    if args.online_eval:
+    for name in ("cfg", "temperature"):
+        if not all(0 <= value < math.inf for value in getattr(args, name)):
+            raise errors.UserError(f"--{name} {min(getattr(args, name))}: it must be a number, and not negative")
+    check_positive(args, "num_images")
+    if args.online_eval and not args.no_metrics:
         check_num_images(args.num_images, args.class_num)
     if (args.evaluate or args.evaluate_nll) and not args.resume:
         flag = "--evaluate" if args.evaluate else "--evaluate_nll"
@@ -191,15 +198,11 @@ def read_start(args: argparse.Namespace) -> Start:
     """
     measuring = args.evaluate or args.evaluate_nll
     if args.resume:
-        try:
-            path = checkpoint.find(args.resume)
-        except errors.UserError:
-            if measuring or Path(args.resume).resolve() != Path(args.output_dir).resolve():
-                raise
-            misc.log.info("no %s in %s: starting afresh", checkpoint.CHECKPOINT_NAME, args.resume)
-        else:
+        path = checkpoint.find(args.resume) if measuring else checkpoint.find_to_resume(args.resume, args.output_dir)
+        if path is not None:
             content, path = (checkpoint.read_run(path), path) if measuring else checkpoint.read_newest_whole(path)
             return Start(EVALUATE if measuring else RESUME, content, path, content.get("config", {}))
+    checkpoint.check_folder_is_free(args.output_dir, args.resume, checkpoint.CHECKPOINT_NAME)
     if args.finetune:
         path = checkpoint.find(args.finetune)
         content = checkpoint.read_run(path)
@@ -207,25 +210,36 @@ def read_start(args: argparse.Namespace) -> Start:
     return Start()
 
 
-def load_tokenizer(args: argparse.Namespace, splits: Sequence[str]) -> tuple[AutoencoderKL | None, Tokenizer]:
+def load_tokenizer(
+    args: argparse.Namespace, splits: Sequence[str], start: Start
+) -> tuple[AutoencoderKL | None, Tokenizer]:
     """The tokenizer, None where cached moments are enough, and its description, by itself or by the caches.
 
     Raises:
-        UserError: it cannot be read, or a cache was made with another one.
+        UserError: it cannot be read, is not named, or a cache was made with another one.
     """
     vae, found = None, []
     roots = [data_root(args, split) for split in splits]
-    if args.evaluate or args.online_eval or not args.use_cached:
+    named = args.vae_path != get_args_parser().get_default("vae_path")
+    needed = args.evaluate or args.online_eval or not args.use_cached
+    factor = start.config.get("latent_factor", KL16_LATENT_FACTOR)
+    if needed and not named and not math.isclose(factor, KL16_LATENT_FACTOR, rel_tol=1e-6) and start.use != FINETUNE:
+        told = f"{start.path} was trained with another tokenizer than KL-16, of latent factor {factor:.4g}"
+        raise errors.UserError(f"{told}: name its file with --vae_path")
+    if needed or named:
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         found.append(Tokenizer(vae.config, latent_factor, args.vae_path))
     for root in roots if args.use_cached else ():
-        found.append(Tokenizer(*checkpoint.tokenizer_of(cache_metadata(root), root), root))
-    for other in found[1:]:
-        if not other.same_factor(found[0].latent_factor):
-            raise errors.UserError(
-                f"{other.source} was made with another tokenizer than the run's: latent factors differ"
-            )
-    return vae, found[-1]
+        metadata = cache_metadata(root)
+        found.append(Tokenizer(*checkpoint.tokenizer_of(metadata, root), root))
+        if not found[0].same_factor(found[-1].latent_factor):
+            differing = "latent factors"
+        elif vae is not None and metadata.get("vae_sha256") not in (None, fingerprint(vae)):
+            differing = "weights"
+        else:
+            continue
+        raise errors.UserError(f"{root} was made with another tokenizer than {found[0].source}: {differing} differ")
+    return vae if needed else None, found[-1]
 
 
 CALIBRATION_IMAGES = 10_000
@@ -277,11 +291,10 @@ def build_model(args: argparse.Namespace, config: dict, start: Start, device: to
 
 def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> None:
     """Trains ``model`` from where ``start`` left off, saving, and measuring where asked for."""
-    args, device = run.args, run.device
-    if misc.is_main_process():
+    args = run.args
+    if misc.is_main_process() and not args.dry_run:
         remove_parts(Path(args.output_dir).glob(".*.part"))
-    images_per_step = args.batch_size * args.accum_iter  # in each process
-    batch = images_per_step * misc.get_world_size()
+    batch = args.batch_size * args.accum_iter * misc.get_world_size()
     if args.lr is None:
         args.lr = args.blr * batch / 256
     state = TrainingState(model, args, steps_per_epoch=len(loader) // args.accum_iter)  # what is left over is dropped
@@ -289,33 +302,13 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
         state.load(start.content, start.path, args.freeze)
         start.content.clear()
     if misc.get_world_size() > 2:
-        order_gradients(state, args.batch_size, args.precision)
-    peak = misc.matmul_flops(device, args.precision)
-    misc.log.info("whole batch %d, learning rate %.3g, matrix products at %.2f TFLOP/s", batch, args.lr, peak / 1e12)
-    if state.epoch >= args.epochs:
-        misc.log.info("all %d epochs are done: nothing to train", args.epochs)
+        order_gradients(state, (args.batch_size, *model.latent_shape), args.precision)
 
-    writer = SummaryWriter(args.output_dir) if misc.is_main_process() else None
-    bad_steps = BadSteps(args.max_bad_steps, args.output_dir)
+    def measure(epoch: int, writer: SummaryWriter | None) -> None:
+        evaluate_online(run, state.model if args.no_ema else state.average.module, epoch, writer)
+
     vae = None if args.use_cached else run.vae
-    total = args.epochs * state.steps_per_epoch
-    bar = misc.progress(total=total, initial=state.steps_done, unit="step", desc="training")
-    with bar, misc.StopSignals(device) as stop_signals, state.saver:
-        for epoch in range(state.epoch, args.epochs):
-            loader.sampler.set_epoch(epoch)
-            loader.sampler.start = state.step * images_per_step
-            loader.dataset.set_draws(args.seed, epoch)
-            train_one_epoch(state, loader, vae, run.latent_factor, args, stop_signals, bad_steps, bar, writer, peak)
-            if isinstance(loader.dataset, ImageFolder) and loader.dataset.bad_images is not None:
-                loader.dataset.bad_images.count()
-            last = epoch + 1 == args.epochs
-            if last or (epoch + 1) % args.save_last_freq == 0:
-                state.save(args)
-            if last or (epoch + 1) % args.eval_freq == 0:
-                evaluate_online(run, state.model if args.no_ema else state.average.module, epoch, writer)
-        misc.by_main_process(state.saver.finish)  # all end together, and with its error if there is one
-    if writer is not None:
-        writer.close()
+    train_epochs(state, loader, vae, run.latent_factor, args, args.output_dir, measure)
 
 
 def main() -> None:
@@ -327,9 +320,9 @@ def main() -> None:
         measuring = args.evaluate or args.evaluate_nll
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)
-        vae, tokenizer = load_tokenizer(args, splits)
+        vae, tokenizer = load_tokenizer(args, splits, start)
         config = resolve(args, get_args_parser().parse_args([]), SIZES, tokenizer, start)
-        if args.evaluate:  # the number of classes is that of the weights
+        if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
         data = {split: load_data(args, split, tokenizer) for split in splits}
         check_same_inputs(data, vae)
@@ -338,6 +331,8 @@ def main() -> None:
             config |= calibrate(args, data["train"], vae, tokenizer, device)
         model = build_model(args, config, start, device)
         model.metadata = {"model": args.model, "latent_factor": tokenizer.latent_factor}
+        if (args.evaluate or args.online_eval) and args.num_iter > model.seq_len:
+            misc.log.info("--num_iter %d for %d tokens: %d steps do it", args.num_iter, model.seq_len, model.seq_len)
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
         vae = None if vae is None else vae.to(device, memory_format=torch.channels_last)
         held_out = loader_of_all(data["val"], device, args) if "val" in data else None

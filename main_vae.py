@@ -2,143 +2,326 @@
 
 import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
 
+from engine_tokenbridge import channel_statistics, order_gradients
 from models.vae import AutoencoderKL
-from util import errors, misc
-from util.args import add_mirror_arg, add_run_args, add_skip_arg, check_positive, check_same_flags, new_parser
-from util.checkpoint import save_vae
+from models.vae_losses import VAELosses, perceptual_distance
+from tools.channel_order import energies, low_frequencies, low_shares
+from training import train_epochs
+from util import checkpoint, errors, misc
+from util.args import (
+    DATA_PATH,
+    add_column_args,
+    add_dry_run_arg,
+    add_mirror_arg,
+    add_run_args,
+    add_skip_arg,
+    check_positive,
+    check_range,
+    check_same_flags,
+    new_parser,
+)
 from util.config import check_stride
-from util.datasets import check_same_inputs
-from util.loader import BadImages, ImageFolder, image_transform, make_loader
-from util.lr_sched import adjust_learning_rate
+from util.datasets import check_same_inputs, loader_of_all, training_loader
+from util.files import remove_parts, write_json
+from util.images import psnr, to_uint8
+from util.loader import BadImages, ImageFolder, evenly_spaced, image_transform
+from util.provenance import provenance
 from util.rng import seed_everything
+from util.sources import open_images
+from util.training_state import TrainingState
 
-VAE_NAME = "vae.ckpt"
+#: The result; what an interrupted run goes on from; what is measured of the result.
+VAE_NAME, STATE_NAME, FIGURES_NAME = "vae.ckpt", "vae-last.pth", "vae.json"
+SHOWN_IMAGES, MEASURED_IMAGES, LATENT_IMAGES = 8, 256, 10_000  # at most, evenly spaced
+LOW_FREQUENCIES = 0.5  # up to this share of Nyquist's
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
+def add_training_args(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of losses and training."""
+    loss = parser.add_argument_group("losses, for an absolute error of weight 1")
+    loss.add_argument("--kl_weight", type=float, default=1e-6, help="of the KL divergence of an image, in nats")
+    loss.add_argument("--perceptual_weight", type=float, default=0.0, help="of the distance in VGG-16's features")
+    loss.add_argument("--vgg_weights", help="torchvision's VGG-16; by default where torch's hub keeps it")
+    loss.add_argument("--disc_weight", type=float, default=0.0, help="of a discriminator of patches")
+    loss.add_argument("--disc_start", type=int, default=0, help="step from which on there is a discriminator")
+    train = parser.add_argument_group("training")
+    train.add_argument("--epochs", type=int, default=100, help="passes over the training images")
+    train.add_argument("--accum_iter", type=int, default=1, help="batches whose gradients make one step")
+    train.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
+    train.add_argument("--min_lr", type=float, default=0.0, help="learning rate at the end")
+    text = "epochs over which the learning rate rises from 0"
+    train.add_argument("--warmup_epochs", type=float, default=1.0, help=text)
+    text = "learning rate after the warm-up: half a cosine down to --min_lr, or --lr throughout"
+    train.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help=text)
+    train.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit")
+    train.add_argument("--ema_rate", type=float, default=0.999, help="of the average of the weights, once warmed up")
+    train.add_argument("--no_ema", action="store_true", help="measure and export the weights, not their average")
+    train.add_argument("--eval_freq", type=int, default=1, help="epochs between two measurements of reconstructions")
+    train.add_argument("--save_last_freq", type=int, default=5, help="epochs between two checkpoints")
+    train.add_argument(
+        "--save_every_steps", type=int, default=0, help="steps between two checkpoints; 0 for epochs only"
+    )
+    train.add_argument("--max_bad_steps", type=int, default=0, help="steps that may be left out for not being finite")
+    train.add_argument("--keep_last", type=int, default=1, help="checkpoints kept, the newest included")
+    add_dry_run_arg(train)
+    # What a run's state asks for, and a tokenizer's training does not leave open.
+    parser.set_defaults(weight_decay=0.0, compile=False, start_epoch=0)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    parser.add_argument("--data_path", default="./data/imagenet", help="folder that holds train/<class>/<image>")
+    parser.add_argument("--data_path", default="./data/imagenet", help=DATA_PATH)
     parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
-    parser.add_argument("--output_dir", default="./output_dir", help=f"where {VAE_NAME} and TensorBoard's logs go")
+    text = f"where {VAE_NAME}, checkpoints and TensorBoard's logs go"
+    parser.add_argument("--output_dir", default="./output_dir", help=text)
+    parser.add_argument("--resume", default="", help=f"folder of a {STATE_NAME} to go on from, or the file")
     parser.add_argument("--vae_embed_dim", type=int, default=16, help="latent channels")
     parser.add_argument("--ch", type=int, default=128, help="base width")
     widths = "width of each resolution in units of --ch; each but the last halves the image"
     parser.add_argument("--ch_mult", type=int, nargs="+", default=[1, 1, 2, 2, 4], help=widths)
     parser.add_argument("--num_res_blocks", type=int, default=2, help="residual blocks a resolution")
-    parser.add_argument(
-        "--kl_weight", type=float, default=1e-6, help="weight of the KL divergence; the L1 error's is 1"
-    )
-    parser.add_argument("--epochs", type=int, default=100, help="passes over the training images")
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
-    parser.add_argument("--min_lr", type=float, default=0.0, help="learning rate at the end")
-    text = "epochs over which the learning rate rises from 0"
-    parser.add_argument("--warmup_epochs", type=float, default=1.0, help=text)
-    text = "learning rate after the warm-up: half a cosine down to --min_lr, or --lr throughout"
-    parser.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help=text)
-    parser.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit")
+    add_training_args(parser)
     add_mirror_arg(parser)
     add_skip_arg(parser)
+    add_column_args(parser)
     add_run_args(parser, batch_size=16, seed=1, precision="bf16")
     return parser
 
 
-def losses(vae: nn.Module, images: Tensor, kl_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Means over the batch: the loss, the absolute error of a pixel value, the KL divergence of an image in nats.
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for values that cannot work, before anything is read or written."""
+    check_positive(args, "img_size", "batch_size", "vae_embed_dim", "ch", "epochs", "num_res_blocks", "lr")
+    check_positive(args, "accum_iter", "save_last_freq", "eval_freq", "keep_last")
+    check_range(args, 0, 1, "ema_rate")
+    check_range(args, 0, math.inf, "kl_weight", "perceptual_weight", "disc_weight", "disc_start", "grad_clip", "min_lr")
+    check_range(args, 0, math.inf, "warmup_epochs", "save_every_steps", "max_bad_steps", "num_workers", "seed")
+    check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
+    if args.disc_weight > 0 and args.img_size < 16:
+        raise errors.UserError(
+            "--disc_weight needs images of 16 pixels or more: lower --disc_weight to 0, or raise --img_size"
+        )
 
-    Args:
-        vae: returns the reconstruction and the posterior of ``images [B, 3, H, W]`` in [-1, 1].
-    """
-    reconstruction, posterior = vae(images)
-    error = (reconstruction.float() - images).abs()
-    kl = posterior.kl().mean()
-    return error.flatten(1).sum(1).mean() + kl_weight * kl, error.mean(), kl
+
+# --------------------------------------------------------------------------------------------------------------------
+# The parts of a run: what it goes on from, images, losses.
 
 
-def train(vae: AutoencoderKL, loader: DataLoader, device: torch.device, args: argparse.Namespace) -> None:
-    """Trains ``vae`` in place with Adam for ``args.epochs``.
+def open_start(args: argparse.Namespace) -> tuple[dict, Path | None]:
+    """The checkpoint that ``--resume`` names, and its file; nothing and None for a fresh start.
+
+    The main process reads it; others have the file's name alone.
 
     Raises:
-        UserError: the loss is not finite.
+        UserError: there is no such checkpoint, it is damaged, or ``--output_dir`` holds another run.
     """
-    model = DistributedDataParallel(vae) if misc.get_world_size() > 1 else vae
-    optimizer = torch.optim.Adam(vae.parameters(), lr=args.lr, betas=(0.9, 0.95))
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    writer = SummaryWriter(str(Path(args.output_dir) / "tokenizer_log")) if misc.is_main_process() else None
-    with misc.progress(total=args.epochs * len(loader), unit="step", desc="training the tokenizer") as bar:
-        for epoch in range(args.epochs):
-            loader.sampler.set_epoch(epoch)
-            for step, (images, _) in enumerate(loader):
-                lr = adjust_learning_rate(optimizer, epoch + step / len(loader), args)
-                images = images.to(device, non_blocking=True)
-                with misc.autocast(device, args.precision):
-                    loss, error, kl = losses(model, images, args.kl_weight)
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(vae.parameters(), args.grad_clip or math.inf)
-                if not torch.isfinite(loss if scaler.is_enabled() else norm):
-                    where = f"at epoch {epoch}, step {step}"
-                    raise errors.UserError(f"loss {loss.item():.4g} {where} is not finite; lower --lr")
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                bar.update()
-            bar.set_postfix_str(f"epoch {epoch} error {error.item():.4f} kl {kl.item():.1f} nats lr {lr:.1e}")
-            if writer is not None:
-                for tag, value in {"error": error.item(), "kl": kl.item(), "lr": lr, "grad_norm": norm.item()}.items():
-                    writer.add_scalar(f"tokenizer/{tag}", value, (epoch + 1) * len(loader))
-    if writer is not None:
-        writer.close()
+    content: dict = {}
+
+    def read() -> Path | None:
+        for name in (STATE_NAME, VAE_NAME):
+            checkpoint.check_folder_is_free(args.output_dir, args.resume, name)
+        path = checkpoint.find_to_resume(args.resume, args.output_dir, (STATE_NAME,)) if args.resume else None
+        if path is not None:
+            found, path = checkpoint.read_newest_whole(path)
+            content.update(found)
+        return path
+
+    if args.resume:
+        checkpoint.check_newest(args.resume, (STATE_NAME,))
+    return content, misc.by_main_process(read)
+
+
+def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
+    """The images to train on, and those that reconstructions are measured on: of ``val``, else training images.
+
+    Raises:
+        UserError: there are none to train on.
+    """
+    bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
+    options = {"transform": image_transform(args.img_size), "bad_images": bad_images}
+    source = open_images(args.data_path, "train", args.image_column, args.label_column)
+    training = ImageFolder(source, mirror=args.mirror, **options)
+    try:
+        source = open_images(args.data_path, "val", args.image_column, args.label_column)
+    except errors.UserError as error:
+        misc.log.info("reconstructions are measured on training images: %s", error)
+    measured = ImageFolder(source, **options)
+    check_same_inputs({"train": training, "val": measured}, None)
+    return training, measured
+
+
+def build_losses(args: argparse.Namespace, device: torch.device) -> VAELosses:
+    """The tokenizer with its losses, drawn from the seed.
+
+    Raises:
+        UserError: sizes that do not fit each other, or no weights for the perceptual distance.
+    """
+    perceptual = None
+    if args.perceptual_weight > 0:
+        perceptual = misc.in_all_processes(lambda: perceptual_distance(args.vgg_weights, device))
+    vae = AutoencoderKL(args.vae_embed_dim, args.ch_mult, ch=args.ch, num_res_blocks=args.num_res_blocks)
+    misc.log.info("tokenizer: stride %d, %.2fM parameters", vae.stride, sum(p.numel() for p in vae.parameters()) / 1e6)
+    losses = VAELosses(
+        vae, args.img_size, args.kl_weight, perceptual, args.perceptual_weight, args.disc_weight, args.disc_start
+    )
+    return losses.to(device)
+
+
+def resume(state: TrainingState, content: dict, path: Path) -> None:
+    """Takes over a checkpoint.
+
+    Raises:
+        UserError: it is damaged, or of another tokenizer than the flags describe.
+    """
+
+    def compare() -> None:
+        there, here = content.get("config", {}), state.model.config
+        names = [name for name in here if there.get(name) != here[name]]
+        differing = [f"{name} is {there.get(name)} there, {here[name]} here" for name in names]
+        if differing:
+            raise errors.UserError(f"{path} is not of the run that the flags describe: {'; '.join(differing)}")
+
+    misc.by_main_process(compare)
+    state.load(content, path, frozen=[])
+    content.clear()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measuring.
 
 
 @torch.no_grad()
-def measure_latent_factor(vae: AutoencoderKL, loader: DataLoader, device: torch.device) -> float:
-    """The factor that gives posterior samples unit deviation over the loader's images, of all processes."""
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # count, sum, sum of squares
+def measure_reconstructions(
+    vae: AutoencoderKL, loader: DataLoader, device: torch.device, precision: str
+) -> tuple[float, Tensor]:
+    """Mean PSNR in dB of the loader's images, by the most probable latents; and some over their reconstructions.
+
+    The picture is bytes ``[3, H, W]``, of the process's first images.
+    """
+    sums, rows = torch.zeros(2, dtype=torch.float64, device=device), []
     for images, _ in loader:
-        latents = vae.encode(images.to(device)).sample().double()
-        sums += torch.stack([torch.tensor(float(latents.numel()), device=device), latents.sum(), (latents**2).sum()])
-    count, total, squares = misc.all_reduce_mean(sums)
-    return 1 / (squares / count - (total / count) ** 2).sqrt().item()
+        with misc.autocast(device, precision):
+            made = vae.decode(vae.encode(images.to(device)).mode())
+        pair = to_uint8(images.to(device)), to_uint8(made)
+        ratios = psnr(*pair).clamp(max=100.0)  # equal ones have no finite one
+        sums += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
+        rows = rows or [each[:SHOWN_IMAGES].cpu() for each in pair]
+    total, count = misc.all_reduce_mean(sums).tolist()
+    picture = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2) if rows else torch.zeros(3, 1, 1).byte()
+    return total / count, picture
+
+
+@torch.no_grad()
+def measure_latents(vae: AutoencoderKL, loader: DataLoader, images: int, side: int, device: torch.device) -> dict:
+    """What is known of the latents over ``images`` images, those of all processes' loaders; they have ``side`` rows.
+
+    Returns:
+        ``latent_factor``, which gives latents unit deviation over all channels; ``channel_deviations`` with that
+        factor; ``low_frequency_shares``, of a channel's energy up to half of Nyquist's frequency, None for latents of
+        fewer than 4x4 positions; ``images``.
+    """
+    low = low_frequencies(side, side, LOW_FREQUENCIES)
+    sums = torch.zeros(4, vae.embed_dim, dtype=torch.float64, device=device)
+
+    def moments() -> Iterator[tuple[Tensor]]:
+        for batch, _ in loader:
+            posterior = vae.encode(batch.to(device))
+            sums.add_(energies(posterior.mode(), low))
+            yield (posterior.parameters,)
+
+    means, deviations = channel_statistics(None, moments(), vae.embed_dim, 1.0, device, "fp32")
+    mean, deviation = torch.tensor(means, dtype=torch.float64), torch.tensor(deviations, dtype=torch.float64)
+    factor = 1 / ((deviation**2 + mean**2).mean() - mean.mean() ** 2).sqrt().item()
+    shares = low_shares(misc.all_reduce_mean(sums).cpu() * misc.get_world_size(), images).tolist()
+    figures = {"latent_factor": factor, "channel_deviations": (factor * deviation).tolist()}
+    return {**figures, "low_frequency_shares": shares if side >= 4 else None, "images": images}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+def train(
+    losses: VAELosses,
+    loader: DataLoader,
+    measured: DataLoader,
+    start: tuple[dict, Path | None],
+    args: argparse.Namespace,
+) -> AutoencoderKL:
+    """Trains from where ``start`` left off, saving and measuring; the tokenizer to export: averaged, unless not."""
+    if misc.is_main_process() and not args.dry_run:
+        remove_parts(Path(args.output_dir).glob(".*.part"))
+    steps = len(loader) // args.accum_iter  # what is left over is dropped
+    state = TrainingState(losses, args, steps, STATE_NAME, losses.optimizer_parts())
+    losses.steps_done = lambda: state.steps_done
+    content, path = start
+    if path is not None:
+        resume(state, content, path)
+    if misc.get_world_size() > 2:
+        order_gradients(state, (args.batch_size, 3, args.img_size, args.img_size), args.precision)
+        losses.read_figures()
+    vae = (losses if args.no_ema else state.average.module).vae
+
+    def measure(epoch: int, writer: SummaryWriter | None) -> None:
+        figures = losses.read_figures()
+        ratio, picture = measure_reconstructions(vae, measured, state.device, args.precision)
+        means = misc.all_reduce_mean(torch.stack([*figures.values()])).tolist() if figures else []
+        misc.log.info("epoch %d: PSNR %.2f dB", epoch, ratio)
+        if writer is not None:
+            for name, value in {**dict(zip(figures, means, strict=True)), "psnr": ratio}.items():
+                writer.add_scalar(f"tokenizer/{name}", value, state.steps_done)
+            writer.add_image("tokenizer/originals over reconstructions", picture, state.steps_done)
+
+    train_epochs(state, loader, None, None, args, Path(args.output_dir) / "tokenizer_log", measure)
+    return vae
+
+
+def export(vae: AutoencoderKL, figures: dict, output_dir: Path) -> None:
+    """Writes the tokenizer, and its ``figures`` beside it, by the main process; UserError if the disk is full."""
+
+    def write() -> None:
+        checkpoint.save_vae(output_dir / VAE_NAME, vae, figures["latent_factor"])
+        write_json(output_dir / FIGURES_NAME, {**figures, **provenance()})
+
+    misc.by_main_process(write)
+    for name in ("channel_deviations", "low_frequency_shares"):
+        misc.log.info("%s: %s", name.replace("_", " "), " ".join(f"{value:.2f}" for value in figures[name] or ()))
+    text = "PSNR %.2f dB, latent factor %.4f; wrote %s"
+    misc.log.info(text, figures["psnr"], figures["latent_factor"], output_dir / VAE_NAME)
 
 
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
     with misc.processes(args.device, args.deterministic) as device:
-        check_positive(args, "img_size", "batch_size", "vae_embed_dim", "ch", "epochs", "num_res_blocks", "lr")
-        check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
+        check_args(args)
         check_same_flags(args)
+        start = open_start(args)
         seed_everything(args.seed + misc.get_rank())
-        bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
-        folder = Path(args.data_path) / "train"
-        dataset = ImageFolder(folder, image_transform(args.img_size), mirror=args.mirror, bad_images=bad_images)
-        check_same_inputs({"train": dataset}, None)
-        sampler = DistributedSampler(dataset, misc.get_world_size(), misc.get_rank(), seed=args.seed)
-        loader = make_loader(dataset, args, device, sampler=sampler, drop_last=True)
-        if not len(loader):
-            raise errors.UserError(
-                f"{len(dataset)} images do not fill a batch of {args.batch_size}; lower --batch_size"
-            )
-        vae = AutoencoderKL(args.vae_embed_dim, args.ch_mult, ch=args.ch, num_res_blocks=args.num_res_blocks).to(device)
-        millions = sum(p.numel() for p in vae.parameters()) / 1e6
-        misc.log.info("tokenizer: stride %d, %.2fM parameters", vae.stride, millions)
-        train(vae, loader, device, args)
-        latent_factor = measure_latent_factor(vae.eval(), loader, device)
-        path = Path(args.output_dir) / VAE_NAME
-        if bad_images is not None:
-            bad_images.count()
-        if misc.is_main_process():
-            save_vae(path, vae, latent_factor)
-        misc.log.info("latent factor %.4f; wrote %s", latent_factor, path)
+        images, others = load_images(args)
+        loader = training_loader(images, device, args)
+        measured = loader_of_all(evenly_spaced(others, MEASURED_IMAGES), device, args, persistent_workers=False)
+        vae = train(build_losses(args, device), loader, measured, start, args)
+        if args.dry_run:
+            return
+        ratio, _ = measure_reconstructions(vae, measured, device, args.precision)
+        images.set_draws(args.seed, 0)
+        chosen = evenly_spaced(images, LATENT_IMAGES)
+        latents = loader_of_all(chosen, device, args, persistent_workers=False)
+        figures = measure_latents(vae, latents, len(chosen), args.img_size // vae.stride, device)
+        export(vae, {"psnr": ratio, **figures}, Path(args.output_dir))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from models.quantizer import QUANTIZERS, ScalarQuantizer, calibrated_bounds
 from models.vae import AutoencoderKL
 from util import errors, misc
 from util.args import (
+    DATA_PATH,
+    add_column_args,
     add_quantizer_args,
     add_run_args,
     add_vae_arg,
@@ -28,17 +31,18 @@ from util.config import check_stride
 from util.datasets import check_same_inputs, loader_of_all
 from util.files import check_shared, write_json
 from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
-from util.loader import ImageFolderWithFilename, existing_folder, image_transform
+from util.loader import ImageFolderWithFilename, image_transform
 from util.metrics import (
     Evaluator,
     compute_metrics,
     frechet_distance,
     gather_features,
-    provenance,
     statistics,
     warn_if_few,
 )
+from util.provenance import provenance
 from util.rng import numbered_draws
+from util.sources import open_images
 from util.tables import markdown, write_text
 
 PICTURE_ROWS = 8  # images shown in pictures
@@ -48,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
     add_vae_arg(parser)
-    parser.add_argument("--image_dir", default="./data/imagenet/train", help="folder of classes, or one with train/")
+    parser.add_argument("--image_dir", default="./data/imagenet/train", help=DATA_PATH)
     parser.add_argument("--output_dir", default="quantization_results", help="each call's results go to a folder in it")
     parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
     parser.add_argument("--bits", type=int, default=6, help="2^bits levels a channel; -1 for continuous latents")
@@ -61,6 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for rFID against it")
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
     parser.add_argument("--no_metrics", action="store_true", help="measure no rFID and no Inception Score")
+    add_column_args(parser)
     add_run_args(parser, batch_size=16, seed=0, precision="fp32")
     return parser
 
@@ -325,6 +330,15 @@ def write_picture(path: Path, pictures: dict[str, list[Tensor]]) -> None:
 # The script.
 
 
+def first_of_each_class(samples: Sequence[tuple[str, int]], count: int) -> list[int]:
+    """Indices of the first ``count`` of each label's ``samples``."""
+    seen, chosen = Counter(), []
+    for index, (_, label) in enumerate(samples):
+        seen[label] += 1
+        chosen += [index] * (seen[label] <= count)
+    return chosen
+
+
 def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
     """What rFID and Inception Score need; None with ``--no_metrics``, or where it is missing and no flag names it.
 
@@ -353,12 +367,9 @@ def main() -> None:
         if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
             raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
         check_same_flags(args)
-        root = existing_folder(args.image_dir, "image folder")
-        root = root / "train" if (root / "train").is_dir() else root
-        dataset = ImageFolderWithFilename(root, image_transform(args.img_size))
-        # Images are sorted by class: one is among its class's first n if the n-th before it is of another class.
-        n, classes = args.images_per_class, dataset.targets
-        chosen = Subset(dataset, [i for i, label in enumerate(classes) if i < n or classes[i - n] != label])
+        source = open_images(args.image_dir, "train", args.image_column, args.label_column)
+        dataset, n = ImageFolderWithFilename(source, image_transform(args.img_size)), args.images_per_class
+        chosen = Subset(dataset, first_of_each_class(dataset.samples, n))
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         check_stride(args.img_size, vae.stride)
         check_same_inputs({"the folder": dataset}, vae)

@@ -21,7 +21,7 @@ from models.tokenbridge import MODELS
 from util import misc
 from util.args import new_parser
 from util.files import write_json
-from util.metrics import provenance
+from util.provenance import provenance
 from util.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent

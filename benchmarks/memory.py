@@ -30,7 +30,7 @@ from util import misc
 from util.args import new_parser
 from util.config import KL16_CONFIG
 from util.files import write_json
-from util.metrics import provenance
+from util.provenance import provenance
 from util.tables import markdown
 from util.training_state import TrainingState
 

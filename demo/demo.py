@@ -86,7 +86,7 @@ def main() -> None:
     run(
         f"main_vae.py {common} --data_path output/demo/data --output_dir output/demo --no_mirror "
         "--vae_embed_dim 8 --ch 32 --ch_mult 1 2 2 --num_res_blocks 1 "
-        "--batch_size 64 --epochs 20 --lr 3e-3 --kl_weight 1e-2"
+        "--batch_size 64 --epochs 20 --lr 3e-3 --kl_weight 1e-2 --ema_rate 0.99"
     )
     run(f"main_cache.py {common} {vae} --data_path output/demo/data --cached_path output/demo/cache")
     run(

@@ -4,6 +4,7 @@
 that need it: whoever only builds a model loads none of that.
 """
 
+import difflib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,6 +80,9 @@ class PretrainedTokenBridge(
             raise TypeError(f"{cls.__name__} has no arguments {', '.join(sorted(unknown))}")
         name = pretrained_model_name_or_path
         if not hub.is_address(name) and not Path(name).exists():
+            beside = [str(path) for path in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
+            if close := difflib.get_close_matches(str(Path(name)), beside, n=1):
+                raise UserError(f"{name} is no file or folder here; did you mean {close[0]}?")
             if str(name).count("/") != 1:
                 raise UserError(f"{name} is no file or folder here, nor owner/repo, a repository on the Hub")
             name = f"hf://{name}"

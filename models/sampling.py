@@ -44,9 +44,9 @@ class SamplingOptions:
             raise ValueError(f"sampling needs at least one step, got num_iter={self.num_iter}")
         if self.cfg_schedule not in ("linear", "constant"):
             raise ValueError(f'cfg_schedule is "linear" or "constant", not {self.cfg_schedule!r}')
-        if self.temperature < 0 or self.confidence_noise < 0:
-            numbers = f"{self.temperature}, {self.confidence_noise}"
-            raise ValueError(f"temperature and confidence_noise must not be negative, got {numbers}")
+        if min(self.cfg, self.temperature, self.confidence_noise) < 0:
+            numbers = f"{self.cfg}, {self.temperature}, {self.confidence_noise}"
+            raise ValueError(f"cfg, temperature and confidence_noise must not be negative, got {numbers}")
         if self.order not in ORDERS:
             raise ValueError(f"order is one of {ORDERS}, not {self.order!r}")
 

@@ -328,7 +328,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         num_iter: int = 64,
         cfg: float = 1.0,
         cfg_schedule: str = "linear",
-        labels: Tensor | None = None,
+        labels: Tensor | Sequence[int] | None = None,
         temperature: float = 1.0,
         orders: Tensor | None = None,
         first_place: str = "trained",
@@ -347,7 +347,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
             num_iter: steps; the number of tokens they take follows a cosine.
             cfg: guidance scale on features; at 1 the conditional pass runs alone.
             cfg_schedule: ``"linear"``, growing with the tokens known, or ``"constant"``.
-            labels: classes ``[bsz]``; without them generation is unconditional.
+            labels: classes ``[bsz]``, a list or a tensor; without them generation is unconditional.
             temperature: of every channel's distribution; 0 takes the most probable level.
             orders: ``[bsz, L]``, tokens are taken from the end; by default as ``order`` says.
             first_place: ``"trained"``, or ``"released"`` for the published sampler's input at the head's first step.
@@ -364,6 +364,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
             ValueError: labels outside the classes, or arguments outside the ranges above.
         """
         how = sampling.SamplingOptions(num_iter, cfg, cfg_schedule, temperature, order, confidence_noise, first_place)
+        labels = None if labels is None else torch.as_tensor(labels)
         for name, value in {"labels": labels, "orders": orders, "seeds": seeds}.items():
             if value is not None and len(value) != bsz:
                 raise ValueError(f"{len(value)} {name} for {bsz} images")

@@ -7,8 +7,8 @@ import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from urllib.parse import unquote, urlparse
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, unquote, urlparse
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 
@@ -53,6 +53,18 @@ class Hub:
             "tags": tags,
             "siblings": siblings,
         }
+
+    def entries(self, repo: str) -> list[dict]:
+        """What the routes of a data set's tree and paths tell of each folder and file."""
+        files = self.repos[repo].items()
+        folders = sorted({folder for name, _ in files for folder in parents(name) if folder})
+        entries = [{"type": "directory", "path": folder, "oid": "0" * 40} for folder in folders]
+        return entries + [{"type": "file", "path": n, "size": len(data), "oid": git_sha1(data)} for n, data in files]
+
+
+def parents(path: str) -> list[str]:
+    """The folders that a path lies in, from the nearest to the repository itself, which is empty."""
+    return [str(folder) if folder.name else "" for folder in PurePosixPath(path).parents]
 
 
 def large(name: str) -> bool:
@@ -104,12 +116,15 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
         self.hub.asked.append((self.command, path, self.headers.get("Range")))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             repo, revision = found.groups()
             if self.allowed(repo):
                 known = revision in (None, "main", COMMIT)
                 self.tell(self.hub.info(repo)) if known else self.refuse(404, "RevisionNotFound")
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
+            if self.allowed(found[1]):
+                self.tell([entry for entry in self.hub.entries(found[1]) if found[2] in parents(entry["path"])])
+        elif found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(*found.groups())
         elif found := re.fullmatch(r"/large/([^/]+/[^/]+)/(.+)", path):
             repo, name = found.groups()
@@ -170,6 +185,9 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlparse(self.path).path)
         self.hub.asked.append((self.command, path, None))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)", path):
+            asked = parse_qs(body.decode())["paths"] if b"=" in body[:6] else json.loads(body)["paths"]
+            return self.tell([entry for entry in self.hub.entries(found[1]) if entry["path"] in asked])
         if self.headers.get("Authorization") != "Bearer hf_right":
             return self.refuse(401)
         if path == "/api/repos/create":

@@ -82,4 +82,5 @@ def test_curves_run(tmp_path):
     rows = json.loads((tmp_path / "curves.json").read_text())["rows"]
     assert [row["seed"] for row in rows] == [1, 2, 1, 1, 1, 1] and (tmp_path / "curves.png").exists()
     assert sum(row["off_the_mean"] for row in rows[:2]) == pytest.approx(0, abs=1e-6)
-    assert all(row["loss_at_end"] == pytest.approx(math.log(32), abs=0.3) for row in rows)  # of 32 levels, untrained
+    ends = [row["loss_at_end"] for row in rows]
+    assert min(ends) > 1 and max(ends) < 1.3 * math.log(32)  # of 32 levels, hardly trained

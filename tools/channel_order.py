@@ -15,9 +15,9 @@ from util.checkpoint import tokenizer_of
 from util.datasets import loader_of_all
 from util.files import write_json
 from util.loader import evenly_spaced
-from util.metrics import provenance
 from util.packed import open_cache
 from util.plots import save_figure
+from util.provenance import provenance
 from util.tables import markdown
 
 

@@ -131,16 +131,36 @@ def add_mirror_arg(parser: Flags) -> None:
     parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
+def add_dry_run_arg(parser: Flags) -> None:
+    """Adds the flag that only looks at what a training would take."""
+    text = "build everything, take two steps, tell hours, memory and the size of a checkpoint, write nothing"
+    parser.add_argument("--dry_run", action="store_true", help=text)
+
+
 def add_skip_arg(parser: Flags) -> None:
     """Adds the flag that says what happens to images that cannot be read."""
     text = "leave out images that cannot be read, count them, list them in bad_images-rank<n>.txt; by default errors"
     parser.add_argument("--skip_bad_images", action="store_true", help=text)
 
 
+#: What ``--data_path`` may be.
+DATA_PATH = (
+    "folder of train/<class>/<image>, val/ likewise; of <class>/<image> or <image>, all for training; of parquet "
+    "files; or hf://datasets/owner/name"
+)
+
+
+def add_column_args(parser: Flags) -> None:
+    """Adds the flags that name columns of a data set in rows."""
+    text = "of the images in parquet files or a data set of the Hub; by default found by its type and name"
+    parser.add_argument("--image_column", help=text)
+    parser.add_argument("--label_column", help="of the class numbers, likewise; without any, there is one class")
+
+
 def add_metrics_args(parser: Flags) -> None:
     """Adds the flags of Inception's weights and the reference that images are compared with."""
     parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for FID")
-    text = "reference images for precision and recall, and for FID without statistics: a folder, or .npz with arr_0"
+    text = "reference images for precision and recall, and for FID without statistics; as --images of main_metrics.py"
     parser.add_argument("--reference", help=text)
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
 

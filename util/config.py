@@ -70,7 +70,7 @@ class Fact(NamedTuple):
 
 FACTS = (
     #    name                  flags                   adopted           published             unlike_published
-    Fact("model",              "--model",              SIZES_MAY_DIFFER, compared=False),  # the weights' shapes compare
+    Fact("model",              "--model",              SIZES_MAY_DIFFER),
     Fact("img_size",           "--img_size",           (EVALUATE,)),
     Fact("vae_stride",         "--vae_stride",         (),               16,                   "warn"),
     Fact("vae_embed_dim",      "--vae_embed_dim",      (),               16,                   "warn"),
@@ -193,7 +193,7 @@ def resolve(
     if isinstance(config["channel_order"], tuple | range):
         config["channel_order"] = list(config["channel_order"])
     if start.use in (RESUME, EVALUATE):
-        here = {**config, "latent_factor": tokenizer.latent_factor}
+        here = {**config, "model": args.model, "latent_factor": tokenizer.latent_factor}
         check_config(start.config, here, start.path, calibrate=args.quant_calibrate)
     return {name: value for name, value in config.items() if name != "latent_factor"}
 

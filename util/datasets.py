@@ -29,19 +29,20 @@ from util.loader import (
     read_cache_metadata,
 )
 from util.packed import PackedCache, open_cache
+from util.sources import UNLABELED, images_root, open_images
 
 Data = CachedFolder | PackedCache | ImageFolder
 
 
-def data_root(args: argparse.Namespace, split: str) -> Path:
-    """The folder of ``train`` or ``val``: of a cache with ``--use_cached``, else of images.
+def data_root(args: argparse.Namespace, split: str) -> Path | str:
+    """Where ``train`` or ``val`` lies: a cache with ``--use_cached``, else images (:func:`util.sources.images_root`).
 
     Raises:
         UserError: it is not there.
     """
     if args.use_cached:
         return existing_folder(args.cached_path if split == "train" else args.cached_val_path, "cache")
-    return existing_folder(Path(args.data_path) / split, "image folder")
+    return images_root(args.data_path, split)
 
 
 def cache_metadata(root: Path) -> dict[str, Any]:
@@ -57,6 +58,8 @@ def cache_metadata(root: Path) -> dict[str, Any]:
 def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Data:
     """The images of ``train`` or ``val``, or their cached moments, which must be of ``tokenizer``.
 
+    With ``--class_num 1`` all are of one class, whatever their own.
+
     Raises:
         UserError: they are not there, of other classes than ``--class_num``, or of another size than ``--img_size``.
     """
@@ -64,9 +67,12 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Dat
     if not args.use_cached:
         # Measurements are of all images or none.
         bad_images = BadImages(args.output_dir) if args.skip_bad_images and split == "train" else None
-        dataset = ImageFolder(root, image_transform(args.img_size), mirror=mirror, bad_images=bad_images)
+        source = open_images(args.data_path, split, args.image_column, args.label_column)
+        dataset = ImageFolder(source, image_transform(args.img_size), mirror=mirror, bad_images=bad_images)
     else:
         dataset = open_cache(root, mirror=mirror)
+    if args.class_num == 1:
+        dataset.samples, dataset.classes = [(name, 0) for name, _ in dataset.samples], [UNLABELED]
     check_classes(dataset.classes, args.class_num, root)
     if args.use_cached:
         moments, side = dataset[0][0], args.img_size // tokenizer.stride

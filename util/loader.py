@@ -1,4 +1,4 @@
-"""Data: folders of images, folders of cached moments."""
+"""Data: images, folders of cached moments, samplers and loaders."""
 
 import argparse
 import json
@@ -12,16 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, default_collate
 from torchvision import datasets, transforms
 
 from util.args import check_range
 from util.crop import center_crop_arr
-from util.errors import UserError, reason
+from util.errors import UserError
 from util.files import inside, read_arrays
 from util.misc import get_rank, get_world_size, warn
+from util.sources import Folder, Rows, existing_folder
 
 #: The description of a cache, and of a packed one: tokenizer, image size, number of images.
 CACHE_METADATA, PACKED_METADATA = "cache.json", "packed.json"
@@ -30,27 +31,6 @@ VIEWS = ("moments", "moments_flip")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Images.
-
-
-def read_image(path: str) -> Image.Image:
-    """The image in ``path`` as RGB, upright (EXIF), whatever its mode.
-
-    Grey, palette, CMYK and 16-bit images are converted; transparency is dropped.
-
-    Raises:
-        UserError: it cannot be read, or its values have no known range (floating point).
-    """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith(("I", "F")):  # Pillow would clip them at 255
-                values = np.asarray(upright)
-                if values.dtype.kind == "f" or values.min() < 0 or values.max() > 65535:
-                    raise ValueError(f"values of mode {upright.mode} outside 16 bits")
-                upright = Image.fromarray(np.round(values / 257).astype(np.uint8))
-            return upright.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise UserError(f"cannot read image {path} ({reason(error)}); replace or remove it") from error
 
 
 def to_pixels(image: Image.Image) -> Tensor:
@@ -62,14 +42,6 @@ def image_transform(img_size: int) -> transforms.Compose:
     """ADM's centre crop to ``img_size``, then :func:`to_pixels`."""
     # A partial, not a lambda: worker processes that are not forked unpickle it.
     return transforms.Compose([partial(center_crop_arr, image_size=img_size), to_pixels])
-
-
-def existing_folder(root: str | Path, what: str) -> Path:
-    """``root`` as a path; UserError if it is not a folder."""
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"no {what} at {root}: it is not a folder; check the path")
-    return root
 
 
 class MirrorDraws:
@@ -120,33 +92,41 @@ class BadImages:
         return len(lines)
 
 
-class ImageFolder(MirrorDraws, datasets.ImageFolder):
-    """Images ``root/<class>/<image>`` with labels that number the sorted folders, as torchvision's.
+class ImageFolder(MirrorDraws, Dataset):
+    """Images and labels, of a folder or of whatever else :mod:`util.sources` opens.
 
     Args:
+        source: a folder ``source/<class>/<image>``, or what :func:`util.sources.open_images` returns.
         transform: of the image; must give a tensor ``[3, H, W]`` where ``mirror`` is set.
         mirror: mirror each image with probability 1/2.
         bad_images: lists unreadable images, which the next readable one replaces; by default they are errors.
 
+    Attributes:
+        root, classes, samples: as of the source.
+
     Raises:
-        UserError: there is no such folder, it holds no class folders, or one of them holds no images.
+        UserError: there is no such folder, or a class has no images.
     """
 
-    def __init__(self, root: str | Path, transform=None, mirror: bool = False, bad_images: BadImages | None = None):
-        existing_folder(root, "image folder")
-        self.mirror, self.bad_images = mirror, bad_images
-        try:
-            super().__init__(str(root), transform=transform, loader=read_image)
-        except FileNotFoundError as error:
-            what = reason(error).rstrip(".")
-            raise UserError(f"{root} is not a folder of class folders with images: {what}") from error
+    def __init__(
+        self, source: str | Path | Folder | Rows, transform=None, mirror=False, bad_images: BadImages | None = None
+    ):
+        self.source = source if isinstance(source, Folder | Rows) else Folder(source)
+        self.root, self.classes, self.samples = self.source.root, self.source.classes, self.source.samples
+        self.transform, self.mirror, self.bad_images = transform, mirror, bad_images
+        if empty := set(range(len(self.classes))).difference(label for _, label in self.samples):
+            raise UserError(f"{self.root} has no images of class {self.classes[min(empty)]}; add some, or leave it out")
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def read(self, index: int) -> tuple:
         """Image (transformed, not mirrored) and label of item ``index``; UserError if it cannot be read."""
+        image, (path, label) = self.source.read(index), self.samples[index]
         try:
-            return super().__getitem__(index)
+            return image if self.transform is None else self.transform(image), label
         except (ValueError, MemoryError) as error:  # the crop's
-            raise UserError(f"cannot crop image {self.samples[index][0]} ({error}); replace or remove it") from error
+            raise UserError(f"cannot crop image {path} ({error}); replace or remove it") from error
 
     def read_unless_bad(self, index: int) -> tuple | None:
         """:meth:`read`, or None where ``bad_images`` lists the image instead of its error being raised."""
@@ -170,11 +150,7 @@ class ImageFolderWithFilename(ImageFolder):
     """Items are image, label and ``class/file``; none is mirrored or replaced by another."""
 
     def __getitem__(self, index: int):
-        return *self.read(index), self.name(index)
-
-    def name(self, index: int) -> str:
-        """``class/file`` of item ``index``."""
-        return str(Path(self.samples[index][0]).relative_to(self.root))
+        return *self.read(index), self.source.name(index)
 
 
 class ImagesToCache(ImageFolderWithFilename):
@@ -185,14 +161,14 @@ class ImagesToCache(ImageFolderWithFilename):
         self.cached_path, self.shape = cached_path, shape
 
     def __getitem__(self, index: int):
-        path = cached_file(self.cached_path, self.name(index))
+        path = cached_file(self.cached_path, self.source.name(index))
         try:
             if path.exists() and all(CachedFolder.read_moments(path, view).shape == self.shape for view in VIEWS):
                 return None
         except UserError:  # damaged
             pass
         item = self.read_unless_bad(index)
-        return item and (*item, self.name(index))
+        return item and (*item, self.source.name(index))
 
 
 def cached_file(cached_path: str | Path, name: str) -> Path:
@@ -292,10 +268,10 @@ def read_cache_metadata(root: str | Path) -> dict | None:
 
 
 def check_classes(classes: list[str], class_num: int, root: str | Path) -> None:
-    """Raises UserError if the number of class folders under ``root`` is not ``class_num``."""
+    """Raises UserError if the number of ``classes``, which ``root`` holds, is not ``class_num``."""
     if len(classes) != class_num:
-        count = len(classes)
-        raise UserError(f"{root} has {count} class folders, but class_num is {class_num}: pass --class_num {count}")
+        count, plural = len(classes), "es" if len(classes) > 1 else ""
+        raise UserError(f"{root} has {count} class{plural}, but class_num is {class_num}: pass --class_num {count}")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """FID, Inception Score, precision and recall: torch-fidelity's Inception and formulas, shared over processes."""
 
-import importlib.metadata
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from util import checkpoint, misc
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import read_arrays, written_whole
-from util.loader import RankSampler, existing_folder, read_image
+from util.loader import RankSampler
+from util.sources import Rows, existing_folder, holds_rows, read_image
 
 #: Inception's layers: pooled features for FID, precision and recall; logits for the Inception Score.
 POOL, LOGITS = "2048", "logits_unbiased"
@@ -67,10 +66,11 @@ def load_inception(path: str | None, device: torch.device) -> FeatureExtractorIn
 
 
 class PlainImages(Dataset):
-    """Byte images ``[3, H, W]``, sorted, of a folder and its subfolders or of an npz.
+    """Byte images ``[3, H, W]``, sorted, of a folder and its subfolders, of a data set in rows, or of an npz.
 
     Args:
-        source: a folder, or an ``.npz`` with ``arr_0``, uint8 ``[N, H, W, 3]`` (ADM's layout).
+        source: a folder; a data set's ``train`` split (:class:`util.sources.Rows`); or an ``.npz`` with ``arr_0``,
+            uint8 ``[N, H, W, 3]`` (ADM's layout).
         img_size: crop and resize to this size as for training; by default images stay as they are.
 
     Raises:
@@ -78,12 +78,15 @@ class PlainImages(Dataset):
     """
 
     def __init__(self, source: str | Path, img_size: int | None = None):
-        self.source, self.img_size = Path(source), img_size
+        self.source, self.img_size, self.rows = Path(source), img_size, None
         if self.source.suffix == ".npz":
             self.items = read_arrays(self.source, "arr_0")["arr_0"]
             if self.items.dtype != np.uint8 or self.items.ndim != 4 or self.items.shape[3] != 3:
                 found = f"{self.items.dtype} {list(self.items.shape)}"
                 raise UserError(f"{self.source}: arr_0 is {found}, expected uint8 [N, H, W, 3]")
+        elif holds_rows(source):
+            self.rows = Rows(source, "train")
+            self.items = [name for name, _ in self.rows.samples]
         else:
             paths = existing_folder(self.source, "image folder").rglob("*")
             self.items = sorted(p for p in paths if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
@@ -95,8 +98,10 @@ class PlainImages(Dataset):
         return len(self.items)
 
     def _read(self, index: int) -> Image.Image:
-        in_array = isinstance(self.items, np.ndarray)
-        image = Image.fromarray(self.items[index]) if in_array else read_image(str(self.items[index]))
+        if isinstance(self.items, np.ndarray):
+            image = Image.fromarray(self.items[index])
+        else:
+            image = read_image(str(self.items[index])) if self.rows is None else self.rows.read(index)
         try:
             return image if self.img_size is None else center_crop_arr(image, self.img_size)
         except ValueError as error:
@@ -265,16 +270,3 @@ TITLES = {
 def table(figures: Mapping[str, Any]) -> str:
     """The metrics as aligned lines for the terminal."""
     return "\n".join(f"{title:<40}{figures[name]:>12.4f}" for name, title in TITLES.items() if name in figures)
-
-
-def provenance() -> dict[str, str]:
-    """Versions of packages and the project's commit, to be kept with results."""
-    packages = ("torch", "torchvision", "torch-fidelity", "numpy", "timm")
-    versions = {f"{name}_version": importlib.metadata.version(name) for name in packages}
-    root = Path(__file__).resolve().parent.parent
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # not a checkout
-        commit = "unknown"
-    return {**versions, "commit": commit}

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -207,30 +208,38 @@ class Arriving:
 class StopSignals:
     """Notes SIGTERM, SIGUSR1 and SIGINT, so that all processes can stop after the same step.
 
-    A context manager: leaving it restores the signals' former handlers. A second SIGINT kills at once.
+    A context manager: leaving it restores the signals' former handlers. A SIGINT more than :data:`SAME` seconds after
+    the first signal kills at once. One that comes sooner is the same one: a terminal sends it to every process, and
+    torchrun once more to those that it started.
 
     Args:
         device: on which processes tell each other, so that the run needs no other network than that of its gradients.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SAME = 2.0
 
     def __init__(self, device: torch.device):
         self.heard: str | None = None
         self.device = device
         self.answer: Arriving | None = None
+        # KeyboardInterrupt would wait for collectives and a checkpoint, as would any handler of Python's.
+        self.kill_by_next = threading.Timer(self.SAME, lambda: ctypes.CDLL(None).signal(signal.SIGINT, signal.SIG_DFL))
+        self.kill_by_next.daemon = True
 
     def __enter__(self) -> "StopSignals":
         self.before = {number: signal.signal(number, self._hear) for number in self.NUMBERS}
         return self
 
     def __exit__(self, *_) -> None:
+        self.kill_by_next.cancel()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _hear(self, number: int, frame: Any) -> None:
+        if self.heard is None:
+            self.kill_by_next.start()
         self.heard = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # KeyboardInterrupt would wait for collectives and a checkpoint
 
     def agreed(self) -> bool:
         """Whether any process had a signal when all last exchanged; all processes must call this once a step."""

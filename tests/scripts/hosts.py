@@ -54,7 +54,7 @@ class Host:
 
     def slow_down(self) -> None:
         """Lets it send 2.5 MB a second: a second or two for the gradients of the tiny model."""
-        self.run("tc qdisc add dev eth0 root tbf rate 20mbit burst 64kb latency 1s")
+        self.run("tc qdisc replace dev eth0 root tbf rate 20mbit burst 64kb latency 1s")
 
     def speed_up(self) -> None:
         """Ends :meth:`slow_down`."""

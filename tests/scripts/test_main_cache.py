@@ -12,7 +12,8 @@ from tests.conftest import TINY, damaged, write_images
 from tests.scripts.conftest import Watched
 from util import checkpoint
 from util.files import read_arrays
-from util.loader import CachedFolder, image_transform, read_image
+from util.loader import CachedFolder, image_transform
+from util.sources import read_image
 
 
 def test_an_interrupted_cache_is_refused_and_goes_on_where_it_stopped(

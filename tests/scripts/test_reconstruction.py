@@ -13,7 +13,8 @@ from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.scripts.conftest import FACTOR, Watched
 from util.images import psnr, ssim
-from util.loader import image_transform, read_image
+from util.loader import image_transform
+from util.sources import read_image
 
 
 def pixels(path) -> torch.Tensor:

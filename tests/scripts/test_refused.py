@@ -38,7 +38,7 @@ def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, tr
     )
     small = "--model tokenbridge_tiny --img_size 16 --buffer_size 4 --num_workers 0"
     cases = {
-        f"{small} --class_num 5 {use}": "4 class folders, but class_num is 5",
+        f"{small} --class_num 5 {use}": "4 classes, but class_num is 5",
         f"{TINY} {use} --img_size 32": "--img_size",
         f"{TINY} {use} --quant_bits 10": "1 to 9 bits",
         f"{TINY} {use} --quant_bits -1": "1 to 9 bits",
@@ -49,11 +49,12 @@ def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, tr
         f"{TINY} {use} --ema_rate 1.5": "between 0 and 1",
         f"{TINY} {use} --vae_embed_dim 4": "has 8",
         f"{TINY} {use} --precision fp32 --lr 1e30 --warmup_epochs 0 --grad_clip 0 --epochs 3": "not finite",
-        f"{TINY} {evaluate} --num_images 10": "cannot be shared evenly by 4 classes",
-        f"{TINY} {evaluate} --temperature -1": "negative",
+        f"{TINY} {evaluate.replace('--no_metrics', '')} --num_images 10": "cannot be shared evenly by 4 classes",
+        f"{TINY} {evaluate} --temperature -1": "not negative",
+        f"{TINY} {evaluate} --cfg 2 -1": "--cfg -1.0: it must be a number, and not negative",
         f"{TINY} {evaluate} --quant_bits 4": "quant_levels is 8 there, 16 here (--quant_bits)",
         f"{small} --quant_bits 3 --class_num 2 {evaluate}": "class_num is 4 there, 2 here",
-        f"--model tokenbridge_base {TINY.split('tiny', 1)[1]} {evaluate}": "does not fit",
+        f"--model tokenbridge_base {TINY.split('tiny', 1)[1]} {evaluate}": "model is tokenbridge_tiny there",
     }
     for command, words in cases.items():
         assert words in refused("main_tokenbridge", command), command
@@ -78,4 +79,4 @@ def test_unreadable_images_and_caches_are_named(refused, images, vae_path, cache
     new = f"--img_size 16 --num_workers {workers} --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/c"
     assert "class3/2.png" in refused("main_cache", new)
     line = refused("main_tokenbridge", f"{tiny} --use_cached --cached_path {tmp_path}/c {out}")
-    assert "class folders" in line or "incomplete" in line or "holds no cached moments" in line
+    assert "class" in line or "incomplete" in line or "holds no cached moments" in line

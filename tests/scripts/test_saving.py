@@ -129,6 +129,7 @@ def test_a_full_disk_ends_a_run_with_one_line(refused, cached, known_peak, monke
             raise RuntimeError("something else")
 
     monkeypatch.setattr(TrainingState, "take_step", take_step)
+    monkeypatch.setattr("util.provenance.write_json", lambda *_: None)  # so that checkpoints are the first to fail
     monkeypatch.setattr(os, "fsync", full)
     often = "--save_every_steps 2" if end in ("later save", "other error") else ""
     folder = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/run"
@@ -175,6 +176,7 @@ def test_a_kill_or_a_second_interrupt_amid_a_file_leaves_the_one_before(train, m
         train("run", "--epochs 99 --save_last_freq 1")
 
     monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(misc.StopSignals, "SAME", 0.5)
     monkeypatch.setattr(misc.StopSignals, "_hear", lambda *args: hear(*args) or heard.set())
     run = fork.Process(target=start)
     run.start()
@@ -183,6 +185,9 @@ def test_a_kill_or_a_second_interrupt_amid_a_file_leaves_the_one_before(train, m
         if number == signal.SIGINT:
             os.kill(run.pid, number)
             assert heard.wait(WAIT)
+            os.kill(run.pid, number)  # too soon: the same one
+            time.sleep(2)
+            assert run.is_alive()
         os.kill(run.pid, number)
         run.join(WAIT)
         assert run.exitcode == -number

@@ -180,7 +180,7 @@ def test_a_preempted_run_ends_as_an_unbroken_one_and_is_evaluated(slurm, trainin
     ends = [slurm.ended(job) for job in (cut, whole)]
     assert [(end["JobState"], end["Restarts"]) for end in ends] == [("COMPLETED", "2"), ("COMPLETED", "0")]
     log = slurm.log(cut)
-    assert (log.count("starting afresh"), log.count("resumed from")) == (1, 2) and "by SIGUSR1, saved after" in log
+    assert (log.count("starting afresh"), log.count("resumed from")) == (1, 2) and "by SIGUSR1, saved at" in log
     contents = [load(tmp_path / name) for name in ("whole", "cut")]
     assert contents[0]["epoch"] == 39
     for name in ("model", "model_ema", "optimizer"):

@@ -14,7 +14,7 @@ from tests.conftest import SMALL, filled, released, same
 from tests.fill import deterministic_fill
 from tools import checkpoint as commands
 from util import checkpoint
-from util.checkpoint.load import load_weights
+from util.checkpoint.load import load_weights, warn_of_young_average
 from util.errors import UserError
 
 
@@ -120,3 +120,12 @@ def test_tokenizers_of_any_program_as_safetensors(tmp_path):
     commands.convert(tmp_path / "vae.ckpt", tmp_path / "vae.safetensors")
     loaded, latent_factor = AutoencoderKL.from_pretrained(tmp_path / "vae.safetensors")
     assert latent_factor == 0.7 and loaded.config == small.config
+
+
+@pytest.mark.parametrize(("entries", "warned"), [({}, True), ({"average_steps": 40}, False), ({"epoch": 2999}, False)])
+def test_an_average_that_is_mostly_of_drawn_weights_is_told(caplog, entries, warned):
+    # An earlier version did not warm the average up, and did not count its steps.
+    content = {"epoch": 3, "steps_per_epoch": 10, "args": {"ema_rate": 0.9999}, **entries}
+    with caplog.at_level("WARNING", logger="tokenbridge"):
+        warn_of_young_average(content, "file.pth")
+    assert ("40 steps only" in caplog.text and "--no_ema" in caplog.text and "--resume" in caplog.text) == warned

@@ -16,7 +16,8 @@ from util import images as pictures
 from util import loader, misc
 from util.datasets import training_loader
 from util.errors import UserError
-from util.loader import BadImages, CachedFolder, ImageFolder, image_transform, read_image
+from util.loader import BadImages, CachedFolder, ImageFolder, image_transform
+from util.sources import read_image
 
 # --------------------------------------------------------------------------------------------------------------------
 # Images.
@@ -59,7 +60,7 @@ def test_missing_folders_and_unreadable_images_are_named(tmp_path):
     dataset = loader.ImageFolder(data / "train")
     with pytest.raises(UserError, match=r"class2/bad\.png"):
         [dataset[i] for i in range(len(dataset))]
-    with pytest.raises(UserError, match="4 class folders, but class_num is 5: pass --class_num 4"):
+    with pytest.raises(UserError, match="4 classes, but class_num is 5: pass --class_num 4"):
         loader.check_classes(dataset.classes, 5, data)
 
 

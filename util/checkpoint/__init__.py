@@ -25,6 +25,8 @@ from util.misc import end_all, from_all_processes, log
 CHECKPOINT_NAME, SAFE_NAME = "checkpoint-last.pth", "checkpoint-last.safetensors"
 #: Weights, and the configuration of the model, in a folder that ``save_pretrained`` wrote.
 HUB_NAME, HUB_CONFIG = "model.safetensors", "config.json"
+#: Names of a TokenBridge's checkpoint in its folder, looked for in this order.
+RUN_NAMES = (CHECKPOINT_NAME, SAFE_NAME, HUB_NAME)
 #: Names of a tokenizer's weights in its folder, looked for in this order; the last is that of diffusers.
 VAE_NAMES = (HUB_NAME, "vae.ckpt", "kl16.ckpt", "diffusion_pytorch_model.safetensors")
 LOOKS, PAUSE = 12, 5.0  # how often, and after how many seconds, a folder is looked at again: networks' disks lag
@@ -109,6 +111,10 @@ def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float
         raise UserError(f"{path} holds no tokenizer: expected its weights under 'model'")
     if "class_emb.weight" in weights:
         raise UserError(f"{path} is a TokenBridge, not a tokenizer: it goes with --resume")
+    if any(str(name).startswith("vae.") for name in weights):
+        raise UserError(
+            f"{path} is what main_vae.py goes on from; the tokenizer is vae.ckpt, which it writes at its end"
+        )
     return weights, *tokenizer_of(config, path)
 
 
@@ -150,23 +156,43 @@ def older(path: Path) -> list[Path]:
     return [kept[age] for age in sorted(filter(str.isdigit, kept), key=int)]
 
 
-def find(resume: str | Path | hub.Address, **options) -> Path:
+def find(resume: str | Path | hub.Address, names: Sequence[str] = RUN_NAMES, **options) -> Path:
     """The checkpoint in folder ``resume``, or ``resume`` itself (see :func:`located`); UserError if there is none."""
-    path = located(resume, (CHECKPOINT_NAME, SAFE_NAME, HUB_NAME), **options)
+    path = located(resume, names, **options)
     if not path.is_file():
         there = "in" if Path(str(resume)).is_dir() else "at"
-        raise UserError(f"no {CHECKPOINT_NAME} {there} {resume}; name the file, or the folder that holds it")
+        raise UserError(f"no {names[0]} {there} {resume}; name the file, or the folder that holds it")
     return path
 
 
-def check_newest(resume: str | Path) -> None:
+def find_to_resume(resume: str | Path, output_dir: str | Path, names: Sequence[str] = RUN_NAMES) -> Path | None:
+    """:func:`find`, or None where ``resume`` is the run's own folder and holds no checkpoint yet: a fresh start."""
+    try:
+        return find(resume, names)
+    except UserError:
+        if Path(resume).resolve() != Path(output_dir).resolve():
+            raise
+        log.info("no %s in %s: starting afresh", names[0], resume)
+        return None
+
+
+def check_folder_is_free(output_dir: str | Path, resume: str, name: str) -> None:
+    """Raises UserError if ``output_dir`` holds ``name``, another run's, and the run does not resume."""
+    if not resume and (Path(output_dir) / name).exists():
+        raise UserError(
+            f"{output_dir} holds {name} of another run: name another --output_dir, or continue that run with "
+            f"--resume {output_dir}"
+        )
+
+
+def check_newest(resume: str | Path, names: Sequence[str] = RUN_NAMES) -> None:
     """Raises UserError, on all processes, if another process than the main one finds a newer checkpoint.
 
     A run would otherwise go on from an older one, or begin afresh, when its first process has moved to another machine.
     """
     for look in range(LOOKS):
         try:
-            mine = find(resume).stat().st_mtime_ns
+            mine = find(resume, names).stat().st_mtime_ns
         except (UserError, OSError):
             mine = 0
         found = from_all_processes((mine, socket.gethostname()))
@@ -201,7 +227,7 @@ def as_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
         content |= {"config": stored, "averaged": True}  # save_pretrained writes the weights that sampling uses
     if isinstance(content.get("config"), dict) and "vae" in content["config"]:
         raise UserError(f"{path} is a tokenizer, not a TokenBridge: it goes with --vae_path")
-    lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "world_size": 1}
+    lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "world_size": 1, "average_steps": 0}
     numbers = {name: content[name] for name in lowest if name in content}
     wrong = [name for name, value in numbers.items() if type(value) is not int or value < lowest[name]]
     if not wrong and content.get("step", 0) > content.get("steps_per_epoch", 1):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.checkpoint.load import fits
+from util.checkpoint.load import fits, warn_of_young_average
 from util.config import FACTS, KL16_CHANNEL_ORDER
 from util.errors import UserError
 from util.misc import log
@@ -58,6 +58,8 @@ def start_from(
     weights = content.get("model_ema" if ema and "model_ema" in content else "model")
     if not isinstance(weights, Mapping):
         raise UserError(f"{path} has no weights under 'model'")
+    if ema and "model_ema" in content:
+        warn_of_young_average(content, path)
     learned = dict(model.named_parameters())
     here = model.config["channel_order"]
     # Files without an order have the only one that there was at first.

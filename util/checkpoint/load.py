@@ -1,5 +1,6 @@
 """Loads a checkpoint's content into a model, its optimizer and scaler, after comparing shapes, types and values."""
 
+import argparse
 import hashlib
 import math
 from collections.abc import Mapping
@@ -76,6 +77,18 @@ def matching(
     return {name: weights[name] for name in expected}
 
 
+def warn_of_young_average(content: Mapping[str, Any], path: str | Path) -> None:
+    """Warns of an average that is mostly of drawn weights: of a short run of a version that did not warm it up."""
+    args = content.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if "average_steps" in content or not isinstance(args, dict) or not isinstance(args.get("ema_rate"), float):
+        return
+    steps = (content.get("epoch", -1) + 1) * content.get("steps_per_epoch", 0) + content.get("step", 0)
+    if 0 < steps < 3 / max(1 - args["ema_rate"], 1e-8):
+        advice = "take the weights themselves (--no_ema, ema=False), or train on with --resume, which mends the average"
+        warn("%s: its average has seen %d steps only and is partly of random weights; %s", path, steps, advice)
+
+
 def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path, ema: bool) -> None:
     """Loads averaged (``ema``) or plain weights, and the quantizer's tables; UserError if there are none that fit."""
     ema = ema and content.get("averaged") is not True  # a file of averages only has them under "model"
@@ -86,6 +99,7 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path,
         raise UserError(f"{path} has no weights under '{key}'{hint}")
     expected = model.state_dict()
     if ema:  # only learned entries are averaged; tables are stored with the plain weights
+        warn_of_young_average(content, path)
         tables = set(expected) - {name for name, _ in model.named_parameters()}
         plain = plain if isinstance(plain, Mapping) else {}
         weights = {**weights, **{name: plain.get(name, expected[name]) for name in tables}}

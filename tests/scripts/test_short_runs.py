@@ -1,0 +1,125 @@
+"""Short runs on little data: what would have gone wrong in silence is told, in one line."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from models.tokenbridge import TokenBridge
+from tests.conftest import TINY, filled, load, variant
+from tests.scripts.conftest import BASE
+from util import checkpoint
+from util.lr_sched import tell_rates
+from util.training_state import AVERAGE_WARMUP
+
+RATES = {"lr": 1e-3, "min_lr": 0.0, "warmup_epochs": 1.0, "epochs": 10, "lr_schedule": "cosine"}
+
+# --------------------------------------------------------------------------------------------------------------------
+# The average and the learning rate.
+
+
+def test_at_the_end_of_the_published_recipe_the_warm_up_of_the_average_is_forgotten():
+    steps, rate = 400 * 1_281_167 // 2048, 0.9999
+    ends = AVERAGE_WARMUP["warmup_gamma"] * rate / (1 - rate)
+    assert rate ** (steps - ends) < torch.finfo(torch.float32).eps * 3 < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "words"),
+    [
+        ({}, 5, ""),
+        ({"warmup_epochs": 100, "epochs": 3}, 1000, "never leaves its warm-up of 100"),
+        ({"lr": 1e-6}, 5, "add up to 2.5e-05"),
+        ({"lr": 1e-6}, 5000, ""),
+        ({"lr": 0.0}, 5, ""),  # on purpose
+    ],
+)
+def test_rates_that_teach_nothing_are_told(caplog, flags, steps, words):
+    with caplog.at_level("INFO", logger="tokenbridge"):
+        tell_rates(Namespace(**RATES | flags), steps)
+    assert f"{steps * (RATES | flags)['epochs']} steps, {steps} in each" in caplog.text
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == bool(words) and all(words in warning for warning in warnings)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A folder that holds a run.
+
+
+def test_a_new_run_does_not_replace_a_finished_one(refused, train, cached):
+    folder = train("run")
+    before = (folder / "checkpoint-last.pth").read_bytes()
+    for start in ("", f"--finetune {folder}"):
+        line = refused(
+            "main_tokenbridge",
+            f"{BASE} --epochs 1 --use_cached --cached_path {cached} --output_dir {folder} {start}",
+        )
+        assert f"--resume {folder}" in line and "another --output_dir" in line
+    assert (folder / "checkpoint-last.pth").read_bytes() == before
+    assert load(train("run", f"--epochs 2 --resume {folder}"))["epoch"] == 1
+
+
+def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(train, caplog):
+    with caplog.at_level("INFO", logger="tokenbridge"):
+        folder = train("run", "--epochs 3 --dry_run --skip_bad_images")
+    assert "12 steps, 4 in each of 3 epochs" in caplog.text and "hours for 12 steps" in caplog.text
+    assert "GiB a checkpoint; nothing was written" in caplog.text and not folder.exists()
+
+
+def test_a_run_tells_what_it_was_made_with(train):
+    content = json.loads((train("run", "--epochs 1 --seed 7") / "args.json").read_text())
+    assert content["args"]["seed"] == 7 and torch.__version__.startswith(content["torch_version"])
+    assert content["command"] and content["commit"]
+
+
+def test_pictures_while_it_trains_need_neither_inception_nor_a_number_for_each_class(train, vae_path):
+    online = f"--epochs 2 --eval_freq 1 --online_eval --no_metrics --vae_path {vae_path} --num_images 6 --num_iter 2"
+    log = EventAccumulator(str(train("run", f"{online} --cfg 2"))).Reload()
+    assert log.Tags()["images"] == ["samples/cfg1", "samples/cfg2"]
+    first, second = log.Images("samples/cfg2")
+    assert (first.step, second.step) == (1, 2) and first.width > 16 and first.height >= 16
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenizers.
+
+
+def test_a_tokenizer_that_is_not_the_caches_is_refused(refused, cached, vae_path, tmp_path):
+    content = load(vae_path.parent, vae_path.name)
+    content["model"] = {name: value + 0.01 for name, value in content["model"].items()}
+    torch.save(content, tmp_path / "other.ckpt")
+    use = f"{BASE} --epochs 1 --use_cached --cached_path {cached} --output_dir {tmp_path}/new"
+    line = refused("main_tokenbridge", f"{use} --vae_path {tmp_path}/other.ckpt")
+    assert "was made with another tokenizer than" in line and "weights differ" in line
+
+
+def test_weights_that_know_another_tokenizer_than_kl16_ask_for_it(refused, trained, tmp_path):
+    line = refused("main_tokenbridge", f"{TINY} --evaluate --no_metrics --resume {trained} --output_dir {tmp_path}/new")
+    assert "another tokenizer than KL-16" in line and "--vae_path" in line
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Python.
+
+
+def test_labels_may_be_a_list():
+    model = variant()
+    options = {"num_iter": 2, "seeds": [1, 2]}
+    a, b = (model.sample_tokens(2, labels=labels, **options) for labels in ([0, 3], torch.tensor([0, 3])))
+    assert torch.equal(a, b)
+
+
+def test_a_misspelt_folder_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    filled(variant()).save_pretrained("output/model")
+    with pytest.raises(checkpoint.UserError, match="did you mean output/model"):
+        TokenBridge.from_pretrained("output/modle")
+
+
+def test_more_steps_than_tokens_are_told_once(run, trained, vae_path, tmp_path, caplog):
+    command = f"{TINY} --evaluate --no_metrics --resume {trained} --vae_path {vae_path} --num_images 4 --eval_bsz 2"
+    with caplog.at_level("INFO", logger="tokenbridge"):
+        run("main_tokenbridge", f"{command} --output_dir {tmp_path}/new --num_iter 100")
+    assert caplog.text.count("--num_iter 100 for 16 tokens: 16 steps do it") == 1

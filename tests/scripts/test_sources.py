@@ -1,0 +1,187 @@
+"""Scripts on every source of images, as typed: the same caches, trainings, statistics and reconstructions."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import damaged, load, write_images
+from tests.rows import every_source, in_rows, own_cache, write_bare, write_rows  # noqa: F401
+from tests.scripts.conftest import BASE
+from util import misc
+from util.loader import CachedFolder
+from util.packed import PackedCache
+
+
+@pytest.fixture
+def rows(images, tmp_path):
+    """The images as a data set, whose order is not that of their classes."""
+    return write_rows(tmp_path / "rows", in_rows(images / "train", ["dog", "cat", "bee", "ant"]).shuffle(seed=1))
+
+
+def moments(cache: CachedFolder | PackedCache) -> list[tuple[bytes, int]]:
+    """Both views of each image and its label."""
+    views = [torch.stack([cache.view(index, which) for which in (0, 1)]) for index in range(len(cache))]
+    return [(view.numpy().tobytes(), label) for view, (_, label) in zip(views, cache.samples, strict=True)]
+
+
+def test_caches_of_every_source_hold_the_same_moments(run, images, vae_path, cached, tmp_path, served, monkeypatch):
+    expected = moments(CachedFolder(cached))
+    command = f"--img_size 16 --vae_path {vae_path} --num_workers 0 --batch_size 3 --device cpu"
+    for name, path in every_source(images, tmp_path, served, monkeypatch).items():
+        folder = tmp_path / name.replace(" ", "_")
+        run("main_cache", f"{command} --data_path {path} --cached_path {folder}")
+        assert moments(CachedFolder(folder)) == expected, name
+    assert (tmp_path / "Hub" / "class2" / "train-00000009.npz").exists()
+
+
+def test_caches_of_rows_have_the_labels_of_the_rows_packed_or_not(run, run_two, rows, vae_path, tmp_path):
+    table = datasets.load_dataset(str(rows), split="train")
+    cache = f"--img_size 16 --vae_path {vae_path} --num_workers 0 --data_path {rows} --cached_path {tmp_path}/cache"
+    run_two("main_cache", cache)
+    run("tools.pack", f"--cached_path {tmp_path}/cache --output_dir {tmp_path}/packed --num_workers 0")
+    found = CachedFolder(tmp_path / "cache")
+    assert found.classes == ["0 dog", "1 cat", "2 bee", "3 ant"] == PackedCache(tmp_path / "packed").classes
+    by_row = {int(found.name(index)[-8:]): label for index, (_, label) in enumerate(found.samples)}
+    assert [by_row[row] for row in range(16)] == table["label"][:]
+    assert moments(found) == moments(PackedCache(tmp_path / "packed"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+def test_training_on_rows_is_that_on_the_folder_whatever_the_processes(
+    run, run_two, images, vae_path, tmp_path, known_peak
+):
+    rows = write_rows(tmp_path / "rows", in_rows(images / "train"))
+    common = f"{BASE} --epochs 1 --vae_path {vae_path}"
+    runs = []
+    for name, path, start in (("folder", images, run), ("rows", rows, run), ("two", rows, run_two)):
+        batch = "--batch_size 2" if start is run_two else ""
+        start("main_tokenbridge", f"{common} --data_path {path} --output_dir {tmp_path}/{name} {batch}")
+        runs.append(load(tmp_path / name))
+    assert all(torch.equal(value, runs[1]["model"][name]) for name, value in runs[0]["model"].items())
+    assert all(run["config"]["class_names"] == [f"class{i}" for i in range(4)] for run in runs)
+    assert runs[1]["config"] == runs[2]["config"]
+
+
+def test_training_on_rows_resumes_in_the_middle_of_an_epoch(run, trace, rows, vae_path, tmp_path, monkeypatch):
+    common = f"{BASE} --epochs 2 --vae_path {vae_path} --data_path {rows} --save_every_steps 1".replace(
+        "--num_workers 0", "--num_workers 1"
+    )
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/whole")
+    whole = [drawn["moments"] for drawn in trace.drawn]
+    trace.drawn.clear()
+    agreed, calls = misc.StopSignals.agreed, []
+    monkeypatch.setattr(misc.StopSignals, "agreed", lambda signals: calls.append(1) or len(calls) == 6)
+    with pytest.raises(SystemExit) as stop:
+        run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+    assert stop.value.code == 75 and load(tmp_path / "parts")["step"] == 2
+    monkeypatch.setattr(misc.StopSignals, "agreed", agreed)
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+    assert all(map(torch.equal, whole, [drawn["moments"] for drawn in trace.drawn])) and len(whole) == 8
+    parts, unbroken = (load(tmp_path / name)["model"] for name in ("parts", "whole"))
+    assert all(torch.equal(value, unbroken[name]) for name, value in parts.items())
+
+
+@pytest.mark.parametrize("kind", ["flat", "classes", "rows", "cache", "packed"])
+def test_one_class_takes_every_image_whatever_its_own(run, images, vae_path, cached, rows, tmp_path, trace, kind):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (images / "train").rglob("*.png"):
+        path.rename(flat / f"{path.parent.name}-{path.name}") if kind == "flat" else None
+    if kind == "packed":
+        run("tools.pack", f"--cached_path {cached} --output_dir {tmp_path}/packed --num_workers 0")
+    source = {"flat": flat, "classes": images, "rows": rows, "cache": cached, "packed": tmp_path / "packed"}[kind]
+    flag = f"--use_cached --cached_path {source}" if kind in ("cache", "packed") else f"--data_path {source}"
+    one = BASE.replace("--class_num 4", "--class_num 1")
+    run("main_tokenbridge", f"{one} --epochs 1 --vae_path {vae_path} {flag} --output_dir {tmp_path}/run")
+    content = load(tmp_path / "run")
+    assert content["config"]["class_names"] == ["images"] and content["config"]["class_num"] == 1
+    assert sum(len(drawn["moments"]) for drawn in trace.drawn) == 16
+
+
+def test_a_tokenizer_is_the_same_from_rows_and_folder(run, images, tmp_path):
+    rows = write_rows(tmp_path / "rows", in_rows(images / "train"))
+    small = "--img_size 16 --ch 8 --ch_mult 1 2 --num_res_blocks 1 --vae_embed_dim 4 --epochs 1 --batch_size 4"
+    for name, path in (("a", images), ("b", rows)):
+        run("main_vae", f"{small} --num_workers 0 --device cpu --data_path {path} --output_dir {tmp_path}/{name}")
+    a, b = (torch.load(tmp_path / name / "vae.ckpt", weights_only=True) for name in ("a", "b"))
+    assert all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measuring.
+
+
+def test_statistics_of_every_source_are_equal(run, images, tmp_path, served, monkeypatch, quick_inception):
+    found = []
+    for number, path in enumerate(every_source(images, tmp_path, served, monkeypatch).values()):
+        flags = f"--images {path} --save_stats {tmp_path}/{number}.npz {quick_inception.flag} --img_size 16"
+        run("main_metrics", f"{flags} --num_workers 0 --device cpu")
+        with np.load(tmp_path / f"{number}.npz") as stats:
+            found.append({name: stats[name] for name in stats})
+    assert found[0]["mu"][:3].all()
+    assert all(np.array_equal(stats[name], found[0][name]) for stats in found for name in ("mu", "sigma"))
+
+
+def test_reconstructed_are_the_first_rows_of_each_class(run, rows, vae_path, tmp_path):
+    flags = f"--image_dir {rows} --vae_path {vae_path} --img_size 16 --images_per_class 2 --no_metrics --bits 4"
+    run("reconstruction", f"{flags} --num_workers 0 --device cpu --output_dir {tmp_path}/out")
+    (folder,) = (tmp_path / "out").iterdir()
+    assert json.loads((folder / "results.json").read_text())["images"] == 8
+    table = datasets.load_dataset(str(rows), split="train")
+    labels = table["label"][:]
+    first = [row for row, label in enumerate(labels) if labels[:row].count(label) < 2]
+    for number, row in enumerate(first):
+        real = np.asarray(Image.open(folder / "real" / f"{number:05d}.png"), dtype=float)
+        assert abs(real.mean() - np.asarray(table[row]["image"].convert("RGB"), dtype=float).mean()) < 12
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is refused.
+
+
+def test_what_cannot_be_read_is_one_line_and_nothing_is_left(refused, rows, images, vae_path, tmp_path, served):
+    table = in_rows(images / "train")
+    cut = write_bare(tmp_path / "cut.parquet", table)
+    cut.write_bytes(cut.read_bytes()[:3000])
+    one = write_images(tmp_path / "one", classes=1, each=1)
+    train = f"{BASE} --epochs 1 --vae_path {vae_path} --output_dir {tmp_path}/new --data_path"
+    cases = {
+        f"{train} {cut}": "cannot open",
+        f"{train} {rows} --image_column pixels": "but width (integers), image (images), label (classes)",
+        f"{train} {rows} --label_column image": "no such column of labels",
+        f"{train} {rows} --class_num 3": "has 4 classes, but class_num is 3: pass --class_num 4",
+        f"{train} {one}": "has 1 class, but class_num is 4: pass --class_num 1",
+        f"{train} {one} --class_num 1": "1 images do not fill one step of 4",
+    }
+    for command, words in cases.items():
+        assert words in refused("main_tokenbridge", command), command
+    assert not (tmp_path / "new").exists()
+    cache = (
+        f"--img_size 16 --num_workers 0 --device cpu --vae_path {vae_path} --cached_path {tmp_path}/cache --data_path"
+    )
+    assert "cannot open" in refused("main_cache", f"{cache} {cut}")
+    assert "no split validation" in refused("main_cache", f"{cache} {rows} --split val")
+    assert not list((tmp_path / "cache").rglob("*"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_rows_are_named_or_left_out(run, refused, images, vae_path, tmp_path, caplog, workers):
+    for path in (images / "train").rglob("1.png"):
+        damaged(path)
+    rows = write_rows(tmp_path / "rows", in_rows(images / "train"))
+    flags = f"--img_size 16 --num_workers {workers} --device cpu --vae_path {vae_path} --cached_path {tmp_path}/cache"
+    assert "cannot read image class0/train-00000001 of" in refused("main_cache", f"{flags} --data_path {rows}")
+    run("main_cache", f"{flags} --data_path {rows} --skip_bad_images")
+    assert len(CachedFolder(tmp_path / "cache")) == 12 and "4 images cannot be read" in caplog.text
+    for path in (images / "train").rglob("*.png"):
+        path.write_bytes(b"")
+    broken = write_bare(tmp_path / "broken.parquet", in_rows(images / "train"))
+    train = f"{BASE} --epochs 1 --vae_path {vae_path} --output_dir {tmp_path}/new --data_path {broken}"
+    assert "none of the images" in refused("main_tokenbridge", f"{train} --skip_bad_images --num_workers {workers}")
