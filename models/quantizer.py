@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor, nn
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def gaussian_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor
     Raises:
         ValueError: so many levels that clamping leaves the outer bins empty (1024 at r = 3).
     """
-    quantiles = norm.ppf(np.linspace(0, 1, levels + 1))  # Eq. 2, from -inf to inf
+    quantiles = ndtri(np.linspace(0, 1, levels + 1))  # Eq. 2, from -inf to inf
     boundaries = torch.from_numpy(quantiles).float().clamp(-std_range, std_range)
     if not (boundaries.diff() > 0).all():
         raise ValueError(
