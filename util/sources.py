@@ -15,8 +15,6 @@ from util.misc import is_main_process, log
 
 #: The one class of images that have none: a folder of caches, and the label 0.
 UNLABELED = "images"
-#: Where parquet files of a local data set lie, as the Hub lays them out.
-PARQUET = ("*.parquet", "data/*.parquet", "train/*.parquet")
 #: What splits are called: in flags, and in data sets.
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid")}
 #: What columns of images and labels hold, and what they are called, the likeliest first.
@@ -114,8 +112,11 @@ class Folder:
 
 def holds_rows(path: str | Path) -> bool:
     """Whether ``path`` is an address on the Hub, a parquet file, or a folder of such files."""
-    by_name = str(path).startswith("hf:/") or Path(path).suffix == ".parquet"
-    return by_name or any(file for pattern in PARQUET for file in Path(path).glob(pattern))
+    if str(path).startswith("hf:/") or Path(path).suffix == ".parquet":
+        return True
+    # Beside train/ a parquet file may be anything.
+    patterns = ("train/*.parquet",) if (Path(path) / "train").is_dir() else ("*.parquet", "data/*.parquet")
+    return any(True for pattern in patterns for _ in Path(path).glob(pattern))
 
 
 class Rows:
