@@ -27,9 +27,13 @@ def test_every_source_gives_the_same_images_and_labels(images, tmp_path, served,
         data = ImageFolder(open_images(path, "train"), crop(16))
         assert [label for _, label in data.samples] == [label for _, label in expected], name
         assert all(torch.equal(a, b) and i == j for (a, i), (b, j) in zip(items(data), expected, strict=True)), name
-        assert data.classes == (["0", "1", "2", "3"] if name == "parquet file" else [f"class{i}" for i in range(4)])
+        bare = name in ("parquet file", "Hub, a configuration")
+        assert data.classes == [str(i) if bare else f"class{i}" for i in range(4)]
     for name in ("rows", "data"):
         assert len(open_images(tmp_path / name, "val").samples) == (8 if name == "rows" else 16)
+    assert len(open_images("hf://datasets/owner/two@main/half", "train").samples) == 8
+    with pytest.raises(UserError, match=r"Config name is missing.*all.*half"):
+        open_images("hf://datasets/owner/two", "train")
 
 
 def test_images_without_classes_are_of_one(tmp_path):
