@@ -94,6 +94,12 @@ class ScalarQuantizer(nn.Module):
     """
 
     tables: Callable[[int, float], tuple[Tensor, Tensor]]
+    reconstruction_values: Tensor
+    boundaries: Tensor
+    thresholds: Tensor
+    latent_thresholds: Tensor
+    channel_min: Tensor
+    channel_max: Tensor
 
     def __init__(
         self,
@@ -202,7 +208,7 @@ def build_quantizer(config: Mapping[str, Any]) -> ScalarQuantizer:
     kind, channels = config["quantizer"], config["vae_embed_dim"]
     if kind not in QUANTIZERS:
         raise ValueError(f"quantizer one of {list(QUANTIZERS)} is needed, not {kind!r}")
-    calibration = {}
+    calibration: dict[str, Any] = {}
     for name in ("channel_mean", "channel_std"):
         values = config[name]
         if values is not None and len(values) != channels:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -65,7 +66,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     The Gaussian window has 11 pixels and deviation 1.5. As in the paper, only positions count where all of the window
     lies inside the image; in images smaller than the window, all positions.
     """
-    options = {"data_range": 255.0, "reduction": "none", "return_full_image": True}
+    options: dict[str, Any] = {"data_range": 255.0, "reduction": "none", "return_full_image": True}
     _, similarity = structural_similarity_index_measure(a.double(), b.double(), **options)
     if min(similarity.shape[2:]) > 10:
         similarity = similarity[..., 5:-5, 5:-5]
