@@ -107,7 +107,7 @@ def test_gradients_are_those_of_the_engine(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_in_parts_and_gradients(kind, monkeypatch):
     model = model_of(kind, grad_checkpointing=["head"] * (kind == "pairs")).train()
-    monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 13 * model.head.channel_steps * model.head.dim)
+    monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 13 * model.head.places * model.head.dim)
     with FakeCuda() as cuda:
         latents, labels, mask = batch(cuda.put(model), 2)
         with misc.autocast(DEVICE, "bf16"):
