@@ -173,8 +173,10 @@ def add_quantizer_args(parser: Flags, quantizers: Sequence[str], default: str | 
     parser.add_argument("--quant_calibrate", action="store_true", help=text)
 
 
-def add_sampling_args(parser: Flags, orders: Sequence[str], first_places: Sequence[str]) -> None:
-    """Adds the flags of the steps, guidance schedule and order in which tokens are sampled."""
+def add_sampling_args(
+    parser: Flags, orders: Sequence[str], first_places: Sequence[str], head_orders: Sequence[str]
+) -> None:
+    """Adds the flags of the steps, guidance schedule and order in which tokens and their channels are sampled."""
     parser.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
     text = "guidance scale: growing to --cfg with the tokens known, or --cfg in every step"
     parser.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear", help=text)
@@ -184,6 +186,10 @@ def add_sampling_args(parser: Flags, orders: Sequence[str], first_places: Sequen
     parser.add_argument("--confidence_noise", type=float, default=0.0, help=text)
     text = "input of the head's first channel step: as in training, or as the release samples (the paper's results)"
     parser.add_argument("--first_place", choices=first_places, default="trained", help=text)
+    text = "passes of the masked head for a token, 1 to its channel steps; by default 4, or as many as there are"
+    parser.add_argument("--head_steps", type=int, help=text)
+    text = "channels that such a pass takes: random ones (by default), the next of --channel_order, or the surest"
+    parser.add_argument("--head_order", choices=head_orders, help=text)
 
 
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:
