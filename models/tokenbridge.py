@@ -337,6 +337,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         known_latents: Tensor | None = None,
         known_mask: Tensor | None = None,
         return_confidence: bool = False,
+        on_step: sampling.OnStep | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Latents ``[bsz, C, h, w]``, scaled by the latent factor, generated in ``num_iter`` steps, without dropout.
 
@@ -358,6 +359,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
                 to be kept (quantized); any number of them in each image.
             return_confidence: also return ``[bsz, L]``, the joint log-probability in nats, at temperature 1, that each
                 token had when it was taken; 0 for those given.
+            on_step: see :data:`models.sampling.OnStep`.
 
         Raises:
             ValueError: labels outside the classes, or arguments outside the ranges above.
@@ -373,7 +375,8 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         training = self.training
         self.eval()
         with fast.weights_cast_once(self, self.device):
-            tokens, confidence = sampling.sample_tokens(self.backbone, self.head, self.quantizer, bsz, given, how)
+            parts = self.backbone, self.head, self.quantizer
+            tokens, confidence = sampling.sample_tokens(*parts, bsz, given, how, on_step)
         self.train(training)
         latents = self.unpatchify(tokens)
         return (latents, confidence) if return_confidence else latents

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import engine_tokenbridge as engine
-from models import fast
+from models import fast, pipeline
 from models.fast import Recordings
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
@@ -194,7 +194,7 @@ def test_recorded_sampling_never_waits(kind):
 
 
 def test_a_chunk_of_images_is_waited_for_at_its_end(monkeypatch):
-    monkeypatch.setitem(engine.DECODING_BUDGET, "cuda", 2 * 16**2)  # three images in two parts
+    monkeypatch.setitem(pipeline.PIXEL_BUDGET, "cuda", 2 * 16**2)  # three images in two parts
     options = {"num_iter": 2, "cfg": 2.0, "cfg_schedule": "linear", "temperature": 1.0, "gen_seed": 0}
     settings = engine.SampleSettings(num_images=4, eval_bsz=3, precision="bf16", vae_precision="fp16", **options)
     with FakeCuda("decode_images", "sample_chunk") as cuda:
