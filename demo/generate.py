@@ -37,7 +37,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     edit = parser.add_argument_group("editing")
     edit.add_argument("--image", help="to edit; cropped to the model's size; without --mask and --outpaint, vary it")
     edit.add_argument("--mask", help="an image of the same size, white where the picture is made anew")
-    text = "shrink the image and make this many pixels anew on each side, of the model's size"
+    text = "make this many pixels anew on each side of the image, whose square is shrunk to make room"
     edit.add_argument("--outpaint", type=int, metavar="PIXELS", help=text)
     edit.add_argument("--strength", type=float, default=0.5, help="share of the tokens that a variation makes anew")
     how = parser.add_argument_group("sampling")

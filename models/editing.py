@@ -66,9 +66,8 @@ def edit_of(image: Image.Image | str | Path, mask_image: Image.Image | str | Pat
     if white.size != image.size:
         sizes = [f"{width}x{height}" for width, height in (white.size, image.size)]
         raise UserError(f"the mask has {sizes[0]} pixels, the image {sizes[1]}: make them equally large")
+    # As floating point, which keeps what a pixel takes from under the mask, be it little or, with bicubic's, negative.
     mask = torch.from_numpy(np.array(cropped(white.convert("F"), size)) != 0)
-    if white.size != (size, size):  # where the resizing filter's lobes cancel, a mixed pixel lies beside others
-        mask = grown(mask[None])[0]
     if not mask.any() or mask.all():
         covers = "everything: leave image and mask out" if mask.any() else "nothing: paint white what is made anew"
         raise UserError(f"in the square that is left after cropping, the mask covers {covers}")

@@ -64,10 +64,10 @@ def own_tokenizer(path: Path, address: Any, content: Mapping[str, Any], **option
     Raises:
         UserError: there is none.
     """
-    from util.checkpoint import HUB_CONFIG, HUB_NAME, hub
+    from util.checkpoint import HUB_CONFIG, VAE_NAMES, hub
 
     if hub.is_address(address):
-        for name in (f"vae/{HUB_CONFIG}", f"vae/{HUB_NAME}", "vae.ckpt"):
+        for name in ("vae.ckpt", f"vae/{HUB_CONFIG}", *(f"vae/{name}" for name in VAE_NAMES)):
             hub.fetch_beside(address, path, name, **options)
     flags = content.get("args")
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
@@ -244,8 +244,8 @@ class TokenBridgePipeline:
                 raise UserError(f"{len(values)} {name} for {count} pictures: pass one, or one for each")
             lists[name] = values * count if len(values) == 1 else values
         numbers = list(range(count)) if seeds is None else lists["seeds"]
-        if not all(isinstance(n, int) and 0 <= n < 2**32 for n in [*numbers, gen_seed]):
-            raise UserError("seeds, and gen_seed, are whole numbers from 0 to 4294967295")
+        if not all(isinstance(number, int) and 0 <= number < 2**32 for number in numbers) or gen_seed < 0:
+            raise UserError(f"seeds are whole numbers from 0 to {2**32 - 1}, and gen_seed is not negative")
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: it must be above zero")
         labels = None if class_labels is None else [self.class_number(each) for each in lists["class_labels"]]

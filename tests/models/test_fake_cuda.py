@@ -154,7 +154,7 @@ def sampled(model: TokenBridge, **options) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampling_never_waits(kind):
     with FakeCuda() as cuda:
-        sampled(cuda.put(model_of(kind).requires_grad_(False)))
+        sampled(cuda.put(model_of(kind).requires_grad_(False)), on_step=lambda *step: None)
 
 
 OPTIONS = {

@@ -177,7 +177,7 @@ def test_nothing_leaks_from_under_the_mask_and_the_rest_stays(pipe, size):
         image.paste((colour,) * 3, mask=mask)
         filled_in.append(np.asarray(center_crop_arr(image, 16)))
     touched = torch.from_numpy((filled_in[0] != filled_in[1]).any(axis=2))
-    assert edit.mask[touched].all() and grown(grown(touched[None]))[0][edit.mask].all()
+    assert edit.mask[touched].all() and grown(touched[None])[0][edit.mask].all()
     assert size != (16, 16) or torch.equal(edit.mask, touched)
     for picture in made.images:
         changed = (to_bytes(picture) != edit.original).any(dim=0)
@@ -269,7 +269,7 @@ def test_images_and_masks_of_any_mode(pipe, tmp_path, mode):
         ({"seeds": -1}, "whole numbers from 0 to 4294967295"),
         ({"seeds": [0, 2**32]}, "whole numbers from 0"),
         ({"seeds": [0.5]}, "whole numbers from 0"),
-        ({"gen_seed": -1}, "whole numbers from 0"),
+        ({"gen_seed": -1}, "gen_seed is not negative"),
         ({"batch_size": 0}, "batch_size 0: it must be above zero"),
         ({"num_iter": 0}, "at least one step"),
         ({"cfg": -1.0}, "must not be negative"),
