@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from models.pipeline import decode_images
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import misc
 from util.errors import Preempted, UserError
 from util.files import written_whole
-from util.images import confidence_maps, to_uint8
+from util.images import confidence_maps
 from util.loader import cached_file
 from util.lr_sched import adjust_learning_rate
 from util.meters import BadSteps, Meter
@@ -275,22 +276,6 @@ def sample_chunk(
         latents, confidence = model.sample_tokens(len(numbers), labels=labels, **options)
     images = decode_images(vae, latents / latent_factor, settings.vae_precision or settings.precision)
     return images, confidence.unflatten(1, (model.grid_size, -1)).cpu()
-
-
-#: Pixels decoded at once, by device.
-DECODING_BUDGET = {"cpu": 2**19, "cuda": 2**22}
-
-
-@torch.no_grad()
-def decode_images(vae: AutoencoderKL, latents: Tensor, precision: str) -> Tensor:
-    """Unscaled latents ``[N, C, h, w]`` to images as bytes ``[N, 3, H, W]`` on the CPU, in parts that fit memory."""
-    pixels = latents.shape[2] * latents.shape[3] * vae.stride**2
-    size = max(1, DECODING_BUDGET.get(latents.device.type, 2**22) // pixels)
-    parts = []
-    for part in latents.float().split(size):
-        with misc.autocast(latents.device, precision):
-            parts.append(to_uint8(vae.decode(part.contiguous(memory_format=torch.channels_last))))
-    return torch.cat(parts).cpu()  # the host waits once
 
 
 def check_num_images(num_images: int, class_num: int) -> None:

@@ -42,14 +42,18 @@ def read_digits(paths: list[Path]) -> np.ndarray:
     return np.stack(small).reshape(len(paths), -1) * (16 / 255)
 
 
+def digit_classifier(data: Path) -> SVC:
+    """A classifier trained on the real digits of ``data/train``."""
+    paths = sorted((data / "train").glob("*/*.png"))
+    return SVC(gamma=0.001).fit(read_digits(paths), [int(path.parent.name) for path in paths])
+
+
 def recognized(data: Path, samples: Path) -> dict[str, float]:
-    """Accuracies of a classifier trained on the real digits: on held-out ones, and on samples by their class."""
-    real = {part: sorted((data / part).glob("*/*.png")) for part in ("train", "val")}
-    digits = {part: [int(path.parent.name) for path in paths] for part, paths in real.items()}
-    classifier = SVC(gamma=0.001).fit(read_digits(real["train"]), digits["train"])
+    """Accuracies of the classifier: on held-out real digits, and on samples by their class."""
+    classifier, real = digit_classifier(data), sorted((data / "val").glob("*/*.png"))
     drawn = sorted(samples.glob("*.png"))
     return {
-        "recognized_val": classifier.score(read_digits(real["val"]), digits["val"]),
+        "recognized_val": classifier.score(read_digits(real), [int(path.parent.name) for path in real]),
         "recognized_samples": classifier.score(read_digits(drawn), np.arange(len(drawn)) // SAMPLES_PER_DIGIT),
     }
 

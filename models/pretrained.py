@@ -73,32 +73,14 @@ class PretrainedTokenBridge(
             TypeError: an argument that the model does not have.
         """
         from util import checkpoint
-        from util.checkpoint import hub
 
         unknown = set(model_kwargs) - set(inspect.signature(cls).parameters)
         if unknown:
             raise TypeError(f"{cls.__name__} has no arguments {', '.join(sorted(unknown))}")
-        name = pretrained_model_name_or_path
-        if not hub.is_address(name) and not Path(name).exists():
-            beside = [str(path) for path in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
-            if close := difflib.get_close_matches(str(Path(name)), beside, n=1):
-                raise UserError(f"{name} is no file or folder here; did you mean {close[0]}?")
-            if str(name).count("/") != 1:
-                raise UserError(f"{name} is no file or folder here, nor owner/repo, a repository on the Hub")
-            name = f"hf://{name}"
-        if hub.is_address(name) and revision is not None:
-            place = hub.parse(name)
-            if place.revision not in (None, revision):
-                raise UserError(f"{name} names another revision than {revision}: name one")
-            name = place._replace(revision=revision)
-        try:
-            path = checkpoint.find(
-                name, token=token, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only
-            )
-        except UserError as error:
-            if not hub.is_address(name) or hub.is_address(pretrained_model_name_or_path):
-                raise
-            raise UserError(f"there is no folder {pretrained_model_name_or_path} here; on the Hub: {error}") from error
+        path, _ = find_pretrained(
+            pretrained_model_name_or_path, revision, token=token, cache_dir=cache_dir, force_download=force_download,
+            local_files_only=local_files_only,
+        )  # fmt: skip
         return cls.from_content(checkpoint.read_run(path), path, ema, **model_kwargs)
 
     @classmethod
@@ -182,6 +164,40 @@ class PretrainedTokenBridge(
         from util.checkpoint.model_card import model_card
 
         return model_card(self, self._hub_mixin_info.model_card_data, **kwargs)
+
+
+def find_pretrained(asked: str | Path, revision: str | None = None, **options) -> tuple[Path, Any]:
+    """The file of a model's weights, fetched where it lies on the Hub, and the path or address that it was found by.
+
+    Args:
+        asked, revision: see :meth:`PretrainedTokenBridge.from_pretrained`.
+        options: of :func:`util.checkpoint.hub.fetch`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from util import checkpoint
+    from util.checkpoint import hub
+
+    name = asked
+    if not hub.is_address(name) and not Path(name).exists():
+        beside = [str(path) for path in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
+        if close := difflib.get_close_matches(str(Path(name)), beside, n=1):
+            raise UserError(f"{name} is no file or folder here; did you mean {close[0]}?")
+        if str(name).count("/") != 1:
+            raise UserError(f"{name} is no file or folder here, nor owner/repo, a repository on the Hub")
+        name = f"hf://{name}"
+    if hub.is_address(name) and revision is not None:
+        place = hub.parse(name)
+        if place.revision not in (None, revision):
+            raise UserError(f"{name} names another revision than {revision}: name one")
+        name = place._replace(revision=revision)
+    try:
+        return checkpoint.find(name, **options), name
+    except UserError as error:
+        if not hub.is_address(name) or hub.is_address(asked):
+            raise
+        raise UserError(f"there is no folder {asked} here; on the Hub: {error}") from error
 
 
 # --------------------------------------------------------------------------------------------------------------------

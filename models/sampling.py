@@ -1,7 +1,7 @@
 """Generation (section 3.3, inference): planned on the host, run on the device without waiting for it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,9 @@ ORDERS = ("random", "raster", "confidence")
 FIRST_PLACES = ("trained", "released")
 #: Which channels a step of the masked head takes.
 HEAD_ORDERS = ("random", "frequency", "confidence")
+#: Called after each step with its number from 1, the number of steps, the tokens' values ``[B, L, C]`` (0 for unknown
+#: ones) and the positions ``[B, N]`` that are still unknown, on the device.
+OnStep = Callable[[int, int, Tensor, Tensor], None]
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings, and what is given for each image.
@@ -175,8 +178,11 @@ def sample_tokens(
     bsz: int,
     given: Given,
     options: SamplingOptions,
+    on_step: OnStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token values ``[B, L, C]``, and the joint log-probability ``[B, L]`` that each had when it was taken.
+
+    Images with different numbers of known tokens take their steps apart, and ``on_step`` hears of each group.
 
     Raises:
         ValueError: orders are given for an order by confidence; see also :func:`check_head_options` and the head's
@@ -186,13 +192,13 @@ def sample_tokens(
     if options.order == "confidence" and given.orders is not None:
         raise ValueError("with order='confidence' tokens find their own order: leave orders out")
     if given.known is None:
-        return generate(backbone, head, quantizer, bsz, given, options)
+        return generate(backbone, head, quantizer, bsz, given, options, on_step=on_step)
     # Images with equally many known tokens make a batch: all its shapes follow from their number.
     counts = given.known.sum(dim=1).tolist()
     images = {}
     for count in sorted(set(counts)):
         rows = [row for row in range(bsz) if counts[row] == count]
-        part = generate(backbone, head, quantizer, len(rows), given.images(rows), options, known_count=count)
+        part = generate(backbone, head, quantizer, len(rows), given.images(rows), options, count, on_step)
         images |= dict(zip(rows, zip(*part, strict=True), strict=True))
     tokens, confidence = zip(*(images[row] for row in range(bsz)), strict=True)
     return torch.stack(tokens), torch.stack(confidence)
@@ -206,6 +212,7 @@ def generate(
     given: Given,
     options: SamplingOptions,
     known_count: int = 0,
+    on_step: OnStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sample_tokens` for images that have ``known_count`` given tokens each."""
     device, length, by_confidence = backbone.fake_latent.device, backbone.seq_len, options.order == "confidence"
@@ -244,4 +251,6 @@ def generate(
             uniforms = draws.uniform(length, head.numbers)
         tokens = tokens.scatter(1, wanted[..., None].expand(-1, -1, head.channels), new)
         confidence = confidence.scatter(1, wanted, log_probs)
+        if on_step is not None:
+            on_step(number + 1, len(plan), tokens, orders[:, : step.left])
     return tokens, confidence

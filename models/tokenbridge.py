@@ -356,6 +356,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         return_confidence: bool = False,
         head_steps: int | None = None,
         head_order: str | None = None,
+        on_step: sampling.OnStep | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Latents ``[bsz, C, h, w]``, scaled by the latent factor, generated in ``num_iter`` steps, without dropout.
 
@@ -378,6 +379,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
             return_confidence: also return ``[bsz, L]``, the joint log-probability in nats, at temperature 1, that each
                 token had when it was taken; 0 for those given.
             head_steps, head_order: of the masked head alone, see :meth:`models.masked_head.MaskedHead.sample`.
+            on_step: see :data:`models.sampling.OnStep`.
 
         Raises:
             ValueError: labels outside the classes, or arguments outside the ranges above.
@@ -394,7 +396,8 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         training = self.training
         self.eval()
         with fast.weights_cast_once(self, self.device):
-            tokens, confidence = sampling.sample_tokens(self.backbone, self.head, self.quantizer, bsz, given, how)
+            parts = self.backbone, self.head, self.quantizer
+            tokens, confidence = sampling.sample_tokens(*parts, bsz, given, how, on_step)
         self.train(training)
         latents = self.unpatchify(tokens)
         return (latents, confidence) if return_confidence else latents

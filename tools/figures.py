@@ -1,7 +1,6 @@
 """The paper's figures: levels over latents (3), samples by class (2, 9), parallel heads (7), confidence (8)."""
 
 import argparse
-import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +9,10 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy.stats import norm
-from timm.data import ImageNetInfo
 from torch import Tensor
 
-from engine_tokenbridge import channel_statistics, decode_images
+from engine_tokenbridge import channel_statistics
+from models.pipeline import decode_images
 from models.quantizer import QUANTIZERS, ScalarQuantizer
 from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, check_head_options
 from models.tokenbridge import TokenBridge
@@ -29,6 +28,7 @@ from util.args import (
     check_range,
     new_parser,
 )
+from util.classes import find_classes, readable
 from util.config import check_config
 from util.images import confidence_maps, save_grid
 from util.loader import evenly_spaced, make_loader
@@ -184,35 +184,6 @@ def sample(
         grids = confidence.unflatten(1, (model.grid_size, -1)).cpu()
         maps.append(confidence_maps(grids, images[-1].shape[-1]))
     return torch.cat(images), torch.cat(maps)
-
-
-def readable(names: Sequence[str]) -> list[str]:
-    """Class names with ImageNet's descriptions in place of its folders' names (n01440764)."""
-    info = ImageNetInfo("imagenet-1k")
-    if len(names) == 1000 and names[0] == "0":  # a published checkpoint has no class names
-        return [info.index_to_description(label) for label in range(1000)]
-    known = set(info.label_names())
-    return [info.label_name_to_description(name) if name in known else name for name in names]
-
-
-def find_classes(asked: Sequence[str] | None, names: Sequence[str]) -> list[int]:
-    """Labels of the classes ``asked`` for by number, name, or part of a name between commas; by default eight."""
-    if asked is None:
-        count = min(8, len(names))
-        return [i * len(names) // count for i in range(count)]
-    parts: dict[str, int] = {}
-    for label, name in enumerate(names):
-        for part in (name, *name.split(",")):
-            parts.setdefault(part.strip().lower(), label)
-    labels = []
-    for name in asked:
-        label = parts.get(name.strip().lower(), int(name) if name.isdigit() else -1)
-        if not 0 <= label < len(names):
-            close = difflib.get_close_matches(name.lower(), parts, n=4)
-            hint = f"did you mean {', '.join(close)}?" if close else f"there are {len(names)}, numbered from 0"
-            raise errors.UserError(f"no class {name!r}: {hint}")
-        labels.append(label)
-    return labels
 
 
 def draw_samples(args: argparse.Namespace, device: torch.device) -> None:

@@ -1,9 +1,11 @@
 """Where images come from: folders of files, or rows of a data set that Hugging Face's ``datasets`` opens."""
 
 import io
+import math
 import os
 import re
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,19 +34,22 @@ ADDRESS = re.compile(
 # One image.
 
 
-def read_image(file: str | Path | BinaryIO, name: str = "") -> Image.Image:
-    """The image in ``file`` as RGB, upright (EXIF), whatever its mode.
+def read_image(file: str | Path | BinaryIO | Image.Image, name: str = "", max_pixels: float = math.inf) -> Image.Image:
+    """The image in ``file``, or an open one, as RGB, upright (EXIF), whatever its mode.
 
     Grey, palette, CMYK and 16-bit images are converted; transparency is dropped.
 
     Args:
         name: of the image in messages; by default its path.
+        max_pixels: larger ones are not decoded.
 
     Raises:
-        UserError: it cannot be read, or its values have no known range (floating point).
+        UserError: it cannot be read, is too large, or its values have no known range (floating point).
     """
     try:
-        with Image.open(file) as image:
+        with nullcontext(file) if isinstance(file, Image.Image) else Image.open(file) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width}x{image.height} pixels, more than {max_pixels}")
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith(("I", "F")):  # Pillow would clip them at 255
                 values = np.asarray(upright)

@@ -5,12 +5,14 @@ from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import engine_tokenbridge as engine
-from models import fast
+from models import fast, pipeline
 from models.fast import Recordings
+from models.pipeline import TokenBridgePipeline
 from models.sampling import HEAD_ORDERS
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
@@ -156,7 +158,7 @@ def sampled(model: TokenBridge, **options) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_sampling_never_waits(kind):
     with FakeCuda() as cuda:
-        sampled(cuda.put(model_of(kind).requires_grad_(False)))
+        sampled(cuda.put(model_of(kind).requires_grad_(False)), on_step=lambda *step: None)
 
 
 OPTIONS = {
@@ -202,13 +204,23 @@ def test_recorded_sampling_never_waits(kind):
 
 
 def test_a_chunk_of_images_is_waited_for_at_its_end(monkeypatch):
-    monkeypatch.setitem(engine.DECODING_BUDGET, "cuda", 2 * 16**2)  # three images in two parts
+    monkeypatch.setitem(pipeline.PIXEL_BUDGET, "cuda", 2 * 16**2)  # three images in two parts
     options = {"num_iter": 2, "cfg": 2.0, "cfg_schedule": "linear", "temperature": 1.0, "gen_seed": 0}
     settings = engine.SampleSettings(num_images=4, eval_bsz=3, precision="bf16", vae_precision="fp16", **options)
     with FakeCuda("decode_images", "sample_chunk") as cuda:
         model, vae = cuda.put(model_of("ar")), tokenizer(cuda)
         images, confidence = engine.sample_chunk(model, vae, 0.5, range(3), settings, DEVICE)
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8 and confidence.shape == (3, 4, 4)
+
+
+def test_edited_pictures_are_waited_for_at_their_end():
+    image, mask = Image.new("RGB", (20, 16)), Image.new("L", (20, 16))
+    mask.paste(255, (0, 0, 9, 9))
+    with FakeCuda("decode_images", "make") as cuda, mock.patch.object(TokenBridgePipeline, "to"):  # fakes stay
+        model = cuda.put(model_of("ar", img_size=16, vae_stride=4))
+        pipe = TokenBridgePipeline(model, tokenizer(cuda), 0.5)
+        made = pipe([0, 1], image=image, mask_image=mask, num_iter=2, cfg=2.0)
+    assert pipe.device == DEVICE and [picture.size for picture in made.images] == [(16, 16)] * 2
 
 
 def test_caching_waits_for_the_moments_of_each_view_and_once_to_count(tmp_path):

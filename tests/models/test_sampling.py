@@ -231,6 +231,25 @@ def test_known_tokens_stay_a_different_number_in_each_image(small_model, order):
     assert torch.allclose(plain, together[:1], atol=1e-4)
 
 
+@pytest.mark.parametrize("order", sampling.ORDERS)
+def test_each_step_is_told(small_model, order):
+    steps = []
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[:, 3:6] = True
+    options = {"seeds": [1, 2], "order": order, "known_latents": torch.randn(2, 16, 4, 4), "known_mask": mask}
+    latents = small_model.sample_tokens(2, 5, **options, on_step=lambda *step: steps.append(step))
+    assert torch.equal(latents, small_model.sample_tokens(2, 5, **options))
+    assert [step[:2] for step in steps] == [(number, 5) for number in range(1, 6)]
+    final, left, known = small_model.patchify(latents), [], mask
+    for _, _, tokens, unknown in steps:
+        is_unknown = torch.zeros(2, 16, dtype=torch.bool).scatter(1, unknown, True)
+        assert torch.equal(tokens, final.masked_fill(is_unknown[..., None], 0.0))
+        assert not (known & is_unknown).any()
+        known = ~is_unknown
+        left.append(unknown.shape[1])
+    assert left == [step.left for step in sampling.sampling_plan(SamplingOptions(5), 16, 13)]
+
+
 def test_bad_orders_and_known_tokens_are_named(small_model):
     latents, mask = torch.zeros(2, 16, 4, 4), torch.zeros(2, 16)
     for message, options in {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine_tokenbridge import decode_images
+from models.pipeline import decode_images
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import filled, manifest, reference
 from tests.fill import deterministic_fill

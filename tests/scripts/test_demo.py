@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from demo.demo import digit_classifier, read_digits
+from models.pipeline import TokenBridgePipeline
 from models.vae import DiagonalGaussianDistribution
 from reconstruction import post_training_quantize
 from tests.conftest import ROOT
@@ -39,6 +41,37 @@ def test_the_demo_makes_digits(demo):
         with Image.open(path) as image:
             reduced = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float)
         assert path.parent.name == str(digit) and np.array_equal(np.round(reduced * 16 / 255), original)
+
+
+@pytest.mark.slow
+def test_covered_halves_of_held_out_digits_are_completed(demo, tmp_path):
+    paths = sorted((demo / "data" / "val").glob("*/*.png"), key=lambda path: path.name)[:200]
+    digits = np.array([int(path.parent.name) for path in paths])
+    lower = Image.new("L", (16, 16))
+    lower.paste(255, (0, 8, 16, 16))
+    pipe, classifier = TokenBridgePipeline.from_pretrained(demo), digit_classifier(demo / "data")
+
+    def completed(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels of the completed digits, and what the classifier takes them for."""
+        how = {"num_iter": 16, "cfg": 2.0, "temperature": 0.95}  # as the demo samples
+        images = pipe(labels.tolist(), image=paths, mask_image=lower, seeds=range(len(paths)), **how).images
+        files = [tmp_path / f"{number:03d}.png" for number in range(len(images))]
+        for image, file in zip(images, files, strict=True):
+            image.save(file)
+        return np.stack([np.asarray(image) for image in images]), classifier.predict(read_digits(files))
+
+    right, recognized = completed(digits)
+    assert (recognized == digits).mean() >= 0.9
+    originals = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    assert np.array_equal(right[:, :8], originals[:, :8])
+    covered = read_digits(paths)
+    covered[:, 32:] = 0
+    assert classifier.score(covered, digits) < 0.5  # the upper half alone is not enough
+    # As another class they become something else.
+    other, recognized = completed((digits + 1) % 10)
+    assert np.array_equal(other[:, :8], originals[:, :8])
+    assert (other[:, 8:] != right[:, 8:]).any(axis=(1, 2, 3)).all()
+    assert (recognized == digits).mean() < 0.5
 
 
 def lloyd_max_error(values: torch.Tensor, levels: int) -> float:

@@ -1,0 +1,129 @@
+"""Pictures of classes, and parts of pictures made anew, by a trained model."""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models.editing import outpainted
+from models.pipeline import TokenBridgePipeline
+from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions
+from util import errors, misc
+from util.args import add_sampling_args, check_positive, check_range, new_parser
+from util.files import written_whole
+
+GIF_SECONDS, LAST_FRAME = 4.0, 2.0  # all frames together, and the last one beyond that
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """The command line of this script."""
+    parser = new_parser(__doc__)
+    text = "the model: a run's folder or file, an exported folder, owner/repo or hf://owner/repo/path"
+    parser.add_argument("--resume", default="", help=text)
+    text = "its tokenizer; by default the one beside the model, or the one that its run names"
+    parser.add_argument("--vae_path", help=text)
+    text = "names of class folders, ImageNet's names, or numbers; by default none: pictures of any class"
+    parser.add_argument("--classes", nargs="+", help=text)
+    parser.add_argument("--candidates", type=int, default=1, help="pictures of each class, the most likely first")
+    text = "of the first candidate, the next has the next: the number of an image of --evaluate"
+    parser.add_argument("--seed", type=int, default=0, help=text)
+    parser.add_argument("--gen_seed", type=int, default=0, help="as of --evaluate")
+    edit = parser.add_argument_group("editing")
+    edit.add_argument("--image", help="to edit; cropped to the model's size; without --mask and --outpaint, vary it")
+    edit.add_argument("--mask", help="an image of the same size, white where the picture is made anew")
+    text = "make this many pixels anew on each side of the image, whose square is shrunk to make room"
+    edit.add_argument("--outpaint", type=int, metavar="PIXELS", help=text)
+    edit.add_argument("--strength", type=float, default=0.5, help="share of the tokens that a variation makes anew")
+    how = parser.add_argument_group("sampling")
+    add_sampling_args(how, ORDERS, FIRST_PLACES, HEAD_ORDERS)
+    parser.set_defaults(num_iter=64)
+    how.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
+    how.add_argument("--temperature", type=float, default=1.0, help="of every channel's distribution")
+    how.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
+    how.add_argument("--batch_size", type=int, default=64, help="pictures at once, as --eval_bsz")
+    how.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    how.add_argument("--precision", choices=misc.PRECISIONS, default="bf16", help="of autocast; fp32 means none")
+    parser.add_argument(
+        "--output", default="generated.png", help="a PNG: a row of the classes, or a row of candidates for each class"
+    )
+    parser.add_argument("--gif", action="store_true", help="also <output>.gif, which shows how the tokens fill in")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that cannot work, before anything is read."""
+    check_positive(args, "candidates", "num_iter", "batch_size")
+    check_range(args, 0, 2**32 - args.candidates, "seed")
+    check_range(args, 0, math.inf, "gen_seed", "cfg", "temperature", "confidence_noise")
+    if not args.resume:
+        raise errors.UserError("--resume is missing: name the model's folder or file")
+    if Path(args.output).suffix.lower() != ".png":
+        raise errors.UserError(f"--output {args.output}: the picture is a .png")
+    if args.mask and args.outpaint is not None:
+        raise errors.UserError("--mask and --outpaint: choose one, which is made anew")
+    if args.image is None and (args.mask or args.outpaint is not None):
+        raise errors.UserError("--mask and --outpaint need --image, the picture to edit")
+
+
+def side_by_side(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size, row by row, pixel for pixel."""
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
+    for number, image in enumerate(images):
+        sheet.paste(image, (number % columns * width, number // columns * height))
+    return sheet
+
+
+def write_gif(frames: Sequence[Image.Image], path: Path) -> None:
+    """Writes pictures as an endless GIF, the last one shown longer."""
+    durations = [max(20, int(1000 * GIF_SECONDS / len(frames)))] * len(frames)
+    durations[-1] += int(1000 * LAST_FRAME)
+    with written_whole(path) as file:
+        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def main() -> None:
+    """Runs the command line."""
+    args = get_args_parser().parse_args()
+    with misc.processes(args.device) as device:
+        check_args(args)
+        ema = False if args.no_ema else None
+        pipe = TokenBridgePipeline.from_pretrained(args.resume, args.vae_path, ema=ema, precision=args.precision)
+        pipe.to(device)
+        image, mask = args.image, args.mask
+        if args.outpaint is not None:
+            image, mask = outpainted(image, pipe.model.config["img_size"], args.outpaint)
+        names = [field.name for field in dataclasses.fields(SamplingOptions)]
+        options = {name: getattr(args, name) for name in (*names, "strength", "gen_seed", "batch_size")}
+        frames: list[list[Image.Image]] = []
+        if args.gif:
+            options["callback"] = lambda step, steps, images: frames.append(images)
+        classes, count = args.classes or [None], args.candidates
+        seeds = list(range(args.seed, args.seed + count)) * len(classes)
+        labels = args.classes and [label for label in classes for _ in range(count)]
+        made = pipe(labels, seeds=seeds, image=image, mask_image=mask, **options)
+        # Of each class, the most likely first.
+        scores = made.log_likelihoods
+        order = sorted(range(len(seeds)), key=lambda row: (row // count, -scores[row]))
+        columns = count if count > 1 else len(classes)
+        written = Path(args.output)
+        with written_whole(written) as file:
+            side_by_side([made.images[row] for row in order], columns).save(file, "png")
+        if args.gif:
+            sheets = [side_by_side([images[row] for row in order], columns) for images in frames]
+            write_gif(sheets, written.with_suffix(".gif"))
+        for row in order:
+            name = pipe.class_names[made.labels[row]] if made.labels else "any class"
+            misc.log.info("%s, seed %d: log-likelihood %.1f nats", name, seeds[row], scores[row])
+        misc.log.info("wrote %s%s", written, f" and {written.with_suffix('.gif')}" if args.gif else "")
+
+
+if __name__ == "__main__":
+    errors.run(main)

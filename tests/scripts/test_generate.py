@@ -1,0 +1,115 @@
+"""demo/generate.py as a user types it: pictures, GIFs, editing, what is refused."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.scripts.conftest import pixels
+
+
+@pytest.fixture
+def generate(run, weights, vae_path, tmp_path):
+    """``generate("--flag value")`` with the tiny model; the picture, ``tmp_path/out.png``."""
+
+    def generate(flags: str) -> np.ndarray:
+        model = f"--resume {tmp_path}/weights --vae_path {vae_path} --device cpu --precision fp32 --num_iter 4"
+        run("demo.generate", f"{model} --output {tmp_path}/out.png {flags}")
+        return pixels(tmp_path / "out.png")
+
+    return generate
+
+
+def test_pictures_of_classes_are_those_of_an_evaluation(run, weights, generate, tmp_path):
+    sampling = "--num_iter 4 --cfg 2.0 --temperature 0.9 --gen_seed 3 --precision bf16"
+    common = f"{weights} --evaluate --no_metrics --num_images 4 --output_dir {tmp_path}/out --eval_bsz 1"
+    run("main_tokenbridge", f"{common} {sampling}")
+    generate(f"--classes 2 --seed 2 {sampling}")
+    assert (tmp_path / "out.png").read_bytes() == (tmp_path / "out" / "samples" / "00002.png").read_bytes()
+    row = generate(f"--classes 2 0 --seed 2 --batch_size 1 {sampling}")
+    assert row.shape == (16, 32, 3) and np.array_equal(row[:, :16], pixels(tmp_path / "out" / "samples" / "00002.png"))
+
+
+def test_candidates_are_ranked_and_a_gif_fills_in(generate, tmp_path, caplog):
+    caplog.set_level("INFO")
+    sheet = generate("--classes 0 3 --candidates 3 --seed 5 --gif")
+    assert sheet.shape == (32, 48, 3)
+    lines = [line.split() for line in caplog.messages if "log-likelihood" in line]
+    assert [line[0] for line in lines] == ["0,"] * 3 + ["3,"] * 3
+    scores = [float(line[-2]) for line in lines]
+    assert scores[:3] == sorted(scores[:3], reverse=True) and scores[3:] == sorted(scores[3:], reverse=True)
+    for place, line in enumerate(lines):
+        top, left = 16 * (place // 3), 16 * (place % 3)
+        alone = generate(f"--classes {line[0][:-1]} --seed {line[2][:-1]}").astype(int)
+        assert np.abs(alone - sheet[top : top + 16, left : left + 16]).max() <= 1
+    assert sorted(lines[place][2] for place in range(3)) == ["5:", "6:", "7:"]
+    with Image.open(tmp_path / "out.gif") as gif:
+        assert gif.n_frames == 4 and gif.size == (48, 32)
+        grey = []
+        for frame in range(4):
+            gif.seek(frame)
+            near = np.abs(np.asarray(gif.convert("RGB"), dtype=int) - 128).max(axis=2) <= 2
+            grey.append(near.mean())
+        assert grey[0] > grey[1] > grey[2] > grey[3] and gif.info["duration"] > 2000
+
+
+def test_pictures_are_edited(generate, tmp_path):
+    image, mask = np.random.RandomState(0).randint(0, 256, (16, 16, 3), dtype=np.uint8), np.zeros((16, 16), np.uint8)
+    mask[8:] = 255
+    Image.fromarray(image).save(tmp_path / "in.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    edit = f"--image {tmp_path}/in.png --mask {tmp_path}/mask.png --seed 1"
+    made = generate(f"{edit} --classes 1")
+    assert np.array_equal(made[:8], image[:8]) and (made[8:] != image[8:]).mean() > 0.9
+    assert not np.array_equal(made, generate(f"{edit} --classes 2"))
+    assert not np.array_equal(made, generate(edit))
+    image[8:] = 7
+    Image.fromarray(image).save(tmp_path / "in.png")
+    assert np.array_equal(made, generate(f"{edit} --classes 1"))
+    around = generate(f"--image {tmp_path}/in.png --outpaint 4 --classes 1")
+    assert np.array_equal(around[4:12, 4:12], np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BOX)))
+    varied = [generate(f"--image {tmp_path}/in.png --strength {share}") for share in (0.2, 0.8)]
+    assert not np.array_equal(*varied)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_what_cannot_be_made_is_told_in_one_line(refused, weights, vae_path, tmp_path):
+    model = f"--resume {tmp_path}/weights --vae_path {vae_path} --device cpu --output {tmp_path}/out.png"
+    bomb = chunk(b"IHDR", struct.pack(">2I5B", 50_000, 50_000, 1, 0, 0, 0, 0)) + chunk(b"IDAT", b"")
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bomb)
+    (tmp_path / "text.png").write_text("no image")
+    Image.new("RGB", (20, 20)).save(tmp_path / "in.png")
+    other = torch.load(vae_path, weights_only=True)
+    other["config"]["latent_factor"] = 0.25
+    torch.save(other, tmp_path / "other.ckpt")
+    image = f"--image {tmp_path}/in.png"
+    for flags, says in {
+        "--classes 1 9": "no class '9': there are 4, numbered from 0",
+        "--seed -1": "--seed -1: it must lie between 0 and",
+        "--seed 4294967296": "--seed 4294967296: it must lie between",
+        "--num_iter 0": "--num_iter 0: it must be above zero",
+        "--cfg nan": "--cfg nan",
+        f"--image {tmp_path}/bomb.png": "decompression bomb",
+        f"--image {tmp_path}/text.png": "text.png (it is none); replace or remove it",
+        f"{image} --mask {tmp_path}/in.png": "the mask covers nothing",
+        f"{image} --mask {tmp_path}/in.png --outpaint 2": "--mask and --outpaint: choose one",
+        f"{image} --outpaint 8": "a margin of 8 pixels in a picture of 16: choose 1 to 7",
+        "--outpaint 2": "--mask and --outpaint need --image",
+        f"{image} --strength 2": "strength 2.0: it lies above 0",
+        f"--vae_path {tmp_path}/other.ckpt": "the tokenizer is another model's",
+        "--output out.jpg": "--output out.jpg: the picture is a .png",
+        "--resume nowhere": "nowhere is no file or folder here",
+    }.items():
+        assert says in refused("demo.generate", f"{model} {flags}"), flags
+    assert "has no tokenizer beside it (vae or vae.ckpt): name it (--vae_path)" in refused(
+        "demo.generate", f"--resume {tmp_path}/weights --device cpu"
+    )
+    assert "--resume is missing" in refused("demo.generate", "--classes 1")
+    assert not (tmp_path / "out.png").exists()
