@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,8 @@ def order_gradients(state: TrainingState, shape: Sequence[int], precision: str) 
 def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
     """The files of a step's images, ``images`` of them; steps count from this epoch's first batch of ``loader``."""
     indices = list(loader.sampler)[step * images : (step + 1) * images]
-    return [loader.dataset.samples[index][0] for index in indices]
+    dataset: Any = loader.dataset
+    return [dataset.samples[index][0] for index in indices]
 
 
 def train_one_epoch(

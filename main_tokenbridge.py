@@ -232,11 +232,13 @@ def load_tokenizer(
     for root in roots if args.use_cached else ():
         metadata = cache_metadata(root)
         found.append(Tokenizer(*checkpoint.tokenizer_of(metadata, root), root))
-        differs = found[0].same_factor(found[-1].latent_factor) or "latent factors"
-        if differs is True and vae is not None and metadata.get("vae_sha256", sha := fingerprint(vae)) != sha:
-            differs = "weights"
-        if differs is not True:
-            raise errors.UserError(f"{root} was made with another tokenizer than {found[0].source}: {differs} differ")
+        if not found[0].same_factor(found[-1].latent_factor):
+            differing = "latent factors"
+        elif vae is not None and metadata.get("vae_sha256") not in (None, fingerprint(vae)):
+            differing = "weights"
+        else:
+            continue
+        raise errors.UserError(f"{root} was made with another tokenizer than {found[0].source}: {differing} differ")
     return vae if needed else None, found[-1]
 
 

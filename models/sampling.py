@@ -213,7 +213,7 @@ def generate(
     orders = initial_orders(options.order, draws, length)  # drawn in any case: later numbers do not depend on it
     orders = orders if given.orders is None else to_device(given.orders, device)
     tokens = torch.zeros(bsz, length, head.channels, device=device)
-    if given.known is not None:
+    if given.known is not None and given.tokens is not None:
         is_known = to_device(given.known, device)
         tokens = torch.where(is_known[..., None], given.tokens, tokens)
         orders = orders.gather(1, is_known.gather(1, orders).int().argsort(dim=1, stable=True))  # known ones last

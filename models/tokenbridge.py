@@ -232,7 +232,8 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         if len(set(counts)) > 1:
             raise ValueError(f"all samples of a batch need the same number of masked tokens, got {counts}")
         positions = mask.argsort(dim=1, stable=True)
-        return positions.tensor_split([mask.shape[1] - counts[0]], dim=1)
+        known, masked = positions.tensor_split([mask.shape[1] - counts[0]], dim=1)
+        return known, masked
 
     def forward(self, latents: Tensor, labels: Tensor, mask: Tensor | None = None, *uniform: Tensor) -> Tensor:
         """Mean cross-entropy in nats over masked tokens and all channels (or groups of channels).
@@ -402,7 +403,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         """Values ``[B, L, C]`` of known latents, on the model's device, and their boolean mask ``[B, L]``."""
         if (latents is None) != (mask is None):
             raise ValueError("known_latents and known_mask go together")
-        if mask is None:
+        if latents is None or mask is None:
             return None, None
         given, expected = [[*x.shape] for x in (latents, mask)], [[bsz, *self.latent_shape], [bsz, self.seq_len]]
         if given != expected:

@@ -189,7 +189,7 @@ def resolve(
     # stores no order, it is taken for a published one.
     same_latents = tokenizer.is_kl16 or start.use in (RESUME, EVALUATE) or "channel_order" in told
     known_order = same_latents and (args.vae_embed_dim, args.patch_size) == (len(KL16_CHANNEL_ORDER), 1)
-    config = dict(size)
+    config: dict[str, Any] = dict(size)
     for fact in FACTS[1:]:
         values = (typed_value(args, fact, known_order), told.get(fact.name), size.get(fact.name, fact.published))
         config[fact.name] = next((value for value in values if value is not None), None)
