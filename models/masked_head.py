@@ -168,7 +168,7 @@ class MaskedHead(Head):
         for first, last in pairwise(steps * i // passes for i in range(passes + 1)):
             logits = self.logits(projected, seen).float()
             if head_order == "confidence":
-                # Of the distributions, not of what is drawn: else it would depend on the draws that come later.
+                # By distributions, not by what would be drawn: numbers left for later passes must stay uniform.
                 sure = logits.log_softmax(dim=-1).amax(dim=-1).masked_fill(seen < self.classes, -torch.inf)
                 wanted = sure.argsort(dim=1, descending=True, stable=True)[:, : last - first]
             else:

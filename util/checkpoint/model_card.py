@@ -17,6 +17,7 @@ from util.tables import markdown
 CARD = Path(__file__).with_suffix(".md")
 #: Settings of an evaluation that its figures depend on.
 SETTINGS = ("num_images", "num_iter", "cfg", "cfg_schedule", "temperature", "order", "precision")
+SETTINGS += ("head_steps", "head_order")
 
 
 def model_card(
@@ -72,5 +73,5 @@ def figures_table(figures: Mapping[str, Any]) -> str:
     """A table of an evaluation's metrics and settings; empty if there are no metrics."""
     metrics = [[title, figures[name]] for name, title in TITLES.items() if name in figures]
     settings = figures.get("settings", {})
-    rows = metrics + [[name, settings[name]] for name in SETTINGS if name in settings]
+    rows = metrics + [[name, settings[name]] for name in SETTINGS if settings.get(name) is not None]
     return markdown(["metric", "value"], rows) if metrics else ""
