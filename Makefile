@@ -17,6 +17,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 -m "not slow" \
 		--cov=models --cov=util --cov=engine_tokenbridge --cov=evaluation --cov-report=term --cov-fail-under=90
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ def order_gradients(state: TrainingState, shape: Sequence[int], precision: str) 
 def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
     """The files of a step's images, ``images`` of them; steps count from this epoch's first batch of ``loader``."""
     indices = list(loader.sampler)[step * images : (step + 1) * images]
-    return [loader.dataset.samples[index][0] for index in indices]
+    dataset: Any = loader.dataset
+    return [dataset.samples[index][0] for index in indices]
 
 
 def train_one_epoch(
@@ -202,6 +204,8 @@ class SampleSettings:
     first_place: str = "trained"
     save_confidence: bool = False
     vae_precision: str | None = None  # by default that of the model
+    head_steps: int | None = None
+    head_order: str | None = None
 
 
 @torch.no_grad()
@@ -266,6 +270,7 @@ def sample_chunk(
     labels = torch.tensor([number * model.class_num // settings.num_images for number in numbers])
     names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise", "first_place")
     options = {name: getattr(settings, name) for name in names}
+    options |= {name: getattr(settings, name) for name in ("head_steps", "head_order")}
     options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
     with misc.autocast(device, settings.precision):
         latents, confidence = model.sample_tokens(len(numbers), labels=labels, **options)
@@ -302,7 +307,8 @@ def held_out_likelihood(
     """Cross-entropy a latent dimension over held-out images, at fixed masks and posterior samples.
 
     Each image is measured at :data:`LIKELIHOOD_MASKS` mask ratios, quantiles of training's distribution. Its masks and
-    posterior sample follow from ``seed`` and its number, so results do not depend on batch size or processes.
+    posterior sample follow from ``seed`` and its number, so results do not depend on batch size or processes. So do the
+    channels that the masked head knows: its figure estimates the mean over all orders of channels, without bias.
 
     Args:
         loader: batches of images, or of moments where ``vae`` is None, dealt by :class:`util.loader.RankSampler`.
@@ -323,10 +329,14 @@ def held_out_likelihood(
         draws = numbered_draws(seed, numbers)
         latents = posterior.sample(misc.to_device(draws.normal(*posterior.mean.shape[1:]), device)) * latent_factor
         orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
+        channels = [()] * LIKELIHOOD_MASKS
+        if model.config["head"] == "masked":
+            uniform = draws.uniform(LIKELIHOOD_MASKS, model.seq_len, model.head.channel_steps + 1)
+            channels = [(each,) for each in misc.to_device(uniform, device).unbind(1)]
         for i, count in enumerate(counts):
             mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
             with misc.autocast(device, precision):
-                sums[0] += model(latents, labels, mask) * len(batch) / len(counts)
+                sums[0] += model(latents, labels, mask, *channels[i]) * len(batch) / len(counts)
         sums[1] += len(batch)
     model.train(training)
     sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels

@@ -102,6 +102,7 @@ def sample_and_measure(
     Returns the metrics on the main process, nothing on others and without an evaluator.
     """
     args, settings = run.args, sampling_settings(run.args, cfg, temperature)
+    assert run.vae is not None  # which is loaded wherever samples are asked for
     folder = evaluate(model, run.vae, run.latent_factor, path, settings, run.device, weights)
     images = misc.in_all_processes(lambda: folder.images(args.num_images))
     if misc.is_main_process():
@@ -165,6 +166,7 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
 def measure_likelihood(run: Run, model: TokenBridge) -> dict[str, float]:
     """See :func:`engine_tokenbridge.held_out_likelihood`; what it returns is logged, too."""
     vae = None if run.args.use_cached else run.vae
+    assert run.held_out is not None
     figures = held_out_likelihood(model, vae, run.latent_factor, run.held_out, run.device, run.args.precision)
     text = "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension"
     misc.log.info(text, *(figures[name] for name in ("images", "nats_per_dim", "bits_per_dim")))

@@ -13,8 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from engine_tokenbridge import channel_statistics, check_num_images, order_gradients
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
 from models.quantizer import QUANTIZERS
-from models.sampling import FIRST_PLACES, ORDERS
-from models.tokenbridge import CHECKPOINTED, MODELS, SIZES, TokenBridge
+from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, check_head_options
+from models.tokenbridge import CHECKPOINTED, MASKED_SIZES, MODELS, SIZES, TokenBridge
 from models.vae import AutoencoderKL
 from training import train_epochs
 from util import checkpoint, errors, misc
@@ -95,7 +95,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--eval_freq", type=int, default=40, help="epochs between two measurements during training")
     sample.add_argument("--eval_bsz", type=int, default=64, help="images sampled at once on each device")
     sample.add_argument("--num_images", type=int, default=50000, help="over all classes evenly")
-    add_sampling_args(sample, ORDERS, FIRST_PLACES)
+    add_sampling_args(sample, ORDERS, FIRST_PLACES, HEAD_ORDERS)
     sample.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale, or several to search")
     sample.add_argument("--temperature", type=float, nargs="+", default=1.0, help="or several to search")
     sample.add_argument("--gen_seed", type=int, default=0, help="with an image's number, the seed of that image")
@@ -232,11 +232,13 @@ def load_tokenizer(
     for root in roots if args.use_cached else ():
         metadata = cache_metadata(root)
         found.append(Tokenizer(*checkpoint.tokenizer_of(metadata, root), root))
-        differs = found[0].same_factor(found[-1].latent_factor) or "latent factors"
-        if differs is True and vae is not None and metadata.get("vae_sha256", sha := fingerprint(vae)) != sha:
-            differs = "weights"
-        if differs is not True:
-            raise errors.UserError(f"{root} was made with another tokenizer than {found[0].source}: {differs} differ")
+        if not found[0].same_factor(found[-1].latent_factor):
+            differing = "latent factors"
+        elif vae is not None and metadata.get("vae_sha256") not in (None, fingerprint(vae)):
+            differing = "weights"
+        else:
+            continue
+        raise errors.UserError(f"{root} was made with another tokenizer than {found[0].source}: {differing} differ")
     return vae if needed else None, found[-1]
 
 
@@ -262,10 +264,11 @@ def build_model(args: argparse.Namespace, config: dict, start: Start, device: to
     A run that is resumed gets its weights later, with the rest of its state.
 
     Raises:
-        UserError: sizes that do not fit each other, or weights that do not fit the model.
+        UserError: sizes that do not fit each other, options of sampling or weights that do not fit the model.
     """
     try:
         model = MODELS[args.model](**config)
+        check_head_options(model.head, args.head_steps, args.head_order)
     except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
         raise errors.UserError(errors.reason(error)) from error
 
@@ -319,7 +322,7 @@ def main() -> None:
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)
         vae, tokenizer = load_tokenizer(args, splits, start)
-        config = resolve(args, get_args_parser().parse_args([]), SIZES, tokenizer, start)
+        config = resolve(args, get_args_parser().parse_args([]), SIZES, MASKED_SIZES, tokenizer, start)
         if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
         data = {split: load_data(args, split, tokenizer) for split in splits}

@@ -74,7 +74,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         "--save_every_steps", type=int, default=0, help="steps between two checkpoints; 0 for epochs only"
     )
     train.add_argument("--max_bad_steps", type=int, default=0, help="steps that may be left out for not being finite")
-    train.add_argument("--keep_last", type=int, default=1, help="checkpoints kept, the newest included")
+    train.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, the newest included")
     add_dry_run_arg(train)
     # What a run's state asks for, and a tokenizer's training does not leave open.
     parser.set_defaults(weight_decay=0.0, compile=False, start_epoch=0)
@@ -260,18 +260,18 @@ def train(
     start: tuple[dict, Path | None],
     args: argparse.Namespace,
 ) -> AutoencoderKL:
-    """Trains from where ``start`` left off, saving and measuring; the tokenizer to export: averaged, unless not."""
+    """Trains from where ``start`` left off, saving and measuring; returns the tokenizer to export (``--no_ema``)."""
     if misc.is_main_process() and not args.dry_run:
         remove_parts(Path(args.output_dir).glob(".*.part"))
     steps = len(loader) // args.accum_iter  # what is left over is dropped
     state = TrainingState(losses, args, steps, STATE_NAME, losses.optimizer_parts())
-    losses.steps_done = lambda: state.steps_done
     content, path = start
     if path is not None:
         resume(state, content, path)
     if misc.get_world_size() > 2:
         order_gradients(state, (args.batch_size, 3, args.img_size, args.img_size), args.precision)
         losses.read_figures()
+    losses.steps_done = lambda: state.steps_done  # after gradients were ordered: alike before and after --disc_start
     vae = (losses if args.no_ema else state.average.module).vae
 
     def measure(epoch: int, writer: SummaryWriter | None) -> None:
@@ -321,7 +321,7 @@ def main() -> None:
         chosen = evenly_spaced(images, LATENT_IMAGES)
         latents = loader_of_all(chosen, device, args, persistent_workers=False)
         figures = measure_latents(vae, latents, len(chosen), args.img_size // vae.stride, device)
-        export(vae, {"psnr": ratio, **figures}, Path(args.output_dir))
+        export(vae, {"psnr": ratio, "psnr_of": Path(others.root).name, **figures}, Path(args.output_dir))
 
 
 if __name__ == "__main__":

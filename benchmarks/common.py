@@ -43,6 +43,7 @@ def add_ways(parser: argparse.ArgumentParser, batch: int, what: str) -> None:
     parser.add_argument("--batch", type=int, default=batch, help=what)
     ways = "the release's way, and precisions of ours: fp32, bf16, fp16"
     parser.add_argument("--ways", nargs="+", default=["release", "fp32", "bf16"], help=ways)
+    parser.add_argument("--heads", nargs="+", choices=("ar", "masked"), default=["ar", "masked"], help="of our models")
     parser.add_argument("--compile", action="store_true", help="compile our models")
 
 
@@ -99,20 +100,23 @@ def measure_way(prepare: Callable, args: argparse.Namespace, way: str) -> dict[s
 
 
 def compare_ways(name: str, prepare: Callable, args: argparse.Namespace, **columns: Any) -> None:
-    """Measures each of ``args.ways``, ``release`` or a precision of ours, and reports a row for each.
+    """Measures each of ``args.ways``, ``release`` or a precision of ours with each of ``args.heads``: a row for each.
 
     Args:
-        prepare: takes ``args``, whether the way is the release's, and the precision; returns the function to measure
-            and its number of floating-point operations. Must be a module's function: other processes import it.
+        prepare: takes ``args`` with the row's ``head``, whether the way is the release's, and the precision; returns
+            the function to measure and its number of floating-point operations. Must be a module's function: other
+            processes import it.
         columns: shown in every row.
     """
     hardware, rows, slow = machine(args.device), [], None
-    for way in args.ways:
+    runs = [(way, head) for way in args.ways for head in (["ar"] if way == "release" else args.heads)]
+    for way, args.head in runs:
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process has one peak of memory
             figures = pool.apply(measure_way, (prepare, args, way))
         release = way == "release"
         slow = figures["median_s"] if release else slow
-        row = {"way": "the release's, fp32" if release else f"ours, {way}", "model": args.model, "batch": args.batch}
+        ours = f"ours, masked head, {way}" if args.head == "masked" else f"ours, {way}"
+        row = {"way": "the release's, fp32" if release else ours, "model": args.model, "batch": args.batch}
         row |= {**columns, **figures, "ratio": slow / figures["median_s"] if slow and not release else None}
         rows.append(row)
     finish(name, rows, hardware, args.json)

@@ -1,14 +1,20 @@
-"""The paper's Table 5: the channel head, with and without cache and with 4 channels, against MAR's diffusion head."""
+"""The paper's Table 5: the channel head, with and without cache and with 4 channels, against MAR's diffusion head.
 
+The masked head, which the paper does not have, is measured with them, in 4 steps and in 1.
+"""
+
+import copy
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.baselines import DiffusionHead, RecomputingHead
 from benchmarks.common import benchmark_parser, finish, machine, parse, timings
-from models.channel_head import ChannelHead
+from models.channel_head import ChannelHead, Head
 from models.fast import compile_blocks, speed_up
+from models.masked_head import MaskedHead
 from models.tokenbridge import MODELS
 from util import misc
 
@@ -18,42 +24,48 @@ def main() -> None:
     parser = benchmark_parser(__doc__, repeats=5)
     parser.add_argument("--model", choices=MODELS, default="tokenbridge_base", help="size of the model")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="tokens sampled at once")
-    parser.add_argument("--compile", action="store_true", help="also measure our head compiled")
+    parser.add_argument("--compile", action="store_true", help="also measure our heads compiled")
     parser.add_argument("--precision", choices=misc.PRECISIONS, nargs="+", default=["fp32", "bf16"], help="of autocast")
     args = parse(parser)
     hardware, device = machine(args.device), args.device
     with torch.device("meta"):  # for their configurations: a head is measured without its backbone
         models = {channels: MODELS[args.model](vae_embed_dim=channels, quant_levels=64) for channels in (16, 4)}
+        masked = MODELS[args.model](quant_levels=64, head="masked")
 
-    def head_of(channels: int, kind: type[ChannelHead] = ChannelHead) -> ChannelHead:
-        return kind(models[channels].config, partial(nn.LayerNorm, eps=1e-6)).to(device).eval()
+    def head_of(config: dict[str, Any], kind: type[Head] = ChannelHead) -> Head:
+        return kind(config, partial(nn.LayerNorm, eps=1e-6)).to(device).eval()
 
-    ours = {"channel head": head_of(16), "channel head, 4 channels": head_of(4)}
+    ours = {"channel head": head_of(models[16].config), "channel head, 4 channels": head_of(models[4].config)}
+    ours["masked head"] = head_of(masked.config, MaskedHead)
     if args.compile:
-        ours["channel head, compiled"] = head_of(16)
-    for head in ours.values():
+        ours |= {f"{name}, compiled": copy.deepcopy(ours[name]) for name in ("channel head", "masked head")}
+    for name, head in ours.items():
         speed_up(head)
-    if args.compile:
-        compile_blocks(ours["channel head, compiled"])
-    heads = {"channel head, prefix recomputed": head_of(16, RecomputingHead), **ours}
+        if name.endswith("compiled"):
+            compile_blocks(head)
+    heads = {"channel head, prefix recomputed": head_of(models[16].config, RecomputingHead), **ours}
     feature_dim, token_flops = models[16].config["decoder_embed_dim"], models[16].token_flops()
     diffusion = DiffusionHead(feature_dim).to(device).eval()
 
-    def sample(head: nn.Module, precision: str, *inputs) -> None:
+    def sample(head: nn.Module, precision: str, *inputs, **options) -> None:
         with misc.autocast(device, precision):  # anew in each run: autocast keeps weights' copies to its end
-            head.sample(*inputs)
+            head.sample(*inputs, **options)
 
     rows = []
     for precision in args.precision:
         torch.compiler.reset()  # it keeps few programs of a function, too few for all precisions and sizes
         for tokens in args.tokens:
             features = torch.randn(tokens, feature_dim, device=device)
-            uniform = torch.rand(tokens, 16, device=device)
             works = {
                 "diffusion head (MAR), 100 steps": partial(sample, diffusion, precision, features),
                 "diffusion head (MAR), guidance": partial(sample, diffusion, precision, features.repeat(2, 1), 3.0),
             }
-            works |= {name: partial(sample, head, precision, features, 1.0, uniform) for name, head in heads.items()}
+            for name, head in heads.items():
+                uniform = torch.rand(tokens, head.numbers, device=device)
+                for steps in (4, 1) if isinstance(head, MaskedHead) else (None,):
+                    options = {} if steps is None else {"head_steps": steps}
+                    work = partial(sample, head, precision, features, 1.0, uniform, **options)
+                    works[name if steps is None else f"{name}, head_steps {steps}"] = work
             times = timings(works, args.repeats, device)
             recomputed, mar = times["channel head, prefix recomputed"], times["diffusion head (MAR), 100 steps"]
             for name, figures in times.items():

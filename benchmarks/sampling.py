@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.baselines import RecomputingHead, plain_kernels
 from benchmarks.common import add_ways, benchmark_parser, compare_ways, parse
+from models.masked_head import DEFAULT_STEPS
 from models.sampling import SamplingOptions, sampling_plan
 from models.tokenbridge import MODELS
 from util import misc
@@ -16,7 +17,7 @@ from util import misc
 def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Callable[[], None], float]:
     """A function that samples a batch, and its operations; see :func:`benchmarks.common.compare_ways`."""
     with plain_kernels() if release else nullcontext():
-        model = MODELS[args.model](quant_levels=64).to(args.device).eval().requires_grad_(False)
+        model = MODELS[args.model](quant_levels=64, head=args.head).to(args.device).eval().requires_grad_(False)
     if release:
         model.head.__class__ = RecomputingHead
     elif args.compile:
@@ -28,10 +29,11 @@ def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Ca
         with misc.autocast(args.device, precision):
             model.sample_tokens(args.batch, args.num_iter, args.cfg, labels=labels, seeds=seeds)
 
-    # Both ways are charged for what is needed: two passes of the backbone a step, the head for the tokens taken.
+    # All ways are charged for what is needed: two passes of the backbone a step, the head for the tokens taken.
     plan = sampling_plan(SamplingOptions(args.num_iter), model.seq_len)
     backbone = sum(2 * model.backbone_flops(step.masked) for step in plan)
-    return sample, args.batch * (backbone + model.seq_len * model.token_flops())
+    passes = DEFAULT_STEPS if args.head == "masked" else 1
+    return sample, args.batch * (backbone + model.seq_len * passes * model.token_flops())
 
 
 def main() -> None:

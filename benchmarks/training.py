@@ -52,7 +52,8 @@ def our_step(model: TokenBridge, batch: Sequence[Tensor], precision: str, compil
 def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Callable[[], None], float]:
     """A function that takes a step, and its operations; see :func:`benchmarks.common.compare_ways`."""
     with plain_kernels() if release else nullcontext():
-        model = MODELS[args.model](quant_levels=64, grad_checkpointing=args.grad_checkpointing).to(args.device)
+        options = {"head": args.head, "grad_checkpointing": args.grad_checkpointing}
+        model = MODELS[args.model](quant_levels=64, **options).to(args.device)
     latents = torch.randn(args.batch, 16, model.grid_size, model.grid_size, device=args.device)
     labels = torch.arange(args.batch, device=args.device)
     # Training draws the number of masked tokens at each step; here it is always the median, so that steps compare.

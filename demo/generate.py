@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 from models.editing import outpainted
 from models.pipeline import TokenBridgePipeline
-from models.sampling import FIRST_PLACES, ORDERS
+from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions
 from util import errors, misc
 from util.args import add_sampling_args, check_positive, check_range, new_parser
 from util.files import written_whole
@@ -41,7 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     edit.add_argument("--outpaint", type=int, metavar="PIXELS", help=text)
     edit.add_argument("--strength", type=float, default=0.5, help="share of the tokens that a variation makes anew")
     how = parser.add_argument_group("sampling")
-    add_sampling_args(how, ORDERS, FIRST_PLACES)
+    add_sampling_args(how, ORDERS, FIRST_PLACES, HEAD_ORDERS)
     parser.set_defaults(num_iter=64)
     how.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
     how.add_argument("--temperature", type=float, default=1.0, help="of every channel's distribution")
@@ -99,8 +99,8 @@ def main() -> None:
         image, mask = args.image, args.mask
         if args.outpaint is not None:
             image, mask = outpainted(image, pipe.model.config["img_size"], args.outpaint)
-        names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise", "first_place")
-        options = {name: getattr(args, name) for name in (*names, "strength", "gen_seed", "batch_size")}
+        names = (*SamplingOptions.__dataclass_fields__, "strength", "gen_seed", "batch_size")
+        options = {name: getattr(args, name) for name in names}
         frames: list[list[Image.Image]] = []
         if args.gif:
             options["callback"] = lambda step, steps, images: frames.append(images)

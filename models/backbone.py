@@ -1,6 +1,6 @@
 """The masked autoregressive backbone (section 3.3; MAR's encoder and decoder): known tokens in, features z out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class MaskedBackbone(nn.Module):
         norm_layer: makes a norm from a width.
     """
 
-    def __init__(self, config: Mapping[str, Any], token_dim: int, seq_len: int, norm_layer: Callable[[int], nn.Module]):
+    def __init__(self, config: Mapping[str, Any], token_dim: int, seq_len: int, norm_layer: Any):
         super().__init__()
         self.seq_len, self.buffer_size = seq_len, config["buffer_size"]
         self.label_drop_prob = config["label_drop_prob"]

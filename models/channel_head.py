@@ -1,8 +1,11 @@
-"""The channel head (section 3.2, Eq. 6): predicts a token's channels one after the other, or all at once."""
+"""The channel head (section 3.2, Eq. 6): predicts a token's channels one after the other, or all at once.
+
+:class:`Head` is what it shares with :class:`models.masked_head.MaskedHead`.
+"""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -111,53 +114,43 @@ class FinalLayer(nn.Module):
 # The head.
 
 
-class ChannelHead(nn.Module):
-    """p(q | z) as a product over channels (Eq. 6), with the same weights at all positions of the image.
+class Head(nn.Module):
+    """What all heads have: a token's C channels as the classes of S channel steps, and the loss over them.
 
-    The head predicts a token's C channels in S steps, in the generation order: one channel a step, or one group of
-    consecutive channels of that order as one of levels^group joint classes (Table 2d). The sequence for one token is
-    the projected feature, then the embeddings of the classes already known; step i gives the logits of class i. The
-    feature also conditions every step through AdaLN. The parallel head (Table 2a) is the same network without knowledge
-    of other channels: the projected feature at every step, and attention among all steps.
+    Each computes ``summed_loss``, the cross-entropy in nats summed over tokens and channel steps, from features and
+    what :meth:`given` gives, and draws tokens by ``sample``.
 
-    ``loss`` and ``sample`` speak the latents' own channel order; ``forward`` speaks classes in generation order.
+    A step is one channel, or one group of consecutive channels of the generation order as one of levels^group joint
+    classes (Table 2d). ``loss`` and ``sample`` speak the latents' own channel order; ``forward`` speaks classes in
+    generation order.
 
     Args:
         config: arguments of :class:`models.tokenbridge.TokenBridge`, its ``channel_order`` given.
-        norm_layer: makes a norm from a width.
 
     Raises:
         ValueError: a head of another kind, a width that its attention heads do not divide, groups that do not divide
             the channels or have too many classes.
     """
 
-    def __init__(self, config: Mapping[str, Any], norm_layer: Callable[[int], nn.Module]):
+    #: Those of :class:`models.sampling.SamplingOptions` that ``sample`` takes.
+    sampling_options: ClassVar[Sequence[str]] = ()
+
+    def __init__(self, config: Mapping[str, Any]):
         super().__init__()
         check_head(config)
-        dim, heads, group = config["channel_embed_dim"], config["channel_heads"], config["channels_per_group"]
+        group = config["channels_per_group"]
         self.channels, self.channels_per_group = len(config["channel_order"]), group  # C
         self.levels = config["quant_levels"]
         self.channel_steps, self.classes = self.channels // group, self.levels**group  # S, K
-        self.dim, self.depth, self.autoregressive = dim, config["channel_depth"], config["head"] == "ar"
+        self.dim, self.depth = config["channel_embed_dim"], config["channel_depth"]
+        #: Places of a token's sequence in training, and uniform numbers that ``sample`` takes for a token.
+        self.places = self.numbers = self.channel_steps
         #: Recompute the blocks in the backward pass instead of keeping their activations.
         self.grad_checkpointing = False
         order = torch.tensor(config["channel_order"])
         self.register_buffer("generation_order", order, persistent=False)
         self.register_buffer("from_generation_order", order.argsort(), persistent=False)
         self.register_buffer("group_weights", self.levels ** torch.arange(group - 1, -1, -1), persistent=False)
-
-        self.channel_embed = nn.Parameter(torch.zeros(1, self.channel_steps, dim))
-        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, self.channel_steps, dim))
-        causal = torch.full((self.channel_steps, self.channel_steps), -torch.inf).triu(1)
-        self.register_buffer("channel_mask", causal if self.autoregressive else None)
-        self.condition_proj = nn.Linear(config["decoder_embed_dim"], dim)
-        known = self.channel_steps - 1 if self.autoregressive else 0
-        self.token_embeddings = nn.ModuleList(nn.Embedding(self.classes, dim) for _ in range(known))
-        options = config["mlp_ratio"], norm_layer, config["attn_dropout"], config["proj_dropout"]
-        self.channel_blocks = nn.ModuleList(ChannelBlock(dim, heads, *options) for _ in range(self.depth))
-        self.channel_norm = norm_layer(dim)
-        self.channel_final = FinalLayer(dim)
-        self.channel_heads = nn.ModuleList(nn.Linear(dim, self.classes) for _ in range(self.channel_steps))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Channels and classes.
@@ -173,6 +166,57 @@ class ChannelHead(nn.Module):
         if self.channels_per_group == 1:
             return classes
         return (classes[..., None] // self.group_weights % self.levels).flatten(-2)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Training.
+
+    def loss(self, features: Tensor, targets: Tensor, *uniform: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over tokens and channel steps.
+
+        A TokenBridge computes it in parts that fit in memory: :class:`models.fast.FastHead`.
+
+        Args:
+            features: ``[M, D]`` of the backbone, one row a token.
+            targets: levels ``[M, C]`` in the latents' own channel order.
+            uniform: see :meth:`models.masked_head.MaskedHead.given`.
+        """
+        return self.summed_loss(features, self.given(targets, *uniform)) / (len(features) * self.channel_steps)
+
+    def given(self, targets: Tensor) -> Tensor:
+        """What ``summed_loss`` takes beside the features: a row for each of the ``targets [M, C]``, their classes."""
+        return self.to_classes(targets[:, self.generation_order])
+
+
+class ChannelHead(Head):
+    """p(q | z) as a product over channels (Eq. 6), with the same weights at all positions of the image.
+
+    The head predicts a token's C channels in S steps, in the generation order. The sequence for one token is the
+    projected feature, then the embeddings of the classes already known; step i gives the logits of class i. The feature
+    also conditions every step through AdaLN. The parallel head (Table 2a) is the same network without knowledge of
+    other channels: the projected feature at every step, and attention among all steps.
+
+    Args:
+        config: see :class:`Head`.
+        norm_layer: makes a norm from a width.
+    """
+
+    sampling_options = ("first_place",)
+
+    def __init__(self, config: Mapping[str, Any], norm_layer: Callable[[int], nn.Module]):
+        super().__init__(config)
+        dim, heads, self.autoregressive = self.dim, config["channel_heads"], config["head"] == "ar"
+        self.channel_embed = nn.Parameter(torch.zeros(1, self.channel_steps, dim))
+        self.timesteps_embeddings = nn.Parameter(torch.zeros(1, self.channel_steps, dim))
+        causal = torch.full((self.channel_steps, self.channel_steps), -torch.inf).triu(1)
+        self.register_buffer("channel_mask", causal if self.autoregressive else None)
+        self.condition_proj = nn.Linear(config["decoder_embed_dim"], dim)
+        known = self.channel_steps - 1 if self.autoregressive else 0
+        self.token_embeddings = nn.ModuleList(nn.Embedding(self.classes, dim) for _ in range(known))
+        options = config["mlp_ratio"], norm_layer, config["attn_dropout"], config["proj_dropout"]
+        self.channel_blocks = nn.ModuleList(ChannelBlock(dim, heads, *options) for _ in range(self.depth))
+        self.channel_norm = norm_layer(dim)
+        self.channel_final = FinalLayer(dim)
+        self.channel_heads = nn.ModuleList(nn.Linear(dim, self.classes) for _ in range(self.channel_steps))
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training.
@@ -211,17 +255,9 @@ class ChannelHead(nn.Module):
                 x = block.all_steps(x, conditions, self.channel_mask)
         return self.classify(self.channel_final(self.channel_norm(x), self.channel_final.adaLN_modulation(conditions)))
 
-    def loss(self, features: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over tokens and channel steps (Eq. 6).
-
-        A TokenBridge computes it in parts that fit in memory: :class:`models.fast.FastChannelHead`.
-
-        Args:
-            features: ``[M, D]`` of the backbone, one row a token.
-            targets: levels ``[M, C]`` in the latents' own channel order.
-        """
-        classes = self.to_classes(targets[:, self.generation_order])
-        return F.cross_entropy(self(features, classes).flatten(0, 1).float(), classes.flatten())
+    def summed_loss(self, features: Tensor, given: Tensor) -> Tensor:
+        """Cross-entropy in nats summed over tokens and channel steps (Eq. 6), of ``features [M, D]`` and classes."""
+        return F.cross_entropy(self(features, given).flatten(0, 1).float(), given.flatten(), reduction="sum")
 
     # ----------------------------------------------------------------------------------------------------------------
     # Sampling.
@@ -315,19 +351,20 @@ def checked_order(order: Sequence[int], channels: int) -> list[int]:
 
 
 def check_head(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a ``config`` that describes no :class:`ChannelHead`."""
+    """Raises ValueError for a ``config`` that describes no head."""
     kind, size, channels = config["head"], config["channels_per_group"], len(config["channel_order"])
     levels, dim, heads = config["quant_levels"], config["channel_embed_dim"], config["channel_heads"]
-    if kind not in ("ar", "parallel"):
-        raise ValueError(f'head is "ar" or "parallel", not {kind!r}')
+    if kind not in ("ar", "parallel", "masked"):
+        raise ValueError(f'head is "ar", "parallel" or "masked", not {kind!r}')
     if size < 1 or channels % size:
         raise ValueError(f"groups of {size} do not divide the {channels} channels of a token")
     classes, steps = levels**size, channels // size
     if classes > MAX_CLASSES:
-        parameters = classes * dim * (steps + (steps - 1) * (kind == "ar"))
+        embeddings = {"ar": steps - 1, "parallel": 0, "masked": steps}[kind]
+        parameters = classes * dim * (steps + embeddings)
         raise ValueError(
             f"{size} channels of {levels} levels have {classes:,} joint classes, {MAX_CLASSES:,} are the most: the "
             f"head would hold {parameters:,} parameters for them ({4 * parameters / 2**30:,.0f} GiB in fp32)"
         )
-    if dim % heads:
+    if kind != "masked" and dim % heads:
         raise ValueError(f"the head's width {dim} is not a multiple of its {heads} attention heads")

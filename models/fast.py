@@ -17,7 +17,8 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from models.backbone import MaskedBackbone, gather_tokens
-from models.channel_head import ChannelAttention, ChannelBlock, ChannelHead
+from models.channel_head import ChannelAttention, ChannelBlock, ChannelHead, Head
+from models.masked_head import MaskedBlock, MaskedHead
 
 # --------------------------------------------------------------------------------------------------------------------
 # Dropout that does not wait for random numbers: on the CPU PyTorch draws them one by one, in one thread.
@@ -134,9 +135,9 @@ class FastBackbone(MaskedBackbone):
 # --------------------------------------------------------------------------------------------------------------------
 # The head, in parts that fit memory and cache; and on CUDA, few tokens with one launch.
 
-#: Elements of AdaLN modulations held at once in sampling; more tokens than that allows go through in turn.
+#: Elements of AdaLN modulations and logits held at once in sampling; more tokens than that allows go through in turn.
 MODULATION_BUDGET = 2**28
-#: Elements of the sequence (tokens x channel steps x width) that train at once, by device.
+#: Elements of the sequence (tokens x the head's places x width) that train at once, by device.
 TRAINING_BUDGET = {"cpu": 2**22, "cuda": 2**25}
 #: Rows up to which the head waits for launches, not for its products; more go through without a recording.
 RECORDED_ROWS = 256
@@ -147,19 +148,19 @@ class LossInParts(torch.autograd.Function):
 
     They are most of a training step's memory, 16 channel steps for each token. Nothing is computed twice: gradients are
     taken while a part's activations are there, and scaled in the backward pass. They are those of the sum of losses:
-    at the logits within [-1, 1], which fp16 holds whatever the scale that the loss only gets later.
+    at the logits within [-1, 1] (the masked head's within [-S, S]), which fp16 holds whatever the scale that the loss
+    only gets later.
     """
 
     @staticmethod
-    def forward(ctx, head: ChannelHead, rows: int, features: Tensor, classes: Tensor, *learned: Tensor) -> Tensor:
+    def forward(ctx, head: Head, rows: int, features: Tensor, given: Tensor, *learned: Tensor) -> Tensor:
         total = torch.zeros((), device=features.device)
         for_backbone = ctx.needs_input_grad[2]  # not if the backbone is frozen
         feature_grads, sums = [], []
-        for z, part in zip(features.split(rows), classes.split(rows), strict=True):
+        for z, part in zip(features.split(rows), given.split(rows), strict=True):
             with torch.enable_grad():
                 z = z.detach().requires_grad_(for_backbone)
-                logits = head(z, part).flatten(0, 1).float()
-                loss = F.cross_entropy(logits, part.flatten(), reduction="sum")
+                loss = head.summed_loss(z, part)
             # As every backward pass: with autocast, sums over rows would be of float32 copies.
             with torch.autocast(features.device.type, enabled=False):
                 grads = list(torch.autograd.grad(loss, [*[z] * for_backbone, *learned], materialize_grads=True))
@@ -171,7 +172,7 @@ class LossInParts(torch.autograd.Function):
             elif learned:
                 torch._foreach_add_(sums, grads)
         ctx.save_for_backward(torch.cat(feature_grads) if for_backbone else None, *sums)
-        ctx.losses = classes.numel()
+        ctx.losses = len(features) * head.channel_steps
         return total / ctx.losses
 
     @staticmethod
@@ -238,43 +239,53 @@ class Recordings:
         return tuple(output[:rows].clone() for output in outputs)
 
 
-class FastChannelHead(ChannelHead):
+class FastHead(Head):
     """Runs the tokens in parts; where :func:`compile_blocks` gave it ``recordings``, replays the sampling of few."""
 
     recordings: Recordings | None = None
 
-    def loss(self, features: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, features: Tensor, targets: Tensor, *uniform: Tensor) -> Tensor:
         kind, learned = features.device.type, [p for p in self.parameters() if p.requires_grad]
-        rows = max(1, TRAINING_BUDGET.get(kind, 2**25) // (self.channel_steps * self.dim))
+        rows = max(1, TRAINING_BUDGET.get(kind, 2**25) // (self.places * self.dim))
         training = torch.is_grad_enabled() and (features.requires_grad or learned)
         if len(features) <= rows or not training:
-            return super().loss(features, targets)
-        return LossInParts.apply(self, rows, features, self.to_classes(targets[:, self.generation_order]), *learned)
+            return super().loss(features, targets, *uniform)
+        return LossInParts.apply(self, rows, features, self.given(targets, *uniform), *learned)
 
     @torch.no_grad()
-    def sample(
-        self, features: Tensor, temperature: float, uniform: Tensor, first_place: str = "trained"
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, features: Tensor, temperature: float, uniform: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         plain = super().sample
 
         def sample(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-            return plain(z, temperature, u, first_place)
+            return plain(z, temperature, u, **options)
 
         rows = self.rows_at_once()
         if self.recordings is not None and len(features) <= min(rows, RECORDED_ROWS):
-            return self.recordings(sample, features, uniform, key=(temperature, first_place))
+            return self.recordings(sample, features, uniform, key=(temperature, *options.values()))
         parts = [sample(z, u) for z, u in zip(features.split(rows), uniform.split(rows), strict=True)]
         return tuple(torch.cat(results) for results in zip(*parts, strict=True))
 
     def rows_at_once(self) -> int:
-        """Tokens whose modulations and logits fit :data:`MODULATION_BUDGET`."""
-        logits = self.classes * (1 if self.autoregressive else self.channel_steps)
-        return max(1, MODULATION_BUDGET // (self.channel_steps * self.dim * (6 * self.depth + 2) + logits))
+        """Tokens that fit :data:`MODULATION_BUDGET`."""
+        return max(1, MODULATION_BUDGET // self.held_by_token())
 
-    def _apply(self, *args, **kwargs) -> "FastChannelHead":
+    def _apply(self, *args, **kwargs) -> "FastHead":
         if self.recordings is not None:
             self.recordings.kept.clear()  # weights may move, and recordings read them where they lay
         return super()._apply(*args, **kwargs)
+
+
+class FastChannelHead(FastHead, ChannelHead):
+    def held_by_token(self) -> int:
+        """Elements of a token's modulations and logits."""
+        logits = self.classes * (1 if self.autoregressive else self.channel_steps)
+        return self.channel_steps * self.dim * (6 * self.depth + 2) + logits
+
+
+class FastMaskedHead(FastHead, MaskedHead):
+    def held_by_token(self) -> int:
+        """Elements of a token's modulation and activations in a block, and of its logits."""
+        return 10 * self.dim + 3 * self.channel_steps * self.classes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -287,6 +298,7 @@ FAST = {
     ChannelAttention: FastChannelAttention,
     MaskedBackbone: FastBackbone,
     ChannelHead: FastChannelHead,
+    MaskedHead: FastMaskedHead,
 }
 
 
@@ -315,11 +327,11 @@ def compile_blocks(model: nn.Module) -> None:
     # Else programs compiled within DDP are cut where its buckets end, to send gradients early. A block is short enough.
     torch._dynamo.config.optimize_ddp = False
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Block | MaskedBlock):
             module.compile(dynamic=True)
         elif type(module) is ChannelBlock:
             module.__class__ = compiled(ChannelBlock, "all_steps", "one_step")
-        elif isinstance(module, FastChannelHead) and module.channel_embed.is_cuda:
+        elif isinstance(module, FastHead) and module.condition_proj.weight.is_cuda:
             module.recordings = Recordings()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import norm
+from scipy.special import ndtri
 from torch import Tensor, nn
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ def gaussian_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor
     Raises:
         ValueError: so many levels that clamping leaves the outer bins empty (1024 at r = 3).
     """
-    quantiles = norm.ppf(np.linspace(0, 1, levels + 1))  # Eq. 2, from -inf to inf
+    quantiles = ndtri(np.linspace(0, 1, levels + 1))  # Eq. 2, from -inf to inf
     boundaries = torch.from_numpy(quantiles).float().clamp(-std_range, std_range)
     if not (boundaries.diff() > 0).all():
         raise ValueError(
@@ -94,6 +94,12 @@ class ScalarQuantizer(nn.Module):
     """
 
     tables: Callable[[int, float], tuple[Tensor, Tensor]]
+    reconstruction_values: Tensor
+    boundaries: Tensor
+    thresholds: Tensor
+    latent_thresholds: Tensor
+    channel_min: Tensor
+    channel_max: Tensor
 
     def __init__(
         self,
@@ -202,7 +208,7 @@ def build_quantizer(config: Mapping[str, Any]) -> ScalarQuantizer:
     kind, channels = config["quantizer"], config["vae_embed_dim"]
     if kind not in QUANTIZERS:
         raise ValueError(f"quantizer one of {list(QUANTIZERS)} is needed, not {kind!r}")
-    calibration = {}
+    calibration: dict[str, Any] = {}
     for name in ("channel_mean", "channel_std"):
         values = config[name]
         if values is not None and len(values) != channels:

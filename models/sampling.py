@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.backbone import MaskedBackbone, gather_tokens
-from models.channel_head import ChannelHead
+from models.channel_head import Head
 from models.quantizer import ScalarQuantizer
 from util.misc import to_device
 from util.rng import ImageDraws
@@ -21,6 +21,8 @@ FIRST_PLACES = ("trained", "released")
 #: Called after each step with its number from 1, the number of steps, the tokens' values ``[B, L, C]`` (0 for unknown
 #: ones) and the positions ``[B, N]`` that are still unknown, on the device.
 OnStep = Callable[[int, int, Tensor, Tensor], None]
+#: Which channels a step of the masked head takes.
+HEAD_ORDERS = ("random", "frequency", "confidence")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings, and what is given for each image.
@@ -41,6 +43,8 @@ class SamplingOptions:
     order: str = "random"
     confidence_noise: float = 0.0
     first_place: str = "trained"
+    head_steps: int | None = None
+    head_order: str | None = None
 
     def __post_init__(self):
         if self.num_iter < 1:
@@ -52,6 +56,16 @@ class SamplingOptions:
             raise ValueError(f"cfg, temperature and confidence_noise must not be negative, got {numbers}")
         if self.order not in ORDERS:
             raise ValueError(f"order is one of {ORDERS}, not {self.order!r}")
+        if self.head_order not in (None, *HEAD_ORDERS):
+            raise ValueError(f"head_order is one of {HEAD_ORDERS}, not {self.head_order!r}")
+
+
+def check_head_options(head: Head, head_steps: int | None, head_order: str | None) -> None:
+    """Raises ValueError if options of the masked head are given for another one, or steps that it cannot take."""
+    if "head_steps" not in head.sampling_options and (head_steps, head_order) != (None, None):
+        raise ValueError("head_steps and head_order are for models of head masked, this is none: leave them out")
+    if head_steps is not None and not 1 <= head_steps <= head.channel_steps:
+        raise ValueError(f"head_steps {head_steps}: the head takes 1 to {head.channel_steps}, its channel steps")
 
 
 class Given(NamedTuple):
@@ -159,7 +173,7 @@ def guided_features(
 @torch.no_grad()
 def sample_tokens(
     backbone: MaskedBackbone,
-    head: ChannelHead,
+    head: Head,
     quantizer: ScalarQuantizer,
     bsz: int,
     given: Given,
@@ -171,8 +185,10 @@ def sample_tokens(
     Images with different numbers of known tokens take their steps apart, and ``on_step`` hears of each group.
 
     Raises:
-        ValueError: orders are given for an order by confidence; see also :meth:`ChannelHead.sample`.
+        ValueError: orders are given for an order by confidence; see also :func:`check_head_options` and the head's
+            ``sample``.
     """
+    check_head_options(head, options.head_steps, options.head_order)
     if options.order == "confidence" and given.orders is not None:
         raise ValueError("with order='confidence' tokens find their own order: leave orders out")
     if given.known is None:
@@ -190,7 +206,7 @@ def sample_tokens(
 
 def generate(
     backbone: MaskedBackbone,
-    head: ChannelHead,
+    head: Head,
     quantizer: ScalarQuantizer,
     bsz: int,
     given: Given,
@@ -204,7 +220,7 @@ def generate(
     orders = initial_orders(options.order, draws, length)  # drawn in any case: later numbers do not depend on it
     orders = orders if given.orders is None else to_device(given.orders, device)
     tokens = torch.zeros(bsz, length, head.channels, device=device)
-    if given.known is not None:
+    if given.known is not None and given.tokens is not None:
         is_known = to_device(given.known, device)
         tokens = torch.where(is_known[..., None], given.tokens, tokens)
         orders = orders.gather(1, is_known.gather(1, orders).int().argsort(dim=1, stable=True))  # known ones last
@@ -212,14 +228,15 @@ def generate(
     confidence = torch.zeros(bsz, length, device=device)
 
     plan = sampling_plan(options, length, length - known_count)
-    uniforms = draws.uniform(length, head.channel_steps)
+    uniforms = draws.uniform(length, head.numbers)
+    of_head = {name: getattr(options, name) for name in head.sampling_options}
     for number, step in enumerate(plan):
         known = orders[:, step.masked :]
         # By confidence all unknown tokens are sampled, and most of them dropped.
         wanted = orders[:, 0 if by_confidence else step.left : step.masked]
         features = guided_features(backbone, tokens, known, classes, wanted, step.guidance).flatten(0, 1)  # [M, D]
-        uniform = gather_tokens(uniforms, wanted).flatten(0, 1)  # [M, S], S steps of the head
-        levels, log_probs = head.sample(features, options.temperature, uniform, options.first_place)
+        uniform = gather_tokens(uniforms, wanted).flatten(0, 1)  # [M, S] or more, S steps of the head
+        levels, log_probs = head.sample(features, options.temperature, uniform, **of_head)
         new, log_probs = quantizer.dequantize(levels).unflatten(0, (bsz, -1)), log_probs.unflatten(0, (bsz, -1))
         if by_confidence:
             score = log_probs
@@ -231,7 +248,7 @@ def generate(
             orders = torch.cat([wanted.gather(1, ranked), known], dim=1)
             taken = ranked[:, step.left :]
             wanted, log_probs, new = wanted.gather(1, taken), log_probs.gather(1, taken), gather_tokens(new, taken)
-            uniforms = draws.uniform(length, head.channel_steps)
+            uniforms = draws.uniform(length, head.numbers)
         tokens = tokens.scatter(1, wanted[..., None].expand(-1, -1, head.channels), new)
         confidence = confidence.scatter(1, wanted, log_probs)
         if on_step is not None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -13,6 +14,7 @@ from models import fast, sampling
 from models.backbone import MaskedBackbone, gather_tokens
 from models.channel_head import ChannelHead, checked_order
 from models.fast import speed_up
+from models.masked_head import MaskedHead
 from models.pretrained import PretrainedTokenBridge
 from models.published import PublishedNames, default_channel_order
 from models.quantizer import build_quantizer
@@ -39,6 +41,10 @@ SIZES = {
     "tokenbridge_large": _size(1024, 16, 16, 1024, 4, 8),
     "tokenbridge_huge": _size(1280, 20, 16, 1024, 6, 8),
 }
+#: With the masked head, whose blocks have 0.6 times the parameters: the head of the three larger ones has 0.92 times
+#: the autoregressive one's, the smallest 1.55 times.
+MASKED_DEPTHS = {"tokenbridge_tiny": 6, "tokenbridge_base": 6, "tokenbridge_large": 6, "tokenbridge_huge": 9}
+MASKED_SIZES = {name: {**size, "channel_depth": MASKED_DEPTHS[name]} for name, size in SIZES.items()}
 
 # --------------------------------------------------------------------------------------------------------------------
 # The model.
@@ -68,7 +74,8 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         quant_min, quant_max, std_range: see :class:`models.quantizer.ScalarQuantizer`.
         channel_order: the order in which the head predicts a token's channels, a permutation of
             ``range(vae_embed_dim * patch_size**2)``; by default KL-16's where there are 16 channels, else their own.
-        head: ``"ar"``, or ``"parallel"`` for channels predicted independently (Table 2a).
+        head: ``"ar"``; ``"parallel"`` for channels predicted independently (Table 2a); or ``"masked"``
+            (:class:`models.masked_head.MaskedHead`, not the paper's).
         channels_per_group: consecutive channels of that order predicted jointly, as one of levels^group classes
             (Table 2d).
         quantizer: ``"gaussian"`` or ``"linear"`` (section 3.1).
@@ -138,7 +145,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
                 self.config[name] = [float(value) for value in self.config[name]]
 
         self.backbone = MaskedBackbone(self.config, self.token_dim, self.seq_len, norm_layer)
-        self.head = ChannelHead(self.config, norm_layer)
+        self.head = (MaskedHead if head == "masked" else ChannelHead)(self.config, norm_layer)
         self.quantizer = build_quantizer(self.config)
         parts = CHECKPOINTED if grad_checkpointing is True else tuple(grad_checkpointing or ())
         if not set(parts) <= set(CHECKPOINTED):
@@ -225,9 +232,10 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         if len(set(counts)) > 1:
             raise ValueError(f"all samples of a batch need the same number of masked tokens, got {counts}")
         positions = mask.argsort(dim=1, stable=True)
-        return positions.tensor_split([mask.shape[1] - counts[0]], dim=1)
+        known, masked = positions.tensor_split([mask.shape[1] - counts[0]], dim=1)
+        return known, masked
 
-    def forward(self, latents: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, latents: Tensor, labels: Tensor, mask: Tensor | None = None, *uniform: Tensor) -> Tensor:
         """Mean cross-entropy in nats over masked tokens and all channels (or groups of channels).
 
         Args:
@@ -235,6 +243,8 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
             labels: classes ``[B]``.
             mask: ``[B, L]``, 1 where a token is masked, the same number in each sample; drawn if not given. It
                 lies best on the host, which would else wait for the device to count them.
+            uniform: for the masked head, numbers ``[B, L, S + 1]`` that decide which channels it is given at each
+                position (:meth:`models.masked_head.MaskedHead.given`); drawn if not given.
 
         Raises:
             ValueError: latents of another shape, labels outside the classes, or uneven masks.
@@ -250,14 +260,14 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         self.check_labels(labels)
         features = self.backbone(tokens, known, self.class_emb(labels))  # [B, L, D]
         # Tokens of all samples in one batch of M: features [M, D], levels [M, C].
-        return self.head.loss(*(gather_tokens(x, masked).flatten(0, 1) for x in (features, indices)))
+        return self.head.loss(*(gather_tokens(x, masked).flatten(0, 1) for x in (features, indices, *uniform)))
 
     def training_flops(self, num_masked: float | None = None) -> float:
         """Floating-point operations of a training step for one image: three times those of the forward pass.
 
         Matrix products alone are counted, 2 operations a multiply-add: a block of width D on N places takes
-        2 N (4 + 2 mlp_ratio) D^2 + 4 N^2 D, one of the head 2 N 6 D^2 more for AdaLN. The head runs on ``num_masked``
-        tokens, by default the expected number.
+        2 N (4 + 2 mlp_ratio) D^2 + 4 N^2 D, one of the head 2 N 6 D^2 more for AdaLN, one of the masked head
+        2 (2 mlp_ratio + 3) D^2. The head runs on ``num_masked`` tokens, by default the expected number.
         """
         if num_masked is None:
             a = (self.mask_ratio_min - 1) / 0.25
@@ -277,10 +287,17 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         return flops + self._block_flops(c["decoder_depth"], dec, everything)
 
     def token_flops(self) -> float:
-        """Operations of the head's forward pass for one token, counted as in :meth:`training_flops`."""
-        dim, steps = self.head.dim, self.head.channel_steps
-        flops = self._block_flops(self.head.depth, dim, steps, extra=6) + 2 * self.config["decoder_embed_dim"] * dim
-        return flops + 2 * steps * (2 * dim**2 + dim * self.head.classes)
+        """Operations of the head's forward pass for one token, counted as in :meth:`training_flops`.
+
+        Of the masked head, one pass: sampling takes ``head_steps`` of them.
+        """
+        head, dim, steps = self.head, self.head.dim, self.head.channel_steps
+        if isinstance(head, MaskedHead):
+            blocks = 2 * head.depth * (2 * self.config["mlp_ratio"] + 3) * dim**2
+        else:
+            blocks = self._block_flops(head.depth, dim, steps, extra=6)
+        ends = self.config["decoder_embed_dim"] * dim + head.places * 2 * dim**2 + steps * dim * head.classes
+        return blocks + 2 * ends
 
     def compile_blocks(self) -> None:
         """See :func:`models.fast.compile_blocks`."""
@@ -338,6 +355,8 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         known_mask: Tensor | None = None,
         return_confidence: bool = False,
         on_step: sampling.OnStep | None = None,
+        head_steps: int | None = None,
+        head_order: str | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Latents ``[bsz, C, h, w]``, scaled by the latent factor, generated in ``num_iter`` steps, without dropout.
 
@@ -360,11 +379,13 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
             return_confidence: also return ``[bsz, L]``, the joint log-probability in nats, at temperature 1, that each
                 token had when it was taken; 0 for those given.
             on_step: see :data:`models.sampling.OnStep`.
+            head_steps, head_order: of the masked head alone, see :meth:`models.masked_head.MaskedHead.sample`.
 
         Raises:
             ValueError: labels outside the classes, or arguments outside the ranges above.
         """
-        how = sampling.SamplingOptions(num_iter, cfg, cfg_schedule, temperature, order, confidence_noise, first_place)
+        of_head = first_place, head_steps, head_order
+        how = sampling.SamplingOptions(num_iter, cfg, cfg_schedule, temperature, order, confidence_noise, *of_head)
         labels = None if labels is None else torch.as_tensor(labels)
         for name, value in {"labels": labels, "orders": orders, "seeds": seeds}.items():
             if value is not None and len(value) != bsz:
@@ -385,7 +406,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         """Values ``[B, L, C]`` of known latents, on the model's device, and their boolean mask ``[B, L]``."""
         if (latents is None) != (mask is None):
             raise ValueError("known_latents and known_mask go together")
-        if mask is None:
+        if latents is None or mask is None:
             return None, None
         given, expected = [[*x.shape] for x in (latents, mask)], [[bsz, *self.latent_shape], [bsz, self.seq_len]]
         if given != expected:
@@ -398,24 +419,29 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
 # A factory for each size, which takes every argument of TokenBridge.
 
 
+def _of_size(name: str, kwargs: dict[str, Any]) -> TokenBridge:
+    sizes = MASKED_SIZES if kwargs.get("head") == "masked" else SIZES
+    return TokenBridge(**{**sizes[name], **kwargs})
+
+
 def tokenbridge_tiny(**kwargs) -> TokenBridge:
     """A size for demonstrations and tests, not the paper's."""
-    return TokenBridge(**{**SIZES["tokenbridge_tiny"], **kwargs})
+    return _of_size("tokenbridge_tiny", kwargs)
 
 
 def tokenbridge_base(**kwargs) -> TokenBridge:
     """218M parameters."""
-    return TokenBridge(**{**SIZES["tokenbridge_base"], **kwargs})
+    return _of_size("tokenbridge_base", kwargs)
 
 
 def tokenbridge_large(**kwargs) -> TokenBridge:
     """487M parameters; FID 1.76 in the paper."""
-    return TokenBridge(**{**SIZES["tokenbridge_large"], **kwargs})
+    return _of_size("tokenbridge_large", kwargs)
 
 
 def tokenbridge_huge(**kwargs) -> TokenBridge:
     """910M parameters; FID 1.55 in the paper."""
-    return TokenBridge(**{**SIZES["tokenbridge_huge"], **kwargs})
+    return _of_size("tokenbridge_huge", kwargs)
 
 
 #: Values of ``--model``.

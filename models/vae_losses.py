@@ -56,7 +56,7 @@ def perceptual_distance(path: str | Path | None, device: torch.device) -> Distan
     mean, std = (values.to(device)[:, None, None] for values in (VGG_MEAN, VGG_STD))
 
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        total, h = 0.0, (torch.cat([a, b]) - mean) / std
+        total, h = torch.zeros((), device=a.device), (torch.cat([a, b]) - mean) / std
         for number, layer in enumerate(features):
             h = layer(h)
             if number in VGG_LAYERS:

@@ -90,6 +90,7 @@ SMALL = {
 HEADS = {
     "ar": {},
     "parallel": {"head": "parallel"},
+    "masked": {"head": "masked"},
     "pairs": {"channels_per_group": 2, "quant_levels": 4},
     "parallel fours": {"head": "parallel", "channels_per_group": 4, "quant_levels": 4},
     "patches": {"vae_stride": 8, "patch_size": 2, "vae_embed_dim": 4},

@@ -29,7 +29,7 @@ def deterministic_values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     random = np.random.RandomState(zlib.crc32(name.encode()) % 2**32)
     values = random.standard_normal(shape).astype(np.float32)
     leaf = name.rsplit(".", 1)[-1]
-    if re.fullmatch(r"class_emb\.weight|token_embeddings\.\d+\.weight", name):
+    if re.fullmatch(r"class_emb\.weight|token_embeddings(\.\d+)?\.weight", name):
         pass
     elif leaf == "weight" and len(shape) == 1:
         values = 1 + 0.05 * values

@@ -51,13 +51,24 @@ def every_source(images: Path, folder: Path, served, monkeypatch) -> dict[str, s
     rows = in_rows(images / "train")
     parquet = write_rows(folder / "rows", rows)
     write_rows(parquet, rows.select(range(0, 16, 2)), "validation", files=1)
-    served.add("owner/rows", {str(path.relative_to(parquet)): path for path in parquet.rglob("*.parquet")})
+    write_bare(images / "about.parquet", rows)  # is not asked for
+    (folder / "split" / "train").mkdir(parents=True)
+    rows.to_parquet(folder / "split" / "train" / "0000.parquet")
+    half = write_bare(folder / "half.parquet", rows.select(range(8)))
+    configured = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("all", "half"))
+    card = f"---\nconfigs:\n{configured}---\n".encode()
+    served.add("owner/two", {"README.md": card, "all.parquet": images / "about.parquet", "half.parquet": half})
+    for name, root in (("owner/rows", parquet), ("owner/files", images)):
+        served.add(name, {str(path.relative_to(root)): path for path in root.rglob("*.p*") if path.parent != images})
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", served.endpoint)
     return {
         "splits": str(images),
         "classes": str(images / "train"),
         "parquet folder": str(parquet),
+        "parquet in train": str(folder / "split"),
         "parquet file": str(write_bare(folder / "bare.parquet", rows)),
         "Hub": "hf://datasets/owner/rows",
         "Hub, a revision": "hf://datasets/owner/rows@main",
+        "Hub, a configuration": "hf://datasets/owner/two/all",
+        "Hub, files": "hf://datasets/owner/files",
     }

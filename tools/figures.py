@@ -14,7 +14,7 @@ from torch import Tensor
 from engine_tokenbridge import channel_statistics
 from models.pipeline import decode_images
 from models.quantizer import QUANTIZERS, ScalarQuantizer
-from models.sampling import FIRST_PLACES, ORDERS
+from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, check_head_options
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import checkpoint, errors, misc
@@ -67,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         command.add_argument("--temperature", type=float, default=1.0, help="of every channel's distribution")
         command.add_argument("--gen_seed", type=int, default=0, help="gives sample n its seed, together with n")
         command.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
-        add_sampling_args(command, ORDERS, FIRST_PLACES)
+        add_sampling_args(command, ORDERS, FIRST_PLACES, HEAD_ORDERS)
         add_vae_arg(command)
     for command in (levels, samples, parallel, confidence):
         command.add_argument("--output", default="", help="the picture; by default <figure>.png")
@@ -146,13 +146,17 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def load_model(resume: str, flag: str, latent_factor: float, args: argparse.Namespace) -> TokenBridge:
-    """The model in folder ``resume``, which ``flag`` named; UserError if it does not fit the tokenizer."""
+    """The model in folder ``resume``, which ``flag`` named; UserError if tokenizer or flags do not fit it."""
     if not resume:
         raise errors.UserError(f"{flag} is missing: name the folder that holds {checkpoint.CHECKPOINT_NAME}")
     path = checkpoint.find(resume)
     content = checkpoint.read_run(path)
     model = TokenBridge.from_content(content, path, ema=not args.no_ema)
     check_config(content.get("config", {}), {**model.config, "latent_factor": latent_factor}, path)
+    try:
+        check_head_options(model.head, args.head_steps, args.head_order)
+    except ValueError as error:
+        raise errors.UserError(str(error)) from error
     return model
 
 
@@ -173,7 +177,8 @@ def sample(
             latents, confidence = model.sample_tokens(
                 len(labels[part]), args.num_iter, args.cfg, args.cfg_schedule, torch.tensor(labels[part]),
                 args.temperature, seeds=seeds[part], order=order, confidence_noise=args.confidence_noise,
-                return_confidence=True, first_place=args.first_place,
+                return_confidence=True, first_place=args.first_place, head_steps=args.head_steps,
+                head_order=args.head_order,
             )  # fmt: skip
         images.append(decode_images(vae, latents / latent_factor, args.precision))
         grids = confidence.unflatten(1, (model.grid_size, -1)).cpu()

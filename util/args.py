@@ -16,6 +16,9 @@ from util.misc import PRECISIONS, check_same
 #: Data loading processes by default: one for each core that this process may use, 10 at most.
 WORKERS = min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
+#: Where flags are added: a parser, or a group of its flags.
+Flags = argparse._ActionsContainer
+
 
 class Parser(argparse.ArgumentParser):
     """A command line or a subcommand's: help shows defaults, flags cannot be abbreviated, errors are one line.
@@ -35,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         """Prints ``error: <message>`` and exits with status 2."""
         self.exit(2, f"{where()}error: {message}\n")
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+    def parse_known_args(self, args=None, namespace=None):
         """Refuses what it does not know, and adds what ``--config`` says: subcommands get here, too."""
         args = sys.argv[1:] if args is None else args
         parsed, unknown = super().parse_known_args(args, namespace)
@@ -96,7 +99,7 @@ def new_parser(description: str, module: str | None = None, config: bool = True)
     return Parser(module and f"python -m {module}", description=description, config=config)
 
 
-def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, precision: str) -> None:
+def add_run_args(parser: Flags, batch_size: int, seed: int, precision: str) -> None:
     """Adds the flags of batches, workers, device, precision and seed."""
     group = parser.add_argument_group("run")
     group.add_argument("--batch_size", type=int, default=batch_size, help="images at once on each device")
@@ -111,7 +114,7 @@ def add_run_args(parser: argparse.ArgumentParser, batch_size: int, seed: int, pr
     group.add_argument("--precision", choices=PRECISIONS, default=precision, help="of autocast; fp32 means none")
 
 
-def add_vae_arg(parser: argparse.ArgumentParser) -> None:
+def add_vae_arg(parser: Flags) -> None:
     """Adds the flag of the tokenizer's file."""
     text = (
         "tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring their own sizes and "
@@ -120,7 +123,7 @@ def add_vae_arg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help=text)
 
 
-def add_mirror_arg(parser: argparse.ArgumentParser) -> None:
+def add_mirror_arg(parser: Flags) -> None:
     """Adds the flag that says whether training sees mirror images."""
     text = (
         "never train on mirror images, for data whose meaning they change (digits, text); by default half are mirrored"
@@ -128,13 +131,13 @@ def add_mirror_arg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
-def add_dry_run_arg(parser: argparse.ArgumentParser) -> None:
+def add_dry_run_arg(parser: Flags) -> None:
     """Adds the flag that only looks at what a training would take."""
     text = "build everything, take two steps, tell hours, memory and the size of a checkpoint, write nothing"
     parser.add_argument("--dry_run", action="store_true", help=text)
 
 
-def add_skip_arg(parser: argparse.ArgumentParser) -> None:
+def add_skip_arg(parser: Flags) -> None:
     """Adds the flag that says what happens to images that cannot be read."""
     text = "leave out images that cannot be read, count them, list them in bad_images-rank<n>.txt; by default errors"
     parser.add_argument("--skip_bad_images", action="store_true", help=text)
@@ -147,14 +150,14 @@ DATA_PATH = (
 )
 
 
-def add_column_args(parser: argparse.ArgumentParser) -> None:
+def add_column_args(parser: Flags) -> None:
     """Adds the flags that name columns of a data set in rows."""
     text = "of the images in parquet files or a data set of the Hub; by default found by its type and name"
     parser.add_argument("--image_column", help=text)
     parser.add_argument("--label_column", help="of the class numbers, likewise; without any, there is one class")
 
 
-def add_metrics_args(parser: argparse.ArgumentParser) -> None:
+def add_metrics_args(parser: Flags) -> None:
     """Adds the flags of Inception's weights and the reference that images are compared with."""
     parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for FID")
     text = "reference images for precision and recall, and for FID without statistics; as --images of main_metrics.py"
@@ -162,7 +165,7 @@ def add_metrics_args(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
 
 
-def add_quantizer_args(parser: argparse.ArgumentParser, quantizers: Sequence[str], default: str | None) -> None:
+def add_quantizer_args(parser: Flags, quantizers: Sequence[str], default: str | None) -> None:
     """Adds the flags that say where the quantizer's levels lie."""
     text = "levels of equal probability under a normal, or of equal distance"
     parser.add_argument("--quantizer", choices=quantizers, default=default, help=text)
@@ -170,8 +173,10 @@ def add_quantizer_args(parser: argparse.ArgumentParser, quantizers: Sequence[str
     parser.add_argument("--quant_calibrate", action="store_true", help=text)
 
 
-def add_sampling_args(parser: argparse.ArgumentParser, orders: Sequence[str], first_places: Sequence[str]) -> None:
-    """Adds the flags of the steps, guidance schedule and order in which tokens are sampled."""
+def add_sampling_args(
+    parser: Flags, orders: Sequence[str], first_places: Sequence[str], head_orders: Sequence[str]
+) -> None:
+    """Adds the flags of the steps, guidance schedule and order in which tokens and their channels are sampled."""
     parser.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
     text = "guidance scale: growing to --cfg with the tokens known, or --cfg in every step"
     parser.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear", help=text)
@@ -181,6 +186,10 @@ def add_sampling_args(parser: argparse.ArgumentParser, orders: Sequence[str], fi
     parser.add_argument("--confidence_noise", type=float, default=0.0, help=text)
     text = "input of the head's first channel step: as in training, or as the release samples (the paper's results)"
     parser.add_argument("--first_place", choices=first_places, default="trained", help=text)
+    text = "passes of the masked head for a token, 1 to its channel steps; by default 4, or as many as there are"
+    parser.add_argument("--head_steps", type=int, help=text)
+    text = "channels that such a pass takes: random ones (by default), the next of --channel_order, or the surest"
+    parser.add_argument("--head_order", choices=head_orders, help=text)
 
 
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:

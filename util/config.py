@@ -130,7 +130,8 @@ def add_model_args(
     model.add_argument("--quant_max", type=float, default=5.0, help="upper bound of the latents")
     # What follows is by default as in the checkpoint, if there is one, and else the paper's final configuration.
     add_quantizer_args(model, quantizers, default=None)
-    model.add_argument("--head", choices=["ar", "parallel"], help="channels one after the other, or independently")
+    text = "channels one after the other, independently, or in --head_steps steps (not the paper's)"
+    model.add_argument("--head", choices=["ar", "parallel", "masked"], help=text)
     model.add_argument(
         "--channel_order",
         help="order of predictions: frequency (KL-16's), sequential, 8,1,10,..., or a file of tools.channel_order",
@@ -138,7 +139,9 @@ def add_model_args(
     model.add_argument("--channels_per_group", type=int, help="channels predicted jointly, levels^group classes")
     model.add_argument("--head_dim", type=int, help="width of the head; by default the model's")
     model.add_argument("--head_depth", type=int, help="blocks of the head; by default the model's")
-    model.add_argument("--head_heads", type=int, help="attention heads of the head; by default the model's")
+    model.add_argument(
+        "--head_heads", type=int, help="attention heads of the head (the masked one has none); by default the model's"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -160,6 +163,7 @@ def resolve(
     args: argparse.Namespace,
     defaults: argparse.Namespace,
     sizes: Mapping[str, Mapping[str, int]],
+    masked_sizes: Mapping[str, Mapping[str, int]],
     tokenizer: Tokenizer,
     start: Start,
 ) -> dict[str, Any]:
@@ -172,19 +176,20 @@ def resolve(
     Args:
         args: the flags as typed.
         defaults: the flags of an empty command line.
-        sizes: constructor arguments of each ``--model``.
+        sizes, masked_sizes: constructor arguments of each ``--model``, the latter with ``--head masked``.
 
     Raises:
         UserError: flags and checkpoint, or flags and tokenizer, do not go together; all differences are listed.
     """
     set_flags(args, defaults, sizes, start)
     follow_tokenizer(args, defaults, tokenizer)
-    told, size = checkpoint_values(args, tokenizer, start), sizes[args.model]
+    told = checkpoint_values(args, tokenizer, start)
+    size = (masked_sizes if (args.head or told.get("head")) == "masked" else sizes)[args.model]
     # KL-16's order of channels is for KL-16's latents, and for those of a checkpoint that the run goes on with: if it
     # stores no order, it is taken for a published one.
     same_latents = tokenizer.is_kl16 or start.use in (RESUME, EVALUATE) or "channel_order" in told
     known_order = same_latents and (args.vae_embed_dim, args.patch_size) == (len(KL16_CHANNEL_ORDER), 1)
-    config = dict(size)
+    config: dict[str, Any] = dict(size)
     for fact in FACTS[1:]:
         values = (typed_value(args, fact, known_order), told.get(fact.name), size.get(fact.name, fact.published))
         config[fact.name] = next((value for value in values if value is not None), None)
@@ -236,8 +241,8 @@ def check_stride(img_size: int, stride: int) -> None:
 def checkpoint_values(args: argparse.Namespace, tokenizer: Tokenizer, start: Start) -> dict[str, Any]:
     """Arguments of the model that the run takes from its checkpoint where flags leave them open.
 
-    In fine-tuning, the order of channels is taken only where a token has the same channels, and the quantizer's
-    calibration only for the same tokenizer, unless it is to be measured.
+    In fine-tuning, the order of channels is taken only where a token has the same channels, the quantizer's calibration
+    only for the same tokenizer, unless it is to be measured, and the number of the head's blocks only for such blocks.
     """
     stored = start.config
     told = {fact.name: stored[fact.name] for fact in FACTS if start.use in fact.adopted_in and fact.name in stored}
@@ -248,6 +253,9 @@ def checkpoint_values(args: argparse.Namespace, tokenizer: Tokenizer, start: Sta
     same_channels &= all(stored.get(name, size) == size for name, size in sizes.items())
     same_latents = same_channels and tokenizer.same_factor(stored.get("latent_factor", tokenizer.latent_factor))
     unfit = [] if same_channels else ["channel_order"]
+    there = told.get("head", "ar")
+    if ((args.head or there) == "masked") != (there == "masked"):
+        unfit.append("channel_depth")  # of blocks of another kind
     if args.quant_calibrate or not same_latents:
         unfit += ["channel_mean", "channel_std"]
     return {name: value for name, value in told.items() if name not in unfit}

@@ -13,7 +13,8 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
         ValueError: the image is so narrow that the resized one would pass Pillow's limit on pixels.
     """
     while min(pil_image.size) >= 2 * image_size:
-        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), resample=Image.Resampling.BOX)
+        half = pil_image.width // 2, pil_image.height // 2
+        pil_image = pil_image.resize(half, resample=Image.Resampling.BOX)
     scale = image_size / min(pil_image.size)
     width, height = (round(side * scale) for side in pil_image.size)
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:

@@ -64,15 +64,16 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Dat
         UserError: they are not there, of other classes than ``--class_num``, or of another size than ``--img_size``.
     """
     root, mirror = data_root(args, split), args.mirror and split == "train"
+    if args.use_cached:
+        dataset = open_cache(root, mirror=mirror)
+    else:
+        dataset = open_images(args.data_path, split, args.image_column, args.label_column)
+    if args.class_num == 1:
+        dataset.samples, dataset.classes = [(name, 0) for name, _ in dataset.samples], [UNLABELED]
     if not args.use_cached:
         # Measurements are of all images or none.
         bad_images = BadImages(args.output_dir) if args.skip_bad_images and split == "train" else None
-        source = open_images(args.data_path, split, args.image_column, args.label_column)
-        dataset = ImageFolder(source, image_transform(args.img_size), mirror=mirror, bad_images=bad_images)
-    else:
-        dataset = open_cache(root, mirror=mirror)
-    if args.class_num == 1:
-        dataset.samples, dataset.classes = [(name, 0) for name, _ in dataset.samples], [UNLABELED]
+        dataset = ImageFolder(dataset, image_transform(args.img_size), mirror=mirror, bad_images=bad_images)
     check_classes(dataset.classes, args.class_num, root)
     if args.use_cached:
         moments, side = dataset[0][0], args.img_size // tokenizer.stride

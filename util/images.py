@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision.utils import make_grid
 
 from util.files import written_whole
@@ -65,7 +65,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     The Gaussian window has 11 pixels and deviation 1.5. As in the paper, only positions count where all of the window
     lies inside the image; in images smaller than the window, all positions.
     """
-    options = {"data_range": 255.0, "reduction": "none", "return_full_image": True}
+    from torchmetrics.functional.image import structural_similarity_index_measure  # a second, which few commands need
+
+    options: dict[str, Any] = {"data_range": 255.0, "reduction": "none", "return_full_image": True}
     _, similarity = structural_similarity_index_measure(a.double(), b.double(), **options)
     if min(similarity.shape[2:]) > 10:
         similarity = similarity[..., 5:-5, 5:-5]

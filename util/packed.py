@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ class PackedCache(MirrorDraws, Dataset):
         return {**self.__dict__, "shards": [None] * len(self.sizes)}
 
     def _open(self, number: int) -> np.ndarray:
-        if self.shards[number] is None:
+        shard = self.shards[number]
+        if shard is None:
             path = self.root / SHARD.format(number)
             expected = (self.sizes[number], 2, *self.stored)
             try:
@@ -91,7 +93,7 @@ class PackedCache(MirrorDraws, Dataset):
             except (OSError, ValueError) as error:
                 raise UserError(f"cannot read {path} ({error}); pack the cache anew") from error
             self.shards[number] = shard
-        return self.shards[number]
+        return shard
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -130,7 +132,8 @@ def both_views(cache: CachedFolder | PackedCache, indices: list[int]) -> Tensor:
 
 def read_all(cache: CachedFolder | PackedCache, num_workers: int) -> Iterator[Tensor]:
     """Both views, ``[2, 2C, h, w]``, of one image after the other, with a progress bar."""
-    loader = DataLoader(range(len(cache)), 256, num_workers=num_workers, collate_fn=partial(both_views, cache))
+    numbers: Any = range(len(cache))  # as good as a Dataset
+    loader = DataLoader(numbers, 256, num_workers=num_workers, collate_fn=partial(both_views, cache))
     with misc.progress(loader, unit="batch", desc="converting") as batches:
         for batch in batches:
             yield from batch

@@ -122,4 +122,9 @@ class SampleFolder:
     def write_npz(self, images: PlainImages) -> None:
         """Writes all images as ``arr_0``, uint8 ``[N, H, W, 3]``, as ADM's evaluator reads them."""
         with written_whole(f"{self}.npz") as file:
-            np.savez(file, arr_0=np.stack([image.permute(1, 2, 0).numpy() for image in images]))
+            np.savez(
+                file,
+                arr_0=np.stack(
+                    [image.permute(1, 2, 0).numpy() for image in map(images.__getitem__, range(len(images)))]
+                ),
+            )

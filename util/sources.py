@@ -4,6 +4,7 @@ import io
 import math
 import os
 import re
+import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,8 +18,6 @@ from util.misc import is_main_process, log
 
 #: The one class of images that have none: a folder of caches, and the label 0.
 UNLABELED = "images"
-#: Where parquet files of a local data set lie, as the Hub lays them out.
-PARQUET = ("*.parquet", "data/*.parquet", "train/*.parquet")
 #: What splits are called: in flags, and in data sets.
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid")}
 #: What columns of images and labels hold, and what they are called, the likeliest first.
@@ -26,8 +25,10 @@ COLUMNS = {
     "image": (("images", "bytes"), ("image", "img")),
     "label": (("classes", "integers"), ("label", "labels", "class", "class_id", "target")),
 }
-#: ``hf://datasets/owner/name[@revision]``; of the two slashes pathlib leaves one.
-ADDRESS = re.compile(r"hf:/+datasets/(?P<repo>[^/@]+(?:/[^/@]+)?)(?:@(?P<revision>[^/]+))?/?")
+#: ``hf://datasets/owner/name[@revision][/configuration]``; of the two slashes pathlib leaves one.
+ADDRESS = re.compile(
+    r"hf:/+datasets/(?P<path>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<name>[^/]+))?/?"
+)
 
 # --------------------------------------------------------------------------------------------------------------------
 # One image.
@@ -119,12 +120,15 @@ class Folder:
 
 def holds_rows(path: str | Path) -> bool:
     """Whether ``path`` is an address on the Hub, a parquet file, or a folder of such files."""
-    by_name = str(path).startswith("hf:/") or Path(path).suffix == ".parquet"
-    return by_name or any(file for pattern in PARQUET for file in Path(path).glob(pattern))
+    if str(path).startswith("hf:/") or Path(path).suffix == ".parquet":
+        return True
+    # Beside train/ a parquet file may be anything.
+    patterns = ("train/*.parquet",) if (Path(path) / "train").is_dir() else ("*.parquet", "data/*.parquet")
+    return any(True for pattern in patterns for _ in Path(path).glob(pattern))
 
 
 class Rows:
-    """A split of a data set in rows: a parquet file, a folder of such files, or ``hf://datasets/owner/name[@revision]``.
+    """A split of a data set in rows: a parquet file, a folder of such files, or ``hf://datasets/owner/name``.
 
     ``datasets`` converts it once, into its cache, from where it is mapped into memory.
 
@@ -198,9 +202,9 @@ def open_table(root: str, split: str) -> tuple[Any, str]:
     if not is_main_process():
         datasets.disable_progress_bars()
     if address := ADDRESS.fullmatch(root):
-        place = {"path": address["repo"], "revision": address["revision"]}
+        place = address.groupdict()
     elif root.startswith("hf:/"):
-        raise UserError(f"{root} is no data set on the Hub: write hf://datasets/owner/name[@revision]")
+        raise UserError(f"{root} is no data set on the Hub: write hf://datasets/owner/name[@revision][/configuration]")
     elif Path(root).is_dir():
         place = {"path": os.path.abspath(root)}
     else:
@@ -220,7 +224,8 @@ def open_table(root: str, split: str) -> tuple[Any, str]:
         raise
     except Exception as error:  # files, formats and the network fail in many ways
         generic = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its cause tells what happened
-        why = reason((error.__cause__ if generic else None) or error)
+        cause = (error.__cause__ if generic else None) or error
+        why = textwrap.shorten(str(cause) or type(cause).__name__, 300)  # some messages are tables
         files = "the network, and the account (hf auth login)" if address else "path and files"
         disk = f"the disk of {datasets.config.HF_DATASETS_CACHE}"
         raise UserError(f"cannot open {root} ({why}); check {files}, or {disk}, and start again") from error

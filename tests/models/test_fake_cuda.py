@@ -13,6 +13,7 @@ import engine_tokenbridge as engine
 from models import fast, pipeline
 from models.fast import Recordings
 from models.pipeline import TokenBridgePipeline
+from models.sampling import HEAD_ORDERS
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.conftest import HEADS, batch, training_state, variant
@@ -109,7 +110,7 @@ def test_gradients_are_those_of_the_engine(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_in_parts_and_gradients(kind, monkeypatch):
     model = model_of(kind, grad_checkpointing=["head"] * (kind == "pairs")).train()
-    monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 13 * model.head.channel_steps * model.head.dim)
+    monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 13 * model.head.places * model.head.dim)
     with FakeCuda() as cuda:
         latents, labels, mask = batch(cuda.put(model), 2)
         with misc.autocast(DEVICE, "bf16"):
@@ -134,9 +135,10 @@ def test_an_epoch_waits_for_a_flag_a_step_and_for_figures_at_its_end(precision, 
         assert {x.device for x in [*moments, *state.average.module.parameters()]} == {DEVICE}
 
 
-def test_held_out_likelihood_waits_once():
+@pytest.mark.parametrize("kind", ["ar", "masked"])
+def test_held_out_likelihood_waits_once(kind):
     with FakeCuda("held_out_likelihood") as cuda:
-        model = cuda.put(model_of("ar"))
+        model = cuda.put(model_of(kind))
         loader, vae = [loaded(model, images=True) for _ in range(2)], tokenizer(cuda)
         assert engine.held_out_likelihood(model, vae, 0.5, loader, DEVICE, "bf16")["images"] == 1
 
@@ -169,6 +171,12 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("head_order", HEAD_ORDERS)
+def test_sampling_by_a_masked_head_never_waits(head_order):
+    with FakeCuda() as cuda:
+        sampled(cuda.put(model_of("masked")), head_order=head_order, head_steps=3)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_sampling_never_waits_whatever_is_asked_and_given(option):
     with FakeCuda() as cuda:
@@ -180,7 +188,7 @@ def test_known_tokens_on_the_device_are_counted_once():
         sampled(cuda.put(model_of("ar")), **{name: cuda.tensor(x) for name, x in OPTIONS["known"].items()})
 
 
-@pytest.mark.parametrize("kind", ["ar", "parallel"])
+@pytest.mark.parametrize("kind", ["ar", "parallel", "masked"])
 def test_recorded_sampling_never_waits(kind):
     with FakeCuda() as cuda:
         model = cuda.put(model_of(kind))

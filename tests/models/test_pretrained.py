@@ -17,10 +17,11 @@ from util.errors import UserError
     [
         {},
         {"head": "parallel"},
+        {"head": "masked"},
         {"channels_per_group": 2, "quant_levels": 4, "quantizer": "linear"},
         {"channel_mean": [0.1] * 16, "channel_std": [2.0] * 16, "channel_order": list(range(16))},
     ],
-    ids=["ar", "parallel", "linear pairs", "calibrated"],
+    ids=["ar", "parallel", "masked", "linear pairs", "calibrated"],
 )
 def test_a_model_travels_through_a_folder(tmp_path, options):
     model = described(**options)

@@ -16,7 +16,8 @@ def test_tables_are_the_published_ones(levels):
     _, tables = reference("quantizer")
     boundaries, values = gaussian_tables(levels)
     assert torch.equal(boundaries, tables[f"boundaries_{levels}"])
-    assert torch.equal(values, tables[f"reconstruction_values_{levels}"])
+    # torch.exp rounds four of the 65 densities otherwise on some CPUs; a value is a quotient of small differences.
+    assert torch.allclose(values, tables[f"reconstruction_values_{levels}"], rtol=0, atol=3e-6)
 
 
 def test_inner_bins_are_equiprobable_and_values_are_their_means():

@@ -93,7 +93,7 @@ def test_reconstructions_and_latents_are_measured_of_what_is_exported(run, image
     for name in ("average", "last"):
         figures = json.loads((tmp_path / name / "vae.json").read_text())
         ratios[name] = scalars(tmp_path / name / "tokenizer_log", "tokenizer/psnr")
-        assert figures["psnr"] == pytest.approx(ratios[name][6], rel=1e-6)
+        assert figures["psnr"] == pytest.approx(ratios[name][6], rel=1e-6) and figures["psnr_of"] == "train"
         assert figures["psnr"] == pytest.approx(expected_ratio(tmp_path / name, images / "train"), rel=1e-4)
     assert sorted(ratios["last"]) == [4, 6] and ratios["average"][6] != ratios["last"][6]
     states = {name: torch.load(tmp_path / name / "vae-last.pth", weights_only=True) for name in ("average", "last")}
@@ -108,7 +108,7 @@ def test_reconstructions_and_latents_are_measured_of_what_is_exported(run, image
     run("main_vae", f"{common} --epochs 1 --output_dir {tmp_path}/held_out")
     figures = json.loads((tmp_path / "held_out" / "vae.json").read_text())
     assert figures["psnr"] == pytest.approx(expected_ratio(tmp_path / "held_out", images / "val"), rel=1e-4)
-    assert "measured on training images" not in caplog.text and figures["images"] == 16
+    assert "measured on training images" not in caplog.text and (figures["psnr_of"], figures["images"]) == ("val", 16)
     (picture,) = (
         EventAccumulator(str(tmp_path / "held_out" / "tokenizer_log"))
         .Reload()

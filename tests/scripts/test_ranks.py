@@ -63,11 +63,11 @@ def test_a_newer_checkpoint_elsewhere_is_not_passed_over(command, error, train, 
     folder = train("run")
     find, asked = checkpoint.find, []
 
-    def lagging(path: str, *names) -> Path:
+    def lagging(path: str, names: tuple[str, ...]) -> Path:
         asked.append(path)
         if not elsewhere() and len(asked) <= behind:
             raise errors.UserError("not here")
-        return find(path, *names)
+        return find(path, names)
 
     monkeypatch.setattr(checkpoint, "find", lagging)
     monkeypatch.setattr(checkpoint, "PAUSE", 0.0)

@@ -13,6 +13,8 @@ from util.loader import CachedFolder
 
 VARIANTS = {
     "parallel": ("--head parallel", {"head": "parallel"}),
+    "masked": ("--head masked", {"head": "masked", "channel_depth": 6}),
+    "masked pairs": ("--head masked --channels_per_group 2", {"head": "masked", "channels_per_group": 2}),
     "sequential": ("--channel_order sequential", {"channel_order": list(range(8))}),
     "order": ("--channel_order 7,6,5,4,3,2,1,0", {"channel_order": list(range(7, -1, -1))}),
     "pairs": ("--channels_per_group 2", {"channels_per_group": 2}),

@@ -42,7 +42,7 @@ def test_order_and_calibration_are_of_the_same_channels_only():
     stored = {"channel_order": list(range(16)), "channel_mean": [0.0] * 16, "vae_embed_dim": 16, "patch_size": 1}
 
     def taken(vae_embed_dim: int, patch_size: int, **more) -> dict:
-        args = argparse.Namespace(vae_embed_dim=vae_embed_dim, patch_size=patch_size, quant_calibrate=False)
+        args = argparse.Namespace(vae_embed_dim=vae_embed_dim, patch_size=patch_size, quant_calibrate=False, head=None)
         tokenizer = Tokenizer({"embed_dim": vae_embed_dim, "ch_mult": [1, 1]}, 0.5, "vae.ckpt")
         return checkpoint_values(args, tokenizer, Start(FINETUNE, config={**stored, **more}))
 

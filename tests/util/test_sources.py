@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 
-from tests.conftest import ROOT, damaged, write_images
+from tests.conftest import ROOT, damaged, point_to, write_images
 from tests.rows import every_source, in_rows, own_cache, write_bare, write_rows  # noqa: F401
 from util.errors import UserError
 from util.loader import BadImages, ImageFolder, ImageFolderWithFilename, RankSampler, ShuffledRankSampler
@@ -27,9 +27,13 @@ def test_every_source_gives_the_same_images_and_labels(images, tmp_path, served,
         data = ImageFolder(open_images(path, "train"), crop(16))
         assert [label for _, label in data.samples] == [label for _, label in expected], name
         assert all(torch.equal(a, b) and i == j for (a, i), (b, j) in zip(items(data), expected, strict=True)), name
-        assert data.classes == (["0", "1", "2", "3"] if name == "parquet file" else [f"class{i}" for i in range(4)])
+        bare = name in ("parquet file", "Hub, a configuration")
+        assert data.classes == [str(i) if bare else f"class{i}" for i in range(4)]
     for name in ("rows", "data"):
         assert len(open_images(tmp_path / name, "val").samples) == (8 if name == "rows" else 16)
+    assert len(open_images("hf://datasets/owner/two@main/half", "train").samples) == 8
+    with pytest.raises(UserError, match=r"Config name is missing.*all.*half"):
+        open_images("hf://datasets/owner/two", "train")
 
 
 def test_images_without_classes_are_of_one(tmp_path):
@@ -138,12 +142,15 @@ def test_folders_that_are_not_clear_are_refused(images, tmp_path):
 def test_what_datasets_cannot_open_is_one_line(images, tmp_path, served, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", served.endpoint)
     path = write_bare(tmp_path / "cut.parquet", in_rows(images / "train"))
-    path.write_bytes(path.read_bytes()[:-900])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-900])
+    (tmp_path / "zeros.parquet").write_bytes(whole[:4] + bytes(1000) + whole[1004:])
     served.add("owner/text", {"README.md": b"nothing"})
     served.add("owner/gated", {"README.md": b"nothing"})
     served.gated.add("owner/gated")
     cases = {
         path: r"cannot open .*cut\.parquet \(.*Parquet.*\); check path and files",
+        tmp_path / "zeros.parquet": r"cannot open .*zeros\.parquet \((?!An error occurred).*\); check path and files",
         tmp_path / "no.parquet": r"cannot open .*no\.parquet \(",
         "hf://datasets/owner/none": r"cannot open .* \(Dataset 'owner/none' doesn't exist on the Hub.*hf auth login",
         "hf://datasets/owner/gated": r"\(Dataset 'owner/gated' is a gated dataset on the Hub.*hf auth login",
@@ -161,6 +168,16 @@ def test_what_datasets_cannot_open_is_one_line(images, tmp_path, served, monkeyp
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs a package that is not installed: pip install datasets"):
         Rows(only, "train")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    point_to(monkeypatch, "http://127.0.0.1:9", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its tries
+    with pytest.raises(
+        UserError, match=r"cannot open hf://datasets/owner/rows \(Couldn't reach 'owner/rows' on the Hub"
+    ):
+        Rows("hf://datasets/owner/rows", "train")
 
 
 def test_nothing_loads_datasets_before_it_is_asked_for():

@@ -82,10 +82,10 @@ def located(path: str | Path | hub.Address, names: Sequence[str], **options) -> 
         if found.suffix == safetensors_io.SUFFIX:  # a .pth holds its own configuration
             hub.fetch_beside(path, found, HUB_CONFIG, **options)
         return found
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    return next((path / name for name in names if (path / name).is_file()), path / names[0])
+    there = Path(str(path))
+    if not there.is_dir():
+        return there
+    return next((there / name for name in names if (there / name).is_file()), there / names[0])
 
 
 def config_beside(path: Path) -> Any:
@@ -160,7 +160,7 @@ def find(resume: str | Path | hub.Address, names: Sequence[str] = RUN_NAMES, **o
     """The checkpoint in folder ``resume``, or ``resume`` itself (see :func:`located`); UserError if there is none."""
     path = located(resume, names, **options)
     if not path.is_file():
-        there = "in" if Path(resume).is_dir() else "at"
+        there = "in" if Path(str(resume)).is_dir() else "at"
         raise UserError(f"no {names[0]} {there} {resume}; name the file, or the folder that holds it")
     return path
 

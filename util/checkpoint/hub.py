@@ -49,12 +49,12 @@ class Address(NamedTuple):
         return f"hf://{self.repo}{revision}/{self.path}"
 
 
-def is_address(path: str | Path) -> bool:
+def is_address(path: str | Path | Address) -> bool:
     """Whether ``path`` names something on the Hub."""
     return str(path).startswith("hf:/")
 
 
-def parse(address: str | Path) -> Address:
+def parse(address: str | Path | Address) -> Address:
     """The parts of ``hf://owner/repo[@revision]/path``; UserError if ``address`` has another form."""
     found = ADDRESS.fullmatch(str(address))
     if found is None:

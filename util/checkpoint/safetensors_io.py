@@ -21,7 +21,7 @@ TREE, CHECKSUMS = "tree", "crc32"
 
 def tensor_bytes(value: Tensor) -> memoryview:
     """The bytes of a tensor on the CPU, of any type."""
-    return memoryview(value.contiguous().flatten().view(torch.uint8).numpy())
+    return value.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

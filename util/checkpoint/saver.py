@@ -44,7 +44,7 @@ class Saver:
     A context manager: leaving it waits, also after an error, until the last file is there.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
         self._waited = False
