@@ -1,7 +1,6 @@
 """Pictures of classes, and parts of pictures made anew, by a trained model."""
 
 import argparse
-import dataclasses
 import math
 import sys
 from collections.abc import Sequence
@@ -100,8 +99,8 @@ def main() -> None:
         image, mask = args.image, args.mask
         if args.outpaint is not None:
             image, mask = outpainted(image, pipe.model.config["img_size"], args.outpaint)
-        names = [field.name for field in dataclasses.fields(SamplingOptions)]
-        options = {name: getattr(args, name) for name in (*names, "strength", "gen_seed", "batch_size")}
+        names = (*SamplingOptions.__dataclass_fields__, "strength", "gen_seed", "batch_size")
+        options = {name: getattr(args, name) for name in names}
         frames: list[list[Image.Image]] = []
         if args.gif:
             options["callback"] = lambda step, steps, images: frames.append(images)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.editing import Edit, edit_of, kept_tokens, put_into
 from models.pretrained import find_pretrained
-from models.sampling import SamplingOptions, sampling_plan
+from models.sampling import FIRST_PLACES, SamplingOptions, check_head_options, sampling_plan
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import misc
@@ -121,7 +121,7 @@ class Pictures:
     def part(self, rows: Sequence[int]) -> "Pictures":
         """The pictures of some rows, in their order."""
         labels = self.labels and [self.labels[row] for row in rows]
-        images, seeds = ([each[row] for row in rows] for each in (self.images, self.seeds))
+        images, seeds = [self.images[row] for row in rows], [self.seeds[row] for row in rows]
         return Pictures(images, labels, seeds, self.confidence[list(rows)])
 
     def ranked(self) -> "Pictures":
@@ -187,8 +187,9 @@ class TokenBridgePipeline:
         if tokenizer is None:
             options.pop("revision", None)  # the address has it
             tokenizer = own_tokenizer(path, address, content, **options)
-        vae, latent_factor = AutoencoderKL.from_pretrained(tokenizer)
-        return cls(TokenBridge.from_content(content, path, ema), vae, latent_factor, precision)
+        vae: tuple[Any, float] = AutoencoderKL.from_pretrained(str(tokenizer))
+        built: Any = TokenBridge.from_content(content, path, ema)
+        return cls(built, *vae, precision)
 
     @property
     def device(self) -> torch.device:
@@ -198,7 +199,7 @@ class TokenBridgePipeline:
     def to(self, device: torch.device | str) -> "TokenBridgePipeline":
         """This pipeline, moved to ``device``."""
         self.model.to(device)
-        self.vae.to(device, memory_format=torch.channels_last)
+        self.vae.to(device).to(memory_format=torch.channels_last)
         return self
 
     @torch.no_grad()
@@ -229,8 +230,8 @@ class TokenBridgePipeline:
             batch_size: pictures made at once; halved where memory is not enough. ``--eval_bsz`` is 64, too.
             callback: see :data:`Callback`. Without one nothing is waited for before a batch's end.
             sampling: :class:`models.sampling.SamplingOptions`: ``num_iter`` (at most one step a token is taken),
-                ``cfg``, ``cfg_schedule``, ``temperature``, ``order``, ``confidence_noise``, ``first_place``,
-                ``head_steps``, ``head_order``.
+                ``cfg``, ``cfg_schedule``, ``temperature``, ``order``, ``confidence_noise``, ``first_place``; of the
+                masked head ``head_steps``, ``head_order``.
 
         Raises:
             UserError: an unknown class, a number out of range, an image or mask that cannot be used, lists of different
@@ -265,7 +266,11 @@ class TokenBridgePipeline:
                 if not math.isfinite(sampling.get(name, 0.0)):
                     raise ValueError(f"{name} must be a finite number, got {sampling[name]}")
             steps = min(sampling.get("num_iter", 64), self.model.seq_len)
-            return SamplingOptions(**{**sampling, "num_iter": steps})
+            options = SamplingOptions(**{**sampling, "num_iter": steps})
+            if options.first_place not in FIRST_PLACES:
+                raise ValueError(f"first_place is one of {FIRST_PLACES}, not {options.first_place!r}")
+            check_head_options(self.model.head, options.head_steps, options.head_order)
+            return options
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -341,9 +346,7 @@ class TokenBridgePipeline:
 
     def make(self, request: Request, rows: Sequence[int], options: SamplingOptions, on_step) -> tuple[list, Tensor]:
         """The pictures of some rows, and their tokens' confidence ``[B, L]``, as ``--evaluate`` makes them."""
-        given: dict[str, Any] = (
-            {} if request.labels is None else {"labels": torch.tensor([request.labels[row] for row in rows])}
-        )
+        given: dict[str, Any] = {"labels": request.labels and [request.labels[row] for row in rows]}
         if request.edits is not None:
             given["known_latents"] = self.encode(torch.stack([request.edits[row].seen for row in rows]))
             given["known_mask"] = request.kept[rows]

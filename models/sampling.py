@@ -18,11 +18,11 @@ from util.rng import ImageDraws
 ORDERS = ("random", "raster", "confidence")
 #: Inputs of the head's first channel step: as in training, or as the release samples.
 FIRST_PLACES = ("trained", "released")
-#: Which channels a step of the masked head takes.
-HEAD_ORDERS = ("random", "frequency", "confidence")
 #: Called after each step with its number from 1, the number of steps, the tokens' values ``[B, L, C]`` (0 for unknown
 #: ones) and the positions ``[B, N]`` that are still unknown, on the device.
 OnStep = Callable[[int, int, Tensor, Tensor], None]
+#: Which channels a step of the masked head takes.
+HEAD_ORDERS = ("random", "frequency", "confidence")
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings, and what is given for each image.

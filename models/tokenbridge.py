@@ -354,9 +354,9 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         known_latents: Tensor | None = None,
         known_mask: Tensor | None = None,
         return_confidence: bool = False,
+        on_step: sampling.OnStep | None = None,
         head_steps: int | None = None,
         head_order: str | None = None,
-        on_step: sampling.OnStep | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Latents ``[bsz, C, h, w]``, scaled by the latent factor, generated in ``num_iter`` steps, without dropout.
 
@@ -378,8 +378,8 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
                 to be kept (quantized); any number of them in each image.
             return_confidence: also return ``[bsz, L]``, the joint log-probability in nats, at temperature 1, that each
                 token had when it was taken; 0 for those given.
-            head_steps, head_order: of the masked head alone, see :meth:`models.masked_head.MaskedHead.sample`.
             on_step: see :data:`models.sampling.OnStep`.
+            head_steps, head_order: of the masked head alone, see :meth:`models.masked_head.MaskedHead.sample`.
 
         Raises:
             ValueError: labels outside the classes, or arguments outside the ranges above.
