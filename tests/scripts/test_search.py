@@ -160,6 +160,7 @@ def test_online_evaluation_is_of_the_average_at_every_scale_and_temperature(
         # Begun anew in the same folder, without metrics: the pictures are the new run's.
         for _ in range(2):
             sampler.calls.clear()
+            (out / "checkpoint-last.pth").unlink()  # or it would not start
             run("main_tokenbridge", f"{command} --no_metrics")
             assert len(sampler.calls) == 8
 
@@ -187,10 +188,11 @@ def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_pa
 
 
 @pytest.mark.parametrize("flag", ["", "--no_ema"])
-def test_measurements_during_training_are_of_that_epochs_averages_or_weights(train, vae_path, trace, flag):
+def test_measurements_during_training_are_of_that_epochs_averages_or_weights(train, tmp_path, vae_path, trace, flag):
     online = f"--online_eval --no_metrics --num_images 4 --num_iter 2 --cfg 3 1 --vae_path {vae_path} {flag}"
     for seed in (2,) if flag else (1, 2):  # pictures of another run in the same folder are not taken for this one's
         trace.clear()
+        (tmp_path / "run" / "checkpoint-last.pth").unlink(missing_ok=True)  # or the second would not start
         folder = train("run", f"--epochs 3 --eval_freq 2 --ema_rate 0.5 --seed {seed} {online}")
         content, pictures = (
             load(folder),
