@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class Preempted(Exception):
 
 
 PREEMPTED_STATUS = 75  # EX_TEMPFAIL
+INTERRUPTED_STATUS = 128 + signal.SIGINT  # as shells count it
 
 
 def lost_process(error: RuntimeError) -> bool:
@@ -44,7 +46,7 @@ def lost_process(error: RuntimeError) -> bool:
 def run(main: Callable[[], None]) -> None:
     """Runs a script's ``main``; a :class:`UserError` becomes its one line on standard error and exit status 2.
 
-    :class:`Preempted` likewise, with status 75; the loss of another process with status 1.
+    :class:`Preempted` likewise, with status 75; Ctrl-C with status 130; the loss of another process with status 1.
     """
     try:
         main()
@@ -58,6 +60,9 @@ def run(main: Callable[[], None]) -> None:
     except Preempted as error:
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         sys.exit(PREEMPTED_STATUS)
+    except KeyboardInterrupt:  # outside of training, which saves first
+        print(f"{where()}interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED_STATUS)
     except RuntimeError as error:
         if not lost_process(error):
             raise

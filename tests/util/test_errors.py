@@ -27,3 +27,12 @@ def test_the_shell_sees_one_line_and_a_status(tmp_path):
     assert result.returncode == 2 and result.stdout == ""
     log, error = result.stderr.splitlines()
     assert log.startswith("computing on ") and error.startswith("error: no cache at")
+
+
+def test_ctrl_c_is_one_line_and_the_status_of_shells(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
