@@ -29,7 +29,7 @@ def test_an_interrupted_cache_is_refused_and_goes_on_where_it_stopped(
 
     monkeypatch.setattr(AutoencoderKL, "encode", stopped)
     command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/cache --batch_size 3"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         run("main_cache", f"{command} --num_workers 0")
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == 6
     assert json.loads((tmp_path / "cache" / "cache.json").read_text())["complete"] is False
