@@ -325,7 +325,10 @@ def main() -> None:
         config = resolve(args, get_args_parser().parse_args([]), SIZES, MASKED_SIZES, tokenizer, start)
         if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
-        data = {split: load_data(args, split, tokenizer) for split in splits}
+        data, classes = {}, start.config.get("class_names") if measuring else None
+        for split in splits:
+            data[split] = load_data(args, split, tokenizer, classes)
+            classes = data[split].classes
         check_same_inputs(data, vae)
         seed_everything(args.seed + misc.get_rank())
         if args.quant_calibrate and config["channel_mean"] is None:

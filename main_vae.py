@@ -155,8 +155,8 @@ def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     training = ImageFolder(source, mirror=args.mirror, **options)
     try:
         source = open_images(args.data_path, "val", args.image_column, args.label_column)
-    except errors.UserError as error:
-        misc.log.info("reconstructions are measured on training images: %s", error)
+    except errors.UserError:
+        misc.log.info("no val images in %s: reconstructions are measured on training images", args.data_path)
     measured = ImageFolder(source, **options)
     check_same_inputs({"train": training, "val": measured}, None)
     return training, measured

@@ -65,6 +65,7 @@ def train_epochs(
         misc.by_main_process(state.saver.finish)  # all end together, and with its error if there is one
     if writer is not None:
         writer.close()
+    misc.log.info("%d epochs are trained: %s", args.epochs, Path(args.output_dir) / state.name)
 
 
 def dry_run(

@@ -76,7 +76,10 @@ def own_tokenizer(path: Path, address: Any, content: Mapping[str, Any], **option
         if hub.is_address(place) or Path(place).exists():
             return place
     was = f", and {named}, which its run names, is not here" if named else ""
-    raise UserError(f"{path} has no tokenizer beside it ({' or '.join(BESIDE)}){was}: name it (--vae_path)")
+    raise UserError(
+        f"{path} has no tokenizer beside it ({' or '.join(BESIDE)}){was}: name it (--vae_path, or the tokenizer of "
+        "from_pretrained)"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

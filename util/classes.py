@@ -31,7 +31,8 @@ def find_classes(asked: Sequence[str] | None, names: Sequence[str]) -> list[int]
         label = parts.get(name.strip().lower(), int(name) if name.isdecimal() else -1)
         if not 0 <= label < len(names):
             close = difflib.get_close_matches(name.lower(), parts, n=4)
-            hint = f"did you mean {', '.join(close)}?" if close else f"there are {len(names)}, numbered from 0"
+            few = f": {', '.join(names)}" if len(names) <= 20 else ""
+            hint = f"did you mean {', '.join(close)}?" if close else f"there are {len(names)}, numbered from 0{few}"
             raise UserError(f"no class {name!r}: {hint}")
         labels.append(label)
     return labels

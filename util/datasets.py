@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +55,17 @@ def cache_metadata(root: Path) -> dict[str, Any]:
     return read_json(packed) if packed.exists() else read_cache_metadata(root) or {}
 
 
-def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Data:
+def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer, trained: Sequence[str] | None = None) -> Data:
     """The images of ``train`` or ``val``, or their cached moments, which must be of ``tokenizer``.
 
     With ``--class_num 1`` all are of one class, whatever their own.
 
+    Args:
+        trained: names of the classes that the model is, or was, trained on, if they are known.
+
     Raises:
-        UserError: they are not there, of other classes than ``--class_num``, or of another size than ``--img_size``.
+        UserError: they are not there, of other classes than ``--class_num`` or ``trained``, or of another size than
+            ``--img_size``.
     """
     root, mirror = data_root(args, split), args.mirror and split == "train"
     if args.use_cached:
@@ -74,8 +78,10 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer) -> Dat
         # Measurements are of all images or none.
         bad_images = BadImages(args.output_dir) if args.skip_bad_images and split == "train" else None
         dataset = ImageFolder(dataset, image_transform(args.img_size), mirror=mirror, bad_images=bad_images)
-    check_classes(dataset.classes, args.class_num, root)
+    check_classes(dataset.classes, args.class_num, root, trained)
     if args.use_cached:
+        if split == "val" and dataset.metadata.get("split") == "train":
+            misc.warn("%s is a cache of training images: their likelihood is not a held-out one", root)
         moments, side = dataset[0][0], args.img_size // tokenizer.stride
         dataset.shape = (2 * tokenizer.config["embed_dim"], side, side)
         if moments.shape != dataset.shape:

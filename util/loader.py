@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -267,8 +268,17 @@ def read_cache_metadata(root: str | Path) -> dict | None:
     return metadata
 
 
-def check_classes(classes: list[str], class_num: int, root: str | Path) -> None:
-    """Raises UserError if the number of ``classes``, which ``root`` holds, is not ``class_num``."""
+def check_classes(
+    classes: Sequence[str], class_num: int, root: str | Path, trained: Sequence[str] | None = None
+) -> None:
+    """Raises UserError if ``root``'s ``classes`` are not ``class_num``, or not those that were ``trained``, by name.
+
+    Names of which none is common are another naming of the same classes.
+    """
+    if trained is not None and set(trained) & set(classes) and list(trained) != list(classes):
+        sides = {"lacks": set(trained) - set(classes), "has besides": set(classes) - set(trained)}
+        what = "; ".join(f"{verb} {', '.join(sorted(names)[:4])}" for verb, names in sides.items() if names)
+        raise UserError(f"{root} has other classes than the training images: it {what or 'orders them otherwise'}")
     if len(classes) != class_num:
         count, plural = len(classes), "es" if len(classes) > 1 else ""
         raise UserError(f"{root} has {count} class{plural}, but class_num is {class_num}: pass --class_num {count}")

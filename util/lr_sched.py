@@ -43,7 +43,7 @@ def tell_rates(args: Namespace, steps_per_epoch: int) -> None:
     rates = [learning_rate(args.epochs * look / looks, args) for look in range(looks)]
     peak, total = max(rates), sum(rates) / looks * steps
     log.info("%d steps, %d in each of %d epochs, learning rate up to %.3g", steps, steps_per_epoch, args.epochs, peak)
-    if args.epochs <= args.warmup_epochs:
+    if args.epochs < args.warmup_epochs:
         text = "this run of %d epochs never leaves its warm-up of %g: its learning rate ends at %.2g, not %.2g; lower "
         warn(text + "--warmup_epochs, to a tenth of the epochs, say", args.epochs, args.warmup_epochs, peak, args.lr)
     if 0 < total < LEAST_MOVE:

@@ -57,6 +57,8 @@ def read_image(file: str | Path | BinaryIO | Image.Image, name: str = "", max_pi
                     raise ValueError(f"values of mode {upright.mode} outside 16 bits")
                 upright = Image.fromarray(np.round(values / 257).astype(np.uint8))
             return upright.convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"no image at {name or file}; check the path") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         # Pillow names an object in memory by its address, which differs each time.
         why = "it is none" if isinstance(error, UnidentifiedImageError) else reason(error)
@@ -96,8 +98,9 @@ class Folder:
             self.classes, labels = ([UNLABELED], {"": 0}) if beside else find_classes(self.root)
             self.samples = make_dataset(str(self.root), labels, IMG_EXTENSIONS)
         except FileNotFoundError as error:
-            what = reason(error).rstrip(".")
-            raise UserError(f"{root} is not a folder of class folders with images: {what}") from error
+            what, kinds = reason(error).split(". ")[0].rstrip("."), " ".join(IMG_EXTENSIONS)
+            text = f"{root} is not a folder of class folders with images: {what}; images are files of {kinds}"
+            raise UserError(text) from error
         if len(self.samples) > len(beside) > 0:
             raise UserError(
                 f"{root} holds images beside folders of images ({min(beside)} and others): move them into a folder, "

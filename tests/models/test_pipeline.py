@@ -286,7 +286,7 @@ def test_images_and_masks_of_any_mode(pipe, tmp_path, mode):
         ({"image": noise(60, 16), "mask_image": box(60, 16, 0, 0, 9, 16)}, "after cropping, the mask covers nothing"),
         ({"image": noise(16, 16), "mask_image": box(16, 15, 0, 0, 4, 4)}, "mask has 16x15 pixels, the image 16x16"),
         ({"image": noise(16, 16), "mask_image": [box(16, 16, 0, 0, 4, 4), None]}, "a mask for each image, or for none"),
-        ({"image": "nowhere.png"}, "cannot read image nowhere.png"),
+        ({"image": "nowhere.png"}, "no image at nowhere.png"),
         ({"image": Image.new("1", (9000, 9000))}, "cannot read image the image .9000x9000 pixels, more than 67108864"),
         ({"image": Image.new("1", (1_000_000, 1))}, "cannot crop the image"),
     ],

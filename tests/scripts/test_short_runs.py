@@ -1,6 +1,7 @@
 """Short runs on little data: what would have gone wrong in silence is told, in one line."""
 
 import json
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -123,3 +124,20 @@ def test_more_steps_than_tokens_are_told_once(run, trained, vae_path, tmp_path, 
     with caplog.at_level("INFO", logger="tokenbridge"):
         run("main_tokenbridge", f"{command} --output_dir {tmp_path}/new --num_iter 100")
     assert caplog.text.count("--num_iter 100 for 16 tokens: 16 steps do it") == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Held-out images.
+
+
+def test_held_out_classes_are_those_that_were_trained(refused, run, cached, trained, tmp_path, caplog):
+    shutil.copytree(cached, tmp_path / "val")
+    command = f"{TINY} --evaluate_nll --use_cached --resume {trained} --output_dir {tmp_path}/nll --cached_val_path"
+    (tmp_path / "val" / "class1").rename(tmp_path / "val" / "class9")  # sorts elsewhere: labels would move
+    line = refused("main_tokenbridge", f"{command} {tmp_path}/val")
+    assert "other classes than the training images: it lacks class1; has besides class9" in line
+    train = f"{BASE} --epochs 1 --online_nll --use_cached --cached_path {cached} --cached_val_path {tmp_path}/val"
+    assert "lacks class1" in refused("main_tokenbridge", f"{train} --output_dir {tmp_path}/new")
+    with caplog.at_level("WARNING", logger="tokenbridge"):
+        run("main_tokenbridge", f"{command} {cached}")
+    assert f"{cached} is a cache of training images" in caplog.text
