@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models.pipeline import decode_images
+from models.sampling import SamplingOptions
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import misc
@@ -218,7 +219,7 @@ def evaluate(
     device: torch.device,
     weights: dict,
 ) -> SampleFolder:
-    """Samples ``settings.num_images``, the same number of each class, into ``folder/NNNNN.png``.
+    """Samples ``settings.num_images``, as many of each class as of others, to within one, into ``folder/NNNNN.png``.
 
     Image n shows class ``n * class_num // num_images`` and has its own seed. Chunks of ``eval_bsz`` consecutive
     images are dealt to the processes whole, so that the number of processes never changes an image. A run that was
@@ -268,9 +269,7 @@ def sample_chunk(
 ) -> tuple[Tensor, Tensor]:
     """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``."""
     labels = torch.tensor([number * model.class_num // settings.num_images for number in numbers])
-    names = ("num_iter", "cfg", "cfg_schedule", "temperature", "order", "confidence_noise", "first_place")
-    options = {name: getattr(settings, name) for name in names}
-    options |= {name: getattr(settings, name) for name in ("head_steps", "head_order")}
+    options = {name: getattr(settings, name) for name in SamplingOptions.__dataclass_fields__}
     options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
     with misc.autocast(device, settings.precision):
         latents, confidence = model.sample_tokens(len(numbers), labels=labels, **options)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
@@ -21,6 +20,7 @@ from util.metrics import TITLES, Evaluator, table
 from util.plots import write_search
 from util.provenance import provenance
 from util.sample_folder import SampleFolder
+from util.sources import read_image
 
 ADM_STATS = "fid_stats/adm_in256_stats.npz"  # the usual name of ADM's statistics of ImageNet 256
 
@@ -187,7 +187,7 @@ def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWri
         figures = sample_and_measure(run, model, path, cfg, temperature, {"epoch": epoch, "ema": not args.no_ema})
         scalars |= {f"eval/{key}-{name}": value for key, value in figures.items() if key in TITLES}
         if writer is not None:
-            writer.add_image(f"samples/{name}", np.asarray(Image.open(f"{path}.png")), epoch + 1, dataformats="HWC")
+            writer.add_image(f"samples/{name}", np.asarray(read_image(f"{path}.png")), epoch + 1, dataformats="HWC")
     if writer is not None:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, epoch + 1)

@@ -211,7 +211,7 @@ def read_start(args: argparse.Namespace) -> Start:
 
 
 def load_tokenizer(
-    args: argparse.Namespace, splits: Sequence[str], start: Start
+    args: argparse.Namespace, defaults: argparse.Namespace, splits: Sequence[str], start: Start
 ) -> tuple[AutoencoderKL | None, Tokenizer]:
     """The tokenizer, None where cached moments are enough, and its description, by itself or by the caches.
 
@@ -220,7 +220,7 @@ def load_tokenizer(
     """
     vae, found = None, []
     roots = [data_root(args, split) for split in splits]
-    named = args.vae_path != get_args_parser().get_default("vae_path")
+    named = args.vae_path != defaults.vae_path
     needed = args.evaluate or args.online_eval or not args.use_cached
     factor = start.config.get("latent_factor", KL16_LATENT_FACTOR)
     if needed and not named and not math.isclose(factor, KL16_LATENT_FACTOR, rel_tol=1e-6) and start.use != FINETUNE:
@@ -229,12 +229,13 @@ def load_tokenizer(
     if needed or named:
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         found.append(Tokenizer(vae.config, latent_factor, args.vae_path))
+    sha = fingerprint(vae) if vae is not None and args.use_cached else None
     for root in roots if args.use_cached else ():
         metadata = cache_metadata(root)
         found.append(Tokenizer(*checkpoint.tokenizer_of(metadata, root), root))
         if not found[0].same_factor(found[-1].latent_factor):
             differing = "latent factors"
-        elif vae is not None and metadata.get("vae_sha256") not in (None, fingerprint(vae)):
+        elif sha is not None and metadata.get("vae_sha256", sha) != sha:
             differing = "weights"
         else:
             continue
@@ -321,8 +322,9 @@ def main() -> None:
         measuring = args.evaluate or args.evaluate_nll
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)
-        vae, tokenizer = load_tokenizer(args, splits, start)
-        config = resolve(args, get_args_parser().parse_args([]), SIZES, MASKED_SIZES, tokenizer, start)
+        defaults = get_args_parser().parse_args([])
+        vae, tokenizer = load_tokenizer(args, defaults, splits, start)
+        config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, start)
         if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
         data, classes = {}, start.config.get("class_names") if measuring else None

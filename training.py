@@ -69,7 +69,7 @@ def train_epochs(
 
 
 def dry_run(
-    state: TrainingState, loader: DataLoader, vae: AutoencoderKL | None, latent_factor: float, args: Namespace
+    state: TrainingState, loader: DataLoader, vae: AutoencoderKL | None, latent_factor: float | None, args: Namespace
 ) -> None:
     """Takes two steps and logs what a run needs: seconds, hours, memory, the size of a checkpoint. Writes nothing."""
     batches = list(islice(loader, args.accum_iter))

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine_tokenbridge import channel_statistics
 from models.pipeline import decode_images
 from models.quantizer import QUANTIZERS, ScalarQuantizer
-from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, check_head_options
+from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions, check_head_options
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import checkpoint, errors, misc
@@ -171,15 +171,12 @@ def sample(
     """Images as bytes ``[N, 3, H, W]``, and maps of the confidence of their tokens as pictures of the same size."""
     (vae, latent_factor), images, maps = tokenizer, [], []
     seeds = image_seeds(args.gen_seed, range(len(labels)))
+    options = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__} | {"order": order}
     for start in range(0, len(labels), args.batch_size):
         part = slice(start, start + args.batch_size)
+        given = {"labels": torch.tensor(labels[part]), "seeds": seeds[part]}
         with misc.autocast(model.device, args.precision):
-            latents, confidence = model.sample_tokens(
-                len(labels[part]), args.num_iter, args.cfg, args.cfg_schedule, torch.tensor(labels[part]),
-                args.temperature, seeds=seeds[part], order=order, confidence_noise=args.confidence_noise,
-                return_confidence=True, first_place=args.first_place, head_steps=args.head_steps,
-                head_order=args.head_order,
-            )  # fmt: skip
+            latents, confidence = model.sample_tokens(len(labels[part]), **given, **options, return_confidence=True)
         images.append(decode_images(vae, latents / latent_factor, args.precision))
         grids = confidence.unflatten(1, (model.grid_size, -1)).cpu()
         maps.append(confidence_maps(grids, images[-1].shape[-1]))

@@ -122,9 +122,4 @@ class SampleFolder:
     def write_npz(self, images: PlainImages) -> None:
         """Writes all images as ``arr_0``, uint8 ``[N, H, W, 3]``, as ADM's evaluator reads them."""
         with written_whole(f"{self}.npz") as file:
-            np.savez(
-                file,
-                arr_0=np.stack(
-                    [image.permute(1, 2, 0).numpy() for image in map(images.__getitem__, range(len(images)))]
-                ),
-            )
+            np.savez(file, arr_0=np.stack([images[i].permute(1, 2, 0).numpy() for i in range(len(images))]))
