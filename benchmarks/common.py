@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def add_ways(parser: argparse.ArgumentParser, batch: int, what: str) -> None:
     ways = "the release's way, and precisions of ours: fp32, bf16, fp16"
     parser.add_argument("--ways", nargs="+", default=["release", "fp32", "bf16"], help=ways)
     parser.add_argument("--heads", nargs="+", choices=("ar", "masked"), default=["ar", "masked"], help="of our models")
-    parser.add_argument("--compile", action="store_true", help="compile our models")
+    parser.add_argument("--compile", action="store_true", help="also measure our models compiled")
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -103,19 +104,22 @@ def compare_ways(name: str, prepare: Callable, args: argparse.Namespace, **colum
     """Measures each of ``args.ways``, ``release`` or a precision of ours with each of ``args.heads``: a row for each.
 
     Args:
-        prepare: takes ``args`` with the row's ``head``, whether the way is the release's, and the precision; returns
-            the function to measure and its number of floating-point operations. Must be a module's function: other
-            processes import it.
+        prepare: takes ``args`` with the row's ``head`` and ``compile``, whether the way is the release's, and the
+            precision; returns the function to measure and its number of floating-point operations. Must be a module's
+            function: other processes import it.
         columns: shown in every row.
     """
     hardware, rows, slow = machine(args.device), [], None
     runs = [(way, head) for way in args.ways for head in (["ar"] if way == "release" else args.heads)]
-    for way, args.head in runs:
+    compiled = [False, True] if args.compile else [False]
+    for (way, args.head), args.compile in product(runs, compiled):
+        if way == "release" and args.compile:
+            continue
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process has one peak of memory
             figures = pool.apply(measure_way, (prepare, args, way))
         release = way == "release"
         slow = figures["median_s"] if release else slow
-        ours = f"ours, masked head, {way}" if args.head == "masked" else f"ours, {way}"
+        ours = f"ours, {'masked head, ' * (args.head == 'masked')}{way}{', compiled' * args.compile}"
         row = {"way": "the release's, fp32" if release else ours, "model": args.model, "batch": args.batch}
         row |= {**columns, **figures, "ratio": slow / figures["median_s"] if slow and not release else None}
         rows.append(row)
