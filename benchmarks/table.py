@@ -45,8 +45,8 @@ def tables(device: str) -> str:
 def reached() -> dict[str, str]:
     """What was measured of each target of the README's first table, by the name of its place there."""
 
-    def rows(name: str) -> list[dict]:
-        return read_json(HERE / "results" / f"cpu-{name}.json")["rows"]
+    def rows(name: str, device: str = "cpu") -> list[dict]:
+        return read_json(HERE / "results" / f"{device}-{name}.json")["rows"]
 
     quantizer = [row["ratio"] for row in rows("quantizer") if row["way"] == "bucketize" and row["levels"] == 64]
     heads = {(row["way"], row["precision"], row["tokens"]): row for row in rows("head_speed")}
@@ -56,6 +56,7 @@ def reached() -> dict[str, str]:
     ranks = {row["way"]: row["ratio"] for row in rows("ranks")}
     ends = [row for row in rows("curves") if row["processes x batch x accumulation"] != "1 x 64 x 1"]
     memory = training["ours, bf16"]["peak_memory_gib"] * 2**30 / 1e9
+    cuda = {row["way"]: row["utilization"] for row in rows("training", "cuda")}
     return {
         "quantizer": " and ".join(f"{ratio:.1f}" for ratio in quantizer),
         "head": f"{head:.1f}",
@@ -64,6 +65,7 @@ def reached() -> dict[str, str]:
         "loader": f"{loader['packed, fp32', 0]:.1f} in one process, {loader['packed, fp32', 2]:.1f} with 2 workers",
         "ranks": f"{ranks['same batch a process']:.2f}, {ranks['same whole batch']:.2f}; runs of their own "
         f"{ranks['runs of their own']:.2f}",
+        "cuda_training": f"{cuda['ours, bf16, compiled']:.0%} compiled, {cuda['ours, bf16']:.0%} not",
         "curves": f"{max(abs(row['off_the_mean']) for row in ends):.4f} of {ends[0]['another_seed_within']:.4f}",
     }
 

@@ -239,7 +239,8 @@ def fid(c: Counts, a: argparse.Namespace) -> str:
 
 def sentences(c: Counts, a: argparse.Namespace) -> dict[str, str]:
     """The figures that stand in running text, by the name of their place."""
-    training = {row["way"]: row for row in read_json(ROOT / "benchmarks" / "results" / "cpu-training.json")["rows"]}
+    cpu, cuda = (read_json(ROOT / "benchmarks" / "results" / f"{device}-training.json") for device in ("cpu", "cuda"))
+    of_cpu, of_h200 = ({row["way"]: row["utilization"] for row in file["rows"]} for file in (cpu, cuda))
     large, a100, h100 = c.models["large"], *GPUS.values()
     days = {epochs: gpu_hours(large.training_flops(), a100, a, epochs) / 32 / 24 for epochs in (400, 800)}
     # 1 day and 11 hours on 16 H100s, cached, 400 epochs; MAR's own head is not counted.
@@ -247,7 +248,8 @@ def sentences(c: Counts, a: argparse.Namespace) -> dict[str, str]:
     mar = 3 * large.backbone_flops(masked) * 400 * a.images / (35 * 3600 * 16 * h100.bf16)
     return {
         "assumed": f"{a.utilization:.0%}",
-        "cpu": f"{training['ours, bf16']['utilization']:.0%}",
+        "cpu": f"{of_cpu['ours, bf16']:.0%}",
+        "h200": f"{cuda['machine']['matmul_tflops']['bf16'] * 1e12 / h100.bf16 * of_h200['ours, bf16, compiled']:.0%}",
         "mar": f"{mar:.0%}",
         "days": f"{days[400]:.1f} days ({days[800]:.1f} for 800 epochs) at a utilization of {a.utilization:.0%}",
     }
