@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import multiprocessing
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -17,9 +18,8 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.plan import DEFAULT, Experiments, Step, needed, plan
 from util.args import check_positive, new_parser
@@ -28,6 +28,7 @@ from util.errors import run as run_main
 from util.files import read_json, write_json
 from util.provenance import provenance
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 #: Imported once: commands are forked from a process that has them.
 PRELOADED = ["main_vae", "main_cache", "main_tokenbridge", "reconstruction", "tools.pack", "experiments.measures"]
@@ -188,6 +189,8 @@ class Runner:
             "device": self.device,
             "jobs": self.args.jobs,
             "training_seconds": training and round(training.content["seconds"], 1),
+            "output_dir": self.args.output_dir,
+            "data_path": self.args.data_path,
             "commands": commands_of(self.steps, step),
         }
         write_json(result_path(self.args, step.measures, seed), result)
@@ -218,24 +221,25 @@ def commands_of(steps: dict[str, Step], step: Step) -> list[str]:
     return [shown(each) for name, each in steps.items() if name in names]
 
 
-def without_device(commands: list[str]) -> list[str]:
-    """Command lines but for the device, which does not make other results of them."""
-    lines = [line.split(" ") for line in commands]
-    return [
-        " ".join(w for before, w in zip(["", *line], line, strict=False) if "--device" not in (before, w))
-        for line in lines
-    ]
+def comparable(commands: list[str], folder: str, source: str) -> list[str]:
+    """Command lines without what does not matter for their results: folder, source of the images, and device."""
+    lines = [re.sub(r" --device \S+", "", line) for line in commands]
+    return [line.replace(folder, "FOLDER").replace(f"--source {source} ", "--source SOURCE ") for line in lines]
+
+
+def is_there(steps: dict[str, Step], step: Step, args: argparse.Namespace) -> bool:
+    """Whether there is a result of ``step``, made by the same commands."""
+    path = result_path(args, step.measures, seed_of(step))
+    if not path.exists():
+        return False
+    before, commands = read_json(path), commands_of(steps, step)
+    made = comparable(before["commands"], before["output_dir"], before["data_path"])
+    return made == comparable(commands, args.output_dir, args.data_path)
 
 
 def missing(steps: dict[str, Step], args: argparse.Namespace) -> dict[str, Step]:
-    """The steps that lead to results which are not there yet, or were made by other commands."""
-    targets = []
-    for step in steps.values():
-        if step.measures:
-            path = result_path(args, step.measures, seed_of(step))
-            wanted = without_device(commands_of(steps, step))
-            if not path.exists() or without_device(read_json(path)["commands"]) != wanted:
-                targets.append(step.name)
+    """The steps that lead to results which are not there."""
+    targets = [step.name for step in steps.values() if step.measures and not is_there(steps, step, args)]
     names = needed(steps, targets)
     return {name: step for name, step in steps.items() if name in names}
 
