@@ -143,7 +143,7 @@ def image_folders(path: Path) -> dict[str, Path]:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What is measured, under ``images`` by the names of :func:`image_folders`; likelihoods where they were asked for."""
+    """What is measured: ``images`` by the names of :func:`image_folders`, and likelihoods where they were asked for."""
     net, real = load_net(args.features, device), all_images(args.reference).to(device)
     spaces = {"pixels": lambda images: pixels(images, args.gray), "features": net.features}
     found: dict[str, Any] = {"images": {}}
