@@ -33,7 +33,7 @@ def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Ca
     plan = sampling_plan(SamplingOptions(args.num_iter), model.seq_len)
     backbone = sum(2 * model.backbone_flops(step.masked) for step in plan)
     passes = DEFAULT_STEPS if args.head == "masked" else 1
-    return sample, args.batch * (backbone + model.seq_len * passes * model.token_flops())
+    return sample, args.batch * (backbone + model.seq_len * model.token_flops(passes))
 
 
 def main() -> None:

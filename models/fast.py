@@ -284,8 +284,8 @@ class FastChannelHead(FastHead, ChannelHead):
 
 class FastMaskedHead(FastHead, MaskedHead):
     def held_by_token(self) -> int:
-        """Elements of a token's modulation and activations in a block, and of its logits."""
-        return 10 * self.dim + 3 * self.channel_steps * self.classes
+        """Elements of a token's modulations, of its activations in a block, and of its logits."""
+        return (3 * self.depth + 10) * self.dim + 3 * self.channel_steps * self.classes
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ class MaskedBlock(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout)
         self.adaLN_modulation = ada_ln(dim, 3)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """``x [M, D]`` under its ``condition [M, D]``."""
-        shift, scale, gate = self.adaLN_modulation(condition).chunk(3, dim=-1)
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """``x [M, D]`` under its ``modulation [M, 3D]``."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)
         return x + gate * self.mlp(modulate(self.norm(x), shift, scale))
 
 
@@ -35,8 +35,8 @@ class MaskedHead(Head):
     """p(unknown channels | known channels, z), each unknown one on its own, whichever are known.
 
     Each channel step has an embedding of every class and one of "unknown". Their sum over sqrt(S) and the projected
-    feature make one vector, which passes through the blocks and conditions each of them; one linear layer gives the
-    logits of all steps. A token so costs one place a pass, not S, and a pass draws any number of channels. Drawn one
+    feature make one vector, which passes through the blocks; the feature conditions each of them, and one linear layer
+    gives the logits of all steps. A token so costs one place a pass, not S, and a pass draws any number of channels. Drawn one
     at a time, they have a joint distribution, as those of :class:`models.channel_head.ChannelHead` have; drawn at once,
     they are as independent as the parallel head's.
 
@@ -57,22 +57,32 @@ class MaskedHead(Head):
         self.masked_final = FinalLayer(self.dim)
         self.channel_heads = nn.Linear(self.dim, steps * self.classes)
 
-    def logits(self, projected: Tensor, seen: Tensor) -> Tensor:
+    def conditions(self, features: Tensor) -> list[Tensor]:
+        """Features ``[M, D]`` projected, and the modulations that follow: of each block ``[M, 3D]``, the last ``[M, 2D]``.
+
+        They depend on the feature alone, not on the known channels: a token's passes share them.
+        """
+        projected = self.condition_proj(features)
+        layers = (*self.masked_blocks, self.masked_final)
+        return [projected, *(layer.adaLN_modulation(projected) for layer in layers)]
+
+    def logits(self, conditions: list[Tensor], seen: Tensor) -> Tensor:
         """Logits ``[M, S, K]`` of all channel steps; those of an unknown one depend on the known ones alone.
 
         Args:
-            projected: features ``[M, D]`` after ``condition_proj``.
+            conditions: see :meth:`conditions`.
             seen: classes ``[M, S]`` in generation order, K where unknown.
         """
+        projected, *modulations, last = conditions
         rows = seen + (self.classes + 1) * torch.arange(self.channel_steps, device=seen.device)
         channels = F.embedding_bag(rows, self.token_embeddings.weight, mode="sum")
-        x = condition = projected + channels * self.channel_steps**-0.5
-        for block in self.masked_blocks:
+        x = projected + channels * self.channel_steps**-0.5
+        for block, modulation in zip(self.masked_blocks, modulations, strict=True):
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, use_reentrant=False)
+                x = checkpoint(block, x, modulation, use_reentrant=False)
             else:
-                x = block(x, condition)
-        x = self.masked_final(x, self.masked_final.adaLN_modulation(condition))
+                x = block(x, modulation)
+        x = self.masked_final(x, last)
         return self.channel_heads(x).unflatten(-1, (self.channel_steps, self.classes))
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -99,7 +109,7 @@ class MaskedHead(Head):
     def summed_loss(self, features: Tensor, given: Tensor) -> Tensor:
         """The sum over tokens of S times the mean cross-entropy of unknown steps, from features and :meth:`given`."""
         classes, seen = given.unbind(dim=1)
-        logits = self.logits(self.condition_proj(features), seen).flatten(0, 1).float()
+        logits = self.logits(self.conditions(features), seen).flatten(0, 1).float()
         losses = F.cross_entropy(logits, classes.flatten(), reduction="none").view_as(classes)
         unknown = seen == self.classes
         return self.channel_steps * (losses * unknown / unknown.sum(dim=1, keepdim=True)).sum()
@@ -112,10 +122,10 @@ class MaskedHead(Head):
             targets: classes ``[M, S]`` in generation order; each step sees those before it in ``order`` only.
             order: a permutation of ``range(S)``; by default the generation order itself.
         """
-        projected, seen = self.condition_proj(features), torch.full_like(targets, self.classes)
+        conditions, seen = self.conditions(features), torch.full_like(targets, self.classes)
         logits = {}
         for step in range(self.channel_steps) if order is None else order:
-            logits[step] = self.logits(projected, seen)[:, step]
+            logits[step] = self.logits(conditions, seen)[:, step]
             seen = torch.where(torch.arange(self.channel_steps, device=seen.device) == step, targets, seen)
         return torch.stack([logits[step] for step in range(self.channel_steps)], dim=1)
 
@@ -163,10 +173,10 @@ class MaskedHead(Head):
         order = torch.arange(steps, device=uniform.device).expand_as(uniform)
         if head_order in (None, "random"):
             order = places.argsort(dim=1)
-        projected, log_probs = self.condition_proj(features), torch.zeros(len(features), device=features.device)
+        conditions, log_probs = self.conditions(features), torch.zeros(len(features), device=features.device)
         seen = torch.full_like(order, self.classes)
         for first, last in pairwise(steps * i // passes for i in range(passes + 1)):
-            logits = self.logits(projected, seen).float()
+            logits = self.logits(conditions, seen).float()
             if head_order == "confidence":
                 # By distributions, not by what would be drawn: numbers left for later passes must stay uniform.
                 sure = logits.log_softmax(dim=-1).amax(dim=-1).masked_fill(seen < self.classes, -torch.inf)

@@ -286,17 +286,17 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         flops += 2 * (self.seq_len - num_masked) * self.token_dim * enc
         return flops + self._block_flops(c["decoder_depth"], dec, everything)
 
-    def token_flops(self) -> float:
-        """Operations of the head's forward pass for one token, counted as in :meth:`training_flops`.
+    def token_flops(self, passes: int = 1) -> float:
+        """Operations of the head for one token, counted as in :meth:`training_flops`.
 
-        Of the masked head, one pass: sampling takes ``head_steps`` of them.
+        ``passes`` is the number of ``head_steps`` that a masked head takes.
         """
         head, dim, steps = self.head, self.head.dim, self.head.channel_steps
         if isinstance(head, MaskedHead):
-            blocks = 2 * head.depth * (2 * self.config["mlp_ratio"] + 3) * dim**2
+            blocks = 2 * head.depth * (2 * self.config["mlp_ratio"] * passes + 3) * dim**2
         else:
             blocks = self._block_flops(head.depth, dim, steps, extra=6)
-        ends = self.config["decoder_embed_dim"] * dim + head.places * 2 * dim**2 + steps * dim * head.classes
+        ends = self.config["decoder_embed_dim"] * dim + head.places * 2 * dim**2 + passes * steps * dim * head.classes
         return blocks + 2 * ends
 
     def compile_blocks(self) -> None:

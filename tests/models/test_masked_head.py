@@ -28,7 +28,8 @@ def plain_logits(head: MaskedHead, feature: torch.Tensor, known: dict[int, int])
     """Logits ``[S, K]`` of one token, written out; ``known`` are classes by their step."""
     size = head.classes + 1
     rows = [head.token_embeddings.weight[step * size + known.get(step, size - 1)] for step in range(head.channel_steps)]
-    x = condition = head.condition_proj(feature) + sum(rows) / math.sqrt(head.channel_steps)
+    condition = head.condition_proj(feature)
+    x = condition + sum(rows) / math.sqrt(head.channel_steps)
     for block in head.masked_blocks:
         shift, scale, gate = block.adaLN_modulation(condition).chunk(3)
         x = x + gate * block.mlp(block.norm(x) * (1 + scale) + shift)
@@ -44,15 +45,15 @@ def plain_logits(head: MaskedHead, feature: torch.Tensor, known: dict[int, int])
 @torch.no_grad()
 def test_unknown_channels_depend_on_known_ones_alone():
     head = masked().head
-    projected = head.condition_proj(torch.randn(3, 32))
+    conditions = head.conditions(torch.randn(3, 32))
     targets, uniform = torch.randint(16, (3, 16)), torch.rand(3, 17)
     seen = head.given(targets, uniform)[:, 1]
-    logits = head.logits(projected, seen)
+    logits = head.logits(conditions, seen)
     assert logits.shape == (3, 16, 16)
     for row, (step, channel) in product(range(3), enumerate(head.generation_order)):
         changed = targets.clone()
         changed[row, channel] = (changed[row, channel] + 1) % 16
-        differs = (head.logits(projected, head.given(changed, uniform)[:, 1]) - logits).abs().amax(dim=2) > 1e-6
+        differs = (head.logits(conditions, head.given(changed, uniform)[:, 1]) - logits).abs().amax(dim=2) > 1e-6
         assert differs[row].all() == differs[row].any() == (seen[row, step] < 16)
         assert differs.any(dim=1).sum() <= 1
     assert 0 < (seen < 16).float().mean() < 1
@@ -189,9 +190,9 @@ def test_held_out_likelihood_follows_the_images_own_draws():
 def chain(head: MaskedHead, feature: torch.Tensor, sets: list[tuple[int, ...]]) -> torch.Tensor:
     """Probabilities of :func:`every_token` where ``sets`` of channel steps are drawn one after the other."""
     classes = head.given(every_token(head))[:, 0]
-    projected, seen, log_probs = head.condition_proj(feature), torch.full_like(classes, head.classes), 0.0
+    conditions, seen, log_probs = head.conditions(feature), torch.full_like(classes, head.classes), 0.0
     for wanted in map(list, sets):
-        logits = head.logits(projected, seen).log_softmax(dim=-1)
+        logits = head.logits(conditions, seen).log_softmax(dim=-1)
         log_probs = log_probs + logits.gather(-1, classes[..., None])[:, wanted, 0].sum(dim=1)
         seen = seen.clone()
         seen[:, wanted] = classes[:, wanted]
@@ -224,7 +225,7 @@ def test_tokens_are_drawn_from_the_product_of_their_steps(steps, order):
 def test_one_step_draws_all_channels_independently():
     head = masked(**FEW).head
     feature = torch.randn(1, 32)
-    alone = head.logits(head.condition_proj(feature), torch.full((1, 4), 3))[0].softmax(dim=-1)
+    alone = head.logits(head.conditions(feature), torch.full((1, 4), 3))[0].softmax(dim=-1)
     tokens = every_token(head)
     product_of_all = torch.stack([alone[step, tokens[:, step]] for step in range(4)]).prod(dim=0)
     assert torch.allclose(chain(head, feature, [(0, 1, 2, 3)]), product_of_all, atol=1e-6)
