@@ -38,18 +38,21 @@ class FeatureNet(nn.Module):
         layers: list[nn.Module] = []
         for inputs, outputs, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2)):
             layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, WIDTH), nn.ReLU())
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, WIDTH))
         self.last = nn.Linear(WIDTH, classes)
         self.register_buffer("mean", torch.zeros(WIDTH))
         self.register_buffer("std", torch.ones(WIDTH))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]``."""
-        return self.last(self.body(images.float() / 127.5 - 1))
+        return self.last(self.body(images.float() / 127.5 - 1).relu())
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Standardized features ``[N, 64]`` of images ``[N, 3, H, W]`` on the network's device."""
+        """Standardized features ``[N, 64]``, before their ReLU, of images ``[N, 3, H, W]`` on the network's device.
+
+        After it some are 0 for nearly all images; divided by their deviations, a few images would decide any distance.
+        """
         return torch.cat([(self.body(part.float() / 127.5 - 1) - self.mean) / self.std for part in images.split(BATCH)])
 
     @torch.no_grad()
@@ -84,7 +87,7 @@ def train(net: FeatureNet, images: Tensor, labels: Tensor, args: argparse.Namesp
             schedule.step()
     net.eval()
     features = net.features(images)
-    net.mean, net.std = features.mean(0), features.std(0).clamp(min=1e-3)  # a feature may be 0 everywhere
+    net.mean, net.std = features.mean(0), features.std(0)
 
 
 def load_net(path: str | Path, device: torch.device) -> FeatureNet:

@@ -36,9 +36,9 @@ class MaskedHead(Head):
 
     Each channel step has an embedding of every class and one of "unknown". Their sum over sqrt(S) and the projected
     feature make one vector, which passes through the blocks; the feature conditions each of them, and one linear layer
-    gives the logits of all steps. A token so costs one place a pass, not S, and a pass draws any number of channels. Drawn one
-    at a time, they have a joint distribution, as those of :class:`models.channel_head.ChannelHead` have; drawn at once,
-    they are as independent as the parallel head's.
+    gives the logits of all steps. A token so costs one place a pass, not S, and a pass draws any number of channels.
+    Drawn one at a time, they have a joint distribution, as those of :class:`models.channel_head.ChannelHead` have; drawn
+    at once, they are as independent as the parallel head's.
 
     Args:
         config: see :class:`models.channel_head.Head`.
@@ -58,9 +58,9 @@ class MaskedHead(Head):
         self.channel_heads = nn.Linear(self.dim, steps * self.classes)
 
     def conditions(self, features: Tensor) -> list[Tensor]:
-        """Features ``[M, D]`` projected, and the modulations that follow: of each block ``[M, 3D]``, the last ``[M, 2D]``.
+        """Features ``[M, D]`` projected, then the modulations of each block ``[M, 3D]`` and of the last norm ``[M, 2D]``.
 
-        They depend on the feature alone, not on the known channels: a token's passes share them.
+        They depend on the feature alone, not on the known channels, so that a token's passes share them.
         """
         projected = self.condition_proj(features)
         layers = (*self.masked_blocks, self.masked_final)
