@@ -1,7 +1,6 @@
 """Runs the experiments of ``tables.yaml``: trains, samples and measures every row that has no result yet."""
 
 import argparse
-import ctypes
 import multiprocessing
 import os
 import re
@@ -10,6 +9,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
 from multiprocessing.connection import wait
@@ -61,10 +61,17 @@ def shown(step: Step) -> str:
 # One command.
 
 
+def end_with_runner() -> None:
+    """Waits for the end of the process that runs everything, and asks this one, its child, to stop: it may save."""
+    runner = multiprocessing.parent_process()
+    assert runner is not None
+    runner.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def execute(words: list[str], log: Path) -> None:
     """Runs ``python words`` in this process, forked for it; what it prints is added to ``log``."""
-    with suppress(AttributeError, OSError):  # where the runner is killed, this ends, too; on Linux
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    threading.Thread(target=end_with_runner, daemon=True).start()
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -129,8 +136,9 @@ class Runner:
         except KeyboardInterrupt:
             for _, process, _ in self.running.values():
                 process.terminate()
-            for sentinel in [*self.running]:
-                self.end(sentinel)
+            for step, process, started in self.running.values():
+                process.join()
+                self.records[step.name].add(time.perf_counter() - started, finished=process.exitcode == 0)
             raise
 
     def start_some(self, waiting: list[Step]) -> list[Step]:
