@@ -37,8 +37,8 @@ class MaskedHead(Head):
     Each channel step has an embedding of every class and one of "unknown". Their sum over sqrt(S) and the projected
     feature make one vector, which passes through the blocks; the feature conditions each of them, and one linear layer
     gives the logits of all steps. A token so costs one place a pass, not S, and a pass draws any number of channels.
-    Drawn one at a time, they have a joint distribution, as those of :class:`models.channel_head.ChannelHead` have; drawn
-    at once, they are as independent as the parallel head's.
+    Drawn one at a time, they have a joint distribution, as those of :class:`models.channel_head.ChannelHead` have;
+    drawn at once, they are as independent as the parallel head's.
 
     Args:
         config: see :class:`models.channel_head.Head`.
@@ -58,7 +58,7 @@ class MaskedHead(Head):
         self.channel_heads = nn.Linear(self.dim, steps * self.classes)
 
     def conditions(self, features: Tensor) -> list[Tensor]:
-        """Features ``[M, D]`` projected, then the modulations of each block ``[M, 3D]`` and of the last norm ``[M, 2D]``.
+        """Features ``[M, D]`` projected, then modulations of each block ``[M, 3D]`` and of the last norm ``[M, 2D]``.
 
         They depend on the feature alone, not on the known channels, so that a token's passes share them.
         """
