@@ -56,9 +56,10 @@ class FeatureNet(nn.Module):
         return torch.cat([(self.body(part.float() / 127.5 - 1) - self.mean) / self.std for part in images.split(BATCH)])
 
     @torch.no_grad()
-    def classify(self, images: Tensor) -> Tensor:
-        """The most probable class ``[N]`` of images ``[N, 3, H, W]``."""
-        return torch.cat([self(part).argmax(1) for part in images.split(BATCH)])
+    def accuracy(self, images: Tensor, labels: Tensor) -> float:
+        """The share of images ``[N, 3, H, W]`` that are classified as their ``labels [N]``."""
+        found = torch.cat([self(part).argmax(1) for part in images.split(BATCH)])
+        return (found == labels).double().mean().item()
 
 
 def read_images(data_path: str, split: str, img_size: int) -> tuple[Tensor, Tensor, int]:
@@ -123,7 +124,7 @@ def main() -> None:
         net = FeatureNet(classes).to(device)
         train(net, images.to(device), labels.to(device), args)
         held_out, truth, _ = read_images(args.data_path, "val", args.img_size)
-        accuracy = (net.classify(held_out.to(device)).cpu() == truth).double().mean().item()
+        accuracy = net.accuracy(held_out.to(device), truth.to(device))
         with written_whole(args.output) as file:
             torch.save(net.state_dict(), file)
         write_json(Path(args.output).with_suffix(".json"), {"accuracy": accuracy, "args": vars(args), **provenance()})

@@ -151,10 +151,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         made = all_images(folder).to(device)
         figures = {space: compare(of(made), of(real)) for space, of in spaces.items()}
         found["images"][name] = {"count": len(made), **figures}
-        if name != "images":  # samples, of all classes in turn
-            classes = len(net.last.bias)
-            labels = torch.arange(len(made), device=device) * classes // len(made)
-            found["images"][name]["recognized"] = (net.classify(made) == labels).double().mean().item()
     if args.resume and (Path(args.images) / "likelihood.json").exists():
         found |= likelihood(Path(args.images), args.resume, args.cached_val_path)
     results = next(Path(args.images).glob("*/results.json"), None)  # of a reconstruction

@@ -13,6 +13,7 @@ from util.files import read_json
 from util.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
+FLOOR_ROW = Row("training images, the floor", FLOOR, None, None)
 MARGIN = 0.1  # what is worse by no more than this share counts as no worse
 
 
@@ -96,12 +97,11 @@ def between(limits: tuple[float, float] | None, digits: int) -> str:
     return "-" if limits is None else f"{limits[0]:.{digits}f} to {limits[1]:.{digits}f}"
 
 
-def summary(values: Collection[float], digits: int) -> str | None:
-    """Mean, deviation and prediction interval; one value alone as it is, none as None."""
+def spread(values: Collection[float], digits: int) -> str | None:
+    """Mean and standard deviation; one value alone as it is, none as None."""
     if len(values) < 2:
         return f"{next(iter(values)):.{digits}f}" if values else None
-    mean, deviation = statistics.mean(values), statistics.stdev(values)
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f} ({between(interval(values, 1), digits)})"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def verdict(differences: Collection[float], expected: str, reference: float) -> str:
@@ -117,7 +117,7 @@ def verdict(differences: Collection[float], expected: str, reference: float) -> 
     limits = interval(signed, 0)
     if limits is not None and limits[0] * limits[1] > 0:
         return "holds" if limits[0] > 0 else "does not hold"
-    return f"cannot be told (so in {sum(value > 0 for value in signed)} of {len(signed)} seeds)"
+    return f"cannot be told; so in {sum(value > 0 for value in signed)} of {len(signed)}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -140,11 +140,23 @@ def row_table(results: Results, rows: Iterable[Row]) -> str:
     names = measured(results, shown)
     cells = []
     for row, cfg in shown:
-        spreads = [summary(results.values(row, name, cfg).values(), MEASURES[name].digits) for name in names]
-        paper = "{}, {}".format(*row.paper) if row.paper else None
-        cells.append([row.name, cfg.replace("images", "-") or None, seeds_of(results, row), *spreads, paper])
+        line = [row.name, cfg.replace("images", "") or None, seeds_of(results, row)]
+        for name in names:
+            values, digits = results.values(row, name, cfg).values(), MEASURES[name].digits
+            line.append(spread(values, digits) and f"{spread(values, digits)} ({between(interval(values, 1), digits)})")
+        cells.append([*line, "{}, {}".format(*row.paper) if row.paper else None])
     titles = [MEASURES[name].title for name in names]
     return markdown(["row", "guidance", "seeds: training, s", *titles, "paper: FID, IS"], cells)
+
+
+def short_table(results: Results, rows: Iterable[Row]) -> str:
+    """A table of means and deviations of Frechet distance, precision and recall at guidance scales 1 and 2."""
+    measures = [("frechet", "1"), ("frechet", "2"), ("precision", "1"), ("recall", "1")]
+    cells = []
+    for row in rows:
+        found = [(results.values(row, name, cfg).values(), MEASURES[name].digits) for name, cfg in measures]
+        cells.append([row.name, len(results.of(row)), *(spread(*each) for each in found)])
+    return markdown(["row", "seeds", *(f"{MEASURES[name].title}, guidance {cfg}" for name, cfg in measures)], cells)
 
 
 def seeds_of(results: Results, row: Row) -> str:
@@ -175,12 +187,13 @@ def beside(results: Results, committed: Results, rows: Iterable[Row]) -> str:
     return markdown(["row", "guidance", "seed", *(MEASURES[name].title for name in names)], cells)
 
 
-def finding_lines(results: Results, experiments: Experiments) -> list[list[str | None]]:
-    """What the findings of a file come to: claim, rows, measure, both means, difference with its interval, verdict."""
-    cells: list[list[str | None]] = []
+def finding_table(results: Results, experiments: Experiments) -> str:
+    """A table of what the findings of a file come to, over the seeds that both rows of each have."""
+    cells: list[list[Any]] = []
     for finding in experiments.content["findings"]:
         rows = {row.name: row for row in experiments.rows(finding["table"])}
-        pair, claim = [rows[name] for name in finding["rows"]], finding["claim"]
+        pair = [rows[name] for name in finding["rows"]]
+        told = [finding["claim"], " and ".join(f"{row.paper[0]:g}" for row in pair if row.paper) or None]
         for asked, expected in finding["measures"].items():
             name, _, cfg = asked.partition(" ")
             scales = [cfg or (f"{row.cfg:g}" if row.cfg else "") for row in pair]
@@ -190,20 +203,15 @@ def finding_lines(results: Results, experiments: Experiments) -> list[list[str |
                 continue
             means = [statistics.mean(values[seed] for seed in seeds) for values in (first, second)]
             differences, digits = [first[seed] - second[seed] for seed in seeds], measure.digits
-            title = measure.title + (f", guidance {cfg}" if cfg.isdigit() else "")
             cells.append(
                 [
-                    claim,
-                    f"{title}: {pair[0].name} {means[0]:.{digits}f}, {pair[1].name} {means[1]:.{digits}f}",
+                    *told,
+                    measure.title + (f", guidance {cfg}" if cfg.isdigit() else ""),
+                    " and ".join(f"{mean:.{digits}f}" for mean in means),
                     f"{means[0] - means[1]:+.{digits}f} ({between(interval(differences, 0), digits)})",
-                    str(len(seeds)),
+                    len(seeds),
                     verdict(differences, expected, means[1]),
                 ]
             )
-            claim = ""
-    return cells
-
-
-def floor() -> Row:
-    """The row of training images."""
-    return Row("training images, the floor", FLOOR, None, None)
+            told = ["", ""]
+    return markdown(["finding", "paper, FID", "measure", "means", "difference (95% interval)", "seeds", "here"], cells)

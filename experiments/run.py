@@ -22,6 +22,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.plan import DEFAULT, Experiments, Step, needed, plan
+from experiments.results import RESULTS, Results, beside
 from util.args import check_positive, new_parser
 from util.errors import UserError
 from util.errors import run as run_main
@@ -29,7 +30,6 @@ from util.files import read_json, write_json
 from util.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "experiments" / "results"
 #: Imported once: commands are forked from a process that has them.
 PRELOADED = ["main_vae", "main_cache", "main_tokenbridge", "reconstruction", "tools.pack", "experiments.measures"]
 FAILED_STATUS = 1
@@ -266,6 +266,17 @@ def fill_in(args: argparse.Namespace, experiments: Experiments) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def print_results(args: argparse.Namespace, experiments: Experiments) -> None:
+    """Prints what the seeds of this run have, beside the intervals that the committed results of others leave for it."""
+    ours = Results(args.results, args.scale, seeds=args.seeds)
+    others = Results(RESULTS, args.scale, without=args.seeds)
+    for table in args.tables:
+        title = experiments.content["tables"][table]["title"]
+        print(
+            f"\n{title}: values (95% prediction intervals)\n\n{beside(ours, others, experiments.rows(table))}", end=""
+        )
+
+
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
@@ -284,6 +295,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     runner = Runner(missing(steps, args), args)
     runner.run()
+    print_results(args, experiments)
     if runner.failed:
         count = f"{len(runner.failed)} of {runner.total}"
         print(f"{count} commands failed; the same command tries them again", file=sys.stderr)
