@@ -51,10 +51,14 @@ class Experiments:
             raise UserError(f"--scale {scale}: {path} has {', '.join(self.content['scales'])}")
         self.scale, self.commands = scale, self.content["scales"][scale]
 
-    def flags(self, part: str, name: str) -> str | None:
-        """The flags of an entry of ``runs``, ``samplings`` or ``reconstructions``; None where the scale has it not."""
+    def has(self, part: str, name: str) -> bool:
+        """Whether the scale has an entry of ``runs`` or ``samplings``."""
+        return isinstance(self.content[part][name], str) or self.scale in self.content[part][name]
+
+    def flags(self, part: str, name: str) -> str:
+        """The flags of an entry of ``runs``, ``samplings`` or ``reconstructions``."""
         flags = self.content[part][name]
-        return flags if isinstance(flags, str) else flags.get(self.scale)
+        return flags if isinstance(flags, str) else flags[self.scale]
 
     def rows(self, table: str) -> list[Row]:
         """The rows of a table that the scale has."""
@@ -65,7 +69,7 @@ class Experiments:
                 there, result = "reconstruction" in self.commands, f"reconstruction/{row['reconstruction']}"
             else:
                 sampling = row.get("sampling", "plain")
-                there = None not in (self.flags("runs", row["run"]), self.flags("samplings", sampling))
+                there = self.has("runs", row["run"]) and self.has("samplings", sampling)
                 result = f"{row['run']}/{sampling}"
             if there and self.scale in row.get("scales", [self.scale]):
                 found.append(Row(row["name"], result, row.get("cfg"), paper))

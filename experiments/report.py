@@ -61,7 +61,7 @@ def plots() -> dict[Path, Figure]:
         experiments, results = Experiments(DEFAULT, scale), Results(RESULTS, scale)
         for table in experiments.content["tables"]:
             rows = [row for row in experiments.rows(table) if results.of(row)]
-            if rows:
+            if len(rows) > 1:
                 found[RESULTS / scale / f"{table}.png"] = plot(results, rows)
     return found
 
@@ -75,10 +75,11 @@ def tables(scale: str) -> str:
     experiments, results, parts = Experiments(DEFAULT, scale), Results(RESULTS, scale), []
     for table, content in experiments.content["tables"].items():
         rows = experiments.rows(table)
-        if any(results.of(row) for row in rows):
+        if len(rows) > 1 and any(results.of(row) for row in rows):
             floor = [] if "reconstruction" in rows[0].result else [FLOOR_ROW]
-            picture = f"![{table}](results/{scale}/{table}.png)"
-            parts.append(f"### {content['title']}, {scale}\n\n{row_table(results, [*floor, *rows])}\n{picture}\n")
+            parts.append(f"### {content['title']}, {scale}\n\n{row_table(results, [*floor, *rows])}")
+            if (RESULTS / scale / f"{table}.png").exists():
+                parts.append(f"![{table}](results/{scale}/{table}.png)\n")
     return "\n".join(parts)
 
 

@@ -71,11 +71,12 @@ class Results:
         """A measure by seed, where the seed's result has it."""
         measure, values = MEASURES[name], {}
         for seed, content in self.of(row).items():
+            *groups, last = measure.keys
             part = content["images"].get(cfg, {}) if measure.of_images else content
-            for key in measure.keys:
-                part = part.get(key, {})
-            if part != {}:
-                values[seed] = part
+            for group in groups:
+                part = part.get(group, {})
+            if last in part:
+                values[seed] = part[last]
         return values
 
 
@@ -143,7 +144,10 @@ def row_table(results: Results, rows: Iterable[Row]) -> str:
         line = [row.name, cfg.replace("images", "") or None, seeds_of(results, row)]
         for name in names:
             values, digits = results.values(row, name, cfg).values(), MEASURES[name].digits
-            line.append(spread(values, digits) and f"{spread(values, digits)} ({between(interval(values, 1), digits)})")
+            known = interval(values, 1)
+            line.append(
+                spread(values, digits) if known is None else f"{spread(values, digits)} ({between(known, digits)})"
+            )
         cells.append([*line, "{}, {}".format(*row.paper) if row.paper else None])
     titles = [MEASURES[name].title for name in names]
     return markdown(["row", "guidance", "seeds: training, s", *titles, "paper: FID, IS"], cells)

@@ -118,7 +118,7 @@ class Runner:
         self.steps, self.args, self.folder = steps, args, Path(args.output_dir) / args.scale
         self.records = {name: Record(self.folder, step) for name, step in steps.items()}
         self.failed: dict[str, str] = {}  # why, by name
-        self.running: dict[int, tuple[Step, Any, float]] = {}  # by sentinel
+        self.running: dict[Any, tuple[Step, Any, float]] = {}  # by sentinel
         self.device = device_name(args.device)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
@@ -127,7 +127,11 @@ class Runner:
         """Runs all steps that have not finished; Ctrl-C and SIGTERM stop those that run, which save."""
         waiting = [step for step in self.steps.values() if not self.records[step.name].content["finished"]]
         self.total, self.done = len(waiting), 0
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # a shell's background job ignores the first, its commands do not
+            signal.signal(number, signal.default_int_handler)
         try:
             while waiting or self.running:
                 waiting = self.start_some(waiting)
@@ -164,7 +168,7 @@ class Runner:
         process.start()
         self.running[process.sentinel] = step, process, time.perf_counter()
 
-    def end(self, sentinel: int) -> None:
+    def end(self, sentinel: Any) -> None:
         """Notes that a step's process has ended, and writes the result if it has measured one."""
         step, process, started = self.running.pop(sentinel)
         process.join()
@@ -206,7 +210,7 @@ class Runner:
             shutil.rmtree(folder)  # a grid of some stays beside it
 
 
-def device_name(device: str | None) -> str:
+def device_name(device: str) -> str:
     """The name of the device that commands compute on, and of the CPU's cores."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -267,7 +271,7 @@ def fill_in(args: argparse.Namespace, experiments: Experiments) -> None:
 
 
 def print_results(args: argparse.Namespace, experiments: Experiments) -> None:
-    """Prints what the seeds of this run have, beside the intervals that the committed results of others leave for it."""
+    """Prints what this run's seeds have, beside the intervals in which the committed results expect them."""
     ours = Results(args.results, args.scale, seeds=args.seeds)
     others = Results(RESULTS, args.scale, without=args.seeds)
     for table in args.tables:

@@ -38,6 +38,8 @@ def main() -> None:
     with misc.processes("cpu"):
         check_positive(args, "ratio")
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
+        if not isinstance(vae, AutoencoderKL):
+            raise errors.UserError(f"{args.vae_path}: only tokenizers of main_vae.py and KL-16 have channels to scale")
         scales = torch.logspace(0, 1, vae.embed_dim, base=args.ratio)
         scales /= scales.square().mean().sqrt()  # equal channels keep their common deviation
         scale_channels(vae, scales)

@@ -12,7 +12,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += [ROOT / folder / "README.md" for folder in ("benchmarks", "experiments")]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 README_LINES = 250
 #: Flags in running text that are other programs'.
@@ -92,6 +93,7 @@ def all_parsers() -> list[argparse.ArgumentParser]:
     """Every parser of the project's programs, those of subcommands included."""
     modules = [path.stem for path in [*ROOT.glob("main_*.py"), ROOT / "reconstruction.py"]]
     modules += ["demo.generate"]
+    modules += [f"experiments.{name}" for name in ("run", "data", "features", "measures", "unequal")]
     modules += [f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"]
     modules += [
         f"benchmarks.{name}"

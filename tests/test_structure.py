@@ -12,7 +12,9 @@ from tests.conftest import ROOT
 
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 FILES = sorted(
-    path for folder in ("models", "util", "tools", "benchmarks", "demo") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("models", "util", "tools", "benchmarks", "demo", "experiments")
+    for path in (ROOT / folder).rglob("*.py")
 )
 FILES += [ROOT / f"{script}.py" for script in SCRIPTS]
 
@@ -65,7 +67,8 @@ def test_no_module_imports_itself_by_way_of_others(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_from_scripts_to_models_to_util(module):
     room = module.split(".")[0]
-    above = {"util": {"models", "tools", "benchmarks", *SCRIPTS}, "models": {"tools", "benchmarks", *SCRIPTS}}
+    top = {"tools", "benchmarks", "experiments", *SCRIPTS}
+    above = {"util": {"models", *top}, "models": top}
     wrong = {name for name in imports_of(module) if name.split(".")[0] in above.get(room, ())}
     assert not wrong
 
