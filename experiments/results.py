@@ -144,10 +144,8 @@ def row_table(results: Results, rows: Iterable[Row]) -> str:
         line = [row.name, cfg.replace("images", "") or None, seeds_of(results, row)]
         for name in names:
             values, digits = results.values(row, name, cfg).values(), MEASURES[name].digits
-            known = interval(values, 1)
-            line.append(
-                spread(values, digits) if known is None else f"{spread(values, digits)} ({between(known, digits)})"
-            )
+            known, text = interval(values, 1), spread(values, digits)
+            line.append(text if known is None else f"{text} ({between(known, digits)})")
         cells.append([*line, "{}, {}".format(*row.paper) if row.paper else None])
     titles = [MEASURES[name].title for name in names]
     return markdown(["row", "guidance", "seeds: training, s", *titles, "paper: FID, IS"], cells)

@@ -127,10 +127,8 @@ class Runner:
         """Runs all steps that have not finished; Ctrl-C and SIGTERM stop those that run, which save."""
         waiting = [step for step in self.steps.values() if not self.records[step.name].content["finished"]]
         self.total, self.done = len(waiting), 0
-        for number in (
-            signal.SIGINT,
-            signal.SIGTERM,
-        ):  # a shell's background job ignores the first, its commands do not
+        # A shell starts background jobs with SIGINT ignored; commands hear it all the same.
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         try:
             while waiting or self.running:

@@ -49,7 +49,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_failed_row_is_reported_and_the_others_go_on(whole):
-    folder, status, out, err = whole
+    folder, status, _, err = whole
     assert status == 1
     failures = [line for line in err.splitlines() if line.startswith("failed: ")]
     assert [line.split()[1] for line in failures] == [
