@@ -9,10 +9,15 @@ FOUND = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 NEWER = $(lastword $(shell printf '%s\n' $(NEEDED) $(FOUND) | sort -V))
 TOO_OLD = Python $(NEEDED) or newer is needed, $(PYTHON) is $(or $(FOUND),not there): try make PYTHON=python$(NEEDED)
 
-.PHONY: demo test test-slow soak format lock clean $(if $(SOUND),,$(VENV)/.installed)
+.PHONY: demo web test test-slow soak format lock clean $(if $(SOUND),,$(VENV)/.installed)
 
 demo: $(VENV)/.installed
 	$(RUN) demo/demo.py
+
+# A page that makes and edits digits, for a browser on this machine.
+web: $(VENV)/.installed
+	@test -e output/demo/checkpoint-last.pth || { echo "error: no model of digits yet: make demo trains it" >&2; exit 2; }
+	$(RUN) demo/web.py --resume output/demo
 
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 if __name__ == "__main__":
@@ -17,17 +18,34 @@ from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions
 from util import errors, misc
 from util.args import add_sampling_args, check_positive, check_range, new_parser
 from util.files import written_whole
+from util.images import png_settings
 
 GIF_SECONDS, LAST_FRAME = 4.0, 2.0  # all frames together, and the last one beyond that
+
+
+def add_model_args(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of :func:`load_pipeline`."""
+    text = "the model: a run's folder or file, an exported folder, owner/repo or hf://owner/repo/path"
+    parser.add_argument("--resume", default="", help=text)
+    text = "its tokenizer; by default the one beside the model, or the one that its run names"
+    parser.add_argument("--vae_path", help=text)
+    parser.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
+    parser.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    parser.add_argument("--precision", choices=misc.PRECISIONS, default="bf16", help="of autocast; fp32 means none")
+
+
+def load_pipeline(args: argparse.Namespace, device: torch.device) -> TokenBridgePipeline:
+    """The model and tokenizer that the flags name, on ``device``; UserError if there are none."""
+    if not args.resume:
+        raise errors.UserError("--resume is missing: name the model's folder or file")
+    ema = False if args.no_ema else None
+    return TokenBridgePipeline.from_pretrained(args.resume, args.vae_path, ema=ema, precision=args.precision).to(device)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    text = "the model: a run's folder or file, an exported folder, owner/repo or hf://owner/repo/path"
-    parser.add_argument("--resume", default="", help=text)
-    text = "its tokenizer; by default the one beside the model, or the one that its run names"
-    parser.add_argument("--vae_path", help=text)
+    add_model_args(parser)
     text = "names of class folders, ImageNet's names, or numbers; by default none: pictures of any class"
     parser.add_argument("--classes", nargs="+", help=text)
     parser.add_argument("--candidates", type=int, default=1, help="pictures of each class, the most likely first")
@@ -45,10 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.set_defaults(num_iter=64)
     how.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
     how.add_argument("--temperature", type=float, default=1.0, help="of every channel's distribution")
-    how.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
     how.add_argument("--batch_size", type=int, default=64, help="pictures at once, as --eval_bsz")
-    how.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
-    how.add_argument("--precision", choices=misc.PRECISIONS, default="bf16", help="of autocast; fp32 means none")
     parser.add_argument(
         "--output", default="generated.png", help="a PNG: a row of the classes, or a row of candidates for each class"
     )
@@ -61,8 +76,6 @@ def check_args(args: argparse.Namespace) -> None:
     check_positive(args, "candidates", "num_iter", "batch_size")
     check_range(args, 0, 2**32 - args.candidates, "seed")
     check_range(args, 0, math.inf, "gen_seed", "cfg", "temperature", "confidence_noise")
-    if not args.resume:
-        raise errors.UserError("--resume is missing: name the model's folder or file")
     if Path(args.output).suffix.lower() != ".png":
         raise errors.UserError(f"--output {args.output}: the picture is a .png")
     if args.mask and args.outpaint is not None:
@@ -93,28 +106,27 @@ def main() -> None:
     args = get_args_parser().parse_args()
     with misc.processes(args.device) as device:
         check_args(args)
-        ema = False if args.no_ema else None
-        pipe = TokenBridgePipeline.from_pretrained(args.resume, args.vae_path, ema=ema, precision=args.precision)
-        pipe.to(device)
+        pipe = load_pipeline(args, device)
         image, mask = args.image, args.mask
         if args.outpaint is not None:
             image, mask = outpainted(image, pipe.model.config["img_size"], args.outpaint)
         names = (*SamplingOptions.__dataclass_fields__, "strength", "gen_seed", "batch_size")
-        options = {name: getattr(args, name) for name in names}
+        given = {name: getattr(args, name) for name in names}
         frames: list[list[Image.Image]] = []
-        if args.gif:
-            options["callback"] = lambda step, steps, images: frames.append(images)
+        callback = (lambda step, steps, images: frames.append(images)) if args.gif else None
         classes, count = args.classes or [None], args.candidates
         seeds = list(range(args.seed, args.seed + count)) * len(classes)
         labels = args.classes and [label for label in classes for _ in range(count)]
-        made = pipe(labels, seeds=seeds, image=image, mask_image=mask, **options)
+        made = pipe(labels, seeds=seeds, image=image, mask_image=mask, callback=callback, **given)
         # Of each class, the most likely first.
         scores = made.log_likelihoods
         order = sorted(range(len(seeds)), key=lambda row: (row // count, -scores[row]))
         columns = count if count > 1 else len(classes)
         written = Path(args.output)
+        in_order = made.part(order)
+        asked = {**given, "class_labels": in_order.labels, "seeds": in_order.seeds}
         with written_whole(written) as file:
-            side_by_side([made.images[row] for row in order], columns).save(file, "png")
+            side_by_side(in_order.images, columns).save(file, "png", pnginfo=png_settings(asked))
         if args.gif:
             sheets = [side_by_side([images[row] for row in order], columns) for images in frames]
             write_gif(sheets, written.with_suffix(".gif"))

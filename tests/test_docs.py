@@ -92,7 +92,7 @@ def parser_of(module: str) -> argparse.ArgumentParser:
 def all_parsers() -> list[argparse.ArgumentParser]:
     """Every parser of the project's programs, those of subcommands included."""
     modules = [path.stem for path in [*ROOT.glob("main_*.py"), ROOT / "reconstruction.py"]]
-    modules += ["demo.generate"]
+    modules += ["demo.generate", "demo.web"]
     modules += [f"experiments.{name}" for name in ("run", "data", "features", "measures", "unequal")]
     modules += [f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"]
     modules += [

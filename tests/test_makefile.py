@@ -109,6 +109,15 @@ def test_new_pins_are_installed_into_the_environment_that_is_there(checkout):
     assert checkout.make("demo")[0] == 2 and not (checkout.venv / ".installed").exists()
 
 
+def test_the_page_needs_the_demos_model(checkout):
+    status, said, _ = checkout.make("web", f"PYTHON={checkout.python('3.12')}")
+    assert status == 2 and said.splitlines()[0] == "error: no model of digits yet: make demo trains it"
+    (checkout.folder / "output" / "demo").mkdir(parents=True)
+    (checkout.folder / "output" / "demo" / "checkpoint-last.pth").touch()
+    status, _, calls = checkout.make("web")
+    assert status == 0 and calls[-1] == "demo/web.py --resume output/demo"
+
+
 def test_clean_keeps_results(checkout):
     for name in (".venv", "output"):
         (checkout.folder / name).mkdir()

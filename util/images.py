@@ -1,6 +1,7 @@
-"""Images: conversion to bytes, files and grids; similarity of two images."""
+"""Images: conversion to bytes, files and grids; settings within PNGs; similarity of two images."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,15 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from util.errors import UserError
 from util.files import written_whole
 from util.misc import barrier, is_main_process
+
+SETTINGS = "tokenbridge"  # keyword of the text in PNGs
 
 
 def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
@@ -25,6 +30,25 @@ def save_png(image: Tensor, path: str | Path) -> None:
     """Writes bytes ``[3, H, W]`` as a PNG, whole or not at all."""
     with written_whole(path) as file:
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, format="png")
+
+
+def png_settings(settings: Mapping[str, Any]) -> PngInfo:
+    """What to save a PNG with (``pnginfo``), so that it holds the arguments of the pipeline that made it, as JSON."""
+    info = PngInfo()
+    info.add_text(SETTINGS, json.dumps(settings))
+    return info
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that a PNG of :func:`png_settings` holds; UserError if it holds none."""
+    try:
+        with Image.open(path) as image:
+            settings = json.loads(image.info[SETTINGS])
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError, Image.DecompressionBombError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no settings: choose a PNG that this project made and no other program has saved")
+    return settings
 
 
 def empty_of_images(folder: str | Path) -> None:
