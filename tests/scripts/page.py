@@ -128,6 +128,8 @@ class Visitor:
         while not re.match(status, self.status()):
             assert time.monotonic() < end, f"waited for {status!r}, was told {self.status()!r}"
             self.page.wait_for_timeout(50)
+        if status.startswith("Made"):
+            self.page.wait_for_selector("#picture img[src*=class-]")
         return self.status()
 
     def told(self) -> str:
@@ -141,7 +143,9 @@ class Visitor:
     def picture(self, of: str = "picture") -> np.ndarray:
         """The picture that is shown."""
         source = self.page.locator(f"#{of} img").get_attribute("src")
-        return pixels(io.BytesIO(self.page.request.get(source).body()))
+        answer = self.page.request.get(source)
+        assert answer.ok, (answer.status, answer.text(), source)
+        return pixels(io.BytesIO(answer.body()))
 
     def hand(self, button: str, path) -> None:
         """Uploads a file."""
@@ -164,6 +168,7 @@ class Visitor:
         self.page.wait_for_timeout(500)  # as long as a person takes
         self.page.keyboard.press("ArrowDown")
         self.page.keyboard.press("Enter")
+        self.page.wait_for_timeout(100)
 
     def draw(self, top: float, bottom: float) -> None:
         """Draws on the picture from side to side, between shares of its height."""

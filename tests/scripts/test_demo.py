@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -72,6 +74,16 @@ def test_covered_halves_of_held_out_digits_are_completed(demo, tmp_path):
     assert np.array_equal(other[:, :8], originals[:, :8])
     assert (other[:, 8:] != right[:, 8:]).any(axis=(1, 2, 3)).all()
     assert (recognized == digits).mean() < 0.5
+
+
+@pytest.mark.slow
+def test_the_tour_runs_from_top_to_bottom(demo):
+    notebook = nbformat.read(ROOT / "demo" / "tour.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # none are kept in the file
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "demo")}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
+    assert "upper half unchanged: True" in "".join(output.get("text", "") for output in outputs)
 
 
 def lloyd_max_error(values: torch.Tensor, levels: int) -> float:

@@ -181,6 +181,7 @@ def test_two_visitors_at_once_get_what_each_asked_for(visit, site):
     site.go_on()
     for seed, (visitor, label) in enumerate(zip(visitors, (1, 3), strict=True)):
         visitor.until(f"Made: seed {seed}")
+        assert f"class-{label}-seed-{seed}.png" in visitor.page.locator("#picture img").get_attribute("src")
         assert np.array_equal(visitor.picture(), site.pixels(label, seeds=seed))
 
 
