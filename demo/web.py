@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import queue
 import random
 import socket
@@ -29,8 +30,9 @@ from util.images import confidence_maps, png_settings, read_settings
 try:
     import gradio as gr
     from gradio.processing_utils import save_file_to_cache
-except ImportError as error:
-    raise SystemExit("error: the page needs a package that is not installed: pip install gradio") from error
+except ImportError:
+    print("error: the page needs a package that is not installed: pip install gradio", file=sys.stderr)
+    sys.exit(2)
 
 MAX_PICTURES, MAX_WAITING = 16, 32  # of one request; requests that wait
 MAX_UPLOAD = 20 * 2**20  # bytes
@@ -202,14 +204,6 @@ def named(error: UserError, path: str) -> gr.Error:
 # The page.
 
 
-class Controls(NamedTuple):
-    """What is made."""
-
-    label: gr.Dropdown
-    seed: gr.Number
-    count: gr.Slider
-
-
 class Results(NamedTuple):
     """What one sees."""
 
@@ -228,7 +222,7 @@ def class_choices(names: Sequence[str]) -> list[tuple[str, int]]:
     return [("any class", ANY), *((name, label) for label, name in enumerate(told))]
 
 
-def add_controls(pipe: TokenBridgePipeline) -> Controls:
+def add_controls(pipe: TokenBridgePipeline) -> tuple[gr.Dropdown, gr.Number, gr.Slider]:
     """Adds what is made: class, seed, number of pictures."""
     label = gr.Dropdown(
         class_choices(pipe.class_names), value=0, label="Class", info="Type to search", allow_custom_value=True,
@@ -238,7 +232,7 @@ def add_controls(pipe: TokenBridgePipeline) -> Controls:
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120, elem_id="seed")
         count = gr.Slider(1, MAX_PICTURES, 1, step=1, label="Pictures", min_width=120, elem_id="count")
     gr.Button("Another seed", size="sm").click(lambda: random.randrange(2**32 - MAX_PICTURES), None, seed, **QUICK)
-    return Controls(label, seed, count)
+    return label, seed, count
 
 
 def add_sampling(pipe: TokenBridgePipeline) -> list[gr.components.Component]:
@@ -371,8 +365,9 @@ def choose(shown: list[Shown], chosen: gr.SelectData) -> tuple:
     return show(shown, chosen.index)
 
 
-def build(pipe: TokenBridgePipeline) -> gr.Blocks:
-    """The page of a model."""
+def build(pipe: TokenBridgePipeline, folder: str) -> gr.Blocks:
+    """The page of a model; its files lie in ``folder``, which no other server may use."""
+    os.environ["GRADIO_TEMP_DIR"] = folder
     size = pipe.model.config["img_size"]
     with gr.Blocks(title="TokenBridge", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
         gr.Markdown(
@@ -381,7 +376,7 @@ def build(pipe: TokenBridgePipeline) -> gr.Blocks:
         source = gr.State(None, time_to_live=KEPT)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                controls = add_controls(pipe)
+                label, seed, count = add_controls(pipe)
                 with gr.Tabs() as tabs:
                     with gr.Tab("Generate", id="generate"):
                         generate = gr.Button("Generate", variant="primary", elem_id="generate")
@@ -391,8 +386,8 @@ def build(pipe: TokenBridgePipeline) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320):
                 results, cancel = add_results()
         sampling = add_sampling(pipe)
-        maker = Maker(pipe, results.picture.GRADIO_CACHE)
-        how = [controls.label, controls.seed, controls.count, *sampling]
+        maker = Maker(pipe, folder)
+        how = [label, seed, count, *sampling]
         common = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
         look = {"scroll_to_output": True, "show_progress": "minimal", "show_progress_on": results.status}
         running = [
@@ -402,7 +397,7 @@ def build(pipe: TokenBridgePipeline) -> gr.Blocks:
         cancel.click(lambda: "Cancelled", None, results.status, cancels=running, **QUICK)
         upload.upload(maker.opened, upload, [source, editor], **QUICK)
         area.input(maker.covered, [source, area], editor, **QUICK)
-        load.upload(maker.settings, load, [controls.label, controls.seed, *sampling], **QUICK)
+        load.upload(maker.settings, load, [label, seed, *sampling], **QUICK)
         one = [results.status, results.picture, results.confidence, results.download, results.again]
         results.gallery.select(choose, results.made, one, **QUICK)
         results.again.click(
@@ -442,7 +437,9 @@ def main() -> None:
     with misc.processes(args.device) as device:
         check_range(args, 1, 65535, "port")
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, whoever opens an image
-        launch(build(load_pipeline(args, device)), args.host, args.port)
+        pipe = load_pipeline(args, device)
+        with tempfile.TemporaryDirectory() as folder:
+            launch(build(pipe, folder), args.host, args.port)
 
 
 if __name__ == "__main__":

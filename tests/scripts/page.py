@@ -7,10 +7,12 @@ import io
 import re
 import shutil
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +38,7 @@ def free_port() -> int:
 class Site:
     """A served page of a tiny model, which takes a step when it may."""
 
-    def __init__(self):
+    def __init__(self, folder: Path):
         model = filled(tokenbridge_tiny(**SIZES))
         model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
         self.pipe = TokenBridgePipeline(model, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5, "fp32")
@@ -53,7 +55,7 @@ class Site:
             return sample(*args, on_step=stepped, **options)
 
         model.sample_tokens = sample_tokens
-        self.page = web.build(self.pipe)
+        self.page = web.build(self.pipe, str(folder))
         web.launch(self.page, "127.0.0.1", free_port(), block=False)
         self.url = self.page.local_url
 
@@ -179,13 +181,14 @@ class Visitor:
         for share in np.linspace(top - 0.5, bottom - 0.5, 4):
             self.page.mouse.move(middle[0] - side / 2, middle[1] + side * share)
             self.page.mouse.down()
-            self.page.mouse.move(middle[0] + side / 2, middle[1] + side * share, steps=20)
+            self.page.mouse.move(middle[0] + side / 2, middle[1] + side * share, steps=8)
             self.page.mouse.up()
 
 
 def main() -> None:
     """Writes docs/page.png and docs/page_phone.png."""
-    page = web.build(TokenBridgePipeline.from_pretrained(ROOT / "output" / "demo"))
+    folder = tempfile.TemporaryDirectory()
+    page = web.build(TokenBridgePipeline.from_pretrained(ROOT / "output" / "demo"), folder.name)
     web.launch(page, "127.0.0.1", free_port(), block=False)
     with chromium() as browser:
         for name, width, height in (("page", 1200, 1000), ("page_phone", 390, 844)):
@@ -207,6 +210,7 @@ def main() -> None:
             visitor.page.wait_for_timeout(500)
             visitor.page.screenshot(path=ROOT / "docs" / f"{name}.png")
     page.close()
+    folder.cleanup()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """demo/web.py: the page in a real browser, headless Chromium; and its command."""
 
 import json
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -15,7 +16,7 @@ from PIL import Image
 from demo import web
 from tests.conftest import ROOT
 from tests.scripts.conftest import pixels
-from tests.scripts.page import Site, Visitor, chromium, free_port
+from tests.scripts.page import SECONDS, Site, Visitor, chromium, free_port
 from tests.scripts.test_generate import bomb
 from util.images import read_settings
 
@@ -24,8 +25,8 @@ from util.images import read_settings
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Site]:
-    site = Site()
+def served(tmp_path_factory) -> Iterator[Site]:
+    site = Site(tmp_path_factory.mktemp("served"))
     yield site
     site.page.close()
 
@@ -311,8 +312,10 @@ def test_the_command_serves_to_this_machine_alone(weights, vae_path, refused, tm
                 f"0100007F:{port:04X}"
             ]
             assert "Address already in use" in refused("demo.web", f"{model} --port {port}")
+            server.send_signal(signal.SIGINT)
+            assert server.wait(SECONDS) == 0
         finally:
-            server.terminate()
+            server.kill()
     for flags, says in {
         "--resume nowhere": "nowhere is no file or folder here",
         f"--resume {tmp_path}/weights": "has no tokenizer beside it",
@@ -321,3 +324,9 @@ def test_the_command_serves_to_this_machine_alone(weights, vae_path, refused, tm
         f"{model} --host 192.0.2.1": "cannot serve on 192.0.2.1",
     }.items():
         assert says in refused("demo.web", f"{flags} --device cpu"), flags
+
+
+def test_the_package_that_may_be_missing_is_named():
+    code = "import sys; sys.modules['gradio'] = None; import demo.web"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "pip install gradio" in done.stderr
