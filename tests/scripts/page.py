@@ -202,7 +202,7 @@ def main() -> None:
                 visitor.click("again")
                 visitor.page.wait_for_selector("#editor canvas")
                 visitor.page.wait_for_timeout(1000)
-                visitor.draw(0.55, 0.9)
+                visitor.draw(0.65, 0.92)
                 visitor.choose("class", "9")
                 visitor.click("edit")
                 visitor.page.wait_for_timeout(3000)

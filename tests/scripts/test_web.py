@@ -214,14 +214,14 @@ def test_a_picture_is_edited_under_a_drawn_mask_the_likeliest_first(visit, site,
     visitor.page.wait_for_selector("#editor canvas")
     visitor.page.wait_for_timeout(1000)
     visitor.draw(0.75, 0.95)
-    visitor.set("count", 3)
+    visitor.set("count", 5)
     visitor.click("edit")
     visitor.until("Made")
     made = visitor.picture()
     changed = (made != original).any(axis=(1, 2))
     assert not changed[:8].any() and changed[13:15].all()
     scores = [float(text.split()[2]) for text in visitor.page.locator("#gallery .caption-label").all_inner_texts()]
-    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    assert len(scores) == 5 and scores == sorted(scores, reverse=True)
     visitor.download(tmp_path / "out.png")
     assert np.array_equal(pixels(tmp_path / "out.png"), made)
 
