@@ -1,4 +1,4 @@
-"""Writes the tables of ``benchmarks/README.md`` and ``docs/training.md`` from the files in ``benchmarks/results``."""
+"""Writes the figures of ``benchmarks/README.md`` and of pages in ``docs/`` from the files in ``benchmarks/results``."""
 
 from pathlib import Path
 
@@ -42,12 +42,36 @@ def tables(device: str) -> str:
     return "\n".join(parts)
 
 
+def rows(name: str, device: str = "cpu") -> list[dict]:
+    """The rows that a benchmark measured."""
+    return read_json(HERE / "results" / f"{device}-{name}.json")["rows"]
+
+
+def masked_head() -> dict[str, str]:
+    """What docs/variants.md tells of the masked head's speed against the autoregressive one's, by place."""
+    cpu, cuda = ({row["way"]: row for row in rows("training", device)} for device in ("cpu", "cuda"))
+    seconds = {(row["way"], row["precision"], row["tokens"]): row["median_s"] for row in rows("head_speed")}
+    tokens = sorted({key[2] for key in seconds})
+
+    def pair(table: dict[str, dict], key: str, ways: str = "bf16", form: str = ".1f") -> str:
+        return ", not ".join(f"{table[f'ours, {head}{ways}'][key]:{form}}" for head in ("masked head, ", ""))
+
+    def times(precision: str, of: str) -> list[float]:
+        return [seconds[of, precision, n] / seconds["masked head, head_steps 4", precision, n] for n in tokens]
+
+    mar = [ratio for precision in ("bf16", "fp32") for ratio in times(precision, "diffusion head (MAR), 100 steps")]
+    faster = {p: ", ".join(f"{ratio:.1f}" for ratio in times(p, "channel head")) for p in ("bf16", "fp32")}
+    return {
+        "masked_training": f"{pair(cpu, 'median_s')} s, and {pair(cpu, 'peak_memory_gib')} GiB",
+        "masked_cuda": f"{pair(cuda, 'median_s', form='.2f')} s, compiled "
+        f"{pair(cuda, 'median_s', 'bf16, compiled', '.2f')}, and {pair(cuda, 'peak_memory_gib')} GiB",
+        "masked_head": f"{faster['bf16']} times faster in bf16, {faster['fp32']} times in fp32, and {min(mar):.0f} to "
+        f"{max(mar):.0f} times faster than MAR's diffusion head does with 100 steps",
+    }
+
+
 def reached() -> dict[str, str]:
     """What was measured of each target of the README's first table, by the name of its place there."""
-
-    def rows(name: str, device: str = "cpu") -> list[dict]:
-        return read_json(HERE / "results" / f"{device}-{name}.json")["rows"]
-
     quantizer = [row["ratio"] for row in rows("quantizer") if row["way"] == "bucketize" and row["levels"] == 64]
     heads = {(row["way"], row["precision"], row["tokens"]): row for row in rows("head_speed")}
     head = heads["channel head", "fp32", 64]["times faster than recomputing"]
@@ -87,8 +111,12 @@ def main() -> None:
     for device in ("cpu", "cuda"):
         text = fill(text, device, f"\n{tables(device)}")
     write_text(path, text)
-    path = HERE.parent / "docs" / "training.md"
-    write_text(path, fill(path.read_text(), "memory", f"\n{memory()}"))
+    docs = HERE.parent / "docs"
+    for name, values in {"training": {"memory": f"\n{memory()}"}, "variants": masked_head()}.items():
+        text = (docs / f"{name}.md").read_text()
+        for place, value in values.items():
+            text = fill(text, place, value)
+        write_text(docs / f"{name}.md", text)
 
 
 if __name__ == "__main__":
