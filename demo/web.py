@@ -5,6 +5,7 @@ import math
 import os
 import queue
 import random
+import signal
 import socket
 import sys
 import tempfile
@@ -436,6 +437,7 @@ def main() -> None:
     args = get_args_parser().parse_args()
     with misc.processes(args.device) as device:
         check_range(args, 1, 65535, "port")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # removes visitors' pictures, as Ctrl-C does
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, whoever opens an image
         pipe = load_pipeline(args, device)
         with tempfile.TemporaryDirectory() as folder:

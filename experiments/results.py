@@ -14,7 +14,6 @@ from util.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 FLOOR_ROW = Row("training images, the floor", FLOOR, None, None)
-MARGIN = 0.1  # what is worse by no more than this share counts as no worse
 
 
 class Measure(NamedTuple):
@@ -23,19 +22,21 @@ class Measure(NamedTuple):
     title: str
     keys: tuple[str, ...]  # where it lies in a result, or in the images of a guidance scale
     digits: int  # that are shown behind the point
+    margin: float = 0.0  # what is worse by no more than this counts as no worse
+    share: float = 0.0  # or by no more than this share
     of_images: bool = True
 
 
 MEASURES = {
-    "frechet": Measure("Frechet distance", ("pixels", "frechet"), 1),
+    "frechet": Measure("Frechet distance", ("pixels", "frechet"), 1, share=0.1),
     "precision": Measure("precision", ("pixels", "precision"), 3),
     "recall": Measure("recall", ("pixels", "recall"), 3),
     "density": Measure("density", ("pixels", "density"), 2),
     "coverage": Measure("coverage", ("pixels", "coverage"), 3),
-    "features": Measure("Frechet distance in features", ("features", "frechet"), 1),
-    "nats": Measure("nats a dimension", ("nats",), 3, of_images=False),
-    "continuous_bits": Measure("continuous bits a dimension", ("continuous_bits",), 3, of_images=False),
-    "psnr_db": Measure("PSNR, dB", ("psnr_db",), 2, of_images=False),
+    "features": Measure("Frechet distance in features", ("features", "frechet"), 1, share=0.1),
+    "nats": Measure("nats a dimension", ("nats",), 3, 0.02, of_images=False),
+    "continuous_bits": Measure("continuous bits a dimension", ("continuous_bits",), 3, 0.03, of_images=False),
+    "psnr_db": Measure("PSNR, dB", ("psnr_db",), 2, 0.5, of_images=False),
 }
 
 
@@ -85,9 +86,12 @@ class Results:
 
 
 def interval(values: Collection[float], more: int) -> tuple[float, float] | None:
-    """Student's 95% interval: of the mean (``more`` is 0), or of one further value (1); None for fewer than two."""
+    """Student's 95% interval: of the mean (``more`` is 0), or of one further value (1); None for too few values.
+
+    The mean needs two; a further value three, since two that happen to be close promise too much.
+    """
     count = len(values)
-    if count < 2:
+    if count < 2 + more:
         return None
     half = t.ppf(0.975, count - 1) * statistics.stdev(values) * math.sqrt(more + 1 / count)
     return statistics.mean(values) - half, statistics.mean(values) + half
@@ -105,15 +109,15 @@ def spread(values: Collection[float], digits: int) -> str | None:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def verdict(differences: Collection[float], expected: str, reference: float) -> str:
+def verdict(differences: Collection[float], expected: str, margin: float) -> str:
     """Whether ``differences``, one a seed, show what is expected.
 
     Args:
-        expected: ``lower``, ``higher``, ``not lower`` or ``not higher``. The last two leave a margin.
-        reference: the value that differences are from; the margin is its share :data:`MARGIN`.
+        expected: ``lower``, ``higher``, ``not lower`` or ``not higher``. The last two leave the margin.
+        margin: 0 or more.
     """
     sign = -1 if expected.endswith("lower") else 1
-    asked, margin = (-sign, MARGIN * abs(reference)) if expected.startswith("not") else (sign, 0.0)
+    asked, margin = (-sign, margin) if expected.startswith("not") else (sign, 0.0)
     signed = [asked * difference + margin for difference in differences]  # above 0: as expected
     limits = interval(signed, 0)
     if limits is not None and limits[0] * limits[1] > 0:
@@ -212,7 +216,7 @@ def finding_table(results: Results, experiments: Experiments) -> str:
                     " and ".join(f"{mean:.{digits}f}" for mean in means),
                     f"{means[0] - means[1]:+.{digits}f} ({between(interval(differences, 0), digits)})",
                     len(seeds),
-                    verdict(differences, expected, means[1]),
+                    verdict(differences, expected, measure.margin + measure.share * means[1]),
                 ]
             )
             told = ["", ""]

@@ -27,7 +27,6 @@ from util.args import check_positive, new_parser
 from util.errors import UserError
 from util.errors import run as run_main
 from util.files import read_json, write_json
-from util.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Imported once: commands are forked from a process that has them.
@@ -84,15 +83,21 @@ def execute(words: list[str], log: Path) -> None:
 
 
 class Record:
-    """What is known of a step's command, in a file: the command, the seconds that it took, whether it has finished."""
+    """What is known of a step, in a file: the seconds that it took, whether it has finished.
 
-    def __init__(self, folder: Path, step: Step):
-        self.path, self.step = folder / "steps" / f"{step.name.replace('/', '-')}.json", step
-        self.log = self.path.with_suffix(".log")
-        self.content: dict[str, Any] = {"command": shown(step), "seconds": 0.0, "finished": False}
+    It starts anew where the command, or one that leads to it, has changed.
+
+    Args:
+        path: the file.
+        commands: see :func:`commands_of`.
+    """
+
+    def __init__(self, path: Path, commands: list[str]):
+        self.path, self.log = path, path.with_suffix(".log")
+        self.content: dict[str, Any] = {"commands": commands, "seconds": 0.0, "finished": False}
         with suppress(UserError):
-            before = read_json(self.path)
-            if before["command"] == self.content["command"]:
+            before = read_json(path)
+            if before["commands"] == commands:
                 self.content = before
 
     def add(self, seconds: float, finished: bool) -> None:
@@ -110,13 +115,17 @@ class Runner:
     """Runs steps, several at a time, each once those that it needs have finished.
 
     Args:
-        steps: by name, in the order in which they start where there is a choice.
+        steps: by name, in the order in which they start where there is a choice; those that lead to results which are
+            there are left out.
         args: the command line.
     """
 
     def __init__(self, steps: dict[str, Step], args: argparse.Namespace):
         self.steps, self.args, self.folder = steps, args, Path(args.output_dir) / args.scale
-        self.records = {name: Record(self.folder, step) for name, step in steps.items()}
+        self.records = {
+            name: Record(self.folder / "steps" / f"{name.replace('/', '-')}.json", commands_of(steps, step))
+            for name, step in steps.items()
+        }
         self.failed: dict[str, str] = {}  # why, by name
         self.running: dict[Any, tuple[Step, Any, float]] = {}  # by sentinel
         self.device = device_name(args.device)
@@ -125,7 +134,10 @@ class Runner:
 
     def run(self) -> None:
         """Runs all steps that have not finished; Ctrl-C and SIGTERM stop those that run, which save."""
-        waiting = [step for step in self.steps.values() if not self.records[step.name].content["finished"]]
+        for step in missing(self.steps, self.args).values():
+            if step.measures and self.finished(step):  # for other --results, or in a run that was stopped just then
+                self.write_result(step)
+        waiting = [step for step in missing(self.steps, self.args).values() if not self.finished(step)]
         self.total, self.done = len(waiting), 0
         # A shell starts background jobs with SIGINT ignored; commands hear it all the same.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -142,6 +154,10 @@ class Runner:
                 process.join()
                 self.records[step.name].add(time.perf_counter() - started, finished=process.exitcode == 0)
             raise
+
+    def finished(self, step: Step) -> bool:
+        """Whether a step's command has finished, in this run or before."""
+        return self.records[step.name].content["finished"]
 
     def start_some(self, waiting: list[Step]) -> list[Step]:
         """Starts what can start; returns what still waits."""
@@ -195,7 +211,6 @@ class Runner:
             "result": step.measures,
             "seed": seed,
             **figures,
-            **provenance(),
             "device": self.device,
             "jobs": self.args.jobs,
             "training_seconds": training and round(training.content["seconds"], 1),
@@ -206,13 +221,14 @@ class Runner:
         write_json(result_path(self.args, step.measures, seed), result)
         for folder in Path(step.words[step.words.index("--images") + 1]).glob("samples*/"):
             shutil.rmtree(folder)  # a grid of some stays beside it
+            self.records[step.needs[0]].add(0.0, finished=False)
 
 
 def device_name(device: str) -> str:
     """The name of the device that commands compute on, and of the CPU's cores."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {os.environ['OMP_NUM_THREADS']} threads"
 
 
 def result_path(args: argparse.Namespace, result: str, seed: int) -> Path:
@@ -234,7 +250,8 @@ def commands_of(steps: dict[str, Step], step: Step) -> list[str]:
 def comparable(commands: list[str], folder: str, source: str) -> list[str]:
     """Command lines without what does not matter for their results: folder, source of the images, and device."""
     lines = [re.sub(r" --device \S+", "", line) for line in commands]
-    return [line.replace(folder, "FOLDER").replace(f"--source {source} ", "--source SOURCE ") for line in lines]
+    lines = [re.sub(rf"(?<= ){re.escape(folder)}/", "FOLDER/", line) for line in lines]
+    return [line.replace(f"--source {source} ", "--source SOURCE ") for line in lines]
 
 
 def is_there(steps: dict[str, Step], step: Step, args: argparse.Namespace) -> bool:
@@ -264,6 +281,9 @@ def fill_in(args: argparse.Namespace, experiments: Experiments) -> None:
             wanted = "a folder of train/<class>/<image>, and val/ or test/ likewise"
             raise UserError(f"--scale {args.scale} needs --data_path, {wanted}")
         args.data_path = f"data/{args.scale}"
+    if Path.cwd() != ROOT:  # where commands run
+        for name in ("data_path", "output_dir", "results"):
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -295,7 +315,7 @@ def main() -> None:
     os.chdir(ROOT)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
-    runner = Runner(missing(steps, args), args)
+    runner = Runner(steps, args)
     runner.run()
     print_results(args, experiments)
     if runner.failed:

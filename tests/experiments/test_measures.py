@@ -114,7 +114,7 @@ def test_intervals_are_students():
     draws = np.random.RandomState(0).standard_normal((4000, 4))
     hits = [low < value < high for *few, value in draws.tolist() for low, high in [interval(few, 1)]]
     assert np.mean(hits) == pytest.approx(0.95, abs=0.01)
-    assert interval([1.0], 1) is None
+    assert interval([1.0], 0) is None and interval([1.0, 2.0], 1) is None
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_intervals_are_students():
     [
         ([-2, -2.1, -1.9], "lower", "holds"),
         ([-2, -2.1, -1.9], "higher", "does not hold"),
-        ([2, 2.1, 1.9], "not higher", "holds"),  # a tenth of 100 is allowed
+        ([2, 2.1, 1.9], "not higher", "holds"),  # 10 are allowed
         ([12, 12.1, 11.9], "not higher", "does not hold"),
         ([-12, -12.1, -11.9], "not lower", "does not hold"),
         ([-2, 3, -1], "lower", "cannot be told; so in 2 of 3"),
@@ -130,4 +130,4 @@ def test_intervals_are_students():
     ],
 )
 def test_verdicts(differences, expected, told):
-    assert verdict(differences, expected, 100.0) == told
+    assert verdict(differences, expected, 10.0) == told

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.run import comparable
 from tests.conftest import ROOT, write_images
 
 TINY = Path(__file__).with_name("tiny.yaml")
@@ -122,3 +123,22 @@ def test_what_is_there_is_not_run_again(whole):
     out, err = again.communicate()
     assert again.returncode == 1 and err.count("failed: ") == 3 and "/" not in out.split("A small table")[0]
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_written_to_other_results_without_running_again(whole):
+    folder = whole[0]
+    out, _ = start(folder, "--results", str(folder / "other")).communicate()
+    assert "/" not in out.split("A small table")[0]
+    for name, result in results(folder).items():
+        assert json.loads((folder / "other" / "tiny" / f"{name}.json").read_text()) == result
+
+
+def test_commands_compare_but_for_folder_source_and_device():
+    def line(folder: str, source: str, device: str, more: str = "") -> str:
+        return f"python main_vae.py --source {source} --output_dir {folder}/vae --device {device} --lr 1{more}"
+
+    expected = comparable([line("output/experiments", "data", "cpu")], "output/experiments", "data")
+    for folder in ("output", "/tmp/x", "o"):
+        assert comparable([line(folder, "/data/cifar", "cuda:1")], folder, "/data/cifar") == expected
+    assert comparable([line("o", "data", "cpu", more="0")], "o", "data") != expected
