@@ -128,7 +128,7 @@ def test_what_is_there_is_not_run_again(whole):
 @pytest.mark.slow
 def test_what_was_measured_is_written_to_other_results_without_running_again(whole):
     folder = whole[0]
-    out, _ = start(folder, "--results", str(folder / "other")).communicate()
+    out, _ = start(folder, "--jobs", "2", "--results", str(folder / "other")).communicate()
     assert "/" not in out.split("A small table")[0]
     for name, result in results(folder).items():
         assert json.loads((folder / "other" / "tiny" / f"{name}.json").read_text()) == result
