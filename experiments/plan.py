@@ -30,6 +30,10 @@ class Step(NamedTuple):
     needs: list[str]
     measures: str = ""  # the result that it measures, if it does
 
+    def path(self, flag: str) -> Path:
+        """The path that the command has for a flag."""
+        return Path(self.words[self.words.index(flag) + 1])
+
 
 class Experiments:
     """The experiments of a file, at one scale.

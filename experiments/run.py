@@ -177,7 +177,7 @@ class Runner:
         record = self.records[step.name]
         record.path.parent.mkdir(parents=True, exist_ok=True)
         if "tools.pack" in step.words:  # which does not go on with what an interrupted run left
-            shutil.rmtree(step.words[step.words.index("--output_dir") + 1], ignore_errors=True)
+            shutil.rmtree(step.path("--output_dir"), ignore_errors=True)
         process = self.context.Process(target=execute, args=(step.words, record.log))
         process.start()
         self.running[process.sentinel] = step, process, time.perf_counter()
@@ -203,7 +203,7 @@ class Runner:
 
     def write_result(self, step: Step) -> None:
         """Writes what a step has measured, and how it came about, to the results; removes its images."""
-        figures = read_json(step.words[step.words.index("--json") + 1])
+        figures = read_json(step.path("--json"))
         seed = seed_of(step)
         training = self.records.get(f"seed{seed}/{step.measures.split('/')[0]}/training")
         result = {
@@ -219,7 +219,7 @@ class Runner:
             "commands": commands_of(self.steps, step),
         }
         write_json(result_path(self.args, step.measures, seed), result)
-        for folder in Path(step.words[step.words.index("--images") + 1]).glob("samples*/"):
+        for folder in step.path("--images").glob("samples*/"):
             shutil.rmtree(folder)  # a grid of some stays beside it
             self.records[step.needs[0]].add(0.0, finished=False)
 

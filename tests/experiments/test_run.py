@@ -139,6 +139,6 @@ def test_commands_compare_but_for_folder_source_and_device():
         return f"python main_vae.py --source {source} --output_dir {folder}/vae --device {device} --lr 1{more}"
 
     expected = comparable([line("output/experiments", "data", "cpu")], "output/experiments", "data")
-    for folder in ("output", "/tmp/x", "o"):
-        assert comparable([line(folder, "/data/cifar", "cuda:1")], folder, "/data/cifar") == expected
+    for folder in ("output", str(ROOT / "x"), "o"):
+        assert comparable([line(folder, "images/cifar", "cuda:1")], folder, "images/cifar") == expected
     assert comparable([line("o", "data", "cpu", more="0")], "o", "data") != expected
