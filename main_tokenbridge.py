@@ -269,7 +269,7 @@ def build_model(args: argparse.Namespace, config: dict, start: Start, device: to
     """
     try:
         model = MODELS[args.model](**config)
-        check_head_options(model.head, args.head_steps, args.head_order)
+        check_head_options(model.head, args)
     except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
         raise errors.UserError(errors.reason(error)) from error
 

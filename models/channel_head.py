@@ -5,7 +5,7 @@
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -133,7 +133,7 @@ class Head(nn.Module):
     """
 
     #: Those of :class:`models.sampling.SamplingOptions` that ``sample`` takes.
-    sampling_options: ClassVar[Sequence[str]] = ()
+    sampling_options: Sequence[str] = ()
 
     def __init__(self, config: Mapping[str, Any]):
         super().__init__()
@@ -200,11 +200,10 @@ class ChannelHead(Head):
         norm_layer: makes a norm from a width.
     """
 
-    sampling_options = ("first_place",)
-
     def __init__(self, config: Mapping[str, Any], norm_layer: Callable[[int], nn.Module]):
         super().__init__(config)
         dim, heads, self.autoregressive = self.dim, config["channel_heads"], config["head"] == "ar"
+        self.sampling_options = ("first_place",) if self.autoregressive else ()
         self.channel_embed = nn.Parameter(torch.zeros(1, self.channel_steps, dim))
         self.timesteps_embeddings = nn.Parameter(torch.zeros(1, self.channel_steps, dim))
         causal = torch.full((self.channel_steps, self.channel_steps), -torch.inf).triu(1)
@@ -272,15 +271,12 @@ class ChannelHead(Head):
             features: ``[M, D]`` of the backbone, one row a token.
             temperature: of each step's distribution; 0 takes the most probable class.
             uniform: random numbers in [0, 1), one for each channel step: ``[M, S]``.
-            first_place: ``"trained"`` feeds step 0 as training does; ``"released"`` adds the step's AdaLN embedding to
-                its input, as the published sampler does.
+            first_place: of the autoregressive head: ``"trained"`` feeds step 0 as training does; ``"released"`` adds
+                the step's AdaLN embedding to its input, as the published sampler does.
 
         Returns:
             levels ``[M, C]`` in the latents' own channel order, and their joint log-probability ``[M]`` in nats at
             temperature 1.
-
-        Raises:
-            ValueError: another ``first_place``.
         """
         if self.autoregressive:
             next_logits = self._cached_steps(features, first_place)
@@ -298,8 +294,6 @@ class ChannelHead(Head):
 
         It must be called for all steps in turn: it keeps the keys and values of those before.
         """
-        if first_place not in ("trained", "released"):
-            raise ValueError(f'first_place is "trained" or "released", not {first_place!r}')
         condition = self.condition_proj(features)[:, None]  # [M, 1, D]
         # The conditions of all steps are known beforehand: one AdaLN product a block instead of one a step.
         conditions = condition + self.timesteps_embeddings  # [M, S, D]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.editing import Edit, edit_of, kept_tokens, put_into
 from models.pretrained import find_pretrained
-from models.sampling import FIRST_PLACES, SamplingOptions, check_head_options, sampling_plan
+from models.sampling import SamplingOptions, check_head_options, sampling_plan
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import misc
@@ -270,9 +270,7 @@ class TokenBridgePipeline:
                     raise ValueError(f"{name} must be a finite number, got {sampling[name]}")
             steps = min(sampling.get("num_iter", 64), self.model.seq_len)
             options = SamplingOptions(**{**sampling, "num_iter": steps})
-            if options.first_place not in FIRST_PLACES:
-                raise ValueError(f"first_place is one of {FIRST_PLACES}, not {options.first_place!r}")
-            check_head_options(self.model.head, options.head_steps, options.head_order)
+            check_head_options(self.model.head, options)
             return options
         except ValueError as error:
             raise UserError(str(error)) from error

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,16 +56,24 @@ class SamplingOptions:
             raise ValueError(f"cfg, temperature and confidence_noise must not be negative, got {numbers}")
         if self.order not in ORDERS:
             raise ValueError(f"order is one of {ORDERS}, not {self.order!r}")
+        if self.first_place not in FIRST_PLACES:
+            raise ValueError(f"first_place is one of {FIRST_PLACES}, not {self.first_place!r}")
         if self.head_order not in (None, *HEAD_ORDERS):
             raise ValueError(f"head_order is one of {HEAD_ORDERS}, not {self.head_order!r}")
 
 
-def check_head_options(head: Head, head_steps: int | None, head_order: str | None) -> None:
-    """Raises ValueError if options of the masked head are given for another one, or steps that it cannot take."""
-    if "head_steps" not in head.sampling_options and (head_steps, head_order) != (None, None):
+def check_head_options(head: Head, how: Any) -> None:
+    """Raises ValueError if ``how`` has options of another head, or steps that the masked head cannot take.
+
+    Args:
+        how: :class:`SamplingOptions`, or anything with their names: flags.
+    """
+    if "first_place" not in head.sampling_options and how.first_place != FIRST_PLACES[0]:
+        raise ValueError("first_place is for models of head ar, this is none: leave it out")
+    if "head_steps" not in head.sampling_options and (how.head_steps, how.head_order) != (None, None):
         raise ValueError("head_steps and head_order are for models of head masked, this is none: leave them out")
-    if head_steps is not None and not 1 <= head_steps <= head.channel_steps:
-        raise ValueError(f"head_steps {head_steps}: the head takes 1 to {head.channel_steps}, its channel steps")
+    if how.head_steps is not None and not 1 <= how.head_steps <= head.channel_steps:
+        raise ValueError(f"head_steps {how.head_steps}: the head takes 1 to {head.channel_steps}, its channel steps")
 
 
 class Given(NamedTuple):
@@ -188,7 +196,7 @@ def sample_tokens(
         ValueError: orders are given for an order by confidence; see also :func:`check_head_options` and the head's
             ``sample``.
     """
-    check_head_options(head, options.head_steps, options.head_order)
+    check_head_options(head, options)
     if options.order == "confidence" and given.orders is not None:
         raise ValueError("with order='confidence' tokens find their own order: leave orders out")
     if given.known is None:

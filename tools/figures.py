@@ -154,7 +154,7 @@ def load_model(resume: str, flag: str, latent_factor: float, args: argparse.Name
     model = TokenBridge.from_content(content, path, ema=not args.no_ema)
     check_config(content.get("config", {}), {**model.config, "latent_factor": latent_factor}, path)
     try:
-        check_head_options(model.head, args.head_steps, args.head_order)
+        check_head_options(model.head, args)
     except ValueError as error:
         raise errors.UserError(str(error)) from error
     return model

@@ -254,6 +254,7 @@ def test_bad_orders_and_known_tokens_are_named(small_model):
     latents, mask = torch.zeros(2, 16, 4, 4), torch.zeros(2, 16)
     for message, options in {
         "order is one of": {"order": "spiral"},
+        "first_place is one of": {"first_place": "last"},
         "leave orders out": {"order": "confidence", "orders": small_model.sample_orders(2)},
         "must not be negative": {"confidence_noise": -1.0},
         "go together": {"known_mask": mask},
