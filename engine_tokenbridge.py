@@ -302,6 +302,7 @@ def held_out_likelihood(
     device: torch.device,
     precision: str,
     seed: int = 0,
+    one_order: bool = False,
 ) -> dict[str, float]:
     """Cross-entropy a latent dimension over held-out images, at fixed masks and posterior samples.
 
@@ -311,6 +312,7 @@ def held_out_likelihood(
 
     Args:
         loader: batches of images, or of moments where ``vae`` is None, dealt by :class:`util.loader.RankSampler`.
+        one_order: for the masked head, the exact figure of one channel a step in the generation order instead.
 
     Returns:
         ``nats_per_dim``, ``bits_per_dim`` and ``images``.
@@ -329,13 +331,18 @@ def held_out_likelihood(
         latents = posterior.sample(misc.to_device(draws.normal(*posterior.mean.shape[1:]), device)) * latent_factor
         orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
         channels = [()] * LIKELIHOOD_MASKS
-        if model.config["head"] == "masked":
+        if model.config["head"] == "masked" and not one_order:
             uniform = draws.uniform(LIKELIHOOD_MASKS, model.seq_len, model.head.channel_steps + 1)
             channels = [(each,) for each in misc.to_device(uniform, device).unbind(1)]
         for i, count in enumerate(counts):
             mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
             with misc.autocast(device, precision):
-                sums[0] += model(latents, labels, mask, *channels[i]) * len(batch) / len(counts)
+                if one_order:
+                    features, levels = model.masked_tokens(latents, labels, mask)
+                    nats = -model.head.log_likelihood(features, levels).mean() / model.head.channel_steps
+                else:
+                    nats = model(latents, labels, mask, *channels[i])
+            sums[0] += nats * len(batch) / len(counts)
         sums[1] += len(batch)
     model.train(training)
     sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels

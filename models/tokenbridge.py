@@ -249,9 +249,12 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         Raises:
             ValueError: latents of another shape, labels outside the classes, or uneven masks.
         """
+        return self.head.loss(*self.masked_tokens(latents, labels, mask, *uniform))
+
+    def masked_tokens(self, latents: Tensor, labels: Tensor, mask: Tensor | None, *others: Tensor) -> list[Tensor]:
+        """Features ``[M, D]``, levels ``[M, C]``, and ``others [B, L, ...]``, of masked tokens; see :meth:`forward`."""
         if latents.shape[1:] != self.latent_shape:
-            shape = list(self.latent_shape)
-            raise ValueError(f"latents are {list(latents.shape[1:])} (C, h, w), the model's are {shape}")
+            raise ValueError(f"latents are {[*latents.shape[1:]]} (C, h, w), the model's are {[*self.latent_shape]}")
         indices, tokens = self.quantize(self.patchify(latents))  # [B, L, C] each
         if mask is None:
             masked, known = self.sample_orders(len(latents)).tensor_split([self.draw_num_masked()], dim=1)
@@ -259,8 +262,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
             known, masked = (to_device(positions, latents.device) for positions in self._split(mask))
         self.check_labels(labels)
         features = self.backbone(tokens, known, self.class_emb(labels))  # [B, L, D]
-        # Tokens of all samples in one batch of M: features [M, D], levels [M, C].
-        return self.head.loss(*(gather_tokens(x, masked).flatten(0, 1) for x in (features, indices, *uniform)))
+        return [gather_tokens(x, masked).flatten(0, 1) for x in (features, indices, *others)]
 
     def training_flops(self, num_masked: float | None = None) -> float:
         """Floating-point operations of a training step for one image: three times those of the forward pass.

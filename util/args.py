@@ -184,11 +184,12 @@ def add_sampling_args(
     parser.add_argument("--order", choices=orders, default="random", help=text)
     text = "Gumbel noise on confidences, falling to 0 over the steps"
     parser.add_argument("--confidence_noise", type=float, default=0.0, help=text)
-    text = "input of the head's first channel step: as in training, or as the release samples (the paper's results)"
+    text = "input of head ar's first channel step: as in training, or as the release samples (the paper's results)"
     parser.add_argument("--first_place", choices=first_places, default="trained", help=text)
     text = "passes of the masked head for a token, 1 to its channel steps; by default 4, or as many as there are"
     parser.add_argument("--head_steps", type=int, help=text)
-    text = "channels that such a pass takes: random ones (by default), the next of --channel_order, or the surest"
+    text = "channels that such a pass takes: random ones (by default), the next of --channel_order (for which "
+    text += "--evaluate_nll is exact, not a mean over orders), or the surest"
     parser.add_argument("--head_order", choices=head_orders, help=text)
 
 

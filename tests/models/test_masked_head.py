@@ -183,6 +183,30 @@ def test_held_out_likelihood_follows_the_images_own_draws():
     assert figures["bits_per_dim"] == pytest.approx(4, abs=1e-5)
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_held_out_likelihood_in_one_order_is_that_in_all_if_channels_ignore_each_other(group):
+    model = masked(quant_levels=4, channels_per_group=group)
+    moments = torch.cat([torch.randn(12, 16, 4, 4), torch.full((12, 16, 4, 4), -30.0)], dim=1)
+    loader = [(moments, torch.arange(12) % 4)]
+
+    def nats(one_order: bool) -> float:
+        """Over masks and known channels of ten seeds."""
+        how = model, None, 1.0, loader, torch.device("cpu"), "fp32"
+        return sum(held_out_likelihood(*how, seed, one_order)["nats_per_dim"] for seed in range(10)) / 10
+
+    assert abs(nats(one_order=True) - nats(one_order=False)) > 0.04
+    torch.nn.init.zeros_(model.head.token_embeddings.weight)
+    assert nats(one_order=True) == pytest.approx(nats(one_order=False), abs=0.02)
+
+
+def test_held_out_likelihood_of_one_step_is_exact():
+    model = masked(quant_levels=2, channels_per_group=8, vae_embed_dim=8)
+    loader = [(torch.cat([torch.randn(5, 8, 4, 4), torch.zeros(5, 8, 4, 4)], dim=1), torch.arange(5) % 4)]
+    how = model, None, 1.0, loader, torch.device("cpu"), "fp32"
+    one, every = (held_out_likelihood(*how, one_order=one)["nats_per_dim"] for one in (True, False))
+    assert one == pytest.approx(every, rel=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Sampling.
 

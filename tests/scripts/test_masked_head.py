@@ -54,6 +54,9 @@ def test_held_out_likelihood(run, masked, cached, tmp_path):
         run("main_tokenbridge", f"{measure}{name} --batch_size {size}")
         found.append(json.loads((tmp_path / name / "likelihood.json").read_text())["nats_per_dim"])
     assert found[0] == pytest.approx(found[1], rel=1e-5) and 0 < found[0] < 5
+    run("main_tokenbridge", f"{measure}c --head_order frequency")
+    one_order = json.loads((tmp_path / "c" / "likelihood.json").read_text())["nats_per_dim"]
+    assert one_order == pytest.approx(found[0], rel=0.2) and one_order != found[0]
 
 
 def test_a_masked_head_starts_on_a_trained_backbone(run, cached, trained, tmp_path, caplog):
@@ -84,6 +87,8 @@ def test_what_does_not_fit_is_refused(refused, masked, trained, cached, vae_path
         assert other in refused("main_tokenbridge", f"{TINY} {resume} {flags}")
         figure = f"--resume {trained} --vae_path {vae_path} --device cpu --output {tmp_path}/x.png"
         assert other in refused("tools.figures", f"samples {figure} {flags}")
+    line = refused("main_tokenbridge", f"{BASE} {evaluate} --resume {masked} --first_place released")
+    assert "first_place is for models of head ar" in line
     for steps in (0, -1, 9):
         line = refused("main_tokenbridge", f"{BASE} {evaluate} --resume {masked} --head_steps {steps}")
         assert f"head_steps {steps}: the head takes 1 to 8" in line
