@@ -8,6 +8,8 @@ from util import errors
 from util.args import check_positive, new_parser
 from util.sources import existing_folder
 
+MADE = "made_by_experiments.data"  # a file in the folders that may be made anew
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
@@ -15,8 +17,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     text = "digits: scikit-learn's, written as PNGs; or a folder of train/<class>/<image>, and val/ or test/ likewise"
     parser.add_argument("--source", default="digits", help=text)
     parser.add_argument("--images_per_class", type=int, help="take the first of each class; by default all")
-    parser.add_argument("--output_dir", default="data", help="folder to make anew; a source's images are linked")
+    text = "folder to make, anew if this command made it before; a source's images are linked"
+    parser.add_argument("--output_dir", default="data/digits", help=text)
     return parser
+
+
+def make_anew(folder: Path) -> None:
+    """Makes an empty folder; UserError if there is one with content that this command did not make."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / MADE).exists():
+        raise errors.UserError(f"--output_dir {folder} is there, and not of this command: name another, or remove it")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / MADE).touch()
 
 
 def link(source: Path, folder: Path, limit: int | None) -> None:
@@ -36,13 +48,13 @@ def main() -> None:
     if args.source == "digits":
         from demo.demo import write_digits  # needs scikit-learn
 
-        shutil.rmtree(out, ignore_errors=True)
+        make_anew(out)
         write_digits(out)
         return
     source = existing_folder(args.source, "image folder")
     train = existing_folder(source / "train", "image folder")
     held_out = existing_folder(source / ("val" if (source / "val").is_dir() else "test"), "image folder")
-    shutil.rmtree(out, ignore_errors=True)
+    make_anew(out)
     link(train, out / "train", args.images_per_class)
     link(held_out, out / "val", None)
 
