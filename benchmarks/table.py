@@ -50,6 +50,7 @@ def rows(name: str, device: str = "cpu") -> list[dict]:
 def masked_head() -> dict[str, str]:
     """What docs/variants.md tells of the masked head's speed against the autoregressive one's, by place."""
     cpu, cuda = ({row["way"]: row for row in rows("training", device)} for device in ("cpu", "cuda"))
+    sampling = {row["way"]: row for row in rows("sampling")}
     seconds = {(row["way"], row["precision"], row["tokens"]): row["median_s"] for row in rows("head_speed")}
     tokens = sorted({key[2] for key in seconds})
 
@@ -62,6 +63,7 @@ def masked_head() -> dict[str, str]:
     mar = [ratio for precision in ("bf16", "fp32") for ratio in times(precision, "diffusion head (MAR), 100 steps")]
     faster = {p: ", ".join(f"{ratio:.1f}" for ratio in times(p, "channel head")) for p in ("bf16", "fp32")}
     return {
+        "masked_sampling": f"{pair(sampling, 'median_s')} s",
         "masked_training": f"{pair(cpu, 'median_s')} s, and {pair(cpu, 'peak_memory_gib')} GiB",
         "masked_cuda": f"{pair(cuda, 'median_s', form='.2f')} s, compiled "
         f"{pair(cuda, 'median_s', 'bf16, compiled', '.2f')}, and {pair(cuda, 'peak_memory_gib')} GiB",

@@ -14,7 +14,7 @@ from experiments.features import load_net
 from models.posterior import DiagonalGaussianDistribution
 from models.quantizer import ScalarQuantizer, build_quantizer
 from util import checkpoint, errors, misc
-from util.args import new_parser
+from util.args import check_positive, new_parser
 from util.files import read_json, write_json
 from util.metrics import PlainImages, frechet_distance
 from util.packed import open_cache
@@ -66,10 +66,11 @@ def compare(made: Tensor, real: Tensor) -> dict[str, float]:
     return {"frechet": frechet_distance(*statistics), **neighbourhoods(made.double(), real.double())}
 
 
-def all_images(path: str | Path) -> Tensor:
-    """The images of a folder and its subfolders, sorted, as bytes ``[N, 3, H, W]``."""
+def all_images(path: str | Path, limit: int | None = None) -> Tensor:
+    """The images of a folder and its subfolders, as bytes ``[N, 3, H, W]``; at most ``limit``, evenly spaced."""
     images = PlainImages(path)
-    return torch.stack([images[number] for number in range(len(images))])
+    count = min(len(images), limit or len(images))
+    return torch.stack([images[number * len(images) // count] for number in range(count)])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
     parser = new_parser(__doc__, "experiments.measures")
     parser.add_argument("--images", default="", help="folder of images, or of samples*/ or */recon/ that hold them")
+    parser.add_argument("--limit", type=int, help="measure this many of them, evenly spaced; by default all")
     parser.add_argument("--reference", default="", help="folder of held-out images")
     parser.add_argument("--features", default="", help="what experiments.features wrote")
     parser.add_argument("--gray", action="store_true", help="compare the mean of the colours, not each")
@@ -148,7 +150,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     spaces = {"pixels": lambda images: pixels(images, args.gray), "features": net.features}
     found: dict[str, Any] = {"images": {}}
     for name, folder in image_folders(Path(args.images)).items():
-        made = all_images(folder).to(device)
+        made = all_images(folder, args.limit).to(device)
         figures = {space: compare(of(made), of(real)) for space, of in spaces.items()}
         found["images"][name] = {"count": len(made), **figures}
     if args.resume and (Path(args.images) / "likelihood.json").exists():
@@ -166,6 +168,8 @@ def main() -> None:
         for name in ("images", "reference", "features", "json"):
             if not getattr(args, name):
                 raise errors.UserError(f"--{name} is missing; see --help")
+        if args.limit is not None:
+            check_positive(args, "limit")
         write_json(args.json, {**measure(args, device), **provenance()})
 
 

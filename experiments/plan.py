@@ -148,7 +148,7 @@ class Planner:
             texts = commands["sampling"], self.experiments.flags("samplings", sampling)
         needs = [self.add(f"{result}-sampling" if run != "reconstruction" else result, seed, needs, *texts, **options)]
         more = ""
-        if sampling == "plain":
+        if "--evaluate_nll" in texts[1]:
             more = "--resume {at}/{run} --cached_val_path {at}/tokenizers/{tokenizer}/val_cache"
         self.measure(seed, needs, more, **options)
 
@@ -164,7 +164,7 @@ class Planner:
     def add_floor(self, seed: int) -> None:
         """Adds the measuring of training images."""
         if "measuring" in self.commands:
-            self.measure(seed, [], "--images {data}/train", result=FLOOR)
+            self.measure(seed, [], self.commands["floor"], result=FLOOR)
 
 
 def plan(

@@ -116,13 +116,16 @@ def imagenet() -> str:
 def values() -> dict[str, str]:
     """What pages quote, by the name of its place there."""
     experiments, results = Experiments(DEFAULT, "digits"), Results(RESULTS, "digits")
+    larger, larger_results = Experiments(DEFAULT, "cifar10"), Results(RESULTS, "cifar10")
     heads = experiments.rows("heads")
     counts = [len(seeds) for result, seeds in results.found.items() if result != FLOOR]
     quoted = [row for row in heads if row.name in QUOTED]
     floor = results.values(FLOOR_ROW, "frechet", "images").values()
     return {
         "findings": "\n" + finding_table(results, experiments),
+        "cifar10_findings": "\n" + finding_table(larger_results, larger),
         "heads": "\n" + short_table(results, heads),
+        "cifar10_heads": "\n" + short_table(larger_results, larger.rows("heads")),
         "quoted_heads": "\n" + short_table(results, quoted),
         "floor": f"{sum(floor) / len(floor):.1f}",
         "counts": ", ".join(f"{counts.count(n)} of {n} seed{'s' * (n > 1)}" for n in sorted({*counts})),

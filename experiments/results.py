@@ -25,15 +25,16 @@ class Measure(NamedTuple):
     margin: float = 0.0  # what is worse by no more than this counts as no worse
     share: float = 0.0  # or by no more than this share
     of_images: bool = True
+    limits: tuple[float, float] = (-math.inf, math.inf)  # of possible values
 
 
 MEASURES = {
-    "frechet": Measure("Frechet distance", ("pixels", "frechet"), 1, share=0.1),
-    "precision": Measure("precision", ("pixels", "precision"), 3),
-    "recall": Measure("recall", ("pixels", "recall"), 3),
+    "frechet": Measure("Frechet distance", ("pixels", "frechet"), 1, share=0.05),
+    "precision": Measure("precision", ("pixels", "precision"), 3, 0.05, limits=(0, 1)),
+    "recall": Measure("recall", ("pixels", "recall"), 3, 0.05, limits=(0, 1)),
     "density": Measure("density", ("pixels", "density"), 2),
-    "coverage": Measure("coverage", ("pixels", "coverage"), 3),
-    "features": Measure("Frechet distance in features", ("features", "frechet"), 1, share=0.1),
+    "coverage": Measure("coverage", ("pixels", "coverage"), 3, 0.02, limits=(0, 1)),
+    "features": Measure("Frechet distance in features", ("features", "frechet"), 1, share=0.05),
     "nats": Measure("nats a dimension", ("nats",), 3, 0.02, of_images=False),
     "continuous_bits": Measure("continuous bits a dimension", ("continuous_bits",), 3, 0.03, of_images=False),
     "psnr_db": Measure("PSNR, dB", ("psnr_db",), 2, 0.5, of_images=False),
@@ -102,9 +103,16 @@ def between(limits: tuple[float, float] | None, digits: int) -> str:
     return "-" if limits is None else f"{limits[0]:.{digits}f} to {limits[1]:.{digits}f}"
 
 
+def prediction(values: Collection[float], measure: Measure) -> str:
+    """The interval of one further value, within what is possible, as text."""
+    least, most = measure.limits
+    known = interval(values, 1)
+    return between(known and (max(known[0], least), min(known[1], most)), measure.digits)
+
+
 def spread(values: Collection[float], digits: int) -> str | None:
-    """Mean and standard deviation; one value alone as it is, none as None."""
-    if len(values) < 2:
+    """Mean and standard deviation; one value alone, or the same again and again, as it is; none as None."""
+    if len({*values}) < 2:
         return f"{next(iter(values)):.{digits}f}" if values else None
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
@@ -135,8 +143,10 @@ def lines(results: Results, rows: Iterable[Row]) -> list[tuple[Row, str]]:
 
 
 def measured(results: Results, shown: list[tuple[Row, str]]) -> list[str]:
-    """The measures that any of the lines has."""
-    return [name for name in MEASURES if any(results.values(row, name, cfg) for row, cfg in shown)]
+    """The measures that any of the lines has, but of reconstructions those of neighbours: all have their originals."""
+    there = [name for name in MEASURES if any(results.values(row, name, cfg) for row, cfg in shown)]
+    neighbours = ("precision", "recall", "density", "coverage")
+    return [name for name in there if name not in neighbours or "psnr_db" not in there]
 
 
 def row_table(results: Results, rows: Iterable[Row]) -> str:
@@ -147,9 +157,11 @@ def row_table(results: Results, rows: Iterable[Row]) -> str:
     for row, cfg in shown:
         line = [row.name, cfg.replace("images", "") or None, seeds_of(results, row)]
         for name in names:
-            values, digits = results.values(row, name, cfg).values(), MEASURES[name].digits
-            known, text = interval(values, 1), spread(values, digits)
-            line.append(text if known is None else f"{text} ({between(known, digits)})")
+            values, measure = results.values(row, name, cfg).values(), MEASURES[name]
+            text, known = spread(values, measure.digits), prediction(values, measure)
+            fewer = f", {len(values)} seeds" if 0 < len(values) < len(results.of(row)) else ""
+            varied = known != "-" and len({*values}) > 1
+            line.append(text and text + (f" ({known})" if varied else "") + fewer)
         cells.append([*line, "{}, {}".format(*row.paper) if row.paper else None])
     titles = [MEASURES[name].title for name in names]
     return markdown(["row", "guidance", "seeds: training, s", *titles, "paper: FID, IS"], cells)
@@ -186,17 +198,17 @@ def beside(results: Results, committed: Results, rows: Iterable[Row]) -> str:
         for seed in results.of(row):
             line: list[Any] = [row.name, cfg, seed]
             for name in names:
-                value, digits = results.values(row, name, cfg).get(seed), MEASURES[name].digits
-                known = interval(committed.values(row, name, cfg).values(), 1)
-                line.append(None if value is None else f"{value:.{digits}f} ({between(known, digits)})")
+                value, measure = results.values(row, name, cfg).get(seed), MEASURES[name]
+                known = prediction(committed.values(row, name, cfg).values(), measure)
+                line.append(None if value is None else f"{value:.{measure.digits}f} ({known})")
             cells.append(line)
     return markdown(["row", "guidance", "seed", *(MEASURES[name].title for name in names)], cells)
 
 
 def finding_table(results: Results, experiments: Experiments) -> str:
-    """A table of what the findings of a file come to, over the seeds that both rows of each have."""
+    """A table of what the findings of a scale come to, over the seeds that both rows of each have."""
     cells: list[list[Any]] = []
-    for finding in experiments.content["findings"]:
+    for finding in experiments.content["findings"].get(experiments.scale, []):
         rows = {row.name: row for row in experiments.rows(finding["table"])}
         pair = [rows[name] for name in finding["rows"]]
         told = [finding["claim"], " and ".join(f"{row.paper[0]:g}" for row in pair if row.paper) or None]

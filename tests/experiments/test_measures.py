@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from experiments.features import FeatureNet
-from experiments.measures import compare, level_bits, neighbourhoods, pixels
+from experiments.measures import all_images, compare, level_bits, neighbourhoods, pixels
 from experiments.results import interval, verdict
 from experiments.unequal import scale_channels
 from models.quantizer import build_quantizer
@@ -51,6 +52,13 @@ def test_the_frechet_distance_of_gaussians_is_known():
     made, real = white * one + 3, white * two
     assert compare(made, real)["frechet"] == pytest.approx(4 * 9 + ((one - two) ** 2).sum().item(), rel=1e-6)
     assert compare(made, made)["frechet"] == pytest.approx(0, abs=1e-6)
+
+
+def test_some_of_many_images_are_spaced_evenly(tmp_path):
+    for number in range(10):
+        Image.new("L", (2, 2), number).convert("RGB").save(tmp_path / f"{number}.png")
+    assert all_images(tmp_path, 4)[:, 0, 0, 0].tolist() == [0, 2, 5, 7]
+    assert all_images(tmp_path)[:, 0, 0, 0].tolist() == all_images(tmp_path, 11)[:, 0, 0, 0].tolist() == [*range(10)]
 
 
 def test_pixels_are_averages_of_squares():

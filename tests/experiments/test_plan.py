@@ -34,8 +34,9 @@ def test_rows_are_named_once_and_findings_name_them():
     for scale, table in TABLES:
         names = [row.name for row in ALL[scale].rows(table)]
         assert len({*names}) == len(names), (scale, table)
-    for finding in ALL["digits"].content["findings"]:
-        assert {*finding["rows"]} <= {row.name for row in ALL["digits"].rows(finding["table"])}, finding["claim"]
+    for scale, findings in ALL["digits"].content["findings"].items():
+        for finding in findings:
+            assert {*finding["rows"]} <= {row.name for row in ALL[scale].rows(finding["table"])}, finding["claim"]
 
 
 def test_steps_come_after_what_they_need_and_once_for_all_tables():

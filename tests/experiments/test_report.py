@@ -65,6 +65,19 @@ def test_tables_show_mean_deviation_and_interval(written):
     assert table[5].startswith("| autoregressive | 2 | 3 CPU: 5 | 22.0 ± 2.0 (12.1 to 31.9) |")
 
 
+def test_intervals_stay_within_what_is_possible_and_cells_tell_of_fewer_seeds(tmp_path):
+    for seed, value in enumerate((0.9, 0.95, 1.0)):
+        write(tmp_path, "ar/plain", seed, frechet={"1": 5.0}, **({"nats": 1.0} if seed else {}))
+        path = tmp_path / "digits" / f"ar-plain-seed{seed}.json"
+        content = json.loads(path.read_text())
+        content["images"]["1"]["pixels"]["recall"] = value
+        path.write_text(json.dumps(content))
+    rows = Experiments(DEFAULT, "digits").rows("table2a")
+    table = row_table(Results(tmp_path, "digits"), rows).splitlines()
+    # The same value again and again has no interval; 0.95 - 4.303 * 0.05 * sqrt(4 / 3) = 0.702.
+    assert "| 5.0 | 0.950 ± 0.050 (0.702 to 1.000) | 1.000, 2 seeds |" in table[3]
+
+
 def test_a_seed_is_shown_beside_what_the_others_expect(written):
     write(written, "ar/plain", 3, frechet={"1": 15.0})
     rows, results = Experiments(DEFAULT, "digits").rows("table2a"), Results(written, "digits", seeds=[3])
