@@ -165,10 +165,11 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
 
 def measure_likelihood(run: Run, model: TokenBridge) -> dict[str, float]:
     """See :func:`engine_tokenbridge.held_out_likelihood`, in one order for ``--head_order frequency``; logged, too."""
-    vae, one_order = None if run.args.use_cached else run.vae, run.args.head_order == "frequency"
+    vae = None if run.args.use_cached else run.vae
+    one_order = run.args.head_order == "frequency"
     assert run.held_out is not None
-    how = run.device, run.args.precision
-    figures = held_out_likelihood(model, vae, run.latent_factor, run.held_out, *how, one_order=one_order)
+    how = run.latent_factor, run.held_out, run.device, run.args.precision
+    figures = held_out_likelihood(model, vae, *how, one_order=one_order)
     text = "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension"
     misc.log.info(text, *(figures[name] for name in ("images", "nats_per_dim", "bits_per_dim")))
     return figures

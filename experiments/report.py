@@ -115,22 +115,22 @@ def imagenet() -> str:
 
 def values() -> dict[str, str]:
     """What pages quote, by the name of its place there."""
+    places: dict[str, str] = {}
+    for scale in SCALES:
+        experiments, results = Experiments(DEFAULT, scale), Results(RESULTS, scale)
+        places[scale] = "\n" + tables(scale)
+        places[f"{scale}_findings"] = "\n" + finding_table(results, experiments)
+        places[f"{scale}_heads"] = "\n" + short_table(results, experiments.rows("heads"))
     experiments, results = Experiments(DEFAULT, "digits"), Results(RESULTS, "digits")
-    larger, larger_results = Experiments(DEFAULT, "cifar10"), Results(RESULTS, "cifar10")
-    heads = experiments.rows("heads")
     counts = [len(seeds) for result, seeds in results.found.items() if result != FLOOR]
-    quoted = [row for row in heads if row.name in QUOTED]
+    quoted = [row for row in experiments.rows("heads") if row.name in QUOTED]
     floor = results.values(FLOOR_ROW, "frechet", "images").values()
     return {
-        "findings": "\n" + finding_table(results, experiments),
-        "cifar10_findings": "\n" + finding_table(larger_results, larger),
-        "heads": "\n" + short_table(results, heads),
-        "cifar10_heads": "\n" + short_table(larger_results, larger.rows("heads")),
+        **places,
         "quoted_heads": "\n" + short_table(results, quoted),
         "floor": f"{sum(floor) / len(floor):.1f}",
         "counts": ", ".join(f"{counts.count(n)} of {n} seed{'s' * (n > 1)}" for n in sorted({*counts})),
         "imagenet": "\n" + imagenet(),
-        **{scale: "\n" + tables(scale) for scale in SCALES},
     }
 
 

@@ -103,11 +103,10 @@ def between(limits: tuple[float, float] | None, digits: int) -> str:
     return "-" if limits is None else f"{limits[0]:.{digits}f} to {limits[1]:.{digits}f}"
 
 
-def prediction(values: Collection[float], measure: Measure) -> str:
-    """The interval of one further value, within what is possible, as text."""
-    least, most = measure.limits
-    known = interval(values, 1)
-    return between(known and (max(known[0], least), min(known[1], most)), measure.digits)
+def prediction(values: Collection[float], measure: Measure) -> tuple[float, float] | None:
+    """The :func:`interval` of one further value, within what is possible."""
+    limits, (least, most) = interval(values, 1), measure.limits
+    return limits and (max(limits[0], least), min(limits[1], most))
 
 
 def spread(values: Collection[float], digits: int) -> str | None:
@@ -160,8 +159,8 @@ def row_table(results: Results, rows: Iterable[Row]) -> str:
             values, measure = results.values(row, name, cfg).values(), MEASURES[name]
             text, known = spread(values, measure.digits), prediction(values, measure)
             fewer = f", {len(values)} seeds" if 0 < len(values) < len(results.of(row)) else ""
-            varied = known != "-" and len({*values}) > 1
-            line.append(text and text + (f" ({known})" if varied else "") + fewer)
+            around = f" ({between(known, measure.digits)})" if known and known[0] < known[1] else ""
+            line.append(text and text + around + fewer)
         cells.append([*line, "{}, {}".format(*row.paper) if row.paper else None])
     titles = [MEASURES[name].title for name in names]
     return markdown(["row", "guidance", "seeds: training, s", *titles, "paper: FID, IS"], cells)
@@ -199,7 +198,7 @@ def beside(results: Results, committed: Results, rows: Iterable[Row]) -> str:
             line: list[Any] = [row.name, cfg, seed]
             for name in names:
                 value, measure = results.values(row, name, cfg).get(seed), MEASURES[name]
-                known = prediction(committed.values(row, name, cfg).values(), measure)
+                known = between(prediction(committed.values(row, name, cfg).values(), measure), measure.digits)
                 line.append(None if value is None else f"{value:.{measure.digits}f} ({known})")
             cells.append(line)
     return markdown(["row", "guidance", "seed", *(MEASURES[name].title for name in names)], cells)
