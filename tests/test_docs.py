@@ -15,7 +15,6 @@ from tests.conftest import ROOT
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in ("benchmarks", "experiments")]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-README_LINES = 250
 #: Flags in running text that are other programs'.
 FOREIGN_FLAGS = {"--max_restarts", "--nnodes", "--local_addr", "--signal"}
 #: Programs before they moved, which CHANGELOG.md names.
@@ -119,10 +118,6 @@ def refusal(call: list[str], capsys) -> str:
 
 # --------------------------------------------------------------------------------------------------------------------
 # The tests.
-
-
-def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
