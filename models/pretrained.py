@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import nn
 
 from models.diffusers_vae import DiffusersVAE
+from models.published import published_config, to_published
 from util.errors import UserError, reason
 from util.files import write_json
 from util.tables import write_text
@@ -25,7 +26,7 @@ from util.tables import write_text
 
 
 class PretrainedTokenBridge(
-    PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-generation", "arxiv:2503.16430"]
+    nn.Module, PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-generation", "arxiv:2503.16430"]
 ):
     """``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` of :class:`models.tokenbridge.TokenBridge`.
 
@@ -101,8 +102,8 @@ class PretrainedTokenBridge(
 
     @classmethod
     def config_of(cls, content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-        """The ``config`` in a checkpoint; of a published one, which holds none, :meth:`published_config`."""
-        return content.get("config") or cls.published_config(content.get("model"), path)
+        """The ``config`` in a checkpoint; of a published one, which holds none, see :func:`published_config`."""
+        return content.get("config") or published_config(cls, content.get("model"), path)
 
     def save_pretrained(
         self,
@@ -129,7 +130,7 @@ class PretrainedTokenBridge(
 
         folder = Path(save_directory)
         write_json(folder / checkpoint.HUB_CONFIG, {**self.config, **self.metadata, **(config or {})})
-        checkpoint.safetensors_io.write_tensors(folder / checkpoint.HUB_NAME, self.state_dict())
+        checkpoint.safetensors_io.write_tensors(folder / checkpoint.HUB_NAME, to_published(self.state_dict()))
         if not (folder / "README.md").exists():
             card = self.generate_model_card(**{"repo_id": repo_id or str(folder), **(model_card_kwargs or {})})
             write_text(folder / "README.md", str(card))

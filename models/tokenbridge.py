@@ -16,7 +16,7 @@ from models.channel_head import ChannelHead, checked_order
 from models.fast import speed_up
 from models.masked_head import MaskedHead
 from models.pretrained import PretrainedTokenBridge
-from models.published import PublishedNames, default_channel_order
+from models.published import accept_published_names, default_channel_order
 from models.quantizer import build_quantizer
 from util.config import KL16_CHANNEL_ORDER  # noqa: F401, others import it from here
 from util.misc import to_device
@@ -50,7 +50,7 @@ MASKED_SIZES = {name: {**size, "channel_depth": MASKED_DEPTHS[name]} for name, s
 # The model.
 
 
-class TokenBridge(PublishedNames, PretrainedTokenBridge):
+class TokenBridge(PretrainedTokenBridge):
     """Masked autoregressive generation over post-training-quantized latents.
 
     Args:
@@ -87,6 +87,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
             the channels or have too many classes.
     """
 
+    #: Constructor arguments of each published size.
     SIZES = SIZES
 
     def __init__(
@@ -151,7 +152,7 @@ class TokenBridge(PublishedNames, PretrainedTokenBridge):
         if not set(parts) <= set(CHECKPOINTED):
             raise ValueError(f"grad_checkpointing takes {', '.join(CHECKPOINTED)}, not {grad_checkpointing}")
         self.backbone.checkpointed, self.head.grad_checkpointing = parts, "head" in parts
-        self.use_published_names()
+        self.register_load_state_dict_pre_hook(accept_published_names)
         self.initialize_weights()
         speed_up(self)
 

@@ -22,6 +22,7 @@ from sklearn.datasets import load_sample_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from models.published import to_published
 from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.vae import AutoencoderKL
 from tests import processes
@@ -64,9 +65,19 @@ def manifest(name: str) -> dict:
     return json.loads((REFERENCE / f"state_dict_{name}.json").read_text())
 
 
+def published_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and buffers as a file has them: under the published names, in their order."""
+    return to_published(model.state_dict())
+
+
+def published_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters under the published names, in their order."""
+    return to_published({name: value.detach() for name, value in model.named_parameters()})
+
+
 def filled(model: torch.nn.Module) -> torch.nn.Module:
     """The model with reproducible weights, in evaluation mode."""
-    model.load_state_dict(deterministic_fill(model.state_dict()))
+    model.load_state_dict(deterministic_fill(published_state(model)))
     return model.eval()
 
 
@@ -178,10 +189,9 @@ def released(model: TokenBridge) -> dict:
     optimizer = torch.optim.AdamW(add_weight_decay(model, 0.02), lr=1e-3, betas=(0.9, 0.95))
     model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1])).backward()
     optimizer.step()
-    learned = dict(model.named_parameters())
     return {
-        "model": model.state_dict(),
-        "model_ema": {name: 2 * value.detach() for name, value in learned.items()},
+        "model": published_state(model),
+        "model_ema": {name: 2 * value for name, value in published_parameters(model).items()},
         "optimizer": optimizer.state_dict(),
         "epoch": 3,
         "args": argparse.Namespace(model="tokenbridge_large", blr=5e-5, device="cuda"),
@@ -335,9 +345,9 @@ def weights(tmp_path, vae_path):
     """Flags that name a checkpoint of the tiny model, whose average is 1.1 times the weights, and its tokenizer."""
     kwargs = {"img_size": 16, "vae_stride": 4, "vae_embed_dim": 8, "class_num": 4, "buffer_size": 4, "quant_levels": 8}
     model = filled(tokenbridge_tiny(**kwargs))
-    learned = {name: value.detach() for name, value in model.named_parameters()}
     config = {**model.config, "latent_factor": 0.5}
-    content = {"model": model.state_dict(), "model_ema": {n: 1.1 * v for n, v in learned.items()}, "config": config}
+    averages = {name: 1.1 * value for name, value in published_parameters(model).items()}
+    content = {"model": published_state(model), "model_ema": averages, "config": config}
     (tmp_path / "weights").mkdir()
     torch.save(content, tmp_path / "weights" / "checkpoint-last.pth")
     return f"{TINY} --vae_path {vae_path} --resume {tmp_path}/weights --device cpu"

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from util.devices import described, find_device, join_group, launched, make_deterministic
 from util.errors import ToldByMain, UserError, where
+from util.published_names import to_published
 
 log = logging.getLogger("tokenbridge")
 
@@ -359,12 +360,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer groups: first one-dimensional parameters and biases, without decay; then all others, with decay.
+    """Return optimizer groups: one-dimensional parameters and biases without decay, then all others with decay.
 
-    Frozen parameters are left out. The order within a group is that of ``model.named_parameters()``.
+    Frozen parameters are left out. Within a group, the order is that of published optimizer states.
     """
     spared, decayed = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in to_published(dict(model.named_parameters())).items():
         if parameter.requires_grad:
             (spared if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
     return [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]

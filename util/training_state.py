@@ -16,6 +16,7 @@ from util import checkpoint, misc
 from util.checkpoint.load import load_optimizer, load_scaler, load_weights
 from util.checkpoint.saver import Saver
 from util.errors import UserError
+from util.published_names import to_published
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 #: After n steps the average decays by n / (n + 10), at most --ema_rate: it spans the last tenth of a short run, not
@@ -141,10 +142,10 @@ class TrainingState:
         """
         if self._saved_at == self.steps_done or not misc.is_main_process():
             return
-        averaged = self.average.module.state_dict()
+        averaged = {name: value.detach() for name, value in self.average.module.named_parameters()}
         content = {
-            "model": self.model.state_dict(),
-            "model_ema": {name: averaged[name] for name, _ in self.model.named_parameters()},
+            "model": to_published(self.model.state_dict()),
+            "model_ema": to_published(averaged),
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch - 1,  # the last finished
             "step": self.step,  # the next one to take, of the epoch after that

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from models.tokenbridge import TokenBridge, tokenbridge_base, tokenbridge_large
 from models.vae import AutoencoderKL
-from tests.conftest import described, filled, same_states
+from tests.conftest import described, filled, published_parameters, published_state, same_states
 from tools import checkpoint as commands
 from util.errors import UserError
 
@@ -33,7 +33,7 @@ def test_a_model_travels_through_a_folder(tmp_path, options):
     sampling = {"bsz": 2, "num_iter": 3, "seeds": [1, 2]}
     assert torch.equal(model.sample_tokens(**sampling), again.sample_tokens(**sampling))
     # Under the published names, as every program reads them.
-    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(model.state_dict())
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(published_state(model))
     again.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "saved" / "config.json").read_bytes()
     assert TokenBridge.from_pretrained(tmp_path / "saved", attn_dropout=0.3).config["attn_dropout"] == 0.3
@@ -61,8 +61,8 @@ def test_the_model_card_has_figures_usage_and_licence(tmp_path):
 @pytest.mark.parametrize("factory", [tokenbridge_base, tokenbridge_large])
 def test_published_weights_tell_by_their_shapes_what_they_are(tmp_path, factory):
     model = filled(factory(quant_levels=64))
-    averages = {name: value + 1 for name, value in model.named_parameters()}
-    torch.save({"model": model.state_dict(), "model_ema": averages, "epoch": 399}, tmp_path / "checkpoint-last.pth")
+    averages = {name: value + 1 for name, value in published_parameters(model).items()}
+    torch.save({"model": published_state(model), "model_ema": averages, "epoch": 399}, tmp_path / "checkpoint-last.pth")
     commands.main(["convert", f"{tmp_path}/checkpoint-last.pth", f"{tmp_path}/only.safetensors", "--weights", "model"])
     assert same_states(TokenBridge.from_pretrained(tmp_path / "only.safetensors"), model)
     found = TokenBridge.from_pretrained(tmp_path)

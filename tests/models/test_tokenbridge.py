@@ -9,11 +9,26 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import truncnorm
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.published import from_published, to_published
 from models.tokenbridge import KL16_CHANNEL_ORDER, MODELS, TokenBridge, tokenbridge_tiny
-from tests.conftest import FEW, SMALL, filled, manifest, reference, variant
-from tests.fill import deterministic_fill
+from tests.conftest import (
+    FEW,
+    HEADS,
+    SMALL,
+    batch,
+    filled,
+    manifest,
+    published_parameters,
+    published_state,
+    reference,
+    same,
+    same_states,
+    small,
+    variant,
+)
 from util.misc import add_weight_decay
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -52,30 +67,64 @@ def test_loss_is_the_mean_over_masked_tokens_and_channels(published):
 def test_names_shapes_order_and_count_are_the_published_ones(size):
     expected = manifest(size)
     model = MODELS[f"tokenbridge_{size}"](quant_levels=64)
-    assert {name: list(value.shape) for name, value in model.state_dict().items()} == expected["shapes"]
-    assert [name for name, _ in model.named_parameters()] == expected["parameter_order"]
+    assert {name: list(value.shape) for name, value in published_state(model).items()} == expected["shapes"]
+    assert list(published_parameters(model)) == expected["parameter_order"]
     assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
 
 
 def test_state_dicts_go_both_ways(small_model):
     state = small_model.state_dict()
-    other = TokenBridge(**SMALL)
-    assert not torch.equal(other.state_dict()["z_proj.weight"], state["z_proj.weight"])
-    other.load_state_dict(state)
-    assert list(other.state_dict()) == list(state)
-    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    for names in (state, to_published(state)):
+        other = TokenBridge(**SMALL)
+        assert not torch.equal(other.backbone.z_proj.weight, small_model.backbone.z_proj.weight)
+        other.load_state_dict(names)
+        assert same_states(small_model, other)
     wrapper = torch.nn.ModuleDict({"module": other})  # as inside DDP
-    assert set(wrapper.state_dict()) == {f"module.{name}" for name in state}
-    wrapper.load_state_dict({f"module.{name}": value for name, value in deterministic_fill(state).items()})
-    missing = {name: value for name, value in state.items() if name != "z_proj.weight"}
+    wrapper.load_state_dict({f"module.{name}": value for name, value in published_state(small_model).items()})
+    missing = {name: value for name, value in state.items() if name != "backbone.z_proj.weight"}
     with pytest.raises(RuntimeError, match=r"z_proj\.weight"):
         other.load_state_dict(missing)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_names_are_addresses(head):
+    model = small(head)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    assert set(model.state_dict()) - set(buffers) == set(parameters)
+    assert all(model.get_parameter(name) is value for name, value in parameters.items())
+    # Files have every entry once, under another name, and come back.
+    state = model.state_dict()
+    assert len(to_published(state)) == len(state) and not set(to_published(state)) & set(state)
+    assert from_published(to_published(state)).keys() == state.keys()
+
+
+def test_the_model_can_be_called_with_other_weights(small_model):
+    latents, labels, mask = batch(small_model)
+    doubled = {name: 2 * value for name, value in small_model.named_parameters()}
+    other = TokenBridge(**SMALL).eval()
+    other.load_state_dict(doubled, strict=False)
+    loss = torch.func.functional_call(small_model, doubled, (latents, labels, mask))
+    assert torch.equal(loss, other(latents, labels, mask))
+
+
+def test_distributed_checkpoints_hold_model_and_optimizer(small_model):
+    optimizer = torch.optim.AdamW(add_weight_decay(small_model.train(), 0.02), lr=1e-3)
+    small_model(*batch(small_model)).backward()
+    optimizer.step()
+    weights, moments = get_state_dict(small_model, optimizer)
+    assert set(weights) == set(small_model.state_dict())
+    assert set(moments["state"]) == {name for name, _ in small_model.named_parameters()}
+    other = TokenBridge(**SMALL)
+    again = torch.optim.AdamW(add_weight_decay(other, 0.02), lr=1e-3)
+    set_state_dict(other, again, model_state_dict=weights, optim_state_dict=moments)
+    assert same_states(small_model, other)
+    assert same(optimizer.state_dict()["state"], again.state_dict()["state"])
 
 
 def test_optimizer_groups_spare_vectors_and_biases(small_model):
     spared, decayed = add_weight_decay(small_model, 0.02)
     assert (spared["weight_decay"], decayed["weight_decay"]) == (0.0, 0.02)
-    names = {id(p): name for name, p in small_model.named_parameters()}
+    names = {id(p): name for name, p in to_published(dict(small_model.named_parameters())).items()}
     for name in (names[id(p)] for p in spared["params"]):
         assert name.endswith(".bias") or "norm" in name or name == "z_proj_ln.weight", name
     decayed_names = [names[id(p)] for p in decayed["params"]]
@@ -86,7 +135,7 @@ def test_optimizer_groups_spare_vectors_and_biases(small_model):
 def test_optimizer_groups_are_in_published_order():
     order = manifest("base")["parameter_order"]
     model = MODELS["tokenbridge_base"](quant_levels=64)
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in to_published(dict(model.named_parameters())).items()}
     for group in add_weight_decay(model, 0.02):
         places = [order.index(names[id(p)]) for p in group["params"]]
         assert places == sorted(places)
@@ -94,7 +143,7 @@ def test_optimizer_groups_are_in_published_order():
 
 def test_initial_weights():
     model = tokenbridge_tiny(img_size=64)
-    state = model.state_dict()
+    state = published_state(model)
     for name in ("fake_latent", "mask_token", "encoder_pos_embed_learned", "channel_embed", "class_emb.weight"):
         assert state[name].std().item() == pytest.approx(0.02, rel=0.3), name
     assert state["token_embeddings.0.weight"].std().item() == pytest.approx(1, rel=0.1)
@@ -220,7 +269,7 @@ def test_checkpointing_changes_memory_not_gradients(small_model):
         saved[name] = count
     assert saved["checkpointed"] < saved["plain"] / 2
     for (name, a), (_, b) in zip(small_model.named_parameters(), other.named_parameters(), strict=True):
-        if name != "fake_latent":  # used in training mode only
+        if name != "backbone.fake_latent":  # used in training mode only
             assert torch.allclose(a.grad, b.grad, atol=1e-6), name
 
 

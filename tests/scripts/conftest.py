@@ -57,7 +57,7 @@ def sampler(monkeypatch):
 
     def sample_tokens(model, *args, **kwargs):
         given = watched.note(model, *args, **kwargs)
-        watched.calls[-1]["mask_token"] = model.state_dict()["mask_token"].clone()
+        watched.calls[-1]["mask_token"] = model.backbone.mask_token.detach().clone()
         side = model.grid_size * model.patch_size
         latents = given["labels"].float()[:, None, None, None].expand(-1, model.vae_embed_dim, side, side)
         confidence = torch.arange(model.seq_len).float().expand(len(latents), -1) - 20

@@ -26,7 +26,7 @@ def losses(monkeypatch):
     def forward(self, latents, labels, mask=None):
         if self.training:
             return original(self, latents, labels, mask)
-        calls.append((latents, labels, mask, self.state_dict()["mask_token"].clone()))
+        calls.append((latents, labels, mask, self.backbone.mask_token.detach().clone()))
         return labels.float().mean()
 
     monkeypatch.setattr(TokenBridge, "forward", forward)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import SMALL, filled, released, same
+from tests.conftest import SMALL, filled, published_parameters, published_state, released, same
 from tests.fill import deterministic_fill
 from tools import checkpoint as commands
 from util import checkpoint
@@ -28,7 +28,7 @@ def test_published_checkpoints_load(tmp_path, small_model):
     load_weights(ema, content, path, ema=True)
     for name, value in small_model.named_parameters():
         assert torch.equal(model.state_dict()[name], value) and torch.equal(ema.state_dict()[name], 2 * value)
-    assert torch.equal(ema.state_dict()["boundaries"], small_model.state_dict()["boundaries"])
+    assert torch.equal(ema.quantizer.boundaries, small_model.quantizer.boundaries)
 
 
 class Trap:
@@ -68,7 +68,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
 
 
 def test_weights_of_another_shape_are_listed_with_the_flags_to_check(small_model):
-    state = deterministic_fill(filled(TokenBridge(**{**SMALL, "quant_levels": 8})).state_dict())
+    state = deterministic_fill(published_state(TokenBridge(**{**SMALL, "quant_levels": 8})))
     state.pop("mask_token")
     state["stranger"] = torch.zeros(1)
     with pytest.raises(UserError) as error:
@@ -84,7 +84,7 @@ def test_weights_of_another_shape_are_listed_with_the_flags_to_check(small_model
 
 def test_averages_come_with_the_files_own_tables(small_model):
     other = filled(TokenBridge(**SMALL, std_range=2.0))
-    content = {"model": other.state_dict(), "model_ema": {n: p.detach() for n, p in other.named_parameters()}}
+    content = {"model": published_state(other), "model_ema": published_parameters(other)}
     load_weights(small_model, content, "file.pth", ema=True)
     assert torch.equal(small_model.quantizer.thresholds, other.quantizer.thresholds)
 

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from models.tokenbridge import TokenBridge
-from tests.conftest import SMALL, TINY, filled
+from tests.conftest import SMALL, TINY, filled, published_parameters, published_state
 from util.checkpoint import finetune
 from util.errors import UserError
 
 
 def content_of(model: TokenBridge) -> tuple[dict, dict, str]:
-    averages = {name: value + 1 for name, value in model.named_parameters()}
-    return {"model": model.state_dict(), "model_ema": averages}, {**model.config, "latent_factor": 0.5}, "run.pth"
+    averages = {name: value + 1 for name, value in published_parameters(model).items()}
+    return {"model": published_state(model), "model_ema": averages}, {**model.config, "latent_factor": 0.5}, "run.pth"
 
 
 def start(model: TokenBridge, other: TokenBridge, ema: bool = False) -> dict[str, list[str]]:
@@ -25,7 +25,7 @@ def start(model: TokenBridge, other: TokenBridge, ema: bool = False) -> dict[str
 def test_weights_that_fit_are_kept_whole():
     other, model = filled(TokenBridge(**SMALL)), TokenBridge(**SMALL)
     done = start(model, other)
-    assert done["kept"] == [name for name, _ in model.named_parameters()]
+    assert done["kept"] == list(published_parameters(model))
     assert not done["resized"] + done["drawn anew"] + done["left out"]
     for (name, value), expected in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(value, expected), name
@@ -53,11 +53,11 @@ def test_weights_that_fit_are_kept_whole():
 def test_what_does_not_fit_is_drawn_anew_and_named(options, anew, left, caplog):
     caplog.set_level(logging.INFO)
     other, model = filled(TokenBridge(**SMALL)), TokenBridge(**{**SMALL, **options})
-    before = {name: value.clone() for name, value in model.named_parameters()}
+    before = {name: value.clone() for name, value in published_parameters(model).items()}
     done = start(model, other)
     assert set(finetune.grouped(done["drawn anew"])) == anew and set(finetune.grouped(done["left out"])) == left
-    theirs = dict(other.named_parameters())
-    for name, value in model.named_parameters():
+    theirs = published_parameters(other)
+    for name, value in published_parameters(model).items():
         assert torch.equal(value, before[name] if name in done["drawn anew"] else theirs[name]), name
     for name in anew | left:
         assert name in caplog.text
@@ -117,8 +117,8 @@ def test_patterns_freeze_and_say_where_they_match_nothing():
     model = TokenBridge(**SMALL)
     finetune.freeze(model, ["encoder_blocks.*", "class_emb.weight"])
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
-    expected = {name for name, _ in model.named_parameters() if name.startswith("encoder_blocks.")}
-    assert frozen == expected | {"class_emb.weight"}
+    expected = {name for name, _ in model.named_parameters() if name.startswith("backbone.encoder_blocks.")}
+    assert frozen == expected | {"backbone.class_emb.weight"}
     with pytest.raises(UserError, match=r"--freeze blocks.\* matches no parameter; there are fake_latent, .*"):
         finetune.freeze(model, ["blocks.*"])
     with pytest.raises(UserError, match="leaves no parameter"):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine_tokenbridge import backward
 from models import fast
 from models.tokenbridge import TokenBridge
-from tests.conftest import SMALL, batch, filled, load, released, training_state
+from tests.conftest import SMALL, batch, filled, load, published_state, released, training_state
 from tests.fill import deterministic_fill
 from tests.processes import free_port, in_processes
 from util.checkpoint.load import load_optimizer
@@ -115,7 +115,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     latents, labels = torch.randn(8, 16, 4, 4), torch.arange(8) % 4
     # All tokens masked, so that the drawn masks are the same for every part.
     model = TokenBridge(**NO_DROPOUT, mask_ratio_min=1.0)
-    model.load_state_dict(deterministic_fill(model.state_dict()))
+    model.load_state_dict(deterministic_fill(published_state(model)))
     state = training_state(model)
     moments = torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)  # whose samples are their means
     results = []
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_ends_all_processes_and_one_tells():
 
 def test_a_step_that_the_scaler_leaves_out_changes_neither_weights_nor_average():
     model = TokenBridge(**NO_DROPOUT)
-    model.load_state_dict(deterministic_fill(model.state_dict()))
+    model.load_state_dict(deterministic_fill(published_state(model)))
     state = training_state(model, precision="fp16", ema_rate=0.5)
     for overflows in (False, True, False):
         state.scaler.scale(model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]))).backward()

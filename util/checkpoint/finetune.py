@@ -15,6 +15,7 @@ from util.checkpoint.load import fits, warn_of_young_average
 from util.config import FACTS, KL16_CHANNEL_ORDER
 from util.errors import UserError
 from util.misc import log
+from util.published_names import to_published
 
 #: Position embeddings, and whether they have positions for the class embedding before those of the tokens.
 POSITIONS = {"encoder_pos_embed_learned": True, "decoder_pos_embed_learned": True, "output_pos_embed": False}
@@ -58,9 +59,10 @@ def start_from(
     weights = content.get("model_ema" if ema and "model_ema" in content else "model")
     if not isinstance(weights, Mapping):
         raise UserError(f"{path} has no weights under 'model'")
+    weights = to_published(weights)
     if ema and "model_ema" in content:
         warn_of_young_average(content, path)
-    learned = dict(model.named_parameters())
+    learned = to_published(dict(model.named_parameters()))
     here = model.config["channel_order"]
     # Files without an order have the only one that there was at first.
     there = config.get("channel_order", KL16_CHANNEL_ORDER if len(here) == 16 else sorted(here))
@@ -82,7 +84,7 @@ def start_from(
             else:
                 parameter.copy_(value)
             done[kind].append(name)
-    everything = model.state_dict()
+    everything = to_published(model.state_dict())
     done["left out"] = [name for name in weights if name not in everything]
     if not any(name.startswith(("encoder_blocks.", "decoder_blocks.")) for name in done["kept"]):
         raise UserError(f"{path} is of another model: none of its transformer's weights fit. Check --model")
@@ -109,7 +111,7 @@ def grouped(names: Sequence[str]) -> list[str]:
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """Excludes parameters from training by patterns (``*.bias``); UserError if one matches none, or all are frozen."""
-    learned = dict(model.named_parameters())
+    learned = to_published(dict(model.named_parameters()))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in learned):
             raise UserError(f"--freeze {pattern} matches no parameter; there are {', '.join(grouped(list(learned)))}")

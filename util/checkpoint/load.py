@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from util.checkpoint.safetensors_io import tensor_bytes
 from util.errors import UserError, reason
 from util.misc import warn
+from util.published_names import to_published
 
 SHAPE_HINT = "Check --model, --quant_bits, --class_num, --img_size, --patch_size and --buffer_size"
 
@@ -97,11 +98,11 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path,
     if not isinstance(weights, Mapping):
         hint = "; --no_ema takes those under 'model'" if ema and isinstance(plain, Mapping) else ""
         raise UserError(f"{path} has no weights under '{key}'{hint}")
-    expected = model.state_dict()
+    expected, weights = to_published(model.state_dict()), to_published(weights)
     if ema:  # only learned entries are averaged; tables are stored with the plain weights
         warn_of_young_average(content, path)
-        tables = set(expected) - {name for name, _ in model.named_parameters()}
-        plain = plain if isinstance(plain, Mapping) else {}
+        tables = set(expected) - set(to_published(dict(model.named_parameters())))
+        plain = to_published(plain) if isinstance(plain, Mapping) else {}
         weights = {**weights, **{name: plain.get(name, expected[name]) for name in tables}}
     try:
         model.load_state_dict(matching(weights, expected, path, SHAPE_HINT))
