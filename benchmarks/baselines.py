@@ -1,14 +1,18 @@
 """Baselines of the benchmarks: the release's way of computing the same, and MAR's diffusion head."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import fast, layers
+from models.backbone import MaskedBackbone
 from models.channel_head import ChannelHead, FinalLayer, ada_ln, modulate
+from models.layers import gather_tokens
 from models.quantizer import ScalarQuantizer
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -42,10 +46,26 @@ class RecomputingHead(ChannelHead):
         return logits_of
 
 
-def plain_kernels() -> AbstractContextManager:
-    """A block in which models are built without :func:`models.fast.speed_up`, and so compute as the release does:
-    PyTorch's attention and dropout, features of all positions, the loss of all tokens at once."""
-    return patch("models.tokenbridge.speed_up")
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Have models compute as the release does: PyTorch's attention and dropout, features of all positions, all tokens
+    at once."""
+    decode = MaskedBackbone.decode
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, drop: float = 0.0) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.to(q.dtype), drop)
+
+    def decode_all(self: MaskedBackbone, encoded: Tensor, known: Tensor, wanted: Tensor | None = None) -> Tensor:
+        z = decode(self, encoded, known)
+        return z if wanted is None else gather_tokens(z, wanted)
+
+    with (
+        patch.multiple(layers, attend=attend, dropout=F.dropout),
+        patch.object(MaskedBackbone, "decode", decode_all),
+        patch.dict(fast.TRAINING_BUDGET, cpu=2**62, cuda=2**62),
+        patch.object(fast, "MODULATION_BUDGET", 2**62),
+    ):
+        yield
 
 
 # --------------------------------------------------------------------------------------------------------------------

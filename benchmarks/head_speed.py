@@ -13,9 +13,8 @@ from torch import nn
 from benchmarks.baselines import DiffusionHead, RecomputingHead
 from benchmarks.common import benchmark_parser, finish, machine, parse, timings
 from models.channel_head import ChannelHead, Head
-from models.fast import compile_blocks, speed_up
 from models.masked_head import MaskedHead
-from models.tokenbridge import MODELS
+from models.tokenbridge import MODELS, compile_blocks
 from util import misc
 
 
@@ -40,7 +39,6 @@ def main() -> None:
     if args.compile:
         ours |= {f"{name}, compiled": copy.deepcopy(ours[name]) for name in ("channel head", "masked head")}
     for name, head in ours.items():
-        speed_up(head)
         if name.endswith("compiled"):
             compile_blocks(head)
     heads = {"channel head, prefix recomputed": head_of(models[16].config, RecomputingHead), **ours}

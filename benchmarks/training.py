@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -21,6 +20,7 @@ def release_step(model: TokenBridge, batch: Sequence[Tensor]) -> Callable[[], No
     ema = ModelEmaV3(model, decay=0.9999, exclude_buffers=True)
     optimizer = torch.optim.AdamW(misc.add_weight_decay(model, 0.02), lr=1e-4, betas=(0.9, 0.95))
 
+    @plain_kernels()
     def step() -> None:
         model(*batch).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -51,9 +51,8 @@ def our_step(model: TokenBridge, batch: Sequence[Tensor], precision: str, compil
 
 def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Callable[[], None], float]:
     """A function that takes a step, and its operations; see :func:`benchmarks.common.compare_ways`."""
-    with plain_kernels() if release else nullcontext():
-        options = {"head": args.head, "grad_checkpointing": args.grad_checkpointing}
-        model = MODELS[args.model](quant_levels=64, **options).to(args.device)
+    options = {"head": args.head, "grad_checkpointing": args.grad_checkpointing}
+    model = MODELS[args.model](quant_levels=64, **options).to(args.device)
     latents = torch.randn(args.batch, 16, model.grid_size, model.grid_size, device=args.device)
     labels = torch.arange(args.batch, device=args.device)
     # Training draws the number of masked tokens at each step; here it is always the median, so that steps compare.

@@ -4,18 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
-def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows of ``x [B, L, D]`` at ``positions [B, N]``: ``[B, N, D]``."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+from models.layers import Block, gather_tokens
 
 
 class MaskedBackbone(nn.Module):
-    """An encoder over the known tokens and a decoder over all positions, both of timm's ViT blocks.
+    """An encoder over the known tokens and a decoder over all positions, both of pre-norm transformer blocks.
 
     Args:
         config: arguments of :class:`models.tokenbridge.TokenBridge`.
@@ -35,9 +31,8 @@ class MaskedBackbone(nn.Module):
 
         def blocks(part: str) -> nn.ModuleList:
             sizes = config[f"{part}_embed_dim"], config[f"{part}_num_heads"], config["mlp_ratio"]
-            dropouts = {"proj_drop": config["proj_dropout"], "attn_drop": config["attn_dropout"]}
-            depth = config[f"{part}_depth"]
-            return nn.ModuleList(Block(*sizes, qkv_bias=True, norm_layer=norm_layer, **dropouts) for _ in range(depth))
+            options = norm_layer, config["attn_dropout"], config["proj_dropout"]
+            return nn.ModuleList(Block(*sizes, *options) for _ in range(config[f"{part}_depth"]))
 
         # The order of registration is that of the published optimizer states, see models/published.py.
         self.fake_latent = nn.Parameter(torch.zeros(1, encoder_dim))
@@ -87,10 +82,14 @@ class MaskedBackbone(nn.Module):
     def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Encoded buffer and known tokens ``[B, buffer + N, D]`` to features z ``[B, L, D]`` of all positions.
 
-        With ``wanted [B, W]`` to those of these positions alone, ``[B, W, D]``.
+        With ``wanted [B, W]`` to those of these positions alone, ``[B, W, D]``: in sampling the last block then
+        attends from no others.
         """
-        x = self.run("decoder", self.decoder_blocks, self.decoder_input(encoded, known))
-        z = self.decoder_norm(x)[:, self.buffer_size :] + self.output_pos_embed
+        x, blocks = self.decoder_input(encoded, known), self.decoder_blocks
+        if wanted is not None and len(blocks) and not self.training:
+            x = blocks[-1].at(self.run("decoder", blocks[:-1], x), self.buffer_size + wanted)
+            return self.decoder_norm(x) + gather_tokens(self.output_pos_embed.expand(len(x), -1, -1), wanted)
+        z = self.decoder_norm(self.run("decoder", blocks, x))[:, self.buffer_size :] + self.output_pos_embed
         return z if wanted is None else gather_tokens(z, wanted)
 
     def forward(self, tokens: Tensor, known: Tensor, class_embedding: Tensor, wanted: Tensor | None = None) -> Tensor:

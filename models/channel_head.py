@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from models import fast, layers
 
 #: Most classes that one step of the head may predict: the joint classes of a group of channels number levels^group.
 MAX_CLASSES = 2**17
@@ -42,21 +43,16 @@ class ChannelAttention(nn.Module):
         self.k_norm = norm_layer(dim // heads)
         self.attn_dropout = attn_dropout
         self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_dropout)
+        self.proj_drop = layers.Dropout(proj_dropout)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[M, H, S, D / H]`` of ``x [M, S, D]``."""
         q, k, v = rearrange(self.qkv(x), "m s (three h d) -> three m h s d", three=3, h=self.heads)
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Softmax attention with scale 1/sqrt(D / H); the causal ``mask [S, S]``, 0 or -inf, is added to the scores."""
-        mask = mask if mask is None else mask.to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, self.attn_dropout if self.training else 0.0)
-
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """All steps at once, ``[M, S, D]``, each attending where the ``mask [S, S]`` is 0; None: everywhere."""
-        out = self.attend(*self.project(x), mask)
+        """All steps at once, ``[M, S, D]``, under the causal ``mask [S, S]``, 0 or -inf; None: no mask."""
+        out = layers.attend(*self.project(x), mask, self.attn_dropout if self.training else 0.0)
         return self.proj_drop(self.proj(rearrange(out, "m h s d -> m s (h d)")))
 
     def one_step(self, x: Tensor, cache: Tensor, step: int) -> Tensor:
@@ -64,7 +60,7 @@ class ChannelAttention(nn.Module):
         q, k, v = self.project(x)
         cache[0, :, :, step : step + 1] = k
         cache[1, :, :, step : step + 1] = v
-        out = self.attend(q, *cache[:, :, :, : step + 1])
+        out = layers.attend(q, *cache[:, :, :, : step + 1])
         return self.proj_drop(self.proj(rearrange(out, "m h 1 d -> m 1 (h d)")))
 
 
@@ -78,7 +74,7 @@ class ChannelBlock(nn.Module):
         self.norm1 = norm_layer(dim)
         self.attn = ChannelAttention(dim, heads, norm_layer, attn_dropout, proj_dropout)
         self.norm2 = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout)
+        self.mlp = layers.Mlp(dim, mlp_ratio, proj_dropout)
         self.adaLN_modulation = ada_ln(dim, 6)
 
     def forward(self, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
@@ -118,7 +114,7 @@ class Head(nn.Module):
     """What all heads have: a token's C channels as the classes of S channel steps, and the loss over them.
 
     Each computes ``summed_loss``, the cross-entropy in nats summed over tokens and channel steps, from features and
-    what :meth:`given` gives, and draws tokens by ``sample``.
+    what :meth:`given` gives; draws tokens by ``draw``; and counts ``elements_per_token``, those that ``draw`` keeps.
 
     A step is one channel, or one group of consecutive channels of the generation order as one of levels^group joint
     classes (Table 2d). ``loss`` and ``sample`` speak the latents' own channel order; ``forward`` speaks classes in
@@ -147,6 +143,10 @@ class Head(nn.Module):
         self.places = self.numbers = self.channel_steps
         #: Recompute the blocks in the backward pass instead of keeping their activations.
         self.grad_checkpointing = False
+        #: Set by :meth:`models.tokenbridge.TokenBridge.compile_blocks`: whether blocks run compiled, and on CUDA the
+        #: recorded launches by which few tokens are sampled.
+        self.compiled = False
+        self.recordings: fast.Recordings | None = None
         order = torch.tensor(config["channel_order"])
         self.register_buffer("generation_order", order, persistent=False)
         self.register_buffer("from_generation_order", order.argsort(), persistent=False)
@@ -171,20 +171,51 @@ class Head(nn.Module):
     # Training.
 
     def loss(self, features: Tensor, targets: Tensor, *uniform: Tensor) -> Tensor:
-        """Mean cross-entropy in nats over tokens and channel steps.
-
-        A TokenBridge computes it in parts that fit in memory: :class:`models.fast.FastHead`.
+        """Mean cross-entropy in nats over tokens and channel steps, in parts that fit in memory.
 
         Args:
             features: ``[M, D]`` of the backbone, one row a token.
             targets: levels ``[M, C]`` in the latents' own channel order.
             uniform: see :meth:`models.masked_head.MaskedHead.given`.
         """
-        return self.summed_loss(features, self.given(targets, *uniform)) / (len(features) * self.channel_steps)
+        return fast.loss_in_parts(self, features, self.given(targets, *uniform))
 
     def given(self, targets: Tensor) -> Tensor:
         """What ``summed_loss`` takes beside the features: a row for each of the ``targets [M, C]``, their classes."""
         return self.to_classes(targets[:, self.generation_order])
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Sampling.
+
+    @torch.no_grad()
+    def sample(self, features: Tensor, temperature: float, uniform: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Draw all channels of M tokens: in parts that fit in memory, few at once by a recorded launch.
+
+        Args:
+            features: ``[M, D]`` of the backbone, one row per token.
+            temperature: of each distribution; 0 takes the most probable class.
+            uniform: random numbers in [0, 1), :attr:`numbers` per token: ``[M, numbers]``.
+            options: those of :attr:`sampling_options`, see the head's ``draw``.
+
+        Returns:
+            levels ``[M, C]`` in the latents' own channel order, and their joint log-probability ``[M]`` in nats at
+            temperature 1.
+        """
+
+        def draw(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+            return self.draw(z, temperature, u, **options)
+
+        rows = max(1, fast.MODULATION_BUDGET // self.elements_per_token())
+        if self.recordings is not None and len(features) <= min(rows, fast.RECORDED_ROWS):
+            return self.recordings(draw, features, uniform, key=(temperature, *options.values()))
+        parts = [draw(z, u) for z, u in zip(features.split(rows), uniform.split(rows), strict=True)]
+        levels, log_probs = zip(*parts, strict=True)
+        return torch.cat(levels), torch.cat(log_probs)
+
+    def _apply(self, *args, **kwargs) -> "Head":
+        if self.recordings is not None:
+            self.recordings.kept.clear()  # weights may move, and recordings read them where they were
+        return super()._apply(*args, **kwargs)
 
 
 class ChannelHead(Head):
@@ -220,6 +251,10 @@ class ChannelHead(Head):
     # ----------------------------------------------------------------------------------------------------------------
     # Training.
 
+    def program(self, method: Callable) -> Callable:
+        """Return a method of :class:`ChannelBlock`, compiled if the head's blocks are."""
+        return fast.compiled(method) if self.compiled else method
+
     def embed(self, targets: Tensor) -> Tensor:
         """Classes of all steps but the last, from ``targets [M, S]``, each in its own embedding: ``[M, S-1, D]``."""
         known = targets[:, :-1]
@@ -247,11 +282,12 @@ class ChannelHead(Head):
             x = torch.cat([condition, self.embed(targets).to(condition.dtype)], dim=1)
         x = x + self.channel_embed  # [M, S, D]
         conditions = condition + self.timesteps_embeddings  # [M, S, D]
+        all_steps = self.program(ChannelBlock.all_steps)
         for block in self.channel_blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block.all_steps, x, conditions, self.channel_mask, use_reentrant=False)
+                x = checkpoint(all_steps, block, x, conditions, self.channel_mask, use_reentrant=False)
             else:
-                x = block.all_steps(x, conditions, self.channel_mask)
+                x = all_steps(block, x, conditions, self.channel_mask)
         return self.classify(self.channel_final(self.channel_norm(x), self.channel_final.adaLN_modulation(conditions)))
 
     def summed_loss(self, features: Tensor, given: Tensor) -> Tensor:
@@ -261,22 +297,14 @@ class ChannelHead(Head):
     # ----------------------------------------------------------------------------------------------------------------
     # Sampling.
 
-    @torch.no_grad()
-    def sample(
+    def draw(
         self, features: Tensor, temperature: float, uniform: Tensor, first_place: str = "trained"
     ) -> tuple[Tensor, Tensor]:
-        """Draws all channels of M tokens.
+        """Draw all channels of M tokens at once; see :meth:`Head.sample`.
 
         Args:
-            features: ``[M, D]`` of the backbone, one row a token.
-            temperature: of each step's distribution; 0 takes the most probable class.
-            uniform: random numbers in [0, 1), one for each channel step: ``[M, S]``.
             first_place: of the autoregressive head: ``"trained"`` feeds step 0 as training does; ``"released"`` adds
                 the step's AdaLN embedding to its input, as the published sampler does.
-
-        Returns:
-            levels ``[M, C]`` in the latents' own channel order, and their joint log-probability ``[M]`` in nats at
-            temperature 1.
         """
         if self.autoregressive:
             next_logits = self._cached_steps(features, first_place)
@@ -289,6 +317,11 @@ class ChannelHead(Head):
             log_probs = log_probs + logits.log_softmax(dim=-1).gather(1, classes[-1][:, None])[:, 0]
         return self.to_levels(torch.stack(classes, dim=1))[:, self.from_generation_order], log_probs
 
+    def elements_per_token(self) -> int:
+        """Count the elements of a token's modulations and logits in :meth:`draw`."""
+        logits = self.classes * (1 if self.autoregressive else self.channel_steps)
+        return self.channel_steps * self.dim * (6 * self.depth + 2) + logits
+
     def _cached_steps(self, features: Tensor, first_place: str) -> Callable[[int, Sequence[Tensor]], Tensor]:
         """A function that gives the logits ``[M, K]`` of a step from the classes ``[M]`` of the steps before it.
 
@@ -300,6 +333,7 @@ class ChannelHead(Head):
         modulations = [block.adaLN_modulation(conditions) for block in self.channel_blocks]  # [M, S, 6D] each
         final_modulation = self.channel_final.adaLN_modulation(conditions)
         heads = self.channel_blocks[0].attn.heads if self.depth else 1
+        one_step = self.program(ChannelBlock.one_step)
         cache = condition.new_empty(self.depth, 2, len(features), heads, self.channel_steps, self.dim // heads)
 
         def logits_of(step: int, classes: Sequence[Tensor]) -> Tensor:
@@ -310,7 +344,7 @@ class ChannelHead(Head):
                 x = conditions[:, :1] if first_place == "released" else condition
             x = x + self.channel_embed[:, here]
             for block, modulation, kept in zip(self.channel_blocks, modulations, cache, strict=True):
-                x = block.one_step(x, modulation[:, here], kept, step)
+                x = one_step(block, x, modulation[:, here], kept, step)
             x = self.channel_final(self.channel_norm(x), final_modulation[:, here])
             return self.channel_heads[step](x)[:, 0].float()
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.channel_head import FinalLayer, Head, ada_ln, modulate, sample_categorical
+from models.layers import Mlp
 
 #: Steps of sampling where none are given.
 DEFAULT_STEPS = 4
@@ -22,7 +22,7 @@ class MaskedBlock(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float, norm_layer: Callable, proj_dropout: float):
         super().__init__()
         self.norm = norm_layer(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_dropout)
+        self.mlp = Mlp(dim, mlp_ratio, proj_dropout)
         self.adaLN_modulation = ada_ln(dim, 3)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
@@ -144,8 +144,7 @@ class MaskedHead(Head):
     # ----------------------------------------------------------------------------------------------------------------
     # Sampling.
 
-    @torch.no_grad()
-    def sample(
+    def draw(
         self,
         features: Tensor,
         temperature: float,
@@ -153,19 +152,13 @@ class MaskedHead(Head):
         head_steps: int | None = None,
         head_order: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Draws all channels of M tokens.
+        """Draw all channels of M tokens at once; see :meth:`models.channel_head.Head.sample`.
 
         Args:
-            features: ``[M, D]`` of the backbone, one row a token.
-            temperature: of each channel's distribution; 0 takes the most probable class.
-            uniform: random numbers in [0, 1): ``[M, 2 S]``, which decide the classes, then a random order.
+            uniform: ``[M, 2 S]``, which decide the classes, then a random order.
             head_steps: passes, 1 to S, which take equally many channels; by default :data:`DEFAULT_STEPS`, or S.
             head_order: which a pass takes: ``"random"`` ones, by default; the next of the generation order
                 (``"frequency"``); or those of whose class the head is surest (``"confidence"``).
-
-        Returns:
-            levels ``[M, C]`` in the latents' own channel order, and their joint log-probability ``[M]`` in nats at
-            temperature 1.
         """
         steps = self.channel_steps
         passes = min(DEFAULT_STEPS, steps) if head_steps is None else head_steps
@@ -189,3 +182,7 @@ class MaskedHead(Head):
             log_probs = log_probs + logits.log_softmax(dim=-1).gather(-1, drawn[..., None]).sum(dim=(1, 2))
             seen = seen.scatter(1, wanted, drawn)
         return self.to_levels(seen)[:, self.from_generation_order], log_probs
+
+    def elements_per_token(self) -> int:
+        """Count the elements of a token's modulations, of its activations in a block, and of its logits."""
+        return (3 * self.depth + 10) * self.dim + 3 * self.channel_steps * self.classes

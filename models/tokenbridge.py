@@ -11,10 +11,10 @@ from scipy.special import ndtr, ndtri
 from torch import Tensor, nn
 
 from models import fast, sampling
-from models.backbone import MaskedBackbone, gather_tokens
-from models.channel_head import ChannelHead, checked_order
-from models.fast import speed_up
-from models.masked_head import MaskedHead
+from models.backbone import MaskedBackbone
+from models.channel_head import ChannelHead, Head, checked_order
+from models.layers import Block, gather_tokens
+from models.masked_head import MaskedBlock, MaskedHead
 from models.pretrained import PretrainedTokenBridge
 from models.published import accept_published_names, default_channel_order
 from models.quantizer import build_quantizer
@@ -154,7 +154,6 @@ class TokenBridge(PretrainedTokenBridge):
         self.backbone.checkpointed, self.head.grad_checkpointing = parts, "head" in parts
         self.register_load_state_dict_pre_hook(accept_published_names)
         self.initialize_weights()
-        speed_up(self)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -303,8 +302,8 @@ class TokenBridge(PretrainedTokenBridge):
         return blocks + 2 * ends
 
     def compile_blocks(self) -> None:
-        """See :func:`models.fast.compile_blocks`."""
-        fast.compile_blocks(self)
+        """See :func:`compile_blocks`."""
+        compile_blocks(self)
 
     # ----------------------------------------------------------------------------------------------------------------
     # MAR's interface to the same parts, for callers: :meth:`forward` does the same on positions instead of masks.
@@ -416,6 +415,27 @@ class TokenBridge(PretrainedTokenBridge):
             shapes = "{} and {}, expected {} and {}".format(*given, *expected)
             raise ValueError(f"known_latents and known_mask are {shapes}")
         return self.quantize(self.patchify(to_device(latents, self.device)))[1], mask.bool()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Compiling.
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Have ``torch.compile`` fuse what is between the matrix products of a model's or a head's blocks.
+
+    Blocks of a kind share one program, made for any number of tokens: it differs in each step. Call this on the
+    model's device: on CUDA, the head's sampling of few tokens becomes one launch, too.
+    """
+    # Otherwise DDP cuts the programs where its buckets end, to send gradients early. A block is short enough.
+    torch._dynamo.config.optimize_ddp = False
+    for module in model.modules():
+        if isinstance(module, Block | MaskedBlock):
+            module.compile(dynamic=True)
+        elif isinstance(module, Head):
+            module.compiled = True
+            if module.condition_proj.weight.is_cuda:
+                module.recordings = fast.Recordings()
 
 
 # --------------------------------------------------------------------------------------------------------------------

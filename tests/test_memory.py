@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.memory import PeakMemory, run_without_content, smallest_gpu, step_memory
-from models import fast
+from models import fast, layers
 from models.tokenbridge import CHECKPOINTED
 from tests.conftest import SMALL
 
@@ -36,9 +36,9 @@ def test_a_run_holds_weights_average_gradients_and_two_moments():
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 def test_a_steps_peak_is_that_of_cudas_kernels(monkeypatch):
     calls, peaks = [], {}
-    kernel = fast.fused
-    monkeypatch.setattr(fast, "fused", lambda *args: (calls.append(1), kernel(*args))[1])
-    monkeypatch.setattr(fast.DropBits, "apply", None)
+    kernel = layers.fused
+    monkeypatch.setattr(layers, "fused", lambda *args: (calls.append(1), kernel(*args))[1])
+    monkeypatch.setattr(layers.DropBits, "apply", None)
     monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 2**30)
     for precision in ("bf16", "fp16", "fp32"):
         with run_without_content("tokenbridge_tiny", precision, **OPTIONS) as (state, memory):

@@ -2,22 +2,19 @@
 
 import copy
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
+from timm.models import vision_transformer
 
 from benchmarks.baselines import plain_kernels
-from models import fast
-from models.fast import FastDropout, Recordings, dropout
+from models import fast, layers
+from models.channel_head import ChannelHead
+from models.fast import Recordings
+from models.layers import Block, Dropout, dropout
 from models.tokenbridge import TokenBridge
 from tests.conftest import HEADS, NO_DROPOUT, SMALL, batch, small
-
-
-def plain_and_fast(head: str, **options) -> tuple[TokenBridge, TokenBridge]:
-    """The same model without and with what makes it fast."""
-    with plain_kernels():
-        plain = small(head, **options)
-    return plain, small(head, **options)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -137,8 +134,8 @@ def test_the_losss_backward_passes_run_without_autocast(monkeypatch, in_parts):
             seen.append(("backward", torch.is_autocast_enabled("cpu")))
             return grad
 
-    classify = fast.FastChannelHead.classify
-    monkeypatch.setattr(fast.FastChannelHead, "classify", lambda self, x: classify(self, Probe.apply(x)))
+    classify = ChannelHead.classify
+    monkeypatch.setattr(ChannelHead, "classify", lambda self, x: classify(self, Probe.apply(x)))
     model = small("ar", **NO_DROPOUT).train()
     given, results = batch(model), []
     for within in (False, True):
@@ -170,29 +167,21 @@ def test_dropout_drops_what_it_should_and_scales_the_rest(p):
         together = (dropped[lag:] * dropped[:-lag]).mean().item()
         assert together == pytest.approx(p * p, abs=4 * p / len(x) ** 0.5)
     assert not dropout(x, 1.0).any() and not dropout(x, 1 - 1e-9).any()
-    module = FastDropout(p)
+    module = Dropout(p)
     assert (module(x) == 0).any() and torch.equal(module.eval()(x), x)
-
-
-def test_every_fast_class_takes_its_plain_ones_place():
-    models = [TokenBridge(**SMALL, **options) for options in ({}, {"head": "masked"})]
-    with plain_kernels():
-        originals = [TokenBridge(**model.config) for model in models]
-    plain, found = ([type(module) for one in many for module in one.modules()] for many in (originals, models))
-    assert found == [fast.FAST.get(kind, kind) for kind in plain]
-    assert set(fast.FAST) <= set(plain) and not set(fast.FAST) & set(found)
-    assert all(issubclass(quick, kind) for kind, quick in fast.FAST.items())
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_fast_models_have_the_losses_and_gradients_of_plain_ones(head, monkeypatch):
-    given, results = None, []
-    for model in plain_and_fast(head, **NO_DROPOUT):
-        given = given or batch(model)
-        monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 7 * model.head.places * model.head.dim)
+    model, results = small(head, **NO_DROPOUT).train(), []
+    given = batch(model)
+    monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 7 * model.head.places * model.head.dim)
+    for kernels in (plain_kernels(), nullcontext()):
+        model.zero_grad()
         torch.manual_seed(1)
-        loss = model.train()(*given)
-        loss.backward()
+        with kernels:
+            loss = model(*given)
+            loss.backward()
         results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     (loss, expected), (quick, found) = results
     assert torch.allclose(loss, quick, atol=1e-5) and set(expected) <= set(found)
@@ -201,22 +190,13 @@ def test_fast_models_have_the_losses_and_gradients_of_plain_ones(head, monkeypat
 
 
 @torch.no_grad()
-def test_fast_modules_give_what_plain_ones_give():
-    (plain, quick), x = plain_and_fast("ar"), torch.randn(3, 16, 32)
-    for name, kind in ((name, type(module)) for name, module in plain.named_modules()):
-        one, other = plain.get_submodule(name), quick.get_submodule(name)
-        if kind is fast.Attention:
-            assert other.fused_attn == x.is_cuda and torch.allclose(one(x), other(x), atol=1e-5)
-        elif kind is fast.ChannelAttention:
-            caches = torch.zeros(2, 2, 3, 2, 16, 16)  # of each module: keys and values [M, H, S, D / H]
-            assert torch.allclose(one(x, plain.head.channel_mask), other(x, plain.head.channel_mask), atol=1e-5)
-            for step in range(16):
-                steps = [
-                    each.one_step(x[:, step, None], kept, step) for each, kept in zip((one, other), caches, strict=True)
-                ]
-                assert torch.allclose(*steps, atol=1e-5)
-        elif kind is torch.nn.Dropout:
-            assert torch.equal(one(x), x) and torch.equal(other(x), x)
+def test_a_block_is_timms():
+    block, x = Block(32, 2, 4.0, torch.nn.LayerNorm, 0.1, 0.1).eval(), torch.randn(3, 16, 32)
+    theirs = vision_transformer.Block(32, 2, qkv_bias=True).eval()
+    theirs.load_state_dict(block.state_dict())
+    assert torch.allclose(block(x), theirs(x), atol=1e-5)
+    rows = torch.rand(3, 16).argsort(dim=1)[:, :5]
+    assert torch.allclose(block.at(x, rows), layers.gather_tokens(theirs(x), rows), atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -230,20 +210,20 @@ def test_the_fused_kernel_gets_no_more_rows_than_a_launch_may_have(monkeypatch, 
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     results = []
-    for limit in (fast.LAUNCH_ROWS, 63):  # 15 rows of 4 heads
-        monkeypatch.setattr(fast, "LAUNCH_ROWS", limit)
-        results.append(torch.autograd.grad((out := fast.fused(q, k, v, causal, 0.0)).square().sum(), (q, k, v)))
+    for limit in (layers.LAUNCH_ROWS, 63):  # 15 rows of 4 heads
+        monkeypatch.setattr(layers, "LAUNCH_ROWS", limit)
+        results.append(torch.autograd.grad((out := layers.fused(q, k, v, causal, 0.0)).square().sum(), (q, k, v)))
         assert torch.allclose(
-            out, fast.attend(q, k, v, torch.full((16, 16), -torch.inf).triu(1) if causal else None), atol=1e-5
+            out, layers.attend(q, k, v, torch.full((16, 16), -torch.inf).triu(1) if causal else None), atol=1e-5
         )
-    assert sizes == [200, 60, 60, 60, 20] and fast.LAUNCH_ROWS < 2**16
+    assert sizes == [200, 60, 60, 60, 20] and layers.LAUNCH_ROWS < 2**16
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
 
 
-def test_every_dropout_of_the_model_is_the_fast_one():
+def test_no_dropout_of_the_model_is_pytorchs():
     model = TokenBridge(**SMALL)
     kinds = [type(module) for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    assert set(kinds) == {FastDropout} and len(kinds) >= 12
+    assert set(kinds) == {Dropout} and len(kinds) >= 8
 
 
 @pytest.mark.parametrize("parts", [True, ["head"], ["encoder", "decoder"]])
@@ -298,12 +278,13 @@ def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("order", ["random", "confidence"])
 def test_fast_models_sample_what_plain_ones_do(head, order, monkeypatch):
-    plain, quick = plain_and_fast(head)
+    model = small(head)
     options = {"num_iter": 5, "cfg": 2.0, "labels": torch.arange(3), "seeds": [1, 2, 3], "return_confidence": True}
-    expected = plain.sample_tokens(3, **options, order=order)
+    with plain_kernels():
+        expected = model.sample_tokens(3, **options, order=order)
     for budget in (2**28, 20000):  # all tokens at once, and in parts
         monkeypatch.setattr(fast, "MODULATION_BUDGET", budget)
-        found = quick.sample_tokens(3, **options, order=order)
+        found = model.sample_tokens(3, **options, order=order)
         assert torch.allclose(found[0], expected[0], atol=1e-5) and torch.allclose(found[1], expected[1], atol=1e-3)
 
 

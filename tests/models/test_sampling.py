@@ -113,7 +113,7 @@ def test_the_head_in_parts_changes_nothing(small_model, monkeypatch):
     labels, seeds = torch.tensor([0, 1]), [1, 2]
     whole = small_model.sample_tokens(2, 3, 2.0, labels=labels, seeds=seeds)
     monkeypatch.setattr("models.fast.MODULATION_BUDGET", 20000)
-    assert small_model.head.rows_at_once() == 2
+    assert 20000 // small_model.head.elements_per_token() == 2
     assert torch.allclose(small_model.sample_tokens(2, 3, 2.0, labels=labels, seeds=seeds), whole, atol=1e-5)
 
 
