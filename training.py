@@ -100,9 +100,7 @@ def dry_run(
         taken = state.settle()
     seconds, loss = time.perf_counter() - start, misc.all_reduce_mean(loss).item()
     if not taken.finite:
-        misc.end_all(
-            f"dry run: loss {loss:.4g}, gradient norm {taken.norm.item():.4g}: a run would end, not being finite"
-        )
+        misc.end_all(f"dry run: loss {loss:.4g}, gradient norm {taken.norm.item():.4g}: not finite, a run would end")
     steps = max(0, args.epochs * state.steps_per_epoch - state.steps_done + 2)
     hours = seconds * steps / 3600
     learned = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)

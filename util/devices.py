@@ -74,7 +74,8 @@ def check_devices(store: dist.Store, rank: int, world: int, device: torch.device
         with suppress(dist.DistError):
             shared.wait(["all have read"])
         if ends:
-            repeat_end(*ends[0], rank)
+            status, ending = ends[0]
+            repeat_end(status, ending, rank)
         message = f"{wrong[0]} ({len(wrong)} of {world} processes)"
         raise ToldByMain(message) if rank else UserError(message)
     return len({host for _, host, *_ in told})

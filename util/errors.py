@@ -61,10 +61,11 @@ class LossyStream:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         """Write ``text`` if possible."""
         with suppress(OSError):
             self.stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
         """Flush if possible."""

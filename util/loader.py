@@ -70,16 +70,23 @@ class BadImages:
     """A list of the images that a run could not read, kept in files, since the workers of a loader share no memory.
 
     Each process of the run and its workers append to ``folder/bad_images-rank<n>.txt`` a line with path and reason
-    whenever they meet a bad image; one that every epoch meets again counts once.
+    whenever they meet a bad image; one that every epoch meets again counts once. What cannot be listed is logged.
+
+    Args:
+        folder: None for a dry run, which writes nothing: there every bad image is logged.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.path = self.folder / f"bad_images-rank{get_rank()}.txt"
-        self.path.unlink(missing_ok=True)
+    def __init__(self, folder: str | Path | None):
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.path = self.folder / f"bad_images-rank{get_rank()}.txt"
+            self.path.unlink(missing_ok=True)
 
     def add(self, error: UserError) -> None:
         """Lists an image by the message of the error that reading it raised."""
+        if self.folder is None:
+            log.warning("%s; left out", error)
+            return
         line = str(error).encode(errors="surrogateescape").replace(b"\n", b" ") + b"\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
