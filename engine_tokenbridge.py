@@ -117,7 +117,8 @@ def train_one_epoch(
         the last figures written, by tag.
 
     Raises:
-        UserError: too many steps were not finite, or a checkpoint cannot be written.
+        UserError: too many steps were not finite, ranks differ in their weights, a checkpoint cannot be written after
+            a signal, or the data ended too early.
         Preempted: a signal was received; the run has been saved.
     """
     state.wrapped.train()
@@ -125,9 +126,14 @@ def train_one_epoch(
     images = args.batch_size * args.accum_iter  # of a step, in this process
     meter = Meter(images * misc.get_world_size(), state.model.training_flops() * images, peak_flops, state.device)
     iterator, figures = iter(loader), {}
-    for step in range(first, steps):
+    while state.epoch == epoch:  # each step advances the state
+        step = state.step
         lr = adjust_learning_rate(state.optimizer, epoch + step / steps, args)
         batches = list(islice(iterator, args.accum_iter))
+        if len(batches) < args.accum_iter:  # a step without a gradient would count as taken
+            raise UserError(
+                f"the data of epoch {epoch} ended at step {step} of {steps}: it must not change during a run"
+            )
         seed_everything(args.seed, misc.get_rank(), epoch, step)
         # Processes begin an epoch at different times.
         with misc.patience(misc.STEP_PATIENCE if step > first else misc.PATIENCE):
@@ -147,7 +153,7 @@ def train_one_epoch(
             state.save(args)
             misc.barrier()  # with more patience than the next step has
         if stop:
-            misc.by_main_process(state.saver.finish)
+            state.finish()
             raise Preempted(
                 f"by {stop_signals.heard or 'another process'}, saved at epoch {state.epoch}, step {state.step}; "
                 f"start the same command with --resume {args.output_dir} to continue"

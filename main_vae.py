@@ -149,7 +149,7 @@ def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     Raises:
         UserError: there are none to train on.
     """
-    bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
+    bad_images = BadImages(None if args.dry_run else args.output_dir) if args.skip_bad_images else None
     options = {"transform": image_transform(args.img_size), "bad_images": bad_images}
     source = open_images(args.data_path, "train", args.image_column, args.label_column)
     training = ImageFolder(source, mirror=args.mirror, **options)

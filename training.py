@@ -3,6 +3,7 @@
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import backward, train_one_epoch
 from models.vae import AutoencoderKL
-from util import misc
+from util import launcher, misc
 from util.loader import ImageFolder
 from util.lr_sched import tell_rates
-from util.meters import BadSteps
+from util.meters import BadSteps, RunLog
 from util.provenance import write_args
 from util.training_state import TrainingState
 
@@ -42,15 +43,15 @@ def train_epochs(
     if args.dry_run:
         dry_run(state, loader, vae, latent_factor, args)
         return
-    if state.epoch >= args.epochs:
-        misc.log.info("all %d epochs are done: nothing to train", args.epochs)
-    misc.by_main_process(lambda: write_args(log_dir, args))
-    writer = SummaryWriter(str(log_dir)) if misc.is_main_process() else None
+    check_start(state, args)
+    if state.epoch < args.epochs:
+        misc.by_main_process(lambda: write_args(log_dir, args))
     bad_steps = BadSteps(args.max_bad_steps, args.output_dir)
     total = args.epochs * state.steps_per_epoch
     bar = misc.progress(total=total, initial=state.steps_done, unit="step", desc="training")
-    with bar, misc.StopSignals(state.device) as stop_signals, state.saver:
-        for epoch in range(state.epoch, args.epochs):
+    board = RunLog(log_dir, state.steps_done) if misc.is_main_process() else nullcontext()
+    with bar, misc.StopSignals(state.device) as stop_signals, state.saver, board as writer:
+        while (epoch := state.epoch) < args.epochs:
             loader.sampler.set_epoch(epoch)
             loader.sampler.start = state.step * batch
             loader.dataset.set_draws(args.seed, epoch)
@@ -62,10 +63,29 @@ def train_epochs(
                 state.save(args)
             if last or (epoch + 1) % args.eval_freq == 0:
                 measure(epoch, writer)
-        misc.by_main_process(state.saver.finish)  # all end together, and with its error if there is one
-    if writer is not None:
-        writer.close()
-    misc.log.info("%d epochs are trained: %s", args.epochs, Path(args.output_dir) / state.name)
+        state.save(args)  # a run that had nothing to train may go to a folder of its own
+        state.finish()  # all end together, and with its error if there is one
+    misc.log.info("%d epochs are trained: %s", state.epoch, Path(args.output_dir) / state.name)
+
+
+def check_start(state: TrainingState, args: Namespace) -> None:
+    """Log what a run that does not begin at its first step, or begins there once more, is about to do.
+
+    Raises:
+        UserError: it begins from scratch although it has saved before, or after its last epoch; on all ranks.
+    """
+    saved = [path for path in misc.from_all_processes(launcher.saved_before()) if path is not None]
+    if saved and not state.resumed:
+        misc.end_all(
+            f"this run was restarted and begins from scratch, but it had written {saved[0]}: pass --resume "
+            f"{args.output_dir}, and put --output_dir on a disk that all machines share"
+        )
+    if launcher.restarts() and not state.resumed:
+        misc.log.info("restarted before the first checkpoint: the run begins from scratch")
+    if state.epoch >= args.epochs and not state.resumed:
+        misc.end_all(f"--start_epoch {state.epoch} with --epochs {args.epochs}: there is nothing to train")
+    if state.epoch >= args.epochs:
+        misc.log.info("%d epochs are done, --epochs is %d: nothing to train", state.epoch, args.epochs)
 
 
 def dry_run(
@@ -77,12 +97,15 @@ def dry_run(
         start = time.perf_counter()
         loss = backward(state, batches, vae, latent_factor, args.precision)
         state.take_step(loss, args.lr)
-        state.settle()
+        taken = state.settle()
     seconds, loss = time.perf_counter() - start, misc.all_reduce_mean(loss).item()
-    steps = args.epochs * state.steps_per_epoch - state.steps_done + 2
+    if not taken.finite:
+        misc.end_all(f"dry run: loss {loss:.4g}, gradient norm {taken.norm.item():.4g}: not finite, a run would end")
+    steps = max(0, args.epochs * state.steps_per_epoch - state.steps_done + 2)
     hours = seconds * steps / 3600
     learned = sum(parameter.numel() for parameter in state.model.parameters() if parameter.requires_grad)
     stored = 2 * sum(value.numel() for value in state.model.state_dict().values()) + 2 * learned
     memory, file = misc.memory_in_use(state.device), stored * 4 / 2**30  # float32
-    misc.log.info("dry run: loss %.4f, %.3g s a step, %.3g hours for %d steps", loss, seconds, hours, steps)
+    text = "dry run: loss %.4f, %.3g s a step, %.3g hours for %d steps, without loading data and measuring"
+    misc.log.info(text, loss, seconds, hours, steps)
     misc.log.info("dry run: %.1f GiB of memory in a process, %.2f GiB a checkpoint; nothing was written", memory, file)

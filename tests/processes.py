@@ -7,6 +7,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,3 +86,10 @@ def run_two(script: str, command: str, status: int = 0) -> None:
         errors.run(main)
 
     assert forked(2, start)[1] == [status] * 2
+
+
+def attempt(monkeypatch, folder: Path, count: int) -> None:
+    """Set the variables of torchrun's processes after ``count`` restarts; ``folder`` is the launcher's."""
+    (folder / f"attempt_{count}").mkdir(exist_ok=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{folder}/attempt_{count}/0/error.json")

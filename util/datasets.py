@@ -76,7 +76,9 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer, traine
         dataset.samples, dataset.classes = [(name, 0) for name, _ in dataset.samples], [UNLABELED]
     if not args.use_cached:
         # Measurements are of all images or none.
-        bad_images = BadImages(args.output_dir) if args.skip_bad_images and split == "train" else None
+        bad_images = (
+            BadImages(None if args.dry_run else args.output_dir) if args.skip_bad_images and split == "train" else None
+        )
         dataset = ImageFolder(dataset, image_transform(args.img_size), mirror=mirror, bad_images=bad_images)
     check_classes(dataset.classes, args.class_num, root, trained)
     if args.use_cached:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from util.errors import ToldByMain, UserError
+from util import launcher
+from util.errors import ToldByMain, UserError, repeat_end
 
 DRIVER = Path("/proc/driver/nvidia/version")  # what Linux tells of NVIDIA's driver
 
@@ -44,6 +45,8 @@ def check_devices(store: dist.Store, rank: int, world: int, device: torch.device
     """Compares the devices of all processes before they join; the number of machines.
 
     Processes of different backends, or one that ended before it joined, would let the others wait for half an hour.
+    Processes whose run ended before with something to correct or with a signal, and that torchrun has started
+    again, end again.
 
     Args:
         store: the launcher's, which all processes reach.
@@ -52,26 +55,30 @@ def check_devices(store: dist.Store, rank: int, world: int, device: torch.device
     Raises:
         UserError: some compute on CUDA and others on the CPU, or some have a problem; all end with it, and the main one
             prints it.
+        Preempted: a signal ended the run before, and torchrun has started it again.
     """
     shared = dist.PrefixStore("devices", store)
-    shared.set(str(rank), json.dumps([device.type, socket.gethostname(), problem]))
+    shared.set(str(rank), json.dumps([device.type, socket.gethostname(), problem, launcher.end_before()]))
     told = [json.loads(shared.get(str(other))) for other in range(world)]
     if shared.add("have read", 1) == world:
         shared.set("all have read", "")
-    wrong = []
-    for other, (kind, host, its_problem) in enumerate(told):
+    wrong, ends = [], [end for *_, end in told if end]
+    for other, (kind, host, its_problem, _) in enumerate(told):
         if its_problem:
             wrong.append(its_problem)
         elif kind != told[0][0]:
             text = f"process 0 on {told[0][1]} computes on {told[0][0]}, process {other} on {host} on {kind}"
             wrong.append(f"{text}: pass --device cuda, which tells why a machine does not, or --device cpu")
-    if wrong:
+    if wrong or ends:
         # The launcher ends all when the first one ends, and the main one may hold the store.
         with suppress(dist.DistError):
             shared.wait(["all have read"])
+        if ends:
+            status, ending = ends[0]
+            repeat_end(status, ending, rank)
         message = f"{wrong[0]} ({len(wrong)} of {world} processes)"
         raise ToldByMain(message) if rank else UserError(message)
-    return len({host for _, host, _ in told})
+    return len({host for _, host, *_ in told})
 
 
 def join_group(device: torch.device, problem: str, timeout: timedelta) -> int:
@@ -82,6 +89,9 @@ def join_group(device: torch.device, problem: str, timeout: timedelta) -> int:
         timeout: how long an operation of all processes waits for the slowest.
     """
     store, rank, world = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # The one launcher may keep its store for restarted processes, with the addresses of the processes before them.
+        store = dist.PrefixStore(f"attempt {launcher.restarts()}", store)
     hosts = check_devices(store, rank, world, device, problem)
     options = {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
     if device.type == "cuda":

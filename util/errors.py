@@ -5,9 +5,13 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from typing import Any, NoReturn
 
 import torch.distributed as dist
+
+from util import launcher
 
 
 class UserError(Exception):
@@ -33,6 +37,7 @@ class Preempted(Exception):
     """A signal asked the run to stop, and it has saved; exit status 75 tells a scheduler to start the command again."""
 
 
+USER_ERROR_STATUS = 2
 PREEMPTED_STATUS = 75  # EX_TEMPFAIL
 INTERRUPTED_STATUS = 128 + signal.SIGINT  # as shells count it
 
@@ -43,21 +48,65 @@ def lost_process(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
+class LossyStream:
+    """A text stream that drops what cannot be written.
+
+    Args:
+        stream: the stream to write to.
+    """
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write ``text`` if possible."""
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush if possible."""
+        with suppress(OSError):
+            self.stream.flush()
+
+
+@contextmanager
+def lossy_stderr() -> Iterator[None]:
+    """Drop what cannot be written to standard error: a closed pipe or a full disk must not end a run."""
+    stream = sys.stderr
+    try:
+        with redirect_stderr(LossyStream(stream)):
+            yield
+    finally:
+        try:
+            stream.flush()
+        except OSError:  # Python would try again when it exits, and replace the exit status by 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@lossy_stderr()
 def run(main: Callable[[], None]) -> None:
-    """Runs a script's ``main``; a :class:`UserError` becomes its one line on standard error and exit status 2.
+    """Run a script's ``main``; a :class:`UserError` becomes its one line on standard error and exit status 2.
 
     :class:`Preempted` likewise, with status 75; Ctrl-C with status 130; the loss of another process with status 1.
+    torchrun's restarts of this process end with the same line and status 2 or 75 (:mod:`util.launcher`).
     """
     try:
         main()
     except ToldByMain:
-        sys.exit(2)
+        sys.exit(USER_ERROR_STATUS)
     except UserError as error:
         # An error of a data loader's worker holds that process's traceback.
         wrapped = re.findall(r"UserError: (.*)", str(error))
-        print(f"{where()}error: {wrapped[-1] if wrapped else error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        message = wrapped[-1] if wrapped else str(error)
+        launcher.note_end(USER_ERROR_STATUS, message)
+        print(f"{where()}error: {message}", file=sys.stderr, flush=True)
+        sys.exit(USER_ERROR_STATUS)
     except Preempted as error:
+        launcher.note_end(PREEMPTED_STATUS, str(error))
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         sys.exit(PREEMPTED_STATUS)
     except KeyboardInterrupt:  # outside of training, which saves first
@@ -70,3 +119,14 @@ def run(main: Callable[[], None]) -> None:
         print(f"{where()}error: another process of this run is gone; what it said last tells why", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # without taking down the process group, which would wait for the lost process
+
+
+def repeat_end(status: int, message: str, rank: int) -> NoReturn:
+    """End this process, restarted by torchrun, as its run has ended before; rank 0 prints the message.
+
+    Args:
+        status, message: from :func:`util.launcher.end_before`.
+    """
+    if status == PREEMPTED_STATUS:
+        raise SystemExit(status) if rank else Preempted(message)
+    raise ToldByMain(message) if rank else UserError(message)

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -20,9 +21,9 @@ from torchvision import datasets, transforms
 
 from util.args import check_range
 from util.crop import center_crop_arr
-from util.errors import UserError
+from util.errors import UserError, reason
 from util.files import inside, read_arrays
-from util.misc import get_rank, get_world_size, warn
+from util.misc import get_rank, get_world_size, log, warn
 from util.sources import Folder, Rows, existing_folder
 
 #: The description of a cache, and of a packed one: tokenizer, image size, number of images.
@@ -69,25 +70,38 @@ class BadImages:
     """A list of the images that a run could not read, kept in files, since the workers of a loader share no memory.
 
     Each process of the run and its workers append to ``folder/bad_images-rank<n>.txt`` a line with path and reason
-    whenever they meet a bad image; one that every epoch meets again counts once.
+    whenever they meet a bad image; one that every epoch meets again counts once. What cannot be listed is logged.
+
+    Args:
+        folder: None for a dry run, which writes nothing: there every bad image is logged.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self.path = self.folder / f"bad_images-rank{get_rank()}.txt"
-        self.path.unlink(missing_ok=True)
+    def __init__(self, folder: str | Path | None):
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.path = self.folder / f"bad_images-rank{get_rank()}.txt"
+            self.path.unlink(missing_ok=True)
 
     def add(self, error: UserError) -> None:
         """Lists an image by the message of the error that reading it raised."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder is None:
+            log.warning("%s; left out", error)
+            return
         line = str(error).encode(errors="surrogateescape").replace(b"\n", b" ") + b"\n"
-        with open(self.path, "ab", buffering=0) as file:  # one write a line: workers' lines do not mix
-            file.write(line)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:  # one write a line: workers' lines do not mix
+                file.write(line)
+        except OSError as failed:
+            log.warning("%s; left out, and not listed: cannot write %s (%s)", error, self.path, reason(failed))
 
     def count(self) -> int:
         """The number of bad images that all processes have listed so far; a warning tells it if there are any."""
         paths = [self.folder / f"bad_images-rank{rank}.txt" for rank in range(get_world_size())]
-        lines = {line for path in paths if path.exists() for line in path.read_bytes().splitlines()}
+        lines: set[bytes] = set()
+        for path in paths:
+            with suppress(OSError):  # there is none, or the disk does not answer
+                lines.update(path.read_bytes().splitlines())
         if lines:
             warn("%d images cannot be read and are left out: %s/bad_images-rank*.txt", len(lines), self.folder)
         return len(lines)

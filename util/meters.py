@@ -1,15 +1,19 @@
-"""What a training loop records: means of losses, speed, and the steps that were not finite."""
+"""What a training loop records: means of losses, speed, the steps that were not finite, and TensorBoard's log."""
 
 import json
 import math
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from util import misc
-from util.errors import UserError
+from util.errors import reason
 from util.training_state import Step
 
 
@@ -64,22 +68,75 @@ class BadSteps:
         self.path = Path(folder) / f"bad_steps-rank{self.rank}.jsonl"
 
     def add(self, step: Step, files: list[str]) -> None:
-        """Records a step that was not taken, with the ``files`` of its images.
+        """Records a step that was not taken, with the ``files`` of its images; all ranks call this.
 
         Raises:
-            UserError: there have been more than the limit.
+            UserError: there have been more than the limit; on all ranks.
         """
         self.count += 1
         loss, norm = step.loss.item(), step.norm.item()
         figures = {"loss": loss, "grad_norm": norm, "lr": step.lr, "epoch": step.epoch, "step": step.step}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as file:
-            file.write(json.dumps({**figures, "rank": self.rank, "files": files}) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write(json.dumps({**figures, "rank": self.rank, "files": files}) + "\n")
+        except OSError as error:
+            misc.log.warning("cannot write %s (%s); the images are %s", self.path, reason(error), ", ".join(files))
         what = f"loss {loss:.4g}, gradient norm {norm:.4g} at epoch {step.epoch}, step {step.step}: not finite"
         if self.count > self.limit:
-            raise UserError(
+            misc.end_all(
                 f"{what}, the step was not taken (learning rate {step.lr:.3g}, process {self.rank}, bad steps so far "
                 f"{self.count}); its images are listed in {self.path}; lower the learning rate, check the data, or "
                 "allow more with --max_bad_steps"
             )
         misc.warn("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)
+
+
+class RunLog(SummaryWriter):
+    """A TensorBoard log that never ends a run: values that cannot be written are dropped, with one warning.
+
+    After :data:`PAUSE` seconds it tries again, with a new file.
+
+    Args:
+        folder: where the log goes.
+        steps_done: steps of the run up to now. What the folder's logs hold of later ones, from before the run went
+            back to this step, is hidden.
+    """
+
+    PAUSE = 60.0
+
+    def __init__(self, folder: str | Path, steps_done: int):
+        self.folder, self.closed_until, self.failing = folder, -math.inf, False
+        threading.excepthook = report_thread
+        self._try(super().__init__, str(folder), purge_step=steps_done + 1)
+
+    def _try(self, call: Callable, *args: Any, **options: Any) -> None:
+        if time.monotonic() < self.closed_until:
+            return
+        try:
+            call(*args, **options)
+            self.failing = False
+        except Exception as error:  # the thread's, too, raised by a later call; the log is no reason to end a run
+            if not self.failing:
+                text = "cannot write TensorBoard's log in %s (%s); training goes on without it, and tries again"
+                misc.log.warning(text, self.folder, reason(error))
+            self.failing, self.closed_until = True, time.monotonic() + self.PAUSE
+            self.file_writer = self.all_writers = None  # the next call makes a new one
+
+    def add_scalar(self, *args: Any, **options: Any) -> None:
+        """See :class:`torch.utils.tensorboard.SummaryWriter`."""
+        self._try(super().add_scalar, *args, **options)
+
+    def add_image(self, *args: Any, **options: Any) -> None:
+        """See :class:`torch.utils.tensorboard.SummaryWriter`."""
+        self._try(super().add_image, *args, **options)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._try(super().close)
+
+
+def report_thread(args: Any) -> None:
+    """Print the traceback of a thread's exception, unless it is of the file system, which the thread's owner raises."""
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)

@@ -1,7 +1,6 @@
 """Processes, seeds, logging, precision, and the optimizer's parameter groups."""
 
 import ctypes
-import hashlib
 import logging
 import math
 import os
@@ -172,12 +171,19 @@ def share(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor.detach(), src=0)
 
 
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """Sixteen digits that tell tensors from those of which a single bit differs."""
+def bit_sum(tensors: Iterable[Tensor]) -> Tensor:
+    """Return a checksum of the tensors' bits as one int64 on their device, without waiting for the device."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = [tensor.detach().flatten() for tensor in tensors]
     sums = torch.stack([values.view(integers[values.element_size()]).sum() for values in flat])
-    return hashlib.sha256(str(sums.tolist()).encode()).hexdigest()[:16]
+    # Each tensor has a large odd factor of its own, modulo 2^64: changes in two tensors do not cancel out.
+    factors = torch.arange(1, len(sums) + 1, device=sums.device) * -7046029254386353131 | 1
+    return (sums * factors).sum()
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Return :func:`bit_sum` as 16 hex digits."""
+    return f"{bit_sum(tensors).item() % 2**64:016x}"
 
 
 class Arriving:
@@ -204,6 +210,13 @@ class Arriving:
         elif self.work is not None:
             self.work.wait()
         return self.value
+
+
+def arriving_from_all(values: Tensor) -> Arriving:
+    """Start to send each rank's ``values`` to all ranks, which all must call this; they arrive as ``[ranks, ...]``."""
+    rows = values.new_zeros(get_world_size(), *values.shape)
+    rows[get_rank()] = values
+    return Arriving(rows, dist.all_reduce(rows, async_op=True))
 
 
 class StopSignals:

@@ -14,12 +14,17 @@ ARGS_NAME = "args.json"
 def provenance() -> dict[str, str]:
     """Versions of packages and the project's commit, to be kept with results."""
     packages = ("torch", "torchvision", "torch-fidelity", "numpy", "timm")
-    versions = {f"{name}_version": importlib.metadata.version(name) for name in packages}
+    versions = {}
+    for name in packages:
+        try:
+            versions[f"{name}_version"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # it was built without metadata
+            versions[f"{name}_version"] = "unknown"
     root = Path(__file__).resolve().parent.parent
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # not a checkout
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # not a checkout, or on a disk that does not answer
         commit = "unknown"
     return {**versions, "commit": commit}
 

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import socket
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -55,7 +57,8 @@ class TrainingState:
         wrapped: the model that computes losses: in its DDP wrapper where there are several processes.
         epoch, step: the next step to take; epochs and an epoch's steps count from 0.
         average_steps: steps that the average has seen.
-        saver: writes the main process's checkpoints; its ``finish`` waits for the last one.
+        saver: writes the main process's checkpoints.
+        resumed: whether :meth:`load` has been called.
     """
 
     def __init__(
@@ -83,7 +86,8 @@ class TrainingState:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
         self.epoch, self.step = args.start_epoch, 0
         self._pending: tuple[Step, misc.Arriving] | None = None
-        self.saver, self._saved_at = Saver(), None
+        self._sums: misc.Arriving | None = None  # checksums of the weights and the EMA at the last save, of all ranks
+        self.saver, self._saved_at, self.resumed = Saver(), None, False
 
     @property
     def steps_done(self) -> int:
@@ -114,7 +118,12 @@ class TrainingState:
         self.epoch, self.step = divmod(self.steps_done + 1, self.steps_per_epoch)
 
     def settle(self) -> Step | None:
-        """Waits for the last step and updates the average by it if it was taken; None if it is settled already."""
+        """Waits for the last step and updates the average by it if it was taken; None if it is settled already.
+
+        Raises:
+            UserError: see :meth:`check_ranks`.
+        """
+        self.check_ranks()
         if self._pending is None:
             return None
         (last, answers), self._pending = self._pending, None
@@ -129,18 +138,27 @@ class TrainingState:
     # Files.
 
     def save(self, args: argparse.Namespace) -> None:
-        """Starts to write the main process's checkpoint, :attr:`name`, unless the newest one is of this very step.
+        """Start to write the checkpoint :attr:`name`, unless the file is of this very step already.
 
-        The file holds what the run is at this moment, and is there when :attr:`saver` has finished. :meth:`settle`
-        comes before.
+        All ranks call this; the main process writes the run as it is at this moment, if all ranks have equal weights.
+        :meth:`settle` comes before, :meth:`finish` at the end.
 
         Args:
-            args: ``output_dir``, ``keep_last``, and everything else that the file is to tell of the run.
+            args: ``output_dir``, ``keep_last``, and everything else that the file stores about the run.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: see :meth:`check_ranks`.
         """
-        if self._saved_at == self.steps_done or not misc.is_main_process():
+        path = Path(args.output_dir) / self.name
+        place = path.resolve(), self.epoch, self.step
+        if self._saved_at == place:
+            return
+        self.check_ranks()
+        self._saved_at = place
+        if misc.get_world_size() > 1:
+            sums = [misc.bit_sum(model.parameters()) for model in (self.model, self.average.module)]
+            self._sums = misc.arriving_from_all(torch.stack(sums))
+        if not misc.is_main_process():
             return
         averaged = {name: value.detach() for name, value in self.average.module.named_parameters()}
         content = {
@@ -157,8 +175,36 @@ class TrainingState:
         }
         if self.scaler.is_enabled():
             content["scaler"] = self.scaler.state_dict()
-        self.saver.save(Path(args.output_dir) / self.name, content, args.keep_last)
-        self._saved_at = self.steps_done
+        sums = self._sums
+        self.saver.save(path, content, args.keep_last, lambda: not differing_ranks(sums))
+
+    def check_ranks(self) -> None:
+        """Compare the weights and the EMA that the ranks had at the last save; all ranks call this.
+
+        Raises:
+            UserError: they differ, on all ranks; the main one prints which ranks, and where.
+        """
+        differing, self._sums = differing_ranks(self._sums), None
+        if not differing:
+            return
+        path, epoch, step = self._saved_at
+        hosts = misc.from_all_processes(socket.gethostname())
+        where = ", ".join(f"{rank} on {hosts[rank]}" for rank in differing)
+        advice = f"{path} is of an earlier step, continue from it" if path.exists() else "start again"
+        misc.end_all(
+            f"at epoch {epoch}, step {step} the weights of {len(differing)} of {len(hosts)} ranks differ from the "
+            f"others': {where}; no checkpoint was written of this step; {advice}, without the machines whose memory, "
+            "GPU or connection is at fault"
+        )
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk; all ranks call this.
+
+        Raises:
+            UserError: it cannot be written, or see :meth:`check_ranks`; on all ranks.
+        """
+        self.check_ranks()
+        misc.by_main_process(self.saver.finish)
 
     def load(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
         """Takes over a checkpoint's weights, and its average, optimizer, scaler, epoch and step where it has them.
@@ -175,7 +221,9 @@ class TrainingState:
         """
         misc.by_main_process(lambda: self._take_over(content, path, frozen))
         self._share()
-        misc.log.info("resumed from %s, continuing at epoch %d, step %d", path, self.epoch, self.step)
+        self.resumed, self._saved_at = True, (path.resolve(), self.epoch, self.step)
+        text = "resumed from %s, continuing at epoch %d, step %d of %d"
+        misc.log.info(text, path, self.epoch, self.step, self.steps_per_epoch)
 
     def _take_over(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
         load_weights(self.model, content, path, ema=False)
@@ -223,11 +271,20 @@ class TrainingState:
     def _take_place(self, content: Mapping[str, Any], path: Path) -> None:
         steps, processes = self.steps_per_epoch, misc.get_world_size()
         steps_there, processes_there = content.get("steps_per_epoch", steps), content.get("world_size", processes)
-        self.epoch, self.step = content["epoch"] + 1, round(content.get("step", 0) * steps / steps_there)
+        # Rounded down: part of an epoch never counts as a whole one, and no image of the epoch is left out.
+        step = content.get("step", 0) * steps // steps_there
+        self.epoch, self.step = divmod((content["epoch"] + 1) * steps + step, steps)
         if (steps_there, processes_there) != (steps, processes):
             differing = "draws" if steps_there == steps else "draws and order of images"
             misc.log.warning(
                 "%s was written by %d processes with %d steps an epoch, this run has %d with %d: it continues at the "
-                "same place of the epoch, but its %s are not those of an unbroken run",
+                "same place of the epoch, rounded down to a step, but its %s are not those of an unbroken run",
                 *(path, processes_there, steps_there, processes, steps, differing),
             )
+
+
+def differing_ranks(sums: misc.Arriving | None) -> list[int]:
+    """Return the ranks whose checksums, a row for each rank, are not those of most ranks; none without checksums."""
+    rows = [] if sums is None else [tuple(row) for row in sums.read().tolist()]
+    most = Counter(rows).most_common(1)
+    return [rank for rank, row in enumerate(rows) if row != most[0][0]]

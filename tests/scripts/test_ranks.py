@@ -13,6 +13,7 @@ from tests.conftest import load, same
 from tests.processes import run_two
 from tests.scripts.conftest import BASE
 from util import checkpoint, errors
+from util.training_state import TrainingState
 
 
 def elsewhere() -> bool:
@@ -130,3 +131,27 @@ def test_a_checkpoint_that_cannot_be_read_ends_all_with_one_line(command, error,
     folder = train("run")
     (folder / "checkpoint-last.pth").write_bytes(b"nothing")
     assert "checkpoint-last.pth is damaged" in error(f"{command} --epochs 2 --resume {folder}")
+
+
+@pytest.mark.parametrize("flags, saved", [("--save_every_steps 1", 2), ("", 0)], ids=["during a run", "at its end"])
+def test_weights_that_differ_end_the_run_and_are_not_saved(command, error, tmp_path, monkeypatch, flags, saved):
+    take_step = TrainingState.take_step
+
+    def diverging(state, *args):
+        take_step(state, *args)
+        if state.steps_done == 3 and elsewhere():
+            with torch.no_grad():
+                next(state.model.parameters()).mul_(1.5)
+
+    monkeypatch.setattr(TrainingState, "take_step", diverging)
+    monkeypatch.setattr("socket.gethostname", lambda: f"node{os.environ.get('RANK')}")
+    line = error(f"{command} --epochs 2 {flags}")  # of 4 steps
+    assert "the weights of 1 of 2 ranks differ from the others': 1 on node1" in line
+    assert ("start again" in line) == (not saved) and ("continue from it" in line) == bool(saved)
+    path = tmp_path / "run" / "checkpoint-last.pth"
+    assert load(path.parent)["step"] == saved if saved else not path.exists()
+
+
+def test_bad_steps_end_all_processes_with_one_line(command, error, monkeypatch):
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(torch.nan))
+    assert "epoch 0, step 0: not finite" in error(f"{command} --epochs 1")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ from torch.distributed.run import get_args_parser
 
 import engine_tokenbridge
 from models.tokenbridge import TokenBridge
-from tests.conftest import ROOT, SHORT, TINY, load, processes_of, scalars, torchrun
+from tests.conftest import ROOT, SHORT, TINY, load, processes_of, scalars, torchrun, training_state, variant
+from tests.processes import attempt
 from tests.scripts.conftest import BASE, Views
+from tests.scripts.test_main_vae import SMALL_VAE
 from tests.scripts.trace import Trace
 from tools import checkpoint as commands
-from util.loader import CachedFolder
+from util.loader import CachedFolder, ShuffledRankSampler
 from util.training_state import TrainingState
 
 
@@ -232,25 +235,58 @@ def test_a_signal_ends_a_run_after_its_step_and_saves(cached, tmp_path, name):
     assert steps == {4 * (content["epoch"] + 1) + content["step"]}
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_restarted_run_begins_from_scratch_only_if_it_had_not_saved(
+    run, refused, cached, known_peak, monkeypatch, tmp_path, caplog, saved
+):
+    caplog.set_level("INFO")
+    attempt(monkeypatch, tmp_path, 0)
+    command = f"{BASE} --use_cached --cached_path {cached} --epochs 1 --output_dir {tmp_path}/run"
+    command += f" --resume {tmp_path}/run"
+    if saved:
+        run("main_tokenbridge", command)
+        (tmp_path / "run" / "checkpoint-last.pth").unlink()
+    attempt(monkeypatch, tmp_path, 1)
+    if saved:
+        line = refused("main_tokenbridge", command)
+        assert f"it had written {tmp_path}/run/checkpoint-last.pth" in line
+    else:
+        run("main_tokenbridge", command)
+        assert "restarted before the first checkpoint" in caplog.text
+
+
 @pytest.mark.slow
-def test_the_launcher_restarts_what_a_signal_to_one_process_stopped(cached, tmp_path):
+@pytest.mark.parametrize("end", ["killed", "signalled", "killed, and the checkpoint is lost"])
+def test_the_launcher_restarts_what_failed_and_nothing_else(cached, tmp_path, end):
     common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 30 --lr 1e-3 --warmup_epochs 1"
     common += " --batch_size 2 --save_last_freq 3 --device cpu"
-    assert torchrun(f"{common} --output_dir {tmp_path}/whole").returncode == 0
-    # Otherwise the launcher hands the addresses of processes that are gone to those it starts.
-    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
     process = subprocess.Popen(
         [*launcher, *f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut".split()],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **fresh_store}, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    wait_for(tmp_path / "cut" / "checkpoint-last.pth", process)
-    os.kill(processes_of(tmp_path / "cut")[-1], signal.SIGUSR1)
+    path = tmp_path / "cut" / "checkpoint-last.pth"
+    wait_for(path, process)
+    workers = processes_of(tmp_path / "cut")
+    for worker in workers:
+        os.kill(worker, signal.SIGUSR1 if end == "signalled" else signal.SIGSTOP)
+    if end != "signalled":
+        if "lost" in end:
+            shutil.rmtree(tmp_path / "cut")
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
     _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert "SIGUSR1, saved at epoch" in said and "another process, saved at epoch" in said
-    assert said.count("resumed from") == 1
-    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    if end == "killed":
+        assert process.returncode == 0, said
+        assert said.count("resumed from") == 1
+        assert torchrun(f"{common} --output_dir {tmp_path}/whole").returncode == 0
+        assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    elif end == "signalled":
+        assert process.returncode == 1 and said.count("resumed from") == 0
+        assert said.count("saved at epoch") == 2 + 2  # both, then process 0 in each of two restarts
+    else:
+        assert process.returncode == 1 and not path.exists()
+        assert said.count("error: this run was restarted and begins from scratch, but it had written") == 2
 
 
 @pytest.mark.slow
@@ -316,7 +352,61 @@ def test_another_number_of_steps_continues_at_the_same_place(run, cached, traine
     )
     run("main_tokenbridge", f"{common} --resume {trained} --output_dir {tmp_path}/more")
     assert "written by 4 processes with 4 steps an epoch, this run has 1 with 8" in caplog.text
-    assert "continuing at epoch 1, step 4" in caplog.text
+    assert "continuing at epoch 1, step 4 of 8" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "step, steps, place",
+    [(3, 2, (3, 1)), (1, 2, (3, 0)), (4, 2, (4, 0)), (3, 1, (3, 0)), (3, 9, (3, 6)), (4, 9, (4, 0)), (0, 9, (3, 0))],
+)
+def test_the_epoch_and_its_part_stay_with_other_steps_an_epoch(step, steps, place):
+    state = training_state(variant(), steps_per_epoch=steps)
+    content = {"epoch": 2, "step": step, "steps_per_epoch": 4}
+    state._take_place(content, Path("checkpoint-last.pth"))
+    assert (state.epoch, state.step) == place
+
+
+@pytest.mark.parametrize("script", ["main_tokenbridge", "main_vae"])
+def test_a_run_that_goes_on_with_fewer_steps_an_epoch_trains_all_that_is_left(
+    run, run_two, cached, images, tmp_path, known_peak, caplog, script
+):
+    if script == "main_vae":
+        command, name = f"{SMALL_VAE} --batch_size 4 --data_path {images}", "vae-last.pth"
+    else:
+        command, name = f"{BASE} --use_cached --cached_path {cached}", "checkpoint-last.pth"
+    command += f" --output_dir {tmp_path}/run --epochs"
+    run(script, f"{command} 1")
+    content = load(tmp_path / "run", name) | {"epoch": -1, "step": 3}  # of 4 steps
+    torch.save(content, tmp_path / "run" / name)
+    run_two(script, f"{command} 3 --resume {tmp_path}/run")
+    after = load(tmp_path / "run", name)
+    assert (after["epoch"], after["step"], after["steps_per_epoch"]) == (2, 0, 2)
+    steps = {int(state["step"]) for state in after["optimizer"]["state"].values()}
+    assert steps == {int(content["optimizer"]["state"][0]["step"]) + 1 + 2 * 2}
+
+
+def test_a_finished_run_trains_nothing_and_what_it_reports_is_there(train, refused, cached, tmp_path, caplog):
+    caplog.set_level("INFO")
+    folder = train("run", "--epochs 2")
+    before = {path: path.read_bytes() for path in folder.glob("*.[pj]*")}
+    train("run", f"--epochs 1 --resume {folder}")
+    assert "2 epochs are done, --epochs is 1: nothing to train" in caplog.text
+    assert {path: path.read_bytes() for path in folder.glob("*.[pj]*")} == before
+    other = train("other", f"--epochs 2 --resume {folder}")
+    assert f"2 epochs are trained: {other}/checkpoint-last.pth" in caplog.text
+    assert same_weights(folder, other)
+    command = f"{BASE} --use_cached --cached_path {cached} --output_dir {tmp_path}/new"
+    line = refused("main_tokenbridge", f"{command} --epochs 2 --start_epoch 2")
+    assert "--start_epoch 2 with --epochs 2" in line and not (tmp_path / "new").exists()
+
+
+def test_data_that_end_too_early_end_the_run(refused, cached, known_peak, monkeypatch, tmp_path):
+    indices = ShuffledRankSampler.__iter__
+    monkeypatch.setattr(ShuffledRankSampler, "__iter__", lambda self: islice(indices(self), 8))  # of 16
+    line = refused(
+        "main_tokenbridge", f"{BASE} --use_cached --cached_path {cached} --epochs 1 --output_dir {tmp_path}/run"
+    )
+    assert "the data of epoch 0 ended at step 2 of 4" in line and not list((tmp_path / "run").glob("*.pth"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -375,8 +465,6 @@ def test_steps_that_are_not_finite_are_left_out_and_written_down(
 
 
 def test_the_files_of_a_step_are_those_the_loader_gave(cached):
-    from util.loader import ShuffledRankSampler
-
     dataset = CachedFolder(cached)
     sampler = ShuffledRankSampler(dataset, 1, 0, shuffle=True, seed=1)
     sampler.start = 4

@@ -53,9 +53,9 @@ def test_a_file_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch, pr
     state, at_once, written, write = training_state(described(), precision=precision), io.BytesIO(), [], torch.save
     save, go = saver.Saver.save, threading.Event()
 
-    def both(self, path, content, keep_last):
+    def both(self, path, content, *others):
         write(content, at_once)
-        save(self, path, content, keep_last)
+        save(self, path, content, *others)
 
     monkeypatch.setattr(saver.Saver, "save", both)
     monkeypatch.setattr(torch, "save", lambda *args: written.append(go.wait(WAIT)) or write(*args))
@@ -113,30 +113,77 @@ def test_a_save_waits_for_the_one_before_and_says_so_once(slow_disk, monkeypatch
     assert [load(tmp_path, name)["step"] for name in names] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("end", ["later save", "end", "signal", "other error"])
-def test_a_full_disk_ends_a_run_with_one_line(refused, cached, known_peak, monkeypatch, tmp_path, end):
-    saves, steps, step = [], [], TrainingState.take_step
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Files cannot be written from then on; lists the attempts."""
+    attempts = []
 
     def full(number):
-        saves.append(number)
+        attempts.append(number)
         raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("util.provenance.write_json", lambda *_: None)  # so that checkpoints are the first to fail
+    monkeypatch.setattr(os, "fsync", full)
+    return attempts
+
+
+@pytest.mark.parametrize("end", ["later save", "end", "signal"])
+def test_a_full_disk_ends_a_run_with_one_line_at_its_end(
+    refused, cached, known_peak, monkeypatch, tmp_path, full_disk, end
+):
+    steps, step = [], TrainingState.take_step
 
     def take_step(state, *args):
         steps.append(step(state, *args))
         if end == "signal":
             signal.raise_signal(signal.SIGUSR1)
-        elif end == "other error" and len(steps) == 3:
+
+    monkeypatch.setattr(TrainingState, "take_step", take_step)
+    often = "--save_every_steps 2" if end == "later save" else ""
+    folder = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/run"
+    line = refused("main_tokenbridge", f"{BASE} {folder} --epochs 2 --save_last_freq 9 {often}")
+    assert line.endswith("checkpoint-last.pth: No space left on device; free space or choose another folder")
+    assert len(steps) == (1 if end == "signal" else 8) and len(full_disk) == (4 if end == "later save" else 1)
+    assert not list((tmp_path / "run").glob("*.pt*"))
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ended(train, monkeypatch, full_disk, caplog):
+    step = TrainingState.take_step
+
+    def take_step(state, *args):
+        step(state, *args)
+        if state.steps_done == 3:
             raise RuntimeError("something else")
 
     monkeypatch.setattr(TrainingState, "take_step", take_step)
-    monkeypatch.setattr("util.provenance.write_json", lambda *_: None)  # so that checkpoints are the first to fail
-    monkeypatch.setattr(os, "fsync", full)
-    often = "--save_every_steps 2" if end in ("later save", "other error") else ""
-    folder = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/run"
-    line = refused("main_tokenbridge", f"{BASE} {folder} --epochs 1 {often}")
-    assert line.endswith("checkpoint-last.pth: No space left on device; free space or choose another folder")
-    assert len(saves) == 1 and len(steps) == {"later save": 4, "end": 4, "signal": 1, "other error": 3}[end]
-    assert not list((tmp_path / "run").glob("*.pt*"))
+    with pytest.raises(RuntimeError, match="something else"):
+        train("run", "--epochs 1 --save_every_steps 2")
+    assert "No space left on device" in caplog.records[-1].getMessage() and caplog.records[-1].levelname == "ERROR"
+
+
+def test_a_run_warns_at_once_of_a_full_disk_and_writes_when_there_is_space_again(train, monkeypatch, caplog):
+    monkeypatch.setattr("util.provenance.write_json", lambda *_: None)
+    monkeypatch.setattr(saver, "PAUSE", 0.01)
+    fsync, step, attempts, written = os.fsync, TrainingState.take_step, [], threading.Event()
+
+    def full_at_first(number):
+        attempts.append(number)
+        if len(attempts) < 3:
+            raise OSError(28, "No space left on device")
+        fsync(number)
+        written.set()
+
+    def take_step(state, *args):  # the step after the save
+        if state.steps_done == 2:
+            assert written.wait(WAIT)
+        step(state, *args)
+
+    monkeypatch.setattr(os, "fsync", full_at_first)
+    monkeypatch.setattr(TrainingState, "take_step", take_step)
+    folder = train("run", "--epochs 1 --save_every_steps 2")
+    assert [load(folder, f"checkpoint-last{age}.pth")["step"] for age in (".1", "")] == [2, 0]
+    warnings = [record.getMessage() for record in caplog.records if "tried again in" in record.getMessage()]
+    assert len(warnings) == 2 and all("No space left on device" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.tokenbridge import TokenBridge
-from tests.conftest import TINY, filled, load, variant
+from tests.conftest import TINY, damaged, filled, load, variant
 from tests.scripts.conftest import BASE
 from util import checkpoint
 from util.lr_sched import tell_rates
@@ -67,6 +67,23 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(train, caplog):
         folder = train("run", "--epochs 3 --dry_run --skip_bad_images")
     assert "12 steps, 4 in each of 3 epochs" in caplog.text and "hours for 12 steps" in caplog.text
     assert "GiB a checkpoint; nothing was written" in caplog.text and not folder.exists()
+
+
+def test_a_dry_run_writes_nothing_though_images_are_bad(run, images, vae_path, known_peak, tmp_path, caplog):
+    for path in images.glob("train/*/[1-3].png"):
+        damaged(path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "bad_images-rank0.txt").write_text("of a run")
+    command = f"{BASE} --data_path {images} --vae_path {vae_path} --epochs 1 --dry_run --skip_bad_images"
+    run("main_tokenbridge", f"{command} --output_dir {tmp_path}/run")
+    assert "left out" in caplog.text
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["of a run"]
+
+
+def test_a_dry_run_whose_loss_is_not_finite_is_refused(refused, cached, monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(torch.nan))
+    command = f"{BASE} --use_cached --cached_path {cached} --epochs 1 --dry_run --output_dir {tmp_path}/run"
+    assert "not finite, a run would end" in refused("main_tokenbridge", command)
 
 
 def test_a_run_tells_what_it_was_made_with(train):

@@ -197,6 +197,30 @@ def test_a_preempted_run_ends_as_an_unbroken_one_and_is_evaluated(slurm, trainin
     assert (end["JobState"], end["Restarts"], len(pictures(sampled))) == ("COMPLETED", "1", 40)
 
 
+FAILING = """
+import os, sys, time
+count = len(os.listdir(sys.argv[1]))
+if os.environ["RANK"] == "1":
+    time.sleep(2)  # the other one has counted
+    sys.exit(0)
+open(f"{sys.argv[1]}/{count}", "w").close()
+os.abort() if count < int(sys.argv[2]) else sys.exit(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failures, state, restarts", [(2, "COMPLETED", "2"), (9, "FAILED", "2")])
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_a_crash_is_tried_again_but_not_for_ever(slurm, tmp_path, name, failures, state, restarts):
+    (tmp_path / "failing.py").write_text(FAILING)
+    (tmp_path / "counted").mkdir()
+    job = slurm.submit(name, f"{tmp_path}/failing.py {tmp_path}/counted {failures}")
+    end = slurm.ended(job)
+    assert (end["JobState"], end["Restarts"]) == (state, restarts)
+    assert slurm.log(job).count("status 134 after") == (2 if state == "COMPLETED" else 3)
+    assert not list(ROOT.glob(".slurm-failures-*"))
+
+
 @pytest.mark.slow
 def test_errors_fail_and_cancelled_jobs_stay_cancelled(slurm, training, tmp_path):
     wrong = slurm.submit("train", f"{training} --epochs 0 --output_dir {tmp_path}/wrong")

@@ -1,5 +1,6 @@
 """A user's error is one line and a status."""
 
+import os
 import subprocess
 import sys
 
@@ -36,3 +37,19 @@ def test_ctrl_c_is_one_line_and_the_status_of_shells(capsys):
     with pytest.raises(SystemExit) as stop:
         run(main)
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("output", ["/dev/full", "a pipe that nobody reads"])
+def test_a_run_whose_messages_cannot_be_written_goes_on_to_its_own_status(output):
+    code = "import sys; from util import errors, misc\n"
+    code += "def main():\n misc.start_log(); misc.log.info('text')\n for _ in misc.progress(range(3)): pass\n"
+    code += " raise errors.Preempted('text')\nerrors.run(main)"
+    if output == "/dev/full":
+        stderr = os.open(output, os.O_WRONLY)
+    else:
+        read, stderr = os.pipe()
+        os.close(read)
+    try:
+        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=stderr).returncode == 75
+    finally:
+        os.close(stderr)

@@ -1,0 +1,66 @@
+"""Logs that cannot be written, and TensorBoard's curve after a run went back."""
+
+import builtins
+import io
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import scalars
+from util.meters import BadSteps, RunLog
+from util.training_state import Step
+
+
+def full(monkeypatch) -> None:
+    """Nothing can be written any more."""
+
+    def open_full(path, mode="r", *args, **options):
+        if "r" not in mode:
+            raise OSError(28, "No space left on device")
+        return open_file(path, mode, *args, **options)
+
+    open_file = builtins.open
+    monkeypatch.setattr(builtins, "open", open_full)
+    monkeypatch.setattr(io, "open", open_full)
+
+
+@pytest.mark.parametrize("when", ["from the start", "later"])
+def test_a_log_that_cannot_be_written_is_told_once_and_goes_on_when_there_is_space(
+    tmp_path, monkeypatch, caplog, capfd, when
+):
+    monkeypatch.setattr(RunLog, "PAUSE", 0.0)
+    with monkeypatch.context() as patch:
+        if when == "from the start":
+            full(patch)
+        log = RunLog(tmp_path, 0)
+        if when == "later":
+            log.add_scalar("loss", 1.0, 1)
+            log.file_writer.flush()
+            full(patch)
+        for step in range(2, 50):
+            log.add_scalar("loss", 1.0, step)
+        if when == "later":
+            assert caplog.records
+    assert caplog.text.count("No space left on device") == 1
+    log.add_scalar("loss", 2.0, 50)
+    log.close()
+    found = scalars(tmp_path, "loss")
+    assert found[50] == 2.0 and set(found) <= {1, 50}
+    assert "Exception in thread" not in capfd.readouterr().err
+
+
+def test_steps_that_a_run_takes_once_more_are_shown_once(tmp_path):
+    for start, value in ((0, 1.0), (3, 2.0)):
+        with RunLog(tmp_path, start) as log:
+            for step in range(start + 1, 6):
+                log.add_scalar("loss", value, step)
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)]
+
+
+def test_a_list_of_bad_steps_that_cannot_be_written_does_not_end_a_run(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    bad_steps, nan = BadSteps(1, tmp_path / "file" / "folder"), torch.tensor(torch.nan)
+    bad_steps.add(Step(nan, nan, nan > 0, nan > 0, 1e-3, 0, 0), ["a.png", "b.png"])
+    assert "a.png, b.png" in caplog.text and "1 of 1 allowed" in caplog.text
