@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from util.config import KL16_CHANNEL_ORDER, KL16_LATENT_FACTOR
@@ -68,7 +69,9 @@ class PublishedNames(nn.Module):
                 with torch.device("meta"):
                     model = cls(**sizes, **kwargs)
                 if all(shapes.get(name) == list(value.shape) for name, value in model.named_parameters()):
-                    return {**model.config, "model": size, "latent_factor": KL16_LATENT_FACTOR}
+                    config = {**model.config, "model": size, "latent_factor": KL16_LATENT_FACTOR}
+                    names = ImageNetInfo("imagenet-1k").label_names()  # WordNet's numbers, sorted
+                    return config | ({"class_names": names} if len(names) == kwargs["class_num"] else {})
         except (KeyError, IndexError, ValueError):
             pass
         raise UserError(f"{path} does not say of what model it is, and its weights are of no published one")

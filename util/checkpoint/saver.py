@@ -48,6 +48,8 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
         self._waited = False
+        #: The stamp of the newest file known to be whole: the one that the run was resumed from, or wrote last.
+        self.whole: checkpoint.Stamp | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -71,7 +73,10 @@ class Saver:
         content = snapshot(content)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self._writing = self._thread.submit(checkpoint.save, path, content, keep_last)
+        self._writing = self._thread.submit(self._write, path, content, keep_last)
+
+    def _write(self, path: Path, content: dict[str, Any], keep_last: int) -> None:
+        self.whole = checkpoint.save(path, content, keep_last, self.whole)
 
     def finish(self) -> None:
         """Waits until the last file is on disk; UserError if it could not be written."""
