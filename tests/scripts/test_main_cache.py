@@ -212,26 +212,21 @@ def test_moments_of_images_that_are_gone_are_named_and_nothing_is_encoded(
 @pytest.mark.parametrize("kind", ["folder", "rows"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_moments_follow_the_images_of_their_names(run, images, vae_path, tmp_path, monkeypatch, caplog, kind, workers):
-    data = images if kind == "folder" else in_rows(images / "train")
-    path = images if kind == "folder" else write_rows(tmp_path / "rows", data)
+    path, image = tmp_path / "rows" if kind == "rows" else images, images / "train" / "class1" / "1.png"
     command = f"--img_size 16 --vae_path {vae_path} --data_path {path} --cached_path {tmp_path}/cache"
     command += f" --num_workers {workers} --batch_size 3"
     caplog.set_level("INFO")
-    run("main_cache", command)
-    if kind == "folder":
-        shutil.copy(images / "train" / "class2" / "3.png", images / "train" / "class1" / "1.png")
-    else:
-        other = [*data[1:], data[0]]
-        shutil.rmtree(tmp_path / "rows")
-        write_rows(tmp_path / "rows", other)
-    run("main_cache", command)
-    changed = 1 if kind == "folder" else 16
-    assert f"{16 - changed} were there, 0 are new, {changed} replaced" in caplog.text
-    if kind == "folder":
-        new, same = (
-            read_arrays(tmp_path / "cache" / name, *VIEWS) for name in ("class1/1.png.npz", "class2/3.png.npz")
-        )
-        assert all(np.allclose(new[view], same[view], atol=1e-5) for view in VIEWS)
+    for replaced in (False, True):
+        if replaced:
+            shutil.copy(images / "train" / "class2" / "3.png", image)
+        if kind == "rows":
+            write_rows(path, in_rows(images / "train"))
+        run("main_cache", command)
+    assert "15 were there, 0 are new, 1 replaced" in caplog.text
+    names = ("1.png", "3.png") if kind == "folder" else ("train-00000005", "train-00000011")
+    files = [tmp_path / "cache" / f"class{label}" / f"{name}.npz" for label, name in zip((1, 2), names, strict=True)]
+    new, same = (read_arrays(file, *VIEWS) for file in files)
+    assert all(np.allclose(new[view], same[view], atol=1e-5) for view in VIEWS)
     # What is there is not decoded again.
     monkeypatch.setattr("util.sources.read_image", None)
     run("main_cache", command)

@@ -121,7 +121,8 @@ def start_from(
     if not any(name.startswith(("encoder_blocks.", "decoder_blocks.")) for name in done["kept"]):
         raise UserError(f"{path} is of another model: none of its transformer's weights fit. Check --model")
     share = values / sum(each.numel() for each in learned.values())
-    log.info("starting from %s: %.1f%% of the parameters kept", path, 100 * share)
+    # Rounded down: 100.0% are all of them.
+    log.info("starting from %s: %.1f%% of the parameters kept", path, math.floor(1000 * share) / 10)
     for kind in kinds[1:]:
         if done[kind]:
             log.info("%s: %s", kind, ", ".join(grouped(done[kind])))
