@@ -26,7 +26,7 @@ from util import misc
 from util.errors import Preempted, UserError
 from util.files import written_whole
 from util.images import confidence_maps
-from util.loader import cached_file
+from util.loader import IMAGE_HASH, cached_file
 from util.lr_sched import adjust_learning_rate
 from util.meters import BadSteps, Meter
 from util.rng import image_seeds, numbered_draws, seed_everything
@@ -402,7 +402,8 @@ def cache_latents(
     """Writes each image's posterior moments, and its mirror image's, to ``cached_path/<class>/<file name>.npz``.
 
     Args:
-        loader: gives images ``[B, 3, H, W]``, labels, and ``class/file`` names, or None for a batch with nothing to do.
+        loader: gives images ``[B, 3, H, W]``, labels, ``class/file`` names, and hashes of the images' files (uint8
+            ``[B, 32]``), or None for a batch with nothing to do.
 
     Returns:
         the number of files written, and of those replaced, by all processes.
@@ -415,15 +416,15 @@ def cache_latents(
         for batch in batches:
             if batch is None:
                 continue
-            images, _, names = batch
+            images, _, names, hashes = batch
             images = images.to(device, non_blocking=True)
             with misc.autocast(device, precision):
                 moments = [vae.encode(view).parameters.float().cpu().numpy() for view in (images, images.flip(3))]
-            for name, plain, flipped in zip(names, *moments, strict=True):
+            for name, plain, flipped, digest in zip(names, *moments, hashes.numpy(), strict=True):
                 path = cached_file(cached_path, name)
                 counts += torch.tensor([1.0, float(path.exists())])
                 with written_whole(path, flush=False) as file:
-                    np.savez(file, moments=plain, moments_flip=flipped)
+                    np.savez(file, moments=plain, moments_flip=flipped, **{IMAGE_HASH: digest})
     os.sync()  # what was not flushed file by file, before the counts tell other processes that all is there
     written, replaced = (misc.all_reduce_mean(counts.to(device)) * misc.get_world_size()).round().int().tolist()
     return written, replaced

@@ -1,6 +1,7 @@
 """Measuring a model: samples and their metrics, searches over guidance and temperature, held-out likelihood."""
 
 import argparse
+import hashlib
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -14,6 +15,7 @@ from engine_tokenbridge import SampleSettings, evaluate, held_out_likelihood
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, misc
+from util.checkpoint.load import fingerprint
 from util.errors import UserError
 from util.files import check_shared, write_json
 from util.metrics import TITLES, Evaluator, table
@@ -68,23 +70,30 @@ def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) 
     return SampleSettings(cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names})
 
 
-def identity(path: str | Path | None) -> dict[str, str | int] | None:
-    """Path, size and time of change of a file, which tell it from a later one of the same name; None for no file."""
+def identity(path: str | Path | None) -> dict[str, str] | None:
+    """What tells a file from others of its name: its SHA-256; None for no file.
+
+    That of a folder is of names, sizes and times of its files.
+    """
     if path is None:
         return None
-    status = Path(path).stat()
-    return {"file": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    file = Path(path)
+    if file.is_file():
+        return {"file": str(path), "sha256": checkpoint.hub.digest(file)}
+    status = [(str(each), each.stat()) for each in sorted(file.rglob("*")) if each.is_file()]
+    listed = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
+    return {"file": str(path), "sha256": hashlib.sha256(repr(listed).encode()).hexdigest()}
 
 
-def weights_identity(args: argparse.Namespace, path: Path) -> dict:
-    """Identifies the weights of a checkpoint and of its tokenizer: samples of others are made anew.
+def weights_identity(run: Run, model: TokenBridge) -> dict[str, str | bool]:
+    """Identifies the weights of model and tokenizer by their SHA-256: samples of others are made anew.
 
-    The main process's files count for all: other machines may have none, or copies of other times.
+    The main process's count for all: they are those that all have.
     """
 
-    def identify() -> dict:
-        vae_file = checkpoint.located(args.vae_path, checkpoint.VAE_NAMES)
-        return {"ema": not args.no_ema, "model": identity(path), "vae": identity(vae_file)}
+    def identify() -> dict[str, str | bool]:
+        assert run.vae is not None
+        return {"ema": not run.args.no_ema, "model": fingerprint(model), "vae": fingerprint(run.vae)}
 
     return misc.by_main_process(identify)
 

@@ -107,6 +107,7 @@ def main() -> None:
             cached_path=args.cached_path,
             shape=(2 * vae.embed_dim, side, side),
         )
+        misc.by_main_process(dataset.check_others)
         check_same_inputs({args.split: dataset}, vae)
         loader = loader_of_all(dataset, device, args, collate_fn=collate_present)
 
@@ -118,9 +119,15 @@ def main() -> None:
         if misc.is_main_process():
             write_json(metadata_path, {"images": images, **metadata, "complete": True})
         misc.log.info(
-            "cached %d images and their mirror images in %s: %d were there, %d are new, %d replace damaged ones",
+            "cached %d images and mirror images in %s: %d were there, %d are new, %d replaced (damaged or changed)",
             *(images, args.cached_path, images - written, written - replaced, replaced),
         )
+        if not_compared := sum(misc.from_all_processes(int(dataset.not_compared.sum()))):
+            misc.warn(
+                "%d of them could not be compared with the images in %s: their files, of MAR or an earlier version, "
+                "hold no hash. To renew them, delete these files, or choose another --cached_path",
+                *(not_compared, dataset.root),
+            )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -228,19 +229,22 @@ def load_tokenizer(
         raise errors.UserError(f"{told}: name its file with --vae_path")
     if needed or named:
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
-        found.append(Tokenizer(vae.config, latent_factor, args.vae_path))
-    sha = fingerprint(vae) if vae is not None and args.use_cached else None
+        found.append(Tokenizer(vae.config, latent_factor, args.vae_path, fingerprint(vae)))
     for root in roots if args.use_cached else ():
         metadata = cache_metadata(root)
-        found.append(Tokenizer(*checkpoint.tokenizer_of(metadata, root), root))
-        if not found[0].same_factor(found[-1].latent_factor):
+        found.append(Tokenizer(*checkpoint.tokenizer_of(metadata, root), root, metadata.get("vae_sha256")))
+    for other, later in combinations(found, 2):
+        if not other.same_factor(later.latent_factor):
             differing = "latent factors"
-        elif sha is not None and metadata.get("vae_sha256", sha) != sha:
+        elif not other.same_weights(later.sha256):
             differing = "weights"
         else:
             continue
-        raise errors.UserError(f"{root} was made with another tokenizer than {found[0].source}: {differing} differ")
-    return vae if needed else None, found[-1]
+        raise errors.UserError(
+            f"{later.source} was made with another tokenizer than {other.source}: {differing} differ"
+        )
+    known = next((each.sha256 for each in found if each.sha256 is not None), None)
+    return vae if needed else None, found[-1]._replace(sha256=known)
 
 
 CALIBRATION_IMAGES = 10_000
@@ -259,10 +263,15 @@ def calibrate(
     return {"channel_mean": mean, "channel_std": deviation}
 
 
-def build_model(args: argparse.Namespace, config: dict, start: Start, device: torch.device) -> TokenBridge:
+def build_model(
+    args: argparse.Namespace, config: dict, start: Start, device: torch.device, classes: Sequence[str] | None
+) -> TokenBridge:
     """The model that ``config`` describes, with the weights of the checkpoint that the run starts from, or drawn ones.
 
     A run that is resumed gets its weights later, with the rest of its state.
+
+    Args:
+        classes: names of the classes to train on.
 
     Raises:
         UserError: sizes that do not fit each other, options of sampling or weights that do not fit the model.
@@ -275,7 +284,7 @@ def build_model(args: argparse.Namespace, config: dict, start: Start, device: to
 
     def load() -> None:
         if start.use == FINETUNE:
-            finetune.start_from(model, start.content, start.config, start.path, ema=not args.no_ema)
+            finetune.start_from(model, start.content, start.config, start.path, not args.no_ema, classes)
         elif start.use == EVALUATE:
             load_weights(model, start.content, start.path, ema=not args.no_ema)
 
@@ -327,7 +336,7 @@ def main() -> None:
         config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, start)
         if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
-        data, classes = {}, start.config.get("class_names") if measuring else None
+        data, classes = {}, None if start.use == FINETUNE else start.config.get("class_names")
         for split in splits:
             data[split] = load_data(args, split, tokenizer, classes)
             classes = data[split].classes
@@ -335,7 +344,7 @@ def main() -> None:
         seed_everything(args.seed + misc.get_rank())
         if args.quant_calibrate and config["channel_mean"] is None:
             config |= calibrate(args, data["train"], vae, tokenizer, device)
-        model = build_model(args, config, start, device)
+        model = build_model(args, config, start, device, classes)
         model.metadata = {"model": args.model, "latent_factor": tokenizer.latent_factor}
         if (args.evaluate or args.online_eval) and args.num_iter > model.seq_len:
             misc.log.info("--num_iter %d for %d tokens: %d steps do it", args.num_iter, model.seq_len, model.seq_len)
@@ -346,6 +355,8 @@ def main() -> None:
         run = Run(args, device, vae, tokenizer.latent_factor, make_evaluator(args, device), held_out)
         if not measuring:
             model.metadata["class_names"] = data["train"].classes
+            known = tokenizer.sha256 or (start.config.get("vae_sha256") if start.use == RESUME else None)
+            model.metadata |= {} if known is None else {"vae_sha256": known}
             finetune.freeze(model, args.freeze)
             train(run, model, loader, start)
             return
@@ -356,7 +367,7 @@ def main() -> None:
             if misc.is_main_process():
                 write_json(Path(args.output_dir) / "likelihood.json", figures)
         if args.evaluate:
-            search(run, model, weights_identity(args, start.path))
+            search(run, model, weights_identity(run, model))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import misc
 from util.classes import find_classes, readable
+from util.config import Tokenizer, check_tokenizer
 from util.errors import UserError
 from util.images import to_uint8
 from util.rng import image_seeds, numbered_draws
@@ -72,6 +73,7 @@ def own_tokenizer(path: Path, address: Any, content: Mapping[str, Any], **option
     flags = content.get("args")
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     named = flags.get("vae_path") if isinstance(flags, dict) else None
+    named = named if isinstance(named, str) else None
     for place in [*(path.parent / name for name in BESIDE), *([named] if named else [])]:
         if hub.is_address(place) or Path(place).exists():
             return place
@@ -145,18 +147,31 @@ class TokenBridgePipeline:
         vae: the tokenizer that it was trained on.
         latent_factor: what the tokenizer's latents are multiplied by.
         precision: of autocast, as of ``--evaluate``: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        names: of model and tokenizer in messages.
 
     Raises:
         UserError: the tokenizer is another model's.
     """
 
-    def __init__(self, model: TokenBridge, vae: AutoencoderKL, latent_factor: float, precision: str = "bf16"):
+    def __init__(
+        self,
+        model: TokenBridge,
+        vae: AutoencoderKL,
+        latent_factor: float,
+        precision: str = "bf16",
+        names: tuple[str, str] = ("the model", "the given one"),
+    ):
+        from util.checkpoint.load import fingerprint
+
         self.model, self.vae, self.latent_factor, self.precision = model, vae, latent_factor, precision
         here = (vae.embed_dim, vae.stride, latent_factor)
         there = (model.vae_embed_dim, model.config["vae_stride"], model.metadata.get("latent_factor", latent_factor))
         if here[:2] != there[:2] or not math.isclose(here[2], there[2], rel_tol=1e-6):
             form = "{} latent channels, stride {}, latent factor {:.4g}".format
             raise UserError(f"the tokenizer is another model's: it has {form(*here)}; the model needs {form(*there)}")
+        if "vae_sha256" in model.metadata:
+            tokenizer = Tokenizer(vae.config, latent_factor, names[1], fingerprint(vae))
+            check_tokenizer(model.metadata, tokenizer, names[0])
         #: Names of the classes; their numbers where the model knows none.
         self.class_names = readable(model.metadata.get("class_names") or [str(i) for i in range(model.class_num)])
         self.to(model.device)
@@ -192,7 +207,7 @@ class TokenBridgePipeline:
             tokenizer = own_tokenizer(path, address, content, **options)
         vae: tuple[Any, float] = AutoencoderKL.from_pretrained(str(tokenizer))
         built: Any = TokenBridge.from_content(content, path, ema)
-        return cls(built, *vae, precision)
+        return cls(built, *vae, precision, (str(path), str(tokenizer)))
 
     @property
     def device(self) -> torch.device:

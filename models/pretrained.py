@@ -17,7 +17,7 @@ from torch import nn
 
 from models.diffusers_vae import DiffusersVAE
 from models.published import published_config, to_published
-from util.errors import UserError, reason
+from util.errors import UserError, reason, some
 from util.files import write_json
 from util.tables import write_text
 
@@ -224,6 +224,7 @@ class PretrainedVAE:
         from util.checkpoint import VAE_NAMES, config_beside, located, read_vae
 
         path = located(path, VAE_NAMES)
+        check_diffusers(path)
         beside = config_beside(path)
         if isinstance(beside, dict) and "_class_name" in beside:
             vae = DiffusersVAE(read_diffusers(path))
@@ -259,6 +260,26 @@ class PretrainedVAE:
 
         safetensors_io.write_tensors(Path(folder) / HUB_NAME, self.state_dict())
         write_json(Path(folder) / HUB_CONFIG, {"vae": self.config, "latent_factor": latent_factor})
+
+
+def check_diffusers(path: Path) -> None:
+    """Raises UserError, which says what is there, for weights of diffusers in another form than the one that is read.
+
+    Args:
+        path: the tokenizer's file, or the one that was looked for in its folder.
+    """
+    from util.checkpoint import VAE_NAMES
+
+    whole = VAE_NAMES[-1]
+    if path.name == whole or (path.is_file() and not path.name.startswith(Path(whole).stem)):
+        return
+    if found := sorted(each.name for each in path.parent.glob(f"{Path(whole).stem}*")):
+        variant = ', variant="fp16"' if all(".fp16." in name for name in found) else ""
+        raise UserError(
+            f"{path.parent} holds {some(found)}; tokenizers of diffusers are read from {whole} alone: name the folder "
+            f'if it is there, or write it by AutoencoderKL.from_pretrained("{path.parent}"{variant})'
+            ".save_pretrained(another folder), in Python, with diffusers' class"
+        )
 
 
 def read_diffusers(path: Path) -> nn.Module:

@@ -28,6 +28,13 @@ def accept_published_names(model: nn.Module, state: dict[str, Tensor], prefix: s
         state[prefix + nested_name(name.removeprefix(prefix))] = state.pop(name)
 
 
+def imagenet_names() -> list[str]:
+    """Return the WordNet ids of ImageNet's 1,000 classes in the order of their labels."""
+    from timm.data import ImageNetInfo  # which loads torchvision: a model alone needs none
+
+    return ImageNetInfo("imagenet-1k").label_names()
+
+
 def published_config(model_class: Any, weights: Any, path: str | Path) -> dict[str, Any]:
     """Return the configuration of the published model that has the shapes of ``weights``.
 
@@ -53,7 +60,9 @@ def published_config(model_class: Any, weights: Any, path: str | Path) -> dict[s
                 model = model_class(**sizes, **kwargs)
             expected = to_published(dict(model.named_parameters()))
             if all(shapes.get(name) == list(value.shape) for name, value in expected.items()):
-                return {**model.config, "model": size, "latent_factor": KL16_LATENT_FACTOR}
+                config = {**model.config, "model": size, "latent_factor": KL16_LATENT_FACTOR}
+                names = imagenet_names()
+                return config | ({"class_names": names} if len(names) == kwargs["class_num"] else {})
     except (KeyError, IndexError, ValueError):
         pass
     raise UserError(f"{path} does not say of what model it is, and its weights are of no published one")

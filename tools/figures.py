@@ -28,8 +28,9 @@ from util.args import (
     check_range,
     new_parser,
 )
+from util.checkpoint.load import fingerprint
 from util.classes import find_classes, readable
-from util.config import check_config
+from util.config import Tokenizer, check_config, check_tokenizer
 from util.images import confidence_maps, save_grid
 from util.loader import evenly_spaced, make_loader
 from util.packed import open_cache
@@ -145,14 +146,16 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
 # Figures 2, 7, 8 and 9.
 
 
-def load_model(resume: str, flag: str, latent_factor: float, args: argparse.Namespace) -> TokenBridge:
+def load_model(resume: str, flag: str, tokenizer: Tokenizer, args: argparse.Namespace) -> TokenBridge:
     """The model in folder ``resume``, which ``flag`` named; UserError if tokenizer or flags do not fit it."""
     if not resume:
         raise errors.UserError(f"{flag} is missing: name the folder that holds {checkpoint.CHECKPOINT_NAME}")
     path = checkpoint.find(resume)
     content = checkpoint.read_run(path)
     model = TokenBridge.from_content(content, path, ema=not args.no_ema)
-    check_config(content.get("config", {}), {**model.config, "latent_factor": latent_factor}, path)
+    stored = content.get("config", {})
+    check_config(stored, {**model.config, "latent_factor": tokenizer.latent_factor}, path)
+    check_tokenizer(stored, tokenizer, path)
     try:
         check_head_options(model.head, args)
     except ValueError as error:
@@ -188,15 +191,16 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     check_positive(args, "num_iter", "batch_size")
     check_range(args, 0, math.inf, "temperature", "confidence_noise", "gen_seed")
     vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
+    about = Tokenizer(vae.config, latent_factor, args.vae_path, fingerprint(vae))
     tokenizer = vae.to(device, memory_format=torch.channels_last), latent_factor
-    model = load_model(args.resume, "--resume", latent_factor, args).to(device)
+    model = load_model(args.resume, "--resume", about, args).to(device)
     names = readable(model.metadata.get("class_names") or [str(label) for label in range(model.class_num)])
     labels = find_classes(args.classes, names)
     if args.figure == "samples":
         check_positive(args, "per_class")
         rows = [sample(model, tokenizer, labels * args.per_class, args.order, args)[0]]
     elif args.figure == "parallel":
-        other = load_model(args.resume_parallel, "--resume_parallel", latent_factor, args).to(device)
+        other = load_model(args.resume_parallel, "--resume_parallel", about, args).to(device)
         for each, head, flag in ((model, "ar", "--resume"), (other, "parallel", "--resume_parallel")):
             if each.config["head"] != head:
                 raise errors.UserError(f"{flag} needs a model of --head {head}; this one's is {each.config['head']}")

@@ -31,6 +31,7 @@ class Tokenizer(NamedTuple):
     config: Mapping[str, Any]  # arguments of the tokenizer; `embed_dim` and `ch_mult` at least
     latent_factor: float  # what its latents are multiplied by
     source: str | Path  # the tokenizer's file or the cache's folder, for messages
+    sha256: str | None = None  # of its weights (util.checkpoint.load.fingerprint); None for caches that store none
 
     @property
     def stride(self) -> int:
@@ -46,6 +47,10 @@ class Tokenizer(NamedTuple):
     def same_factor(self, latent_factor: float) -> bool:
         """Whether ``latent_factor`` is this tokenizer's, but for rounding."""
         return math.isclose(self.latent_factor, latent_factor, rel_tol=1e-6)
+
+    def same_weights(self, sha256: str | None) -> bool:
+        """Whether ``sha256`` is of this tokenizer's weights, or either is unknown."""
+        return sha256 is None or self.sha256 is None or sha256 == self.sha256
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -200,6 +205,7 @@ def resolve(
     if start.use in (RESUME, EVALUATE):
         here = {**config, "model": args.model, "latent_factor": tokenizer.latent_factor}
         check_config(start.config, here, start.path, calibrate=args.quant_calibrate)
+        check_tokenizer(start.config, tokenizer, start.path)
     return {name: value for name, value in config.items() if name != "latent_factor"}
 
 
@@ -252,6 +258,7 @@ def checkpoint_values(args: argparse.Namespace, tokenizer: Tokenizer, start: Sta
     same_channels = len(told.get("channel_order", ())) == args.vae_embed_dim * args.patch_size**2
     same_channels &= all(stored.get(name, size) == size for name, size in sizes.items())
     same_latents = same_channels and tokenizer.same_factor(stored.get("latent_factor", tokenizer.latent_factor))
+    same_latents &= tokenizer.same_weights(stored.get("vae_sha256"))
     unfit = [] if same_channels else ["channel_order"]
     there = told.get("head", "ar")
     if ((args.head or there) == "masked") != (there == "masked"):
@@ -347,6 +354,20 @@ def check_config(
         differences.append("without calibration there, with --quant_calibrate here")
     if differences:
         raise UserError(f"{path} was trained differently: {'; '.join(differences)}")
+
+
+def check_tokenizer(stored: Mapping[str, Any], tokenizer: Tokenizer, path: str | Path | None) -> None:
+    """Raises UserError if the checkpoint ``path``, of config ``stored``, was trained with a tokenizer of other weights.
+
+    Published and older checkpoints, and caches that store no hash of their tokenizer's weights, cannot be compared.
+    """
+    trained = stored.get("vae_sha256")
+    if not tokenizer.same_weights(trained):
+        raise UserError(
+            f"{path} was trained with another tokenizer than {tokenizer.source}: the SHA-256 of their weights is "
+            f"{str(trained)[:12]} there, {str(tokenizer.sha256)[:12]} here; name the tokenizer, or the cache, that it "
+            "was trained with (--vae_path, --cached_path)"
+        )
 
 
 def differ(there: Any, here: Any) -> bool:

@@ -80,7 +80,7 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer, traine
             BadImages(None if args.dry_run else args.output_dir) if args.skip_bad_images and split == "train" else None
         )
         dataset = ImageFolder(dataset, image_transform(args.img_size), mirror=mirror, bad_images=bad_images)
-    check_classes(dataset.classes, args.class_num, root, trained)
+    check_classes(dataset.classes, args.class_num, root, trained, renamed=split != "train")
     if args.use_cached:
         if split == "val" and dataset.metadata.get("split") == "train":
             misc.warn("%s is a cache of training images: their likelihood is not a held-out one", root)
@@ -103,7 +103,10 @@ def check_same_inputs(data: Mapping[str, Data], vae: nn.Module | None) -> None:
         return
     read = {} if vae is None else {"the tokenizer's checksum": misc.checksum(vae.state_dict().values())}
     for split, dataset in data.items():
+        if isinstance(dataset, CachedFolder | PackedCache):
+            read[f"the SHA-256 of the tokenizer that cached {split}"] = dataset.metadata.get("vae_sha256")
         digest = hashlib.sha256()
+        digest.update(os.fsencode("\n".join(dataset.classes)))
         for path, label in dataset.samples:
             digest.update(os.fsencode(f"{os.path.basename(path)} {label}\n"))
         read[f"the list of images in {split}"] = f"{len(dataset)} images {digest.hexdigest()[:16]}"

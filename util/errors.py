@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any, NoReturn
 
@@ -25,6 +25,11 @@ class ToldByMain(UserError):
 def reason(error: BaseException) -> str:
     """The first line of an error's message, or the error's type if the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """The first ``limit`` of ``names``, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def where() -> str:

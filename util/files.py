@@ -1,11 +1,12 @@
 """Files written whole or not at all, folders shared by all processes, JSON and npz files read without running code."""
 
+import hashlib
 import json
 import os
 import socket
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -27,7 +28,8 @@ def written_whole(path: str | Path, flush: bool = True) -> Iterator[BinaryIO]:
         UserError: the disk is full or the folder cannot be written; ``path`` is as it was.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    beside = path.with_name(f".{name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -104,6 +106,8 @@ def check_shared(folder: str | Path) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # JSON, paths and arrays.
 
+LONGEST_NAME = 255  # bytes, on all usual file systems
+
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     """Writes ``value`` as JSON, whole or not at all."""
@@ -121,15 +125,20 @@ def read_json(path: str | Path) -> Any:
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """The path of ``name``, a relative path, in ``folder``; UserError if it leads out of ``folder``."""
+    """The path of ``name``, a relative path, in ``folder``; UserError if it leads out of it, or is too long for one."""
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
         raise UserError(f"the name {name!r} leads out of {folder}; nothing was written there")
+    if longest := [part for part in parts.parts if len(os.fsencode(part)) > LONGEST_NAME]:
+        raise UserError(f"{longest[0]!r} is longer than the {LONGEST_NAME} bytes of a file's name; rename the image")
     return Path(folder) / parts
 
 
-def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
+def read_arrays(path: str | Path, *names: str, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """Arrays of an ``.npz``, their checksums compared; no code of the file is run.
+
+    Args:
+        optional: names of further arrays, which the file may lack.
 
     Raises:
         UserError: there is no such file, it is damaged, or it lacks one of ``names``.
@@ -139,7 +148,9 @@ def read_arrays(path: str | Path, *names: str) -> dict[str, np.ndarray]:
         raise UserError(f"no file at {path}; check the path")
     try:
         with zipfile.ZipFile(path) as archive:
-            missing = [name for name in names if f"{name}.npy" not in archive.namelist()]
+            there = archive.namelist()
+            missing = [name for name in names if f"{name}.npy" not in there]
+            names += tuple(name for name in optional if f"{name}.npy" in there)
             for name in names if not missing else ():
                 with archive.open(f"{name}.npy") as file:
                     arrays[name] = np.lib.format.read_array(file, allow_pickle=False)

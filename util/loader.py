@@ -1,6 +1,7 @@
 """Data: images, folders of cached moments, samplers and loaders."""
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from torchvision import datasets, transforms
 
 from util.args import check_range
 from util.crop import center_crop_arr
-from util.errors import UserError, reason
+from util.errors import UserError, reason, some
 from util.files import inside, read_arrays
 from util.misc import get_rank, get_world_size, log, warn
 from util.sources import Folder, Rows, existing_folder
@@ -30,6 +32,8 @@ from util.sources import Folder, Rows, existing_folder
 CACHE_METADATA, PACKED_METADATA = "cache.json", "packed.json"
 #: What a cache holds of each image: moments of itself, and of its mirror image.
 VIEWS = ("moments", "moments_flip")
+#: And the SHA-256 of the image's file, uint8 ``[32]``; caches of MAR and of earlier versions have none.
+IMAGE_HASH = "image_sha256"
 
 # --------------------------------------------------------------------------------------------------------------------
 # Images.
@@ -168,22 +172,80 @@ class ImageFolderWithFilename(ImageFolder):
         return *self.read(index), self.source.name(index)
 
 
-class ImagesToCache(ImageFolderWithFilename):
-    """The images that a cache lacks: None for those of which it has moments of ``shape``, and for bad ones."""
+def image_hash(source: Folder | Rows, index: int) -> np.ndarray:
+    """SHA-256 of the file of image ``index``, or of the bytes in its row, as uint8 ``[32]``.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    content: Any = source.samples[index][0]
+    if isinstance(source, Rows):
+        content = source.table[index][source.column]
+        content = content["bytes"] or content.get("path") if isinstance(content, dict) else content
+    try:
+        data = Path(content).read_bytes() if isinstance(content, str) else content or b""
+    except OSError as error:
+        raise UserError(f"cannot read image {content} ({error.strerror}); replace or remove it") from error
+    return np.frombuffer(hashlib.sha256(data).digest(), np.uint8).copy()  # writable, as torch wants it
+
+
+class ImagesToCache(ImageFolder):
+    """The images that a cache lacks, or has moments of other bytes for; None for all others, and for bad ones.
+
+    Items are image, label, ``class/file``, and the image's :func:`image_hash`.
+
+    Args:
+        shape: of the moments; those of another shape are replaced.
+
+    Attributes:
+        not_compared: for each image, whether the cache has moments of it that come without a hash; in memory that the
+            loader's workers share.
+    """
 
     def __init__(self, *args, cached_path: str | Path, shape: tuple[int, ...], **kwargs):
         super().__init__(*args, **kwargs)
         self.cached_path, self.shape = cached_path, shape
+        self.not_compared = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
-    def __getitem__(self, index: int):
+    def is_cached(self, index: int) -> bool:
+        """Whether the cache has whole moments of image ``index`` as it is now."""
         path = cached_file(self.cached_path, self.source.name(index))
         try:
-            if path.exists() and all(CachedFolder.read_moments(path, view).shape == self.shape for view in VIEWS):
-                return None
+            if not path.exists() or any(CachedFolder.read_moments(path, view).shape != self.shape for view in VIEWS):
+                return False
+            stored = read_arrays(path, optional=[IMAGE_HASH]).get(IMAGE_HASH)
+            self.not_compared[index] = stored is None
+            return stored is None or np.array_equal(stored, image_hash(self.source, index))
         except UserError:  # damaged
-            pass
+            return False
+
+    def read(self, index: int) -> tuple:
+        # The hash first: if the file is replaced in between, the next run finds that it differs.
+        digest = image_hash(self.source, index)
+        return *super().read(index), self.source.name(index), digest
+
+    def __getitem__(self, index: int):
+        if self.is_cached(index):
+            return None
         item = self.read_unless_bad(index)
-        return item and (*item, self.source.name(index))
+        if item is None:  # what the cache has is of an image that was there before
+            cached_file(self.cached_path, self.source.name(index)).unlink(missing_ok=True)
+        return item
+
+    def check_others(self) -> None:
+        """Raises UserError if the cache holds moments of images that are not among these, or cannot hold some name."""
+        names = {str(cached_file("", self.source.name(index))) for index in range(len(self))}
+        there = [
+            os.path.relpath(os.path.join(folder, file), self.cached_path)
+            for folder, _, files in os.walk(self.cached_path, followlinks=True)
+            for file in files
+            if file.endswith(".npz")
+        ]
+        if others := sorted(set(there) - names):
+            raise UserError(
+                f"{self.cached_path} holds {len(others)} files of images that are not in {self.root}: {some(others)}; "
+                "delete them, or choose another --cached_path"
+            )
 
 
 def cached_file(cached_path: str | Path, name: str) -> Path:
@@ -283,16 +345,24 @@ def read_cache_metadata(root: str | Path) -> dict | None:
 
 
 def check_classes(
-    classes: Sequence[str], class_num: int, root: str | Path, trained: Sequence[str] | None = None
+    classes: Sequence[str],
+    class_num: int,
+    root: str | Path,
+    trained: Sequence[str] | None = None,
+    renamed: bool = True,
 ) -> None:
     """Raises UserError if ``root``'s ``classes`` are not ``class_num``, or not those that were ``trained``, by name.
 
-    Names of which none is common are another naming of the same classes.
+    Where they may be ``renamed``, names of which none is common are another naming of the same classes.
     """
-    if trained is not None and set(trained) & set(classes) and list(trained) != list(classes):
+    differ = trained is not None and list(trained) != list(classes)
+    if differ and (set(trained) & set(classes) or not renamed):
         sides = {"lacks": set(trained) - set(classes), "has besides": set(classes) - set(trained)}
-        what = "; ".join(f"{verb} {', '.join(sorted(names)[:4])}" for verb, names in sides.items() if names)
-        raise UserError(f"{root} has other classes than the training images: it {what or 'orders them otherwise'}")
+        what = "; ".join(f"{verb} {some(sorted(names))}" for verb, names in sides.items() if names)
+        hint = "" if renamed else "; to train on these, start from the checkpoint by --finetune in another --output_dir"
+        raise UserError(
+            f"{root} has other classes than the training images: it {what or 'orders them otherwise'}{hint}"
+        )
     if len(classes) != class_num:
         count, plural = len(classes), "es" if len(classes) > 1 else ""
         raise UserError(f"{root} has {count} class{plural}, but class_num is {class_num}: pass --class_num {count}")

@@ -234,6 +234,8 @@ class TrainingState:
             args = content.get("args")
             args = vars(args) if isinstance(args, argparse.Namespace) else args
             before = args.get("freeze", []) if isinstance(args, dict) else []
+            if not checkpoint.plain(before):
+                raise UserError(f"{path} is damaged: its args.freeze is no list of patterns")
             if before != frozen:
                 raise UserError(
                     f"{path} was trained with --freeze {before or 'nothing'}, not {frozen or 'nothing'}: to go on "
@@ -245,6 +247,7 @@ class TrainingState:
                 self.average_steps = content.get("average_steps", self.steps_done)
         if self.scaler.is_enabled() and content.get("scaler"):
             load_scaler(self.scaler, content["scaler"], path)
+        self.saver.whole = checkpoint.stamp(path)
 
     def _share(self) -> None:
         """Gives all processes the main one's state, and compares what they then have."""

@@ -8,6 +8,7 @@ import torch
 from models.vae import AutoencoderKL
 from tests.conftest import TINY
 from tools import checkpoint as commands
+from util.checkpoint.load import fingerprint
 from util.errors import UserError
 
 diffusers = pytest.importorskip("diffusers", reason="an optional extra: pip install diffusers")
@@ -72,3 +73,21 @@ def test_tokenizers_of_diffusers_that_cannot_be_used_say_why(folder, monkeypatch
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(UserError, match="pip install diffusers"):
         AutoencoderKL.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["bin", "fp16", "shards"])
+def test_weights_in_another_form_are_named_with_what_to_do(folder, tmp_path, kind):
+    vae = diffusers.AutoencoderKL.from_pretrained(folder)
+    options = {"bin": {"safe_serialization": False}, "fp16": {"variant": "fp16"}, "shards": {"max_shard_size": "50KB"}}
+    vae.save_pretrained(tmp_path / kind, **options[kind])
+    files = sorted(path.name for path in (tmp_path / kind).glob("diffusion_pytorch_model*"))
+    assert "diffusion_pytorch_model.safetensors" not in files
+    for path in (tmp_path / kind, tmp_path / kind / files[0]):
+        with pytest.raises(UserError) as error:
+            AutoencoderKL.from_pretrained(path)
+        assert files[0] in str(error.value) and "save_pretrained" in str(error.value)
+    # What the message says helps.
+    variant = {"variant": "fp16"} if 'variant="fp16"' in str(error.value) else {}
+    diffusers.AutoencoderKL.from_pretrained(tmp_path / kind, **variant).save_pretrained(tmp_path / "whole")
+    found, _ = AutoencoderKL.from_pretrained(tmp_path / "whole")
+    assert fingerprint(found) == fingerprint(AutoencoderKL.from_pretrained(folder)[0])

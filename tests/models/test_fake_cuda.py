@@ -225,5 +225,6 @@ def test_edited_pictures_are_waited_for_at_their_end():
 
 def test_caching_waits_for_the_moments_of_each_view_and_once_to_count(tmp_path):
     with FakeCuda(*["cache_latents"] * 6) as cuda, mock.patch("numpy.savez"):
-        loader = [(torch.randn(2, 3, 16, 16).pin_memory(), None, [f"a/{n}", f"a/{n + 1}"]) for n in (0, 2)]
+        hashes = torch.zeros(2, 32, dtype=torch.uint8)
+        loader = [(torch.randn(2, 3, 16, 16).pin_memory(), None, [f"a/{n}", f"a/{n + 1}"], hashes) for n in (0, 2)]
         engine.cache_latents(tokenizer(cuda), loader, tmp_path, DEVICE, "bf16")

@@ -302,3 +302,12 @@ def test_a_tokenizer_of_another_model_is_refused(pipe):
     for vae, factor in ((pipe.vae, 0.6), (filled(AutoencoderKL(4, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)):
         with pytest.raises(UserError, match=r"the tokenizer is another model's: it has \d latent channels, stride 4"):
             TokenBridgePipeline(pipe.model, vae, factor)
+
+
+def test_a_tokenizer_of_other_weights_is_refused_by_name(trained, vae_path, tmp_path):
+    content = torch.load(vae_path, weights_only=True)
+    content["model"]["post_quant_conv.bias"] += 1
+    torch.save(content, tmp_path / "other.ckpt")
+    TokenBridgePipeline.from_pretrained(trained, vae_path)
+    with pytest.raises(UserError, match=r"/run/.* was trained with another tokenizer than .*/other.ckpt: .*--vae_path"):
+        TokenBridgePipeline.from_pretrained(trained, tmp_path / "other.ckpt")

@@ -4,6 +4,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.data import ImageNetInfo
 
 from models.tokenbridge import TokenBridge, tokenbridge_base, tokenbridge_large
 from models.vae import AutoencoderKL
@@ -66,7 +67,9 @@ def test_published_weights_tell_by_their_shapes_what_they_are(tmp_path, factory)
     commands.main(["convert", f"{tmp_path}/checkpoint-last.pth", f"{tmp_path}/only.safetensors", "--weights", "model"])
     assert same_states(TokenBridge.from_pretrained(tmp_path / "only.safetensors"), model)
     found = TokenBridge.from_pretrained(tmp_path)
-    assert found.config == model.config and found.metadata == {"latent_factor": 0.2325, "model": factory.__name__}
+    assert found.config == model.config
+    names = {"class_names": ImageNetInfo("imagenet-1k").label_names()}
+    assert found.metadata == {"latent_factor": 0.2325, "model": factory.__name__, **names}
     assert torch.equal(found.class_emb.weight, averages["class_emb.weight"])
     assert torch.equal(TokenBridge.from_pretrained(tmp_path, ema=False).class_emb.weight, model.class_emb.weight)
 

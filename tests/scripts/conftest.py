@@ -136,6 +136,7 @@ def two_hosts(run_two, monkeypatch, tmp_path, capfd):
     def on_own_host(*flags):
         host = hosts[int(os.environ["RANK"])]
         os.chdir(host)
+        os.environ["LOCAL_RANK"] = "0"  # the first process of its host
         socket.gethostname = lambda: host.name  # of this forked process
         return processes(*flags)
 

@@ -82,11 +82,21 @@ def test_only_what_is_missing_is_sampled_again(run, weights, tmp_path, sampler, 
 
 
 @pytest.mark.parametrize("part", ["weights", "tokenizer"])
-def test_another_file_in_the_same_place_replaces_the_images(run, weights, vae_path, tmp_path, sampler, decoder, part):
+def test_images_are_of_the_weights_whatever_the_files_name_size_and_time(
+    run, weights, vae_path, tmp_path, sampler, decoder, part
+):
     common = f"{weights} --evaluate --no_metrics --num_images 4 --output_dir {tmp_path}/out"
     run("main_tokenbridge", common)
     path = vae_path if part == "tokenizer" else tmp_path / "weights" / "checkpoint-last.pth"
-    torch.save(torch.load(path, weights_only=True), path)
+    content, before = torch.load(path, weights_only=True), path.stat()
+    torch.save(content, path)  # at another time
+    run("main_tokenbridge", common)
+    assert len(sampler.calls) == 1
+    state = content["model" if part == "tokenizer" else "model_ema"]
+    name = "post_quant_conv.bias" if part == "tokenizer" else "mask_token"
+    torch.save(content | {"model" if part == "tokenizer" else "model_ema": {**state, name: state[name] + 1}}, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     run("main_tokenbridge", common)
     assert len(sampler.calls) == 2
 

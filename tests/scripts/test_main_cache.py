@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 
 from models.vae import AutoencoderKL
 from tests.conftest import TINY, damaged, write_images
+from tests.rows import in_rows, write_rows
 from tests.scripts.conftest import Watched
 from util import checkpoint
 from util.files import read_arrays
-from util.loader import CachedFolder, image_transform
+from util.loader import VIEWS, CachedFolder, image_transform
 from util.sources import read_image
 
 
@@ -77,7 +79,7 @@ def test_two_processes_cache_and_count_together(run_two, images, vae_path, cache
     command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
     run_two("main_cache", f"{command} --skip_bad_images")
     said = capfd.readouterr().err
-    assert said.count("cached 15 images") == 1 and "13 were there, 0 are new, 2 replace damaged ones" in said
+    assert said.count("cached 15 images") == 1 and "13 were there, 0 are new, 2 replaced" in said
     about = json.loads((cached / "cache.json").read_text())
     assert (about["images"], about["complete"]) == (15, True) and not list(cached.rglob("*.part"))
     assert len(CachedFolder(cached)) == 15
@@ -168,7 +170,7 @@ def test_caching_again_makes_only_what_is_missing_or_damaged(run, images, cached
     (cached / "class3" / ".3.png.npz.123.part").write_bytes(b"left by a killed process")
     caplog.set_level("INFO")
     run("main_cache", command)
-    assert "13 were there, 1 are new, 2 replace damaged ones" in caplog.text
+    assert "13 were there, 1 are new, 2 replaced" in caplog.text
     assert not list(cached.rglob(".*"))
     changed = {path.name for path, (time, _) in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"1.png.npz", "2.png.npz", "0.png.npz"}
@@ -195,10 +197,72 @@ def test_two_caches_are_never_mixed(refused, images, cached, vae_path, tmp_path)
     assert "without cache.json" in refused("main_cache", f"{command} --img_size 16")
 
 
-def test_files_of_images_that_are_gone_are_named(run, refused, images, cached, vae_path, tmp_path):
-    (images / "train" / "class1" / "1.png").unlink()
-    run(
-        "main_cache", f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
-    )
-    line = refused("main_tokenbridge", f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run")
-    assert "holds 16 files, but was made of 15 images" in line
+def test_moments_of_images_that_are_gone_are_named_and_nothing_is_encoded(
+    refused, images, cached, vae_path, monkeypatch
+):
+    monkeypatch.setattr(AutoencoderKL, "encode", None)
+    (images / "val").mkdir()
+    (images / "train" / "class1").rename(images / "val" / "class1")
+    (cached / "class2" / "3.png.npz").unlink()  # the cache is a partial one
+    command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
+    line = refused("main_cache", command)
+    assert "4 files of images that are not in" in line and "class1/0.png.npz" in line
+
+
+@pytest.mark.parametrize("kind", ["folder", "rows"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_moments_follow_the_images_of_their_names(run, images, vae_path, tmp_path, monkeypatch, caplog, kind, workers):
+    path, image = tmp_path / "rows" if kind == "rows" else images, images / "train" / "class1" / "1.png"
+    command = f"--img_size 16 --vae_path {vae_path} --data_path {path} --cached_path {tmp_path}/cache"
+    command += f" --num_workers {workers} --batch_size 3"
+    caplog.set_level("INFO")
+    for replaced in (False, True):
+        if replaced:
+            shutil.copy(images / "train" / "class2" / "3.png", image)
+        if kind == "rows":
+            write_rows(path, in_rows(images / "train"))
+        run("main_cache", command)
+    assert "15 were there, 0 are new, 1 replaced" in caplog.text
+    names = ("1.png", "3.png") if kind == "folder" else ("train-00000005", "train-00000011")
+    files = [tmp_path / "cache" / f"class{label}" / f"{name}.npz" for label, name in zip((1, 2), names, strict=True)]
+    new, same = (read_arrays(file, *VIEWS) for file in files)
+    assert all(np.allclose(new[view], same[view], atol=1e-5) for view in VIEWS)
+    # What is there is not decoded again.
+    monkeypatch.setattr("util.sources.read_image", None)
+    run("main_cache", command)
+    assert "16 were there, 0 are new, 0 replaced" in caplog.text
+
+
+def test_moments_without_a_hash_are_kept_with_one_warning(run, images, cached, vae_path, caplog):
+    old = sorted(cached.rglob("*.npz"))[:3]
+    for path in old:
+        np.savez(path, **read_arrays(path, *VIEWS))
+    before = {path: path.read_bytes() for path in cached.rglob("*.npz")}
+    shutil.copy(images / "train" / "class2" / "3.png", images / "train" / "class0" / "0.png")
+    command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 2"
+    run("main_cache", command)
+    (line,) = [each.message for each in caplog.records if "could not be compared" in each.message]
+    assert line.startswith("3 of them could not be compared") and "delete these files" in line
+    assert {path: path.read_bytes() for path in cached.rglob("*.npz")} == before
+    assert len(CachedFolder(cached)) == 16
+
+
+def test_an_image_replaced_by_a_damaged_one_leaves_no_moments(run, images, cached, vae_path):
+    (images / "train" / "class1" / "1.png").write_bytes(b"no image")
+    command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
+    run("main_cache", f"{command} --skip_bad_images")
+    assert not (cached / "class1" / "1.png.npz").exists() and len(CachedFolder(cached)) == 15
+
+
+@pytest.mark.parametrize("character", ["x", "ä"])
+def test_long_names_are_cached_or_refused_in_one_line(run, refused, images, vae_path, tmp_path, character):
+    folder, size = images / "train" / "class0", len(character.encode())
+    name = character * ((251 - len(".png")) // size) + ".png"
+    (folder / "0.png").rename(folder / name)
+    command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/cache --num_workers 0"
+    run("main_cache", command)
+    assert (tmp_path / "cache" / "class0" / f"{name}.npz").exists() and len(CachedFolder(tmp_path / "cache")) == 16
+    (folder / name).rename(folder / f"xx{name}")
+    line = refused("main_cache", command.replace("/cache", "/other"))
+    assert "is longer than the 255 bytes" in line and "rename the image" in line
+    assert not list((tmp_path / "other").rglob("*.npz"))

@@ -12,7 +12,7 @@ from models.vae import AutoencoderKL
 from tests.conftest import load, same
 from tests.processes import run_two
 from tests.scripts.conftest import BASE
-from util import checkpoint, errors
+from util import checkpoint
 from util.training_state import TrainingState
 
 
@@ -62,15 +62,14 @@ def test_a_checkpoint_on_the_main_process_machine_is_everyones(command, train, c
 
 def test_a_newer_checkpoint_elsewhere_is_not_passed_over(command, error, train, tmp_path, monkeypatch):
     folder = train("run")
-    find, asked = checkpoint.find, []
+    located, asked = checkpoint.located, []
 
     def lagging(path: str, names: tuple[str, ...]) -> Path:
         asked.append(path)
-        if not elsewhere() and len(asked) <= behind:
-            raise errors.UserError("not here")
-        return find(path, names)
+        return tmp_path / "nowhere" if not elsewhere() and len(asked) <= behind else located(path, names)
 
-    monkeypatch.setattr(checkpoint, "find", lagging)
+    monkeypatch.setattr(checkpoint, "located", lagging)
+    monkeypatch.setattr(checkpoint, "is_local_main_process", lambda: True)
     monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
     behind = 100
     assert f"holds a newer checkpoint in {folder}" in error(f"{command} --epochs 2 --resume {folder}")

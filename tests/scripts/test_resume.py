@@ -332,6 +332,58 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, refused, cached, 
     assert "checkpoint-last.pth" in refused("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")
 
 
+def test_a_full_disk_after_damage_leaves_the_checkpoint_that_the_run_went_on_from(
+    run, refused, cached, trained, monkeypatch
+):
+    common = f"{TINY} {SHORT} --use_cached --cached_path {cached} --output_dir {trained} --resume {trained}"
+    (trained / "checkpoint-last.pth").write_bytes(b"damaged")
+
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("util.provenance.write_json", lambda *_: None)
+        patch.setattr(os, "fsync", full)
+        assert "No space left on device" in refused("main_tokenbridge", f"{common} --epochs 2")
+    assert load(trained, "checkpoint-last.1.pth")["epoch"] == 0
+    run("main_tokenbridge", f"{common} --epochs 2")
+    assert [load(trained, f"checkpoint-last{age}.pth")["epoch"] for age in ("", ".1")] == [1, 0]
+
+
+def test_a_run_whose_newest_checkpoint_is_gone_goes_on_from_the_one_before(run, refused, cached, trained, caplog):
+    common = f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {trained}"
+    (trained / "checkpoint-last.pth").unlink()
+    assert "of another run" in refused("main_tokenbridge", common)
+    caplog.set_level("INFO")
+    run("main_tokenbridge", f"{common} --resume {trained}")
+    assert "continuing at epoch 1, step 0" in caplog.text and load(trained, "checkpoint-last.1.pth")["epoch"] == 0
+
+
+def test_a_run_goes_on_with_its_own_classes_only(run, refused, images, vae_path, tmp_path):
+    common = f"{TINY} {SHORT} --data_path {images} --vae_path {vae_path}"
+    command = f"{common} --output_dir {tmp_path}/run --resume {tmp_path}/run"
+    run("main_tokenbridge", f"{command} --epochs 1")
+    before = (tmp_path / "run" / "checkpoint-last.pth").read_bytes()
+    (images / "train" / "class0").rename(images / "train" / "zebra")
+    line = refused("main_tokenbridge", f"{command} --epochs 2")
+    assert "it lacks class0; has besides zebra" in line and "--finetune" in line
+    for label in (1, 2, 3):  # no name in common
+        (images / "train" / f"class{label}").rename(images / "train" / f"other{label}")
+    assert "lacks class0, class1, class2, class3;" in refused("main_tokenbridge", f"{command} --epochs 2")
+    assert (tmp_path / "run" / "checkpoint-last.pth").read_bytes() == before
+    # Files without names cannot be compared.
+    content = load(tmp_path / "run")
+    del content["config"]["class_names"]
+    torch.save(content, tmp_path / "run" / "checkpoint-last.pth")
+    run("main_tokenbridge", f"{command} --epochs 2")
+    # A fine-tuned run starts again by its own command.
+    tuned = f"{common} --output_dir {tmp_path}/tuned --resume {tmp_path}/tuned --finetune {tmp_path}/run"
+    (images / "train" / "zebra").rename(images / "train" / "ant")
+    run("main_tokenbridge", f"{tuned} --epochs 1")
+    run("main_tokenbridge", f"{tuned} --epochs 2")
+    assert load(tmp_path / "tuned")["epoch"] == 1 and load(tmp_path / "tuned")["config"]["class_names"][0] == "ant"
+
+
 def test_a_runs_own_folder_may_hold_safetensors(run, cached, trained, caplog):
     caplog.set_level("INFO")
     commands.convert(trained / "checkpoint-last.pth", trained / "checkpoint-last.safetensors")

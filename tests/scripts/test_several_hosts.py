@@ -1,6 +1,7 @@
 """Processes on two hosts that do not see the same files: both end with one line, or go on alike."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -12,7 +13,7 @@ import torch
 
 from tests.conftest import FID
 from tests.scripts.conftest import BASE
-from util import misc
+from util import checkpoint, misc
 from util.sample_folder import SampleFolder
 
 
@@ -120,6 +121,33 @@ def test_what_a_search_has_measured_before(
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Checkpoints of one name on disks of their own.
+
+
+@pytest.mark.parametrize("case", ["copies", "older there", "newer there", "newer there, damaged"])
+def test_the_newest_checkpoint_is_the_one_of_the_most_steps_whatever_the_clocks(
+    two_hosts, ended, train, cached, tmp_path, monkeypatch, case
+):
+    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
+    older = train("older", "--epochs 1")
+    newer = train("newer", f"--epochs 2 --save_last_freq 1 --resume {older}")
+    for host in ("host0", "host1"):
+        ahead = {"older there": "host0", "copies": None}.get(case, "host1") == host
+        shutil.copytree(newer if ahead else older, tmp_path / host / "run")
+        os.utime(tmp_path / host / "run" / "checkpoint-last.pth", (10**9, 10**9 + 120 * (host == "host1")))
+    if "damaged" in case:
+        (tmp_path / "host1" / "run" / "checkpoint-last.pth").write_bytes(b"damaged")
+    if case == "newer there":  # by an older clock
+        os.utime(tmp_path / "host1" / "run" / "checkpoint-last.pth", (10**9 - 120, 10**9 - 120))
+    command = f"{BASE} --batch_size 2 --epochs 3 --use_cached --cached_path {cached} --output_dir run --resume run"
+    if case == "newer there":
+        assert "host1 holds a newer checkpoint in run than host0" in ended("main_tokenbridge", command)
+    else:
+        said = "\n".join(two_hosts("main_tokenbridge", command))
+        assert f"continuing at epoch {2 if case == 'older there' else 1}, step 0" in said
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Files that one host lacks.
 
 
@@ -152,6 +180,22 @@ def test_reconstruction_without_inception_on_one_host_measures_the_rest(
     (line,) = [line for line in said if "without rFID and Inception Score" in line]
     assert "on host1)" in line
     assert "psnr_db" in json.loads((tmp_path / "out" / "quant_b6_r5.0_n50" / "results.json").read_text())
+
+
+def test_other_classes_and_caches_of_another_tokenizer_on_one_host(
+    two_hosts, ended, images, vae_path, cached, tmp_path
+):
+    for host in ("host0", "host1"):
+        shutil.copytree(images, tmp_path / host / "data")
+        shutil.copytree(cached, tmp_path / host / "cache")
+    (tmp_path / "host1" / "data" / "train" / "class0").rename(tmp_path / "host1" / "data" / "train" / "zebra")
+    command = f"{BASE} --batch_size 2 --epochs 1 --output_dir {tmp_path}/out"
+    line = ended("main_tokenbridge", f"{command} --data_path data --vae_path {vae_path}")
+    assert "the list of images in train" in line and "in process 1 on host1" in line
+    about = json.loads((cached / "cache.json").read_text())
+    (tmp_path / "host1" / "cache" / "cache.json").write_text(json.dumps(about | {"vae_sha256": "0" * 64}))
+    line = ended("main_tokenbridge", f"{command} --use_cached --cached_path cache")
+    assert "the SHA-256 of the tokenizer that cached train" in line and "0000 in process 1 on host1" in line
 
 
 def test_other_images_on_one_host(ended, images, vae_path, tmp_path, quick_inception):

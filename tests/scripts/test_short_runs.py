@@ -3,13 +3,14 @@
 import json
 import shutil
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.tokenbridge import TokenBridge
-from tests.conftest import TINY, damaged, filled, load, variant
+from tests.conftest import SHORT, TINY, damaged, filled, load, variant
 from tests.scripts.conftest import BASE
 from util import checkpoint
 from util.lr_sched import tell_rates
@@ -111,6 +112,50 @@ def test_a_tokenizer_that_is_not_the_caches_is_refused(refused, cached, vae_path
     use = f"{BASE} --epochs 1 --use_cached --cached_path {cached} --output_dir {tmp_path}/new"
     line = refused("main_tokenbridge", f"{use} --vae_path {tmp_path}/other.ckpt")
     assert "was made with another tokenizer than" in line and "weights differ" in line
+
+
+@pytest.fixture
+def other_tokenizer(vae_path, tmp_path) -> Path:
+    """A tokenizer of the same sizes and factor."""
+    content = load(vae_path.parent, vae_path.name)
+    content["model"]["quant_conv.bias"] += 1
+    torch.save(content, tmp_path / "other.ckpt")
+    return tmp_path / "other.ckpt"
+
+
+def test_a_tokenizer_of_other_weights_than_the_checkpoints_is_refused(
+    run, refused, trained, cached, images, vae_path, other_tokenizer, tmp_path
+):
+    (images / "val").symlink_to(images / "train")
+    run("main_cache", f"--img_size 16 --vae_path {other_tokenizer} --data_path {images} --cached_path {tmp_path}/other")
+    resume = f"{TINY} --resume {trained} --output_dir {tmp_path}/new --num_images 4 --no_metrics --num_iter 2"
+    data, cache = f"--data_path {images}", f"--use_cached --cached_path {tmp_path}/other"
+    for flags in (
+        f"--evaluate --vae_path {other_tokenizer}",
+        f"--evaluate_nll --vae_path {other_tokenizer} {data}",
+        f"--evaluate_nll {cache} --cached_val_path {tmp_path}/other",
+        f"--vae_path {other_tokenizer} {data} --epochs 3",
+        f"{cache} --epochs 3",
+    ):
+        line = refused("main_tokenbridge", f"{resume} {flags}")
+        sides = f"{trained}/checkpoint-last.pth was trained with another tokenizer than {tmp_path}/other"
+        assert sides in line and "there, " in line and "--vae_path" in line, flags
+    use = f"{TINY} --epochs 1 --online_nll --output_dir {tmp_path}/new --use_cached --cached_path {cached}"
+    assert "weights differ" in refused("main_tokenbridge", f"{use} --cached_val_path {tmp_path}/other")
+    # Those that are unknown pass, and what was known is not forgotten.
+    about = checkpoint.read_json(cached / "cache.json")
+    (cached / "cache.json").write_text(json.dumps({k: v for k, v in about.items() if k != "vae_sha256"}))
+    run("main_tokenbridge", f"{resume} --use_cached --cached_path {cached} --epochs 3 {SHORT}")
+    assert load(tmp_path / "new")["config"]["vae_sha256"] == about["vae_sha256"]
+
+
+def test_the_calibration_of_another_tokenizer_is_not_adopted(run, train, images, vae_path, other_tokenizer, tmp_path):
+    first = train("first", "--epochs 1 --quant_calibrate")
+    fine = f"{BASE} --epochs 1 --finetune {first} --data_path {images}"
+    for name, path in {"same": vae_path, "other": other_tokenizer}.items():
+        run("main_tokenbridge", f"{fine} --vae_path {path} --output_dir {tmp_path}/{name}")
+    calibration = [load(tmp_path / name)["config"]["channel_std"] for name in ("first", "same", "other")]
+    assert calibration[0] == calibration[1] and calibration[2] is None
 
 
 def test_weights_that_know_another_tokenizer_than_kl16_ask_for_it(refused, trained, tmp_path):

@@ -1,20 +1,22 @@
 """Checkpoints read and loaded: the published layout, ours, safetensors, and what is refused."""
 
+import argparse
 import os
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import SMALL, filled, published_parameters, published_state, released, same
+from tests.conftest import SMALL, filled, published_parameters, published_state, released, same, same_states
 from tests.fill import deterministic_fill
 from tools import checkpoint as commands
 from util import checkpoint
-from util.checkpoint.load import load_weights, warn_of_young_average
+from util.checkpoint.load import fingerprint, load_weights, warn_of_young_average
 from util.errors import UserError
 
 
@@ -67,6 +69,31 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
         load_weights(TokenBridge(**SMALL), {"model": {}}, path, ema=True)
 
 
+def test_numpy_values_are_named_with_the_remedy_and_never_passed_over_for_an_older_file(tmp_path):
+    path = tmp_path / "checkpoint-last.pth"
+    torch.save({"model": {}, "epoch": 2}, tmp_path / "checkpoint-last.1.pth")
+    torch.save({"model": {}, "epoch": np.int64(3), "args": argparse.Namespace(lr=np.float64(1))}, path)
+    with pytest.raises(UserError, match=r"holds NumPy values \(numpy.*scalar.*\) and was not .*int\(epoch\)") as error:
+        checkpoint.read_newest_whole(path)
+    assert "damaged" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrapped_models_are_read_without_the_wrappers(tmp_path, small_model, prefix, caplog):
+    caplog.set_level("INFO")
+    state, averages = small_model.state_dict(), {name: 2 * p.detach() for name, p in small_model.named_parameters()}
+    wrapped = [{f"{prefix}{name}": value for name, value in each.items()} for each in (state, averages)]
+    torch.save({"model": wrapped[0], "model_ema": wrapped[1]}, tmp_path / "checkpoint-last.pth")
+    content = checkpoint.read_run(tmp_path / "checkpoint-last.pth")
+    assert same(dict(content["model"]), dict(state)) and same(dict(content["model_ema"]), averages)
+    assert caplog.text.count("names are read without module. and _orig_mod.") == 2
+    # Blocks that were compiled one by one, and a file of nothing but weights.
+    vae = filled(AutoencoderKL(16, (1, 1, 2, 2, 4)))
+    names = {name: name.replace("mid.", f"mid.{prefix}") for name in vae.state_dict()}
+    torch.save({f"{prefix}{names[name]}": value for name, value in vae.state_dict().items()}, tmp_path / "kl16.ckpt")
+    assert same_states(AutoencoderKL.from_pretrained(tmp_path / "kl16.ckpt")[0], vae)
+
+
 def test_weights_of_another_shape_are_listed_with_the_flags_to_check(small_model):
     state = deterministic_fill(published_state(TokenBridge(**{**SMALL, "quant_levels": 8})))
     state.pop("mask_token")
@@ -87,6 +114,69 @@ def test_averages_come_with_the_files_own_tables(small_model):
     content = {"model": published_state(other), "model_ema": published_parameters(other)}
     load_weights(small_model, content, "file.pth", ema=True)
     assert torch.equal(small_model.quantizer.thresholds, other.quantizer.thresholds)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files that give way to newer ones.
+
+NAMES = [f"checkpoint-last{age}.pth" for age in ("", ".1", ".2")]
+
+
+def epochs(folder) -> list[int | None]:
+    """The epochs of a folder's checkpoints, the newest first; None for files that are damaged."""
+    found = []
+    for name in NAMES:
+        if (folder / name).exists():
+            try:
+                found.append(checkpoint.read(folder / name)["epoch"])
+            except UserError:
+                found.append(None)
+    return found
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Three checkpoints, of epochs 2, 1 and 0."""
+    for epoch in range(3):
+        checkpoint.save(tmp_path / NAMES[0], {"model": {}, "epoch": epoch}, keep_last=3)
+    assert epochs(tmp_path) == [2, 1, 0]
+    return tmp_path
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+@pytest.mark.parametrize("links", [True, False])
+def test_a_disk_that_is_full_at_any_moment_takes_no_whole_file(saved, monkeypatch, keep_last, damaged, links):
+    for name in NAMES[:damaged]:
+        (saved / name).write_bytes(b"damaged")
+    before = [None] * damaged + [2, 1, 0][damaged:]
+    _, resumed = checkpoint.read_newest_whole(saved / NAMES[0])
+    whole = checkpoint.stamp(resumed)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left"):
+            checkpoint.save(saved / NAMES[0], {"model": {}, "epoch": 3}, keep_last, whole)
+    assert epochs(saved) == before
+    if not links:
+        monkeypatch.setattr(os, "link", full)
+    whole = checkpoint.save(saved / NAMES[0], {"model": {}, "epoch": 3}, keep_last, whole)
+    assert epochs(saved) == [3, *[epoch for epoch in before if epoch is not None]][:keep_last]
+    checkpoint.save(saved / NAMES[0], {"model": {}, "epoch": 4}, keep_last, whole)
+    assert epochs(saved)[:2] == [4, 3][:keep_last] and None not in epochs(saved)
+    assert {path.name for path in saved.iterdir()} <= set(NAMES)
+
+
+@pytest.mark.parametrize("content", [b"damaged", None])
+def test_a_file_that_the_run_does_not_know_is_kept_only_if_it_is_whole(saved, content):
+    whole = checkpoint.save(saved / NAMES[0], {"model": {}, "epoch": 3}, 2)
+    (saved / "new").write_bytes(content or (saved / NAMES[1]).read_bytes())  # of epoch 2
+    (saved / "new").replace(saved / NAMES[0])
+    checkpoint.save(saved / NAMES[0], {"model": {}, "epoch": 4}, 2, whole)
+    assert epochs(saved) == [4, 2]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -120,6 +210,11 @@ def test_tokenizers_of_any_program_as_safetensors(tmp_path):
     commands.convert(tmp_path / "vae.ckpt", tmp_path / "vae.safetensors")
     loaded, latent_factor = AutoencoderKL.from_pretrained(tmp_path / "vae.safetensors")
     assert latent_factor == 0.7 and loaded.config == small.config
+    # Its hash is that of its weights, not of its file.
+    loaded.save_pretrained(tmp_path / "vae", latent_factor)
+    files = ("vae.ckpt", "vae.safetensors", "vae")
+    hashes = {fingerprint(AutoencoderKL.from_pretrained(tmp_path / name)[0]) for name in files}
+    assert hashes == {fingerprint(small)} and fingerprint(vae) not in hashes
 
 
 @pytest.mark.parametrize(("entries", "warned"), [({}, True), ({"average_steps": 40}, False), ({"epoch": 2999}, False)])

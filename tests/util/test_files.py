@@ -62,7 +62,7 @@ def test_names_that_leave_their_folder_are_refused(tmp_path, name):
     with pytest.raises(UserError, match="leads out of"):
         inside(tmp_path, name)
     vae = filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1))
-    batches = [(torch.zeros(1, 3, 8, 8), None, [name])]
+    batches = [(torch.zeros(1, 3, 8, 8), None, [name], torch.zeros(1, 32).byte())]
     if name:
         with pytest.raises(UserError, match="leads out of"):
             engine_tokenbridge.cache_latents(vae, batches, tmp_path / "cache", torch.device("cpu"))

@@ -65,6 +65,53 @@ def test_what_does_not_fit_is_drawn_anew_and_named(options, anew, left, caplog):
     assert f"trained there with {option} {other.config[option]}, here {model.config[option]}" in caplog.text
 
 
+def start_with_classes(here: list[str] | None, there: list[str] | None, rows: int = 4):
+    """Class embeddings after starting from others, before, and those; and what became of the parameter."""
+    other = filled(TokenBridge(**{**SMALL, "class_num": rows}))
+    model = TokenBridge(**{**SMALL, "class_num": len(here) if here else 4})
+    before = model.class_emb.weight.detach().clone()
+    content, config, path = content_of(other)
+    config |= {} if there is None else {"class_names": there}
+    done = finetune.start_from(model, content, config, path, False, here)
+    (kind,) = [kind for kind, names in done.items() if "class_emb.weight" in names]
+    return model.class_emb.weight.detach(), before, other.class_emb.weight.detach(), kind
+
+
+@pytest.mark.parametrize(
+    "here, there, rows, kind",
+    [
+        (["ant", "bee", "cat", "dog"], ["ant", "bee", "cat", "dog"], [0, 1, 2, 3], "kept"),
+        (["bee", "cat", "dog", "zebra"], ["ant", "bee", "cat", "dog"], [1, 2, 3, None], "kept in part"),
+        (["asp", "dog"], ["ant", "bee", "cat", "dog"], [None, 3], "kept in part"),
+        (["0", "1", "2", "3"], ["ant", "bee", "cat", "dog"], [None] * 4, "drawn anew"),
+        (["images"], ["images"], [0], "kept"),
+        (["images"], ["ant", "bee"], [None], "drawn anew"),
+        (["bee", "cat", "dog", "zebra"], None, [0, 1, 2, 3], "kept"),
+    ],
+)
+def test_class_embeddings_go_with_the_names_of_the_classes(here, there, rows, kind, caplog):
+    caplog.set_level(logging.INFO)
+    found, before, theirs, done = start_with_classes(here, there, len(there or here))
+    assert torch.equal(found, torch.stack([before[i] if j is None else theirs[j] for i, j in enumerate(rows)]))
+    assert done == kind and ("100.0% of the parameters kept" in caplog.text) == (None not in rows)
+    if there is None:
+        assert "does not name its classes" in caplog.text
+    else:
+        kept = len(rows) - rows.count(None)
+        assert f"class embeddings: {kept} of {len(rows)} kept, by the names" in caplog.text
+        assert None not in rows or f"reinitialized: {here[rows.index(None)]}" in caplog.text
+
+
+def test_classes_of_a_published_model_are_imagenets(monkeypatch):
+    sizes = {name: value for name, value in SMALL.items() if name.endswith(("dim", "depth", "heads"))}
+    monkeypatch.setattr(TokenBridge, "SIZES", {"tokenbridge_large": sizes})
+    published = TokenBridge(**{**SMALL, "class_num": 1000})
+    config = TokenBridge.config_of({"model": published.state_dict()}, "file.pth")
+    assert config["class_names"][207] == "n02099601" and config["class_names"] == sorted(config["class_names"])
+    other = TokenBridge(**{**SMALL, "class_num": 100})
+    assert "class_names" not in TokenBridge.config_of({"model": other.state_dict()}, "file.pth")
+
+
 @pytest.mark.parametrize("img_size, buffer_size", [(128, 4), (32, 4), (64, 9), (128, 2)])
 def test_positions_are_resized_over_the_grid(img_size, buffer_size):
     other = filled(TokenBridge(**SMALL))

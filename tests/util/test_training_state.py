@@ -18,7 +18,7 @@ from tests.conftest import SMALL, batch, filled, load, published_state, released
 from tests.fill import deterministic_fill
 from tests.processes import free_port, in_processes
 from util.checkpoint.load import load_optimizer
-from util.errors import ToldByMain
+from util.errors import ToldByMain, UserError
 from util.misc import add_weight_decay, checksum
 from util.training_state import TrainingState
 
@@ -39,6 +39,14 @@ def test_step_counts_go_where_this_runs_optimizer_wants_them(small_model, tmp_pa
         patch.setattr(torch.optim.Optimizer, "load_state_dict", load_state_dict)
         load_optimizer(optimizer, state, "file.pth")
     assert set(seen) == {"meta"}
+
+
+def test_tensors_in_the_place_of_flags_are_named_without_their_values(small_model, tmp_path):
+    content = released(small_model.train())
+    content["args"] = argparse.Namespace(freeze=[torch.full((3,), 1.2345)])
+    with pytest.raises(UserError, match=r"args\.freeze") as error:
+        training_state(TokenBridge(**SMALL)).load(content, tmp_path / "file.pth", frozen=[])
+    assert "1.23" not in str(error.value)
 
 
 NO_DROPOUT = {**SMALL, "attn_dropout": 0.0, "proj_dropout": 0.0, "label_drop_prob": 0.0}

@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import pickle
+import re
 import shutil
 import socket
 import time
@@ -20,7 +21,7 @@ from util.checkpoint import hub, safetensors_io
 from util.config import KL16_CONFIG, KL16_LATENT_FACTOR
 from util.errors import UserError, reason
 from util.files import read_json, written_whole
-from util.misc import end_all, from_all_processes, log
+from util.misc import end_all, from_all_processes, is_local_main_process, log
 
 CHECKPOINT_NAME, SAFE_NAME = "checkpoint-last.pth", "checkpoint-last.safetensors"
 #: Weights, and the configuration of the model, in a folder that ``save_pretrained`` wrote.
@@ -29,16 +30,21 @@ HUB_NAME, HUB_CONFIG = "model.safetensors", "config.json"
 RUN_NAMES = (CHECKPOINT_NAME, SAFE_NAME, HUB_NAME)
 #: Names of a tokenizer's weights in its folder, looked for in this order; the last is that of diffusers.
 VAE_NAMES = (HUB_NAME, "vae.ckpt", "kl16.ckpt", "diffusion_pytorch_model.safetensors")
+#: What DistributedDataParallel and torch.compile put before names, also within them.
+WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
 LOOKS, PAUSE = 12, 5.0  # how often, and after how many seconds, a folder is looked at again: networks' disks lag
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reading.
 
 
-def read(path: str | Path) -> dict[str, Any]:
+def read(path: str | Path, checksums: bool = True) -> dict[str, Any]:
     """The dictionary in a ``torch.save`` or safetensors file, on the CPU; no code of the file is run.
 
     Of classes only ``argparse.Namespace`` is allowed: published files hold the flags of their run.
+
+    Args:
+        checksums: False to read some numbers of a large file without reading all of its tensors.
 
     Raises:
         UserError: there is no such file, it is damaged, holds something else, or would run code.
@@ -48,24 +54,57 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}; check it, or fetch the published one: python -m tools.download")
     try:
         if path.suffix == safetensors_io.SUFFIX:
-            content = safetensors_io.read(path)
+            content = safetensors_io.read(path, checksums)
         else:
             # Entries that nobody uses take no memory if the file is mapped; the format of old files does not allow it.
             archive = zipfile.is_zipfile(path)
-            if archive:  # torch.load does not compare checksums
+            if archive and checksums:  # torch.load does not compare checksums
                 with zipfile.ZipFile(path) as file:
                     if damaged := file.testzip():
                         raise ValueError(f"the checksum of its record {damaged} is wrong")
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
-        message = f"{path} is damaged, or holds more than data and was not loaded, since it could run code"
-        raise UserError(message) from error
+        raise not_loaded(path) from error
     except Exception as error:  # zip, tensor and unpickler errors have no common class
         raise UserError(f"{path} cannot be read ({reason(error)}); it is damaged or no checkpoint") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint's dictionary")
-    return content
+    for key in ("model", "model_ema", "state_dict"):
+        if isinstance(content.get(key), dict):
+            content[key] = without_wrappers(content[key], path)
+    return without_wrappers(content, path)  # the file may hold nothing but weights
+
+
+class Refused(UserError):
+    """A whole file that holds more than data."""
+
+
+def not_loaded(path: Path) -> UserError:
+    """The error for a file that ``weights_only`` refuses; it names the classes and functions in it."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # damaged, or of the format before zip files
+        names = []
+    if not names:
+        return UserError(f"{path} is damaged, or holds more than data and was not loaded, since it could run code")
+    listed = ", ".join(sorted(names)[:4])
+    if all(name.startswith("numpy.") for name in names):
+        return Refused(
+            f"{path} holds NumPy values ({listed}) and was not loaded, since these could run code: save it again with "
+            "Python numbers and tensors in their place, such as int(epoch)"
+        )
+    return Refused(f"{path} holds more than data ({listed}) and was not loaded, since it could run code")
+
+
+def without_wrappers(weights: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``weights`` without the :data:`WRAPPERS` in their names, which other programs store; logged if there are any."""
+    names = [WRAPPERS.sub(r"\1", name) if isinstance(name, str) else name for name in weights]
+    if names == list(weights) or len(set(names)) < len(names):
+        return weights
+    log.info("%s: names are read without module. and _orig_mod., which wrapped models put into them", path)
+    return dict(zip(names, weights.values(), strict=True))
 
 
 def located(path: str | Path | hub.Address, names: Sequence[str], **options) -> Path:
@@ -166,35 +205,53 @@ def find(resume: str | Path | hub.Address, names: Sequence[str] = RUN_NAMES, **o
 
 
 def find_to_resume(resume: str | Path, output_dir: str | Path, names: Sequence[str] = RUN_NAMES) -> Path | None:
-    """:func:`find`, or None where ``resume`` is the run's own folder and holds no checkpoint yet: a fresh start."""
+    """:func:`find`, or None where ``resume`` is the run's own folder and holds no checkpoint yet: a fresh start.
+
+    If the newest checkpoint is missing but earlier ones are there, its path is returned for :func:`read_newest_whole`.
+    """
     try:
         return find(resume, names)
     except UserError:
         if Path(resume).resolve() != Path(output_dir).resolve():
             raise
+        if older(newest := Path(resume) / names[0]):
+            return newest
         log.info("no %s in %s: starting afresh", names[0], resume)
         return None
 
 
 def check_folder_is_free(output_dir: str | Path, resume: str, name: str) -> None:
     """Raises UserError if ``output_dir`` holds ``name``, another run's, and the run does not resume."""
-    if not resume and (Path(output_dir) / name).exists():
+    path = Path(output_dir) / name
+    if not resume and (path.exists() or older(path)):
         raise UserError(
             f"{output_dir} holds {name} of another run: name another --output_dir, or continue that run with "
             f"--resume {output_dir}"
         )
 
 
+def progress(resume: str | Path, names: Sequence[str] = RUN_NAMES) -> tuple[int, float]:
+    """Epoch and share of the next one, of the newest checkpoint in ``resume`` that can be read; (-2, 0) without one."""
+    path = located(resume, names)
+    for each in (path, *older(path)):
+        try:
+            content = read(each, checksums=False)
+        except UserError:
+            continue
+        epoch, step, steps = (content.get(*entry) for entry in (("epoch", -1), ("step", 0), ("steps_per_epoch", 1)))
+        if all(type(number) is int for number in (epoch, step, steps)) and steps > 0:
+            return epoch, step / steps
+    return -2, 0.0
+
+
 def check_newest(resume: str | Path, names: Sequence[str] = RUN_NAMES) -> None:
-    """Raises UserError, on all processes, if another process than the main one finds a newer checkpoint.
+    """Raises UserError, on all processes, if another machine than that of the main process has a newer checkpoint.
 
     A run would otherwise go on from an older one, or begin afresh, when its first process has moved to another machine.
+    Epoch and step within the files decide: clocks of machines differ, and copies get new times.
     """
     for look in range(LOOKS):
-        try:
-            mine = find(resume, names).stat().st_mtime_ns
-        except (UserError, OSError):
-            mine = 0
+        mine = progress(resume, names) if is_local_main_process() else (-2, 0.0)
         found = from_all_processes((mine, socket.gethostname()))
         newest, host = max(found)
         if newest == found[0][0]:
@@ -247,6 +304,8 @@ def read_newest_whole(path: Path) -> tuple[dict[str, Any], Path]:
     """The checkpoint at ``path``, or with a warning the newest earlier one that is whole; and its file."""
     try:
         return read_run(path), path
+    except Refused:
+        raise
     except UserError as error:
         for old in older(path):
             try:
@@ -258,23 +317,73 @@ def read_newest_whole(path: Path) -> tuple[dict[str, Any], Path]:
         raise
 
 
-def save(path: str | Path, content: dict[str, Any], keep_last: int = 1) -> None:
+Stamp = tuple[int, ...]
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What tells the file at ``path`` from others that have had, or get, its name; None if there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def save(path: str | Path, content: dict[str, Any], keep_last: int = 1, whole: Stamp | None = None) -> Stamp | None:
     """Writes a checkpoint whole or not at all; ``keep_last - 1`` earlier ones stay beside it, numbered by age.
 
-    If there was a checkpoint at ``path``, a whole one is there at every moment.
+    The earlier ones are left as they are until the new one is flushed to disk. If there was a whole checkpoint, one is
+    there at every moment.
+
+    Args:
+        whole: :func:`stamp` of the file that this run wrote or read last; see :func:`rotate`.
+
+    Returns:
+        the new file's stamp.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
     """
     path = Path(path)
     with written_whole(path) as file:
         torch.save(content, file)
-        if path.exists() and keep_last > 1:
-            names = [path, *(path.with_name(f"{path.stem}.{age}{path.suffix}") for age in range(1, keep_last))]
-            for younger, elder in reversed(list(pairwise(names[1:]))):
-                if younger.exists():
-                    os.replace(younger, elder)
-            names[1].unlink(missing_ok=True)
-            try:
-                os.link(path, names[1])  # a second name: the file is about to lose its first
-            except OSError:  # not every file system has them
-                shutil.copy2(path, names[1])
+        file.flush()
+        os.fsync(file.fileno())
+        if keep_last > 1:
+            rotate(path, keep_last, whole)
     for old in older(path)[keep_last - 1 :]:
         old.unlink()
+    return stamp(path)
+
+
+def rotate(path: Path, keep_last: int, whole: Stamp | None) -> None:
+    """Numbers the checkpoint at ``path``, which gets a second name, and earlier ones one higher.
+
+    No damaged file takes the place of a whole one. Files newer than ``whole``, from which a run was resumed, could not
+    be read: they are not kept. If ``whole`` is not there, the file at ``path`` is kept if it can be read.
+    """
+    found = [path, *older(path)]
+    stamps = [stamp(each) for each in found]
+    damaged = found[: stamps.index(whole)] if whole in stamps else []
+    if whole not in stamps:
+        try:
+            read(path)
+        except UserError:
+            damaged = [path]
+    for each in damaged[1:]:
+        each.unlink()
+    if damaged or not path.exists():
+        return
+    second = path.with_name(f".{path.name}.{os.getpid()}.second.part")
+    try:
+        try:
+            os.link(path, second)
+        except OSError:  # not every file system has them
+            shutil.copy2(path, second)
+        names = [path.with_name(f"{path.stem}.{age}{path.suffix}") for age in range(1, keep_last)]
+        for younger, elder in reversed(list(pairwise(names))):
+            if younger.exists():
+                os.replace(younger, elder)
+        os.replace(second, names[0])
+    finally:
+        second.unlink(missing_ok=True)

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.checkpoint.load import fits, warn_of_young_average
+from util.checkpoint.load import dense, fits, warn_of_young_average
 from util.config import FACTS, KL16_CHANNEL_ORDER
-from util.errors import UserError
+from util.errors import UserError, some
 from util.misc import log
 from util.published_names import to_published
 
@@ -39,8 +39,34 @@ def resized(positions: Tensor, buffer: int, new_buffer: int, side: int) -> Tenso
     return torch.cat([before, tokens], dim=1)
 
 
+def by_class(value: Any, parameter: Tensor, theirs: Any, classes: Sequence[str] | None, path: Path) -> tuple[Any, int]:
+    """Class embeddings to start from, and how many of their rows are ``value``'s; the others are ``parameter``'s.
+
+    Rows are matched by the names of their classes: ``theirs`` and ``classes``. Where either is unknown, rows of equal
+    number are taken for the same class, but only if there are equally many. What is done is logged.
+    """
+    if classes is None or not isinstance(theirs, list) or not dense(value) or len(theirs) != len(value):
+        if not fits(value, parameter):
+            return None, 0
+        log.warning("%s does not name its classes: embeddings are kept for classes of the same number", path)
+        return value, len(value)
+    row_of = {name: row for row, name in enumerate(theirs)}
+    rows = {row: row_of[name] for row, name in enumerate(classes) if name in row_of}
+    new = [name for name in classes if name not in row_of]
+    text = "class embeddings: %d of %d kept, by the names of the classes; reinitialized: %s"
+    log.info(text, len(rows), len(classes), some(new) or "none")
+    if not rows or not fits(value[: len(rows)], parameter[: len(rows)]):
+        return None, 0
+    return parameter.index_put((torch.tensor([*rows]),), value[[*rows.values()]].to(parameter.dtype)), len(rows)
+
+
 def start_from(
-    model: nn.Module, content: Mapping[str, Any], config: Mapping[str, Any], path: Path, ema: bool
+    model: nn.Module,
+    content: Mapping[str, Any],
+    config: Mapping[str, Any],
+    path: Path,
+    ema: bool,
+    classes: Sequence[str] | None = None,
 ) -> dict[str, list[str]]:
     """Loads those weights of a checkpoint that fit ``model``, and logs what is done with the others.
 
@@ -48,10 +74,11 @@ def start_from(
         content: the checkpoint, see :func:`util.checkpoint.read_run`.
         config: configuration of its model.
         ema: whether to take the averaged weights, if there are any.
+        classes: names of the model's classes; see :func:`by_class`.
 
     Returns:
-        names of parameters, under ``"kept"``, ``"resized"`` and ``"drawn anew"``; under ``"left out"`` those of the
-        file that the model does not have.
+        names of parameters, under ``"kept"``, ``"kept in part"``, ``"resized"`` and ``"drawn anew"``; under ``"left
+        out"`` those of the file that the model does not have.
 
     Raises:
         UserError: the checkpoint has no weights, they are not finite, or none of its transformer's fit.
@@ -69,11 +96,17 @@ def start_from(
     # The number of positions of the class embedding is not stored, but follows from two shapes.
     shapes = [getattr(weights.get(name), "shape", ()) for name in ("encoder_pos_embed_learned", "output_pos_embed")]
     buffer = shapes[0][1] - shapes[1][1] if all(len(shape) == 3 for shape in shapes) else 0
-    done: dict[str, list[str]] = {"kept": [], "resized": [], "drawn anew": [], "left out": []}
+    kinds = "kept", "kept in part", "resized", "drawn anew", "left out"
+    done: dict[str, list[str]] = {kind: [] for kind in kinds}
+    values = 0  # that are kept
     with torch.no_grad():
         for name, parameter in learned.items():
             value = weights.get(name)
-            kind = "kept"
+            kind, count = "kept", parameter.numel()
+            if name == "class_emb.weight":
+                value, rows = by_class(value, parameter, config.get("class_names"), classes, path)
+                if rows < len(parameter):
+                    kind, count = "kept in part", rows * parameter.shape[1]
             if name in POSITIONS and isinstance(value, Tensor) and value.ndim == 3 and value.shape != parameter.shape:
                 buffers = (buffer, model.config["buffer_size"]) if POSITIONS[name] else (0, 0)
                 value, kind = resized(value, *buffers, model.grid_size), "resized"
@@ -83,14 +116,16 @@ def start_from(
                 raise UserError(f"{path} is damaged: {name} holds values that are not finite")
             else:
                 parameter.copy_(value)
+                values += count if kind != "resized" else 0
             done[kind].append(name)
     everything = to_published(model.state_dict())
     done["left out"] = [name for name in weights if name not in everything]
     if not any(name.startswith(("encoder_blocks.", "decoder_blocks.")) for name in done["kept"]):
         raise UserError(f"{path} is of another model: none of its transformer's weights fit. Check --model")
-    share = sum(learned[name].numel() for name in done["kept"]) / sum(each.numel() for each in learned.values())
-    log.info("starting from %s: %.1f%% of the parameters kept", path, 100 * share)
-    for kind in ("resized", "drawn anew", "left out"):
+    share = values / sum(each.numel() for each in learned.values())
+    # Rounded down: 100.0% are all of them.
+    log.info("starting from %s: %.1f%% of the parameters kept", path, math.floor(1000 * share) / 10)
+    for kind in kinds[1:]:
         if done[kind]:
             log.info("%s: %s", kind, ", ".join(grouped(done[kind])))
     differing = [

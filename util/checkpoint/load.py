@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from util.checkpoint.safetensors_io import tensor_bytes
-from util.errors import UserError, reason
+from util.errors import UserError, reason, some
 from util.misc import warn
 from util.published_names import to_published
 
@@ -19,7 +19,10 @@ SHAPE_HINT = "Check --model, --quant_bits, --class_num, --img_size, --patch_size
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's weights and buffers, which tells tokenizers of equal sizes apart."""
+    """SHA-256 of a model's weights and buffers, by which models of equal sizes are told apart.
+
+    It follows from the model alone: a tokenizer has the same one whichever format of file it was loaded from.
+    """
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -65,9 +68,6 @@ def matching(
         elif not (found.isfinite() | ~value.isfinite().to(found.device)).all():  # attention masks hold -inf
             problems["not finite"].append(name)
     unexpected = [str(name) for name in weights if name not in expected]
-
-    def some(names: list[str]) -> str:
-        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
     if any(problems.values()):
         problems["unexpected"] = unexpected

@@ -85,12 +85,15 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         save_file(saved, file.name, {"format": "pt", **(metadata or {}), CHECKSUMS: checksums})
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """What :func:`write` wrote, or another program's tensors under ``model``; ValueError or others if damaged."""
+def read(path: str | Path, checksums: bool = True) -> dict[str, Any]:
+    """What :func:`write` wrote, or another program's tensors under ``model``; ValueError or others if damaged.
+
+    Without ``checksums`` tensors are mapped, and not read.
+    """
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if CHECKSUMS in metadata:  # other programs write none
+    if checksums and CHECKSUMS in metadata:  # other programs write none
         sums = json.loads(metadata[CHECKSUMS])
         for name, value in tensors.items():
             if sums.get(name) != zlib.crc32(tensor_bytes(value)):

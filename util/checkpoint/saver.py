@@ -59,6 +59,8 @@ class Saver:
         self._waited = False
         self._failing = False  # the last attempt has failed
         self._wake, self._replaced = threading.Event(), False
+        #: The stamp of the newest file known to be whole: the one that the run was resumed from, or wrote last.
+        self.whole: checkpoint.Stamp | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -99,7 +101,7 @@ class Saver:
         pause = PAUSE
         while wanted():
             try:
-                checkpoint.save(path, content, keep_last)
+                self.whole = checkpoint.save(path, content, keep_last, self.whole)
                 launcher.note_saved(path)
                 return
             except Exception as error:
