@@ -159,7 +159,8 @@ def add_column_args(parser: Flags) -> None:
 
 def add_metrics_args(parser: Flags) -> None:
     """Adds the flags of Inception's weights and the reference that images are compared with."""
-    parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for FID")
+    text = ".npz with mu and sigma of the reference, for FID; --evaluate finds ADM's of ImageNet 256 by itself"
+    parser.add_argument("--fid_stats", help=text)
     text = "reference images for precision and recall, and for FID without statistics; as --images of main_metrics.py"
     parser.add_argument("--reference", help=text)
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")

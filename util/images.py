@@ -88,7 +88,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity ``[N]`` of pairs of byte images ``[N, 3, H, W]`` (Wang et al. 2004).
 
     The Gaussian window has 11 pixels and standard deviation 1.5. As in the paper, only positions count where all of the
-    window lies inside the image; in images smaller than the window, all positions, with the image reflected at its edges.
+    window lies inside the image; in images smaller than the window, all positions count, and edges are reflected.
     """
     a, b = a.double(), b.double()
     if min(a.shape[2:]) < 11:

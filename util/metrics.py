@@ -25,6 +25,8 @@ from util.sources import Rows, existing_folder, holds_rows, read_image
 POOL, LOGITS = "2048", "logits_unbiased"
 IS_SPLITS = 10
 NEIGHBOURS = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
+#: ADM's statistics of ImageNet 256, which the paper's FID and rFID are measured against.
+ADM_STATS = "fid_stats/adm_in256_stats.npz"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -168,6 +170,11 @@ def statistics(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 def frechet_distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
     """FID between two statistics."""
     return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
+
+
+def default_statistics(img_size: int, classes: int) -> str | None:
+    """Return :data:`ADM_STATS` for images of ImageNet's 1,000 classes at 256 pixels; None for others."""
+    return ADM_STATS if (img_size, classes) == (256, 1000) else None
 
 
 def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:

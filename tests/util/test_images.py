@@ -38,7 +38,7 @@ def test_ssim_is_scikit_images(shape):
 
 @pytest.mark.parametrize(("size", "expected"), [(8, 0.78527249), (10, 0.78507948), (16, 0.78400932)])
 def test_ssim_is_what_torchmetrics_computes(size, expected):
-    """Numbers of torchmetrics 1.9, which earlier versions used; in images smaller than the window all positions count."""
+    """Numbers of torchmetrics 1.9, which earlier versions used; all positions of images smaller than the window."""
     a = (torch.arange(3 * size * size).view(1, 3, size, size) * 37 % 256).byte()
     b = (a // 2 + 40).byte()
     assert pictures.ssim(a, b).item() == pytest.approx(expected, abs=1e-6)
