@@ -131,6 +131,13 @@ def add_mirror_arg(parser: Flags) -> None:
     parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
+def add_ema_args(parser: Flags, rate: float) -> None:
+    """Add the flags of the exponential moving average of the weights."""
+    parser.add_argument("--ema_rate", type=float, default=rate, help="what the weights' average keeps in a step")
+    text = "keep --ema_rate from the first step on, as the paper; by default the rate rises to it, for short runs"
+    parser.add_argument("--no_ema_warmup", action="store_true", help=text)
+
+
 def add_dry_run_arg(parser: Flags) -> None:
     """Adds the flag that only looks at what a training would take."""
     text = "build everything, take two steps, tell hours, memory and the size of a checkpoint, write nothing"
