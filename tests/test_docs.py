@@ -13,6 +13,7 @@ import pytest
 from experiments.plan import DEFAULT, Experiments, plan
 from experiments.report import model_of
 from tests.conftest import ROOT
+from util.args import NOT_NEEDED
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in ("benchmarks", "experiments")]
@@ -167,6 +168,7 @@ def test_commands_of_slurm_scripts_are_accepted(script, capsys):
 
 def test_flags_in_running_text_exist():
     known = {flag for parser in all_parsers() for flag in parser._option_string_actions} | FOREIGN_FLAGS
+    known |= {f"--{name}" for name in NOT_NEEDED}
     for page in PAGES:
         spans = re.findall(r"`([^`]+)`", split(page.read_text())[0])
         flags = {flag for span in spans for flag in re.findall(r"(?<![\w-])--\w+", span)}

@@ -16,6 +16,22 @@ from util.misc import PRECISIONS, check_same
 #: Data loading processes by default: one for each core that this process may use, 10 at most.
 WORKERS = min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
+#: Flags of the release and of MAR that are not needed here, and why.
+LAUNCHER = "torchrun decides this"
+DIFFUSION = "MAR's diffusion loss has this, TokenBridge has none"
+NOT_NEEDED = {
+    "use_quantized_value": "the release ignores this, tokens are always the quantized values",
+    "world_size": LAUNCHER,
+    "local_rank": LAUNCHER,
+    "dist_on_itp": LAUNCHER,
+    "dist_url": LAUNCHER,
+    "log_dir": "logs go to --output_dir",
+    "diffloss_d": DIFFUSION,
+    "diffloss_w": DIFFUSION,
+    "num_sampling_steps": DIFFUSION,
+    "diffusion_batch_mul": DIFFUSION,
+}
+
 #: Where flags are added: a parser, or a group of its flags.
 Flags = argparse._ActionsContainer
 
@@ -45,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             if word.startswith("-"):
                 flag = word.split("=")[0]
-                self.error(f"unknown flag {flag}; {did_you_mean(flag, self._option_string_actions)}")
+                self.error(f"unknown flag {flag}; {advice(flag, self._option_string_actions)}")
         if unknown:
             self.error(f"{unknown[0]} belongs to no flag; --help lists them")
         if self.has_config and parsed.config:
@@ -66,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         words = []
         for name, value in flags.items():
             if name not in known:
-                self.error(f"{path}: unknown flag {name}; {did_you_mean(name, known)}")
+                self.error(f"{path}: unknown flag {name}; {advice(name, known)}")
             if known[name].nargs == 0:
                 words += self.switched(known[name], value, path, name)
             elif isinstance(value, list) and known[name].nargs:
@@ -88,8 +104,13 @@ class Parser(argparse.ArgumentParser):
         return [each.option_strings[0] for each in self._actions if (each.dest, each.const) == (action.dest, wanted)]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that is most like a misspelt one, as a question; where there is none, what tells them."""
+def advice(name: str, known: Iterable[str]) -> str:
+    """Return why a flag of the release or of MAR is not needed, or the known name that is most like ``name``.
+
+    Where no name is like it, point to --help.
+    """
+    if reason := NOT_NEEDED.get(name.lstrip("-").replace("-", "_")):
+        return f"{reason}: leave it out"
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else "--help lists the flags"
 
