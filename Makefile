@@ -38,11 +38,13 @@ format: $(VENV)/.installed
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# Pins the newest versions that pyproject.toml allows; run the tests before committing what it writes.
+# Pins the newest versions that pyproject.toml allows; run the tests before committing what it writes. pip takes no
+# hashes for an editable checkout: constraints.txt has the same versions without them.
 lock: $(VENV)/.installed
 	$(RUN) -m pip install --quiet uv
 	$(RUN) -m uv pip compile --universal --python-version 3.11 --all-extras --generate-hashes --no-strip-extras \
 		--no-annotate --no-header --upgrade pyproject.toml --output-file requirements.lock
+	sed -n 's/ \\$$//; s/\[[^]]*\]//; /^[a-z].*==/p' requirements.lock > constraints.txt
 
 # Not output/, which may hold results.
 clean:

@@ -18,13 +18,11 @@ from util import checkpoint, misc
 from util.checkpoint.load import fingerprint
 from util.errors import UserError
 from util.files import check_shared, write_json
-from util.metrics import TITLES, Evaluator, table
+from util.metrics import TITLES, Evaluator, default_statistics, table
 from util.plots import write_search
 from util.provenance import provenance
 from util.sample_folder import SampleFolder
 from util.sources import read_image
-
-ADM_STATS = "fid_stats/adm_in256_stats.npz"  # the usual name of ADM's statistics of ImageNet 256
 
 
 @dataclass
@@ -51,7 +49,9 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator 
     if args.no_metrics:
         return None
     if args.fid_stats is None and args.reference is None:
-        args.fid_stats = ADM_STATS
+        args.fid_stats = default_statistics(args.img_size, args.class_num)
+        if args.fid_stats is None:
+            misc.warn("without FID: name what to compare with, by --fid_stats or --reference")
 
     def check_stats() -> None:
         if args.fid_stats is not None and not Path(args.fid_stats).is_file():

@@ -23,6 +23,7 @@ from util.args import (
     DATA_PATH,
     add_column_args,
     add_dry_run_arg,
+    add_ema_args,
     add_metrics_args,
     add_mirror_arg,
     add_run_args,
@@ -75,7 +76,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit (release: 3.0)"
     )
-    train.add_argument("--ema_rate", type=float, default=0.9999, help="what the weights' average keeps in a step")
+    add_ema_args(train, 0.9999)
     train.add_argument("--start_epoch", type=int, default=0, help="set by --resume where the checkpoint tells")
     train.add_argument("--save_last_freq", type=int, default=5, help="epochs between two checkpoints")
     train.add_argument(

@@ -21,6 +21,7 @@ from util.args import (
     DATA_PATH,
     add_column_args,
     add_dry_run_arg,
+    add_ema_args,
     add_mirror_arg,
     add_run_args,
     add_skip_arg,
@@ -66,7 +67,7 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
     text = "learning rate after the warm-up: half a cosine down to --min_lr, or --lr throughout"
     train.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help=text)
     train.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit")
-    train.add_argument("--ema_rate", type=float, default=0.999, help="of the average of the weights, once warmed up")
+    add_ema_args(train, 0.999)
     train.add_argument("--no_ema", action="store_true", help="measure and export the weights, not their average")
     train.add_argument("--eval_freq", type=int, default=1, help="epochs between two measurements of reconstructions")
     train.add_argument("--save_last_freq", type=int, default=5, help="epochs between two checkpoints")

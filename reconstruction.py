@@ -35,6 +35,7 @@ from util.loader import ImageFolderWithFilename, image_transform
 from util.metrics import (
     Evaluator,
     compute_metrics,
+    default_statistics,
     frechet_distance,
     gather_features,
     statistics,
@@ -62,7 +63,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     text = "of decoded values to bytes; down: as the paper's Table 1 was measured"
     parser.add_argument("--rounding", choices=["nearest", "down"], default="nearest", help=text)
     parser.add_argument("--sweep", action="store_true", help="all levels and ranges of the paper's Table 1")
-    parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for rFID against it")
+    text = ".npz with mu and sigma of the reference, for rFID against it; by default, for ImageNet 256, ADM's"
+    parser.add_argument("--fid_stats", help=text)
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
     parser.add_argument("--no_metrics", action="store_true", help="measure no rFID and no Inception Score")
     add_column_args(parser)
@@ -144,6 +146,7 @@ TABLE_1 = {
     Setting(6, 3.0): (1.22, 299.7),
     Setting(6, 4.0): (1.13, 305.3),
 }
+PAPER_IMAGES = (50_000, 1000, 256)  # images, classes and pixels that Table 1 is measured on
 #: The settings in the columns of Figure 5 (continuous against discrete) and Figure 6 (numbers of levels).
 FIGURES = {
     "figure5.png": [Setting(-1, 5.0), Setting(6, 5.0)],
@@ -263,7 +266,7 @@ def add_metrics(
 ) -> None:
     """Adds each setting's rFID and Inception Score to its figures in ``results``, on the main process.
 
-    rFID is measured against the originals, and against ``--fid_stats`` where that is given.
+    rFID is measured against the originals, and against ``--fid_stats`` where there are any.
 
     Args:
         features: Inception's of this process's originals, batch by batch.
@@ -283,8 +286,10 @@ def add_metrics(
 
 TITLES = {
     "frechet_inception_distance": "rFID, to the statistics",
+    "paper_rfid": "paper: rFID, to the statistics",
     "frechet_inception_distance_to_originals": "rFID, to the originals",
     "inception_score_mean": "Inception Score",
+    "paper_inception_score": "paper: Inception Score",
     "psnr_db": "PSNR (dB)",
     "ssim": "SSIM",
     "latent_mse": "latent mean squared error",
@@ -300,20 +305,28 @@ def summary(figures: dict[str, Any]) -> dict[str, str | float]:
     return {t: f"{min(v):.4g} to {max(v):.4g}" if isinstance(v, list) else v for t, v in shown.items()}
 
 
-def write_sweep(results: list[dict[str, Any]], pictures: dict[str, list[Tensor]], folder: Path) -> None:
-    """Writes Table 1, with the paper's figures beside ours, and the pictures of Figures 5 and 6.
+def write_sweep(
+    results: list[dict[str, Any]], pictures: dict[str, list[Tensor]], folder: Path, images: str, same: bool
+) -> None:
+    """Write Table 1, with the paper's numbers beside the metrics that they are of, and Figures 5 and 6.
 
     Args:
         results: the figures of each setting of :data:`TABLE_1`.
+        images: describes what they are measured on.
+        same: whether these are as many images and classes, of the same size, as the paper's.
     """
+    for (rfid, score), figures in zip(TABLE_1.values(), results, strict=True):
+        if "frechet_inception_distance" in figures:
+            figures["paper_rfid"] = rfid
+        if "inception_score_mean" in figures:
+            figures["paper_inception_score"] = score
     titles = [title for name, title in TITLES.items() if any(name in figures for figures in results)]
-    rows = []
-    for (setting, paper), figures in zip(TABLE_1.items(), results, strict=True):
-        ours = summary(figures)
-        rows.append([setting.title, *paper, *(ours.get(title) for title in titles)])
-        figures |= dict(zip(("paper_rfid", "paper_inception_score"), paper, strict=True))
-    header = ["tokenizer", "paper: rFID", "paper: Inception Score", *titles]
-    write_text(folder / "table1.md", markdown(header, rows))
+    shown = [(setting.title, summary(figures)) for setting, figures in zip(TABLE_1, results, strict=True)]
+    rows = [[name, *(figures.get(title) for title in titles)] for name, figures in shown]
+    text = markdown(["tokenizer", *titles], rows) + f"\nMeasured on {images}.\n"
+    text += "The paper: on 50,000 images of ImageNet's 1,000 classes, 256 pixels, to ADM's statistics, rounded down.\n"
+    text += "" if same else "These images are others than the paper's: do not compare the numbers.\n"
+    write_text(folder / "table1.md", text)
     write_json(folder / "table1.json", {"rows": results, **provenance()})
     for name, settings in FIGURES.items():
         titles = ["original", *(setting.title for setting in settings)]
@@ -339,20 +352,33 @@ def first_of_each_class(samples: Sequence[tuple[str, int]], count: int) -> list[
     return chosen
 
 
-def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
+def find_statistics(img_size: int, classes: int) -> str | None:
+    """Return the default ``--fid_stats``; None, with a warning, where the file is missing."""
+    path = default_statistics(img_size, classes)
+    if path is None or Path(path).is_file():
+        return path
+    text = "no FID statistics at %s: rFID to the originals alone, which Table 1 does not have; python -m tools.download"
+    misc.warn(f"{text} fid_stats fetches them", path)
+    return None
+
+
+def make_evaluator(args: argparse.Namespace, classes: int, device: torch.device) -> Evaluator | None:
     """What rFID and Inception Score need; None with ``--no_metrics``, or where it is missing and no flag names it.
 
-    All processes have it or none.
+    All processes have it or none. ``args.fid_stats`` is set to its default for images of so many ``classes``.
 
     Raises:
         UserError: a file that a flag names is missing or damaged.
     """
     if args.no_metrics:
         return None
+    named = args.fid_stats or args.inception_weights
+    if args.fid_stats is None:
+        args.fid_stats = misc.by_main_process(lambda: find_statistics(args.img_size, classes))
     try:
         return Evaluator(args.inception_weights, args.fid_stats, None, device, args.batch_size, args.num_workers)
     except errors.UserError as error:
-        if args.fid_stats or args.inception_weights:
+        if named:
             raise
         misc.warn("without rFID and Inception Score: %s", error)
         return None
@@ -373,7 +399,7 @@ def main() -> None:
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         check_stride(args.img_size, vae.stride)
         check_same_inputs({"the folder": dataset}, vae)
-        evaluator = make_evaluator(args, device)
+        evaluator = make_evaluator(args, len(dataset.classes), device)
         if evaluator is not None:
             warn_if_few(len(chosen), "images")
         kind = "quant" if args.quantizer == "gaussian" else args.quantizer
@@ -403,7 +429,10 @@ def main() -> None:
                 shown = {"images": figures["images"], **summary(figures)}
                 misc.log.info("\n%s", markdown(["", setting.title], list(shown.items())))
             if args.sweep:
-                write_sweep(results, pictures, folder)
+                count, classes, size = measured = len(chosen), len(dataset.classes), args.img_size
+                text = f"{count} images of {classes} classes in {dataset.root}, {size} pixels"
+                text += f", to {args.fid_stats or 'no statistics'}, rounded {args.rounding}"
+                write_sweep(results, pictures, folder, text, measured == PAPER_IMAGES)
             else:
                 write_picture(folder / "reconstruction.png", pictures)
                 made_with = {"seed": args.seed, "args": vars(args), **provenance()}

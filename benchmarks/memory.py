@@ -111,7 +111,14 @@ def run_without_content(name: str, precision: str, **options: Any) -> Iterator[t
         precision: bf16, fp16 or fp32.
         options: further arguments of :class:`models.tokenbridge.TokenBridge`.
     """
-    flags = {"ema_rate": 0.9999, "weight_decay": 0.02, "lr": 1e-4, "grad_clip": 1.0, "start_epoch": 0}
+    flags = {
+        "ema_rate": 0.9999,
+        "no_ema_warmup": False,
+        "weight_decay": 0.02,
+        "lr": 1e-4,
+        "grad_clip": 1.0,
+        "start_epoch": 0,
+    }
     quantizer = GaussianQuantizer(64)  # it has to look at its numbers
     with (
         mock.patch("models.tokenbridge.build_quantizer", lambda _: quantizer._apply(torch.empty_like)),

@@ -35,7 +35,14 @@ def release_step(model: TokenBridge, batch: Sequence[Tensor]) -> Callable[[], No
 
 def our_step(model: TokenBridge, batch: Sequence[Tensor], precision: str, compiled: bool) -> Callable[[], None]:
     """A function that takes a step as ``engine_tokenbridge.train_one_epoch`` does."""
-    options = {"ema_rate": 0.9999, "weight_decay": 0.02, "lr": 1e-4, "grad_clip": 1.0, "start_epoch": 0}
+    options = {
+        "ema_rate": 0.9999,
+        "no_ema_warmup": False,
+        "weight_decay": 0.02,
+        "lr": 1e-4,
+        "grad_clip": 1.0,
+        "start_epoch": 0,
+    }
     options |= {"precision": precision, "compile": compiled}
     state = TrainingState(model, argparse.Namespace(**options), steps_per_epoch=1)
 

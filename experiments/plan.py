@@ -20,6 +20,7 @@ class Row(NamedTuple):
     result: str  # "run/sampling" or "reconstruction/name": what is run and measured, once for all tables
     cfg: float | None  # guidance scale, where one is shown alone
     paper: tuple[float, float] | None  # gFID or rFID, and Inception Score
+    paper_head: str | None = None  # the head's parameters as the paper counts them
 
 
 class Step(NamedTuple):
@@ -76,7 +77,7 @@ class Experiments:
                 there = self.has("runs", row["run"]) and self.has("samplings", sampling)
                 result = f"{row['run']}/{sampling}"
             if there and self.scale in row.get("scales", [self.scale]):
-                found.append(Row(row["name"], result, row.get("cfg"), paper))
+                found.append(Row(row["name"], result, row.get("cfg"), paper, row.get("paper_head")))
         return found
 
 

@@ -11,9 +11,10 @@ from matplotlib.lines import Line2D
 import main_tokenbridge
 from experiments.plan import DEFAULT, FLOOR, Experiments, Row, Step, plan
 from experiments.results import FLOOR_ROW, MEASURES, RESULTS, Results, finding_table, row_table, short_table
-from models.tokenbridge import MODELS
+from models.tokenbridge import MASKED_SIZES, SIZES, TokenBridge
 from tools import scaling
 from util import errors
+from util.config import KL16_CONFIG, KL16_LATENT_FACTOR, Start, Tokenizer, resolve
 from util.plots import save_figure
 from util.tables import fill, markdown, write_text
 
@@ -83,14 +84,34 @@ def tables(scale: str) -> str:
     return "\n".join(parts)
 
 
+def model_of(words: Sequence[str]) -> TokenBridge:
+    """Return the model that a command of main_tokenbridge.py trains on KL-16's latents, without values (``meta``)."""
+    args, defaults = (main_tokenbridge.get_args_parser().parse_args(typed) for typed in (words[1:], []))
+    main_tokenbridge.check_args(args)
+    tokenizer = Tokenizer(KL16_CONFIG, KL16_LATENT_FACTOR, args.vae_path)
+    config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, Start())
+    with torch.device("meta"):  # where the tables of linear levels cannot be checked
+        return TokenBridge(**{**config, "quantizer": "gaussian"})
+
+
 def training_hours(step: Step, assumed) -> float:
     """GPU-hours of a training on H100, as docs/scaling.md computes them."""
-    args = main_tokenbridge.get_args_parser().parse_args(step.words[1:])
-    options = {"channel_embed_dim": args.head_dim, "channel_depth": args.head_depth, "head": args.head}
-    options |= {"channels_per_group": args.channels_per_group, "quant_levels": 2**args.quant_bits}
-    with torch.device("meta"):
-        model = MODELS[args.model](**{name: value for name, value in options.items() if value is not None})
-    return scaling.gpu_hours(model.training_flops(), scaling.GPUS["H100, H200"], assumed, args.epochs)
+    epochs = main_tokenbridge.get_args_parser().parse_args(step.words[1:]).epochs
+    return scaling.gpu_hours(model_of(step.words).training_flops(), scaling.GPUS["H100, H200"], assumed, epochs)
+
+
+def head_sizes() -> str:
+    """Return a table of the heads of Tables 2d and 2e: their flags, and parameters as the paper and this code count."""
+    experiments, cells = Experiments(DEFAULT, "imagenet"), []
+    shown = ("--model", "--quant_bits", "--head_dim", "--head_depth", "--channels_per_group")
+    for table in ("table2d", "table2e"):
+        steps = plan(experiments, [table], [0], "", "", "cuda")
+        for row in experiments.rows(table):
+            words = steps[f"seed0/{row.result.split('/')[0]}/training"].words
+            flags = [f"{flag} {words[words.index(flag) + 1]}" for flag in shown if flag in words]
+            head = sum(parameter.numel() for parameter in model_of(words).head.parameters())
+            cells.append([table[5:], f"`{' '.join(flags)}`", row.paper_head, f"{head / 1e6:.1f}M"])
+    return markdown(["table", "flags", "head: paper", "head: here"], cells)
 
 
 def imagenet() -> str:
@@ -131,6 +152,7 @@ def values() -> dict[str, str]:
         "floor": f"{sum(floor) / len(floor):.1f}",
         "counts": ", ".join(f"{counts.count(n)} of {n} seed{'s' * (n > 1)}" for n in sorted({*counts})),
         "imagenet": "\n" + imagenet(),
+        "head_sizes": "\n" + head_sizes(),
     }
 
 

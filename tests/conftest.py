@@ -150,7 +150,7 @@ def same_states(model: torch.nn.Module, other: torch.nn.Module) -> bool:
 def training_state(model: TokenBridge, steps_per_epoch: int = 4, **options) -> TrainingState:
     """A training run's state; ``options`` are flags other than these."""
     flags = {"ema_rate": 0.9, "weight_decay": 0.02, "lr": 1e-3, "grad_clip": 1.0, "precision": "fp32"}
-    flags |= {"compile": False, "start_epoch": 0, **options}
+    flags |= {"no_ema_warmup": False, "compile": False, "start_epoch": 0, **options}
     return TrainingState(model, argparse.Namespace(**flags), steps_per_epoch)
 
 

@@ -10,7 +10,10 @@ from unittest import mock
 
 import pytest
 
+from experiments.plan import DEFAULT, Experiments, plan
+from experiments.report import model_of
 from tests.conftest import ROOT
+from util.args import NOT_NEEDED
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in ("benchmarks", "experiments")]
@@ -135,6 +138,27 @@ def test_commands_are_accepted(page, capsys, monkeypatch, tmp_path):
     assert refused == {}
 
 
+def test_commands_build_models_of_the_sizes_that_pages_tell():
+    counts = {}
+    for call in commands((ROOT / "README.md").read_text()):
+        if call[0] == "main_tokenbridge":
+            model = model_of(call)
+            counts.setdefault(f"-{call[call.index('--model') + 1].split('_')[1][0].upper()}", set()).add(
+                sum(parameter.numel() for parameter in model.parameters()) // 10**6
+            )
+    told = re.findall(r"^\| TokenBridge(-\w) \(paper\) \| (\d+)M", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert counts == {name: {int(count)} for name, count in told} and len(told) == 2
+
+
+def test_the_parallel_head_of_the_documentation_is_that_of_table_2a():
+    page = (ROOT / "docs/variants.md").read_text()
+    (call,) = [call for call in commands(page) if "parallel" in call and call[0] == "main_tokenbridge"]
+    row = plan(Experiments(DEFAULT, "imagenet"), ["table2a"], [0], "", "", "cuda")["seed0/parallel/training"].words
+    documented, planned = (vars(parser_of("main_tokenbridge").parse_args(words[1:])) for words in (call, row))
+    of_the_folder = {"cached_path", "output_dir", "resume", "seed"}
+    assert {name for name in planned if documented[name] != planned[name]} <= of_the_folder
+
+
 @pytest.mark.parametrize("script", [path.name for path in (ROOT / "tools/slurm").glob("*.slurm")])
 def test_commands_of_slurm_scripts_are_accepted(script, capsys):
     lines = (ROOT / "tools/slurm" / script).read_text().replace("\\\n", " ").splitlines()
@@ -144,6 +168,7 @@ def test_commands_of_slurm_scripts_are_accepted(script, capsys):
 
 def test_flags_in_running_text_exist():
     known = {flag for parser in all_parsers() for flag in parser._option_string_actions} | FOREIGN_FLAGS
+    known |= {f"--{name}" for name in NOT_NEEDED}
     for page in PAGES:
         spans = re.findall(r"`([^`]+)`", split(page.read_text())[0])
         flags = {flag for span in spans for flag in re.findall(r"(?<![\w-])--\w+", span)}

@@ -3,9 +3,11 @@
 import os
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import ROOT
 
@@ -123,3 +125,15 @@ def test_clean_keeps_results(checkout):
         (checkout.folder / name).mkdir()
     assert checkout.make("clean")[0] == 0
     assert not checkout.venv.exists() and (checkout.folder / "output").exists()
+
+
+def test_conda_installs_the_project_in_the_versions_that_make_lock_wrote(checkout):
+    checkout.make("lock", f"PYTHON={checkout.python('3.11')}")
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert (checkout.folder / "constraints.txt").read_text() == constraints
+    pinned = {line.partition("==")[0] for line in constraints.splitlines()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {dependency.partition(">=")[0].replace("_", "-").lower() for dependency in project["dependencies"]}
+    assert needed <= pinned
+    conda = yaml.safe_load((ROOT / "environment.yaml").read_text())["dependencies"]
+    assert conda[-1] == {"pip": ["-c constraints.txt", "-e ."]}

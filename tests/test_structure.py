@@ -76,7 +76,6 @@ def test_imports_point_from_scripts_to_models_to_util(module):
 def test_a_model_loads_no_metrics_plots_or_downloads():
     heavy = [
         "torch_fidelity",
-        "torchmetrics",
         "scipy.stats",
         "matplotlib",
         "tensorboard",

@@ -1,7 +1,7 @@
-"""Fetches published models, their tokenizer and FID statistics into pretrained_models/ and fid_stats/.
+"""Fetches published models and tokenizer, FID statistics and Inception's weights to where the commands look for them.
 
 Interrupted downloads continue where they stopped. A file gets its name only after its content was checked: that of
-the Hub by its size and published hash, another one by the checksums that it contains.
+the Hub by its size and published hash, Inception's by its hash, another one by the checksums that it contains.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from util.args import new_parser
 from util.checkpoint import hub
 from util.errors import UserError
 from util.files import read_arrays
+from util.metrics import ADM_STATS, INCEPTION_SHA256, URL_INCEPTION_V3, inception_place
 from util.misc import log, start_log
 
 #: The repositories that may have a file, and the end of its path there.
@@ -29,27 +30,29 @@ ON_THE_HUB = {
     "tokenbridge_huge": ([hub.MODELS_REPO], "tokenbridge_huge/checkpoint-last.pth"),
     "vae": ([hub.MODELS_REPO, hub.VAE_REPO], "kl16.ckpt"),
 }
-#: Where the commands look for the files.
+#: Where the commands look for the files; for Inception's weights, which are not listed, in the folder of torch's hub.
 TARGETS = {
     "tokenbridge_large": "pretrained_models/tokenbridge/tokenbridge_large/checkpoint-last.pth",
     "tokenbridge_huge": "pretrained_models/tokenbridge/tokenbridge_huge/checkpoint-last.pth",
     "vae": "pretrained_models/vae/kl16.ckpt",
-    "fid_stats": "fid_stats/adm_in256_stats.npz",
+    "fid_stats": ADM_STATS,
     "reference": "fid_stats/VIRTUAL_imagenet256_labeled.npz",
 }
-#: ADM's statistics of ImageNet 256 as MAR keeps them, and ADM's own batch of 10,000 images with its statistics.
+#: ADM's statistics of ImageNet 256 as MAR keeps them; ADM's own batch of 10,000 images with its statistics; Inception.
 ELSEWHERE = {
     "fid_stats": "https://raw.githubusercontent.com/LTH14/mar/main/fid_stats/adm_in256_stats.npz",
     "reference": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz",
+    "inception": URL_INCEPTION_V3,
 }
+NAMES = (*ON_THE_HUB, *ELSEWHERE)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser(__doc__.splitlines()[0], "tools.download")
-    parser.add_argument("what", nargs="*", help=f"{', '.join(TARGETS)}; by default all but reference (2 GB of images)")
-    parser.add_argument("--output_dir", default=".", help="holds pretrained_models/ and fid_stats/")
+    parser.add_argument("what", nargs="*", help=f"{', '.join(NAMES)}; by default all but reference (2 GB of images)")
+    parser.add_argument("--output_dir", default=".", help="holds pretrained_models/ and fid_stats/, not inception")
     parser.add_argument("--revision", help=f"branch, tag or commit of {hub.MODELS_REPO}; by default the newest")
     return parser
 
@@ -93,6 +96,11 @@ def fetch_published(name: str, target: Path, revision: str | None) -> None:
     fetch(place, url, target, whole, headers=build_hf_headers(), expected_size=file.size)
 
 
+def is_inception(path: Path) -> bool:
+    """Return whether a file is that of Inception's weights."""
+    return hub.digest(path).startswith(INCEPTION_SHA256)
+
+
 def readable(path: Path) -> bool:
     """Whether a file holds statistics whose checksums are right."""
     try:
@@ -128,13 +136,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args(argv)
     start_log()
-    unknown = [name for name in args.what if name not in TARGETS]
+    unknown = [name for name in args.what if name not in NAMES]
     if unknown:
-        raise UserError(f"nothing published is called {', '.join(unknown)}: choose from {', '.join(TARGETS)}")
-    for name in args.what or [name for name in TARGETS if name != "reference"]:
-        target = Path(args.output_dir) / TARGETS[name]
+        raise UserError(f"nothing published is called {', '.join(unknown)}: choose from {', '.join(NAMES)}")
+    for name in args.what or [name for name in NAMES if name != "reference"]:
+        target = inception_place() if name == "inception" else Path(args.output_dir) / TARGETS[name]
         if name in ON_THE_HUB:
             fetch_published(name, target, args.revision)
+        elif name == "inception":
+            log.info("%s, converted by torch-fidelity from TensorFlow's", ELSEWHERE[name])
+            fetch(ELSEWHERE[name], ELSEWHERE[name], target, is_inception)
         else:
             log.info("%s, made of the images of ImageNet, whose terms apply", ELSEWHERE[name])
             fetch(ELSEWHERE[name], ELSEWHERE[name], target, readable)

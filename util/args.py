@@ -16,6 +16,22 @@ from util.misc import PRECISIONS, check_same
 #: Data loading processes by default: one for each core that this process may use, 10 at most.
 WORKERS = min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
+#: Flags of the release and of MAR that are not needed here, and why.
+LAUNCHER = "torchrun decides this"
+DIFFUSION = "MAR's diffusion loss has this, TokenBridge has none"
+NOT_NEEDED = {
+    "use_quantized_value": "the release ignores this, tokens are always the quantized values",
+    "world_size": LAUNCHER,
+    "local_rank": LAUNCHER,
+    "dist_on_itp": LAUNCHER,
+    "dist_url": LAUNCHER,
+    "log_dir": "logs go to --output_dir",
+    "diffloss_d": DIFFUSION,
+    "diffloss_w": DIFFUSION,
+    "num_sampling_steps": DIFFUSION,
+    "diffusion_batch_mul": DIFFUSION,
+}
+
 #: Where flags are added: a parser, or a group of its flags.
 Flags = argparse._ActionsContainer
 
@@ -45,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             if word.startswith("-"):
                 flag = word.split("=")[0]
-                self.error(f"unknown flag {flag}; {did_you_mean(flag, self._option_string_actions)}")
+                self.error(f"unknown flag {flag}; {advice(flag, self._option_string_actions)}")
         if unknown:
             self.error(f"{unknown[0]} belongs to no flag; --help lists them")
         if self.has_config and parsed.config:
@@ -66,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         words = []
         for name, value in flags.items():
             if name not in known:
-                self.error(f"{path}: unknown flag {name}; {did_you_mean(name, known)}")
+                self.error(f"{path}: unknown flag {name}; {advice(name, known)}")
             if known[name].nargs == 0:
                 words += self.switched(known[name], value, path, name)
             elif isinstance(value, list) and known[name].nargs:
@@ -88,8 +104,13 @@ class Parser(argparse.ArgumentParser):
         return [each.option_strings[0] for each in self._actions if (each.dest, each.const) == (action.dest, wanted)]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that is most like a misspelt one, as a question; where there is none, what tells them."""
+def advice(name: str, known: Iterable[str]) -> str:
+    """Return why a flag of the release or of MAR is not needed, or the known name that is most like ``name``.
+
+    Where no name is like it, point to --help.
+    """
+    if reason := NOT_NEEDED.get(name.lstrip("-").replace("-", "_")):
+        return f"{reason}: leave it out"
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else "--help lists the flags"
 
@@ -131,6 +152,13 @@ def add_mirror_arg(parser: Flags) -> None:
     parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
+def add_ema_args(parser: Flags, rate: float) -> None:
+    """Add the flags of the exponential moving average of the weights."""
+    parser.add_argument("--ema_rate", type=float, default=rate, help="what the weights' average keeps in a step")
+    text = "keep --ema_rate from the first step on, as the paper; by default the rate rises to it, for short runs"
+    parser.add_argument("--no_ema_warmup", action="store_true", help=text)
+
+
 def add_dry_run_arg(parser: Flags) -> None:
     """Adds the flag that only looks at what a training would take."""
     text = "build everything, take two steps, tell hours, memory and the size of a checkpoint, write nothing"
@@ -159,7 +187,8 @@ def add_column_args(parser: Flags) -> None:
 
 def add_metrics_args(parser: Flags) -> None:
     """Adds the flags of Inception's weights and the reference that images are compared with."""
-    parser.add_argument("--fid_stats", help=".npz with mu and sigma of the reference, for FID")
+    text = ".npz with mu and sigma of the reference, for FID; --evaluate finds ADM's of ImageNet 256 by itself"
+    parser.add_argument("--fid_stats", help=text)
     text = "reference images for precision and recall, and for FID without statistics; as --images of main_metrics.py"
     parser.add_argument("--reference", help=text)
     parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")

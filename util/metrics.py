@@ -23,29 +23,36 @@ from util.sources import Rows, existing_folder, holds_rows, read_image
 
 #: Inception's layers: pooled features for FID, precision and recall; logits for the Inception Score.
 POOL, LOGITS = "2048", "logits_unbiased"
+INCEPTION_SHA256 = "6726825d"  # its first digits, which the name of the weights' file ends with
 IS_SPLITS = 10
 NEIGHBOURS = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
+#: ADM's statistics of ImageNet 256, which the paper's FID and rFID are measured against.
+ADM_STATS = "fid_stats/adm_in256_stats.npz"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Inception.
 
 
+def inception_place() -> Path:
+    """Return where torch-fidelity puts Inception's weights, in the folder of torch's hub."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+
+
 def find_inception_weights(path: str | None) -> Path:
     """Inception's weights: ``path``, or torch-fidelity's download, fetched if missing; UserError if that fails."""
-    name = URL_INCEPTION_V3.rsplit("/", 1)[1]
-    place = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / name
+    place = Path(path) if path else inception_place()
     if path is None and not place.is_file() and misc.is_local_main_process():
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(place), hash_prefix="6726825d", progress=False)
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(place), hash_prefix=INCEPTION_SHA256, progress=False)
         except Exception as error:  # a missing network shows as many types of errors
             misc.log.debug("fetching Inception failed: %s", error)
     misc.barrier()
     if not place.is_file():
         raise UserError(
-            f"no Inception weights at {place}: fetch {URL_INCEPTION_V3} and put it there, "
-            "or name its place with --inception_weights"
+            f"no Inception weights at {place}: fetch them with python -m tools.download inception, or put "
+            f"{URL_INCEPTION_V3} there, or name their place with --inception_weights"
         )
     return place
 
@@ -168,6 +175,11 @@ def statistics(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 def frechet_distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
     """FID between two statistics."""
     return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
+
+
+def default_statistics(img_size: int, classes: int) -> str | None:
+    """Return :data:`ADM_STATS` for images of ImageNet's 1,000 classes at 256 pixels; None for others."""
+    return ADM_STATS if (img_size, classes) == (256, 1000) else None
 
 
 def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 #: After n steps the average decays by n / (n + 10), at most --ema_rate: it spans the last tenth of a short run, not
 #: the drawn weights. At 0.9999 that ends after 100,000 steps; of the published recipe 150,000 are left, after which
 #: averages with and without it differ by a share of exp(-15), less than float32 rounds in them.
-AVERAGE_WARMUP = {"use_warmup": True, "warmup_gamma": 10.0, "warmup_power": 1.0}
+#: The paper's and the release's averages have no warm-up (--no_ema_warmup).
+AVERAGE_WARMUP = {"warmup_gamma": 10.0, "warmup_power": 1.0}
 
 
 class Step(NamedTuple):
@@ -47,7 +48,8 @@ class TrainingState:
 
     Args:
         model: on its device; with several processes all take the weights of the first.
-        args: ``ema_rate``, ``weight_decay``, ``lr``, ``grad_clip``, ``precision``, ``compile``, ``start_epoch``.
+        args: ``ema_rate``, ``no_ema_warmup``, ``weight_decay``, ``lr``, ``grad_clip``, ``precision``, ``compile``,
+            ``start_epoch``.
         steps_per_epoch: optimizer steps of an epoch.
         name: the file name of checkpoints.
         parts: the optimizer's groups, in lists, each of which has its gradients clipped by a norm of its own; by
@@ -76,7 +78,8 @@ class TrainingState:
         if several:  # buffers are tables that never change; as an argument, this would also keep them from being shared
             self.wrapped.broadcast_buffers = False
         # A copy of the weights that all processes have once DDP has shared those of the first.
-        self.average = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True, **AVERAGE_WARMUP)
+        warmup = {"use_warmup": not args.no_ema_warmup, **AVERAGE_WARMUP}
+        self.average = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True, **warmup)
         self.average_steps = 0
         if args.compile:
             model.compile_blocks()
@@ -131,7 +134,7 @@ class TrainingState:
         last = last._replace(finite=finite, taken=taken)
         if last.taken:
             self.average_steps += 1
-            self.average.update(self.model, self.average_steps)
+            self.average.update(self.model, self.average_steps if self.average.use_warmup else None)
         return last
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -170,6 +173,7 @@ class TrainingState:
             "steps_per_epoch": self.steps_per_epoch,
             "world_size": misc.get_world_size(),
             "average_steps": self.average_steps,
+            "ema_warmup": self.average.use_warmup,
             "config": {**self.model.config, **self.model.metadata},
             "args": vars(args),
         }
@@ -230,6 +234,7 @@ class TrainingState:
         self.average.module.load_state_dict(self.model.state_dict())
         if "model_ema" in content:
             load_weights(self.average.module, content, path, ema=True)
+            self._take_ema_warmup(content, path)
         if "optimizer" in content and "epoch" in content:
             args = content.get("args")
             args = vars(args) if isinstance(args, argparse.Namespace) else args
@@ -249,6 +254,19 @@ class TrainingState:
             load_scaler(self.scaler, content["scaler"], path)
         self.saver.whole = checkpoint.stamp(path)
 
+    def _take_ema_warmup(self, content: Mapping[str, Any], path: Path) -> None:
+        """Warm the EMA up or not as the checkpoint's run did; UserError if ``--no_ema_warmup`` is against that."""
+        # The release's files have no config, and constant rates; those of earlier versions here do not tell.
+        warmup = content.get("ema_warmup", "config" in content)
+        if warmup and not self.average.use_warmup:
+            raise UserError(
+                f"{path} was trained with a warm-up of the EMA: leave out --no_ema_warmup, or start from it with "
+                "--finetune and another --output_dir"
+            )
+        if self.average.use_warmup and not warmup:
+            misc.log.info("EMA with the constant rate %g, without a warm-up, as in %s", self.average.decay, path)
+        self.average.use_warmup = warmup
+
     def _share(self) -> None:
         """Gives all processes the main one's state, and compares what they then have."""
         if misc.get_world_size() == 1:
@@ -256,8 +274,9 @@ class TrainingState:
         learned = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments = self.optimizer.state
         stepped = [parameter in moments for parameter in learned]
-        place = self.epoch, self.step, self.average_steps, stepped, self.scaler.state_dict()
-        self.epoch, self.step, self.average_steps, stepped, scale = misc.from_main_process(place)
+        counts = self.epoch, self.step, self.average_steps, self.average.use_warmup
+        counts, stepped, scale = misc.from_main_process((counts, stepped, self.scaler.state_dict()))
+        self.epoch, self.step, self.average_steps, self.average.use_warmup = counts
         if scale:
             self.scaler.load_state_dict(scale)
         learned = [parameter for parameter, has in zip(learned, stepped, strict=True) if has]

@@ -18,6 +18,15 @@ def test_pages_are_what_the_report_writes():
         assert path.read_text() == text, f"{path}: run python -m experiments.report"
 
 
+def test_heads_of_tables_2d_and_2e_have_the_documented_sizes():
+    rows = [line.strip("| ").split(" | ") for line in report.head_sizes().splitlines()[2:]]
+    counted = {paper: float(here.removesuffix("M")) for _, _, paper, here in rows}
+    # The paper's three of Table 2d follow from its sizes; of Table 2e none does.
+    assert counted == {
+        "60M": 60.1, "63M": 63.5, "530M": 529.6, "3M": 4.5, "10M": 16.3, "13M": 21.0, "65M": 80.8, "94M": 118.6,
+    }  # fmt: skip
+
+
 def test_plots_are_what_the_report_writes(tmp_path):
     plots = report.plots()
     assert {*plots} == {*RESULTS.glob("*/*.png")}

@@ -82,7 +82,10 @@ def test_tokenizer_and_discriminator_have_their_gradients_clipped_apart():
     losses = VAELosses(tokenizer(), 16, kl_weight=0.0, disc_weight=1.0)
     flags = {"ema_rate": 0.5, "weight_decay": 0.0, "lr": 1e-3, "grad_clip": 1e-2, "precision": "fp32"}
     state = TrainingState(
-        losses, argparse.Namespace(**flags, compile=False, start_epoch=0), 4, parts=losses.optimizer_parts()
+        losses,
+        argparse.Namespace(**flags, no_ema_warmup=False, compile=False, start_epoch=0),
+        4,
+        parts=losses.optimizer_parts(),
     )
     losses(images).backward()
     state.take_step(torch.zeros(()), 1e-3)

@@ -1,5 +1,6 @@
 """python -m tools.download: the published files, from a server that speaks the Hub's routes."""
 
+import hashlib
 import logging
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from tests.hub_server import COMMIT
 from tools import download
 from util.checkpoint import hub
 from util.errors import UserError
+from util.metrics import find_inception_weights, inception_place
 
 
 @pytest.fixture
-def published(served, monkeypatch):
-    """The published files under their names, small."""
+def published(served, monkeypatch, tmp_path):
+    """The published files under their names, small; torch's hub is in ``torch``."""
     models = {
         "README.md": b"card",
         "tokenbridge/tokenbridge_large/checkpoint-last.pth": b"large" * 1000,
@@ -28,7 +30,15 @@ def published(served, monkeypatch):
     for name, file in (("fid_stats", "stats.npz"), ("reference", "reference.npz")):
         served.elsewhere[f"/{file}"] = statistics
         monkeypatch.setitem(download.ELSEWHERE, name, f"{served.endpoint}/{file}")
+    served.elsewhere["/inception.pth"] = inception = b"inception" * 1000
+    monkeypatch.setitem(download.ELSEWHERE, "inception", f"{served.endpoint}/inception.pth")
+    monkeypatch.setattr(download, "INCEPTION_SHA256", hashlib.sha256(inception).hexdigest()[:8])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     return served
+
+
+def target_of(name: str, tmp_path):
+    return inception_place() if name == "inception" else tmp_path / download.TARGETS[name]
 
 
 def make_statistics() -> bytes:
@@ -49,13 +59,16 @@ def test_download_fills_the_folders_that_the_commands_expect(published, tmp_path
         assert path.read_bytes() == ending * 1000
     assert (tmp_path / "pretrained_models/vae/kl16.ckpt").read_bytes() == b"tokenizer" * 1000
     assert (tmp_path / "fid_stats/adm_in256_stats.npz").read_bytes() == published.elsewhere["/stats.npz"]
+    # Where the metrics look for it by default.
+    inception = tmp_path / "torch/hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
+    assert find_inception_weights(None) == inception and inception.read_bytes() == b"inception" * 1000
     assert not (tmp_path / "fid_stats/VIRTUAL_imagenet256_labeled.npz").exists()
     assert "its licence: mit" in caplog.text and COMMIT in caplog.text
     caplog.clear()
     before = len([path for method, path, _ in published.asked if method == "GET" and path.startswith("/large")])
     download.main(["--output_dir", str(tmp_path), "--revision", "main"])
     after = len([path for method, path, _ in published.asked if method == "GET" and path.startswith("/large")])
-    assert caplog.text.count("is there already, and whole") == 4 and before == after
+    assert caplog.text.count("is there already, and whole") == 5 and before == after
     # What is there but not whole is fetched again.
     (tmp_path / "pretrained_models/vae/kl16.ckpt").write_bytes(b"tokenizes" * 1000)
     download.main(["vae", "reference", "--output_dir", str(tmp_path)])
@@ -63,10 +76,10 @@ def test_download_fills_the_folders_that_the_commands_expect(published, tmp_path
     assert (tmp_path / "fid_stats/VIRTUAL_imagenet256_labeled.npz").exists()
 
 
-@pytest.mark.parametrize("name", ["vae", "fid_stats"])
+@pytest.mark.parametrize("name", ["vae", "fid_stats", "inception"])
 def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published, tmp_path, name):
-    target = tmp_path / download.TARGETS[name]
-    file = "kl16.ckpt" if name == "vae" else "/stats.npz"
+    target = target_of(name, tmp_path)
+    file = {"vae": "kl16.ckpt", "fid_stats": "/stats.npz", "inception": "/inception.pth"}[name]
     published.damage.add(file)
     with pytest.raises(UserError, match=r"arrived damaged.*start again"):
         download.main([name, "--output_dir", str(tmp_path)])
@@ -75,7 +88,7 @@ def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published
     published.cut[file] = 1
     download.main([name, "--output_dir", str(tmp_path)])
     assert any(asked for _, _, asked in published.asked)
-    expected = b"tokenizer" * 1000 if name == "vae" else published.elsewhere["/stats.npz"]
+    expected = b"tokenizer" * 1000 if name == "vae" else published.elsewhere[file]
     assert target.read_bytes() == expected
     # Also what another process left, in the middle or at its end; or of another file.
     beside = target.with_name(f".{target.name}.incomplete")

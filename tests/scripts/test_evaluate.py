@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models.tokenbridge import TokenBridge
+from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.vae import AutoencoderKL
-from tests.conftest import FID, ROOT, TINY, load, torchrun, write_images
+from tests.conftest import FID, IS, ROOT, TINY, filled, load, torchrun, write_images
 from tests.scripts.conftest import BASE, FACTOR, all_pixels, averaged, grey, pictures, pixels
 from util import metrics
 from util.images import confidence_maps, to_uint8
@@ -281,11 +282,36 @@ def test_everything_is_checked_before_the_first_image(refused, weights, inceptio
     monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=OSError("no network")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     common = f"{weights} --evaluate --num_images 4 --output_dir {tmp_path}/out"
-    assert "no FID statistics at fid_stats/adm_in256_stats.npz" in refused("main_tokenbridge", common)
+    assert "no FID statistics at no.npz" in refused("main_tokenbridge", f"{common} --fid_stats no.npz")
     assert "no Inception weights" in refused("main_tokenbridge", f"{common} --fid_stats {stats}")
     missing = f"--fid_stats {stats} --inception_weights {inception} --reference {tmp_path}/nowhere"
     assert "nowhere" in refused("main_tokenbridge", f"{common} {missing}")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_imagenet_256_needs_its_statistics(refused, weights, vae_path, tmp_path):
+    sizes = {"img_size": 256, "vae_stride": 4, "vae_embed_dim": 8, "class_num": 1000, "buffer_size": 4}
+    model = filled(tokenbridge_tiny(**sizes, quant_levels=8))
+    path = tmp_path / "weights" / "checkpoint-last.pth"
+    config = {**model.config, "model": "tokenbridge_tiny", "latent_factor": 0.5}
+    torch.save({"model": model.state_dict(), "config": config}, path)
+    flags = f"--vae_path {vae_path} --resume {path} --evaluate --no_ema --num_images 1000 --output_dir {tmp_path}/out"
+    assert "no FID statistics at fid_stats/adm_in256_stats.npz" in refused("main_tokenbridge", flags)
+
+
+def test_another_model_is_not_compared_with_imagenet(
+    run, weights, tmp_path, sampler, decoder, quick_inception, fid_stats, monkeypatch, caplog
+):
+    monkeypatch.setattr(metrics, "fid_statistics_to_metric", lambda *_, **__: {FID: 7.0})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fid_stats").mkdir()
+    shutil.copy(fid_stats[0], tmp_path / "fid_stats" / "adm_in256_stats.npz")
+    common = f"{weights} --evaluate --num_images 4 {quick_inception.flag} --num_workers 0"
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/out")
+    figures = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert IS in figures and FID not in figures and "without FID: name what to compare with" in caplog.text
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/named --fid_stats fid_stats/adm_in256_stats.npz")
+    assert json.loads((tmp_path / "named" / "samples.json").read_text())[FID] == 7.0
 
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(refused, run, trained, vae_path, tmp_path):

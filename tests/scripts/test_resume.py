@@ -45,11 +45,14 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def expected_average(trace: Trace, content: dict) -> torch.Tensor:
-    """What rate 0.1 makes of a run's class embeddings, one batch a step, from its start to its end."""
+def expected_average(
+    trace: Trace, content: dict, warmup: bool = True, start: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What rate 0.1 makes of a run's class embeddings, one batch a step, from ``start`` or its start to its end."""
     average, *weights = [batch["class_emb"] for batch in trace.batches]
+    average = average if start is None else start
     for step, weight in enumerate([*weights, content["model"]["class_emb.weight"]]):
-        average = average.lerp(weight, 1 - min(0.1, step / (step + 10)))
+        average = average.lerp(weight, 1 - (min(0.1, step / (step + 10)) if warmup else 0.1))
     return average
 
 
@@ -73,6 +76,37 @@ def test_the_average_is_of_the_weights_after_each_step(train, trace):
     content = load(train("run", "--epochs 1 --ema_rate 0.1"))
     assert content["average_steps"] == content["steps_per_epoch"] > 2  # the third has the whole rate
     assert torch.allclose(content["model_ema"]["class_emb.weight"], expected_average(trace, content), atol=1e-7)
+
+
+@pytest.mark.parametrize("flag", ["--no_ema_warmup", ""])
+def test_a_constant_rate_of_the_average_is_the_papers_and_stays_with_the_run(train, trace, flag):
+    content = load(folder := train("run", "--epochs 1 --ema_rate 0.1 --no_ema_warmup"))
+    expected = expected_average(trace, content, warmup=False)
+    assert torch.allclose(content["model_ema"]["class_emb.weight"], expected, atol=1e-7)
+    trace.clear()
+    after = load(train("run", f"--epochs 2 --ema_rate 0.1 {flag} --resume {folder}"))
+    expected = expected_average(trace, after, warmup=False, start=expected)
+    assert torch.allclose(after["model_ema"]["class_emb.weight"], expected, atol=1e-7)
+    assert not content["ema_warmup"] and not after["ema_warmup"]
+
+
+def test_a_run_whose_average_warmed_up_does_not_go_on_without(refused, train, cached):
+    folder = train("run")
+    assert load(folder)["ema_warmup"]
+    common = f"{BASE} --epochs 2 --use_cached --cached_path {cached} --output_dir {folder} --resume {folder}"
+    assert "trained with a warm-up of the EMA" in refused("main_tokenbridge", f"{common} --no_ema_warmup")
+
+
+def test_the_releases_checkpoints_go_on_at_their_constant_rate(train, trace, caplog):
+    folder = train("run", "--epochs 1 --ema_rate 0.1")
+    ours = ("config", "step", "steps_per_epoch", "world_size", "average_steps", "ema_warmup")
+    before = change(folder, **dict.fromkeys(ours))
+    trace.clear()
+    with caplog.at_level("INFO", logger="tokenbridge"):
+        after = load(train("run", f"--epochs 2 --ema_rate 0.1 --resume {folder}"))
+    assert "EMA with the constant rate 0.1" in caplog.text and not after["ema_warmup"]
+    expected = expected_average(trace, after, warmup=False, start=before["model_ema"]["class_emb.weight"])
+    assert torch.allclose(after["model_ema"]["class_emb.weight"], expected, atol=1e-7)
 
 
 def test_without_averages_in_the_checkpoint_they_start_from_its_weights(train):

@@ -16,6 +16,19 @@ from tools import figures
         ("main_cache", "--seed 4 5", "5 belongs to no flag; --help lists them"),
         ("reconstruction", "--bits six", "argument --bits: invalid int value: 'six'"),
         ("tools.figures", "levels --quant_bit 4", "unknown flag --quant_bit; did you mean --quant_bits?"),
+        (
+            "main_tokenbridge",
+            "--use_quantized_value",
+            "unknown flag --use_quantized_value; the release ignores this, tokens are always the quantized values: "
+            "leave it out",
+        ),
+        ("main_cache", "--local_rank=3", "unknown flag --local_rank; torchrun decides this: leave it out"),
+        ("main_tokenbridge", "--log_dir out", "unknown flag --log_dir; logs go to --output_dir: leave it out"),
+        (
+            "main_tokenbridge",
+            "--diffloss_d 3",
+            "unknown flag --diffloss_d; MAR's diffusion loss has this, TokenBridge has none: leave it out",
+        ),
         ("tools.checkpoint", "show x.pth --tensor", "unknown flag --tensor; did you mean --tensors?"),
     ],
 )
@@ -93,6 +106,7 @@ def test_subcommands_read_files_of_their_flags(tmp_path):
     ("text", "line"),
     [
         ("bach_size: 4", "FILE: unknown flag bach_size; did you mean batch_size?"),
+        ("dist_url: env", "FILE: unknown flag dist_url; torchrun decides this: leave it out"),
         ("--epochs: 4", "FILE: unknown flag --epochs; did you mean epochs?"),
         ("config: other.yaml", "FILE: unknown flag config; did you mean"),
         ("epochs: many", "argument --epochs: invalid int value: 'many'"),

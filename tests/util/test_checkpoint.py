@@ -217,7 +217,16 @@ def test_tokenizers_of_any_program_as_safetensors(tmp_path):
     assert hashes == {fingerprint(small)} and fingerprint(vae) not in hashes
 
 
-@pytest.mark.parametrize(("entries", "warned"), [({}, True), ({"average_steps": 40}, False), ({"epoch": 2999}, False)])
+@pytest.mark.parametrize(
+    ("entries", "warned"),
+    [
+        ({}, True),
+        ({"average_steps": 40}, False),
+        ({"average_steps": 40, "ema_warmup": True}, False),
+        ({"average_steps": 40, "ema_warmup": False}, True),
+        ({"epoch": 2999}, False),
+    ],
+)
 def test_an_average_that_is_mostly_of_drawn_weights_is_told(caplog, entries, warned):
     # An earlier version did not warm the average up, and did not count its steps.
     content = {"epoch": 3, "steps_per_epoch": 10, "args": {"ema_rate": 0.9999}, **entries}

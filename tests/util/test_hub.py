@@ -76,6 +76,26 @@ def test_what_cannot_be_fetched_says_why_and_what_to_type(served, address, says)
         TokenBridge.from_pretrained(address)
 
 
+@pytest.mark.parametrize(
+    ("asked", "address"),
+    [
+        ("owner/repo", "hf://owner/repo/"),
+        ("hf://owner/repo", "hf://owner/repo/"),
+        ("hf://owner/repo@main/large", "hf://owner/repo@main/large"),
+    ],
+)
+def test_a_repository_of_several_models_says_how_each_is_named(served, asked, address):
+    files = ("a/large/checkpoint-last.pth", "a/huge/checkpoint-last.pth", "vae/kl16.ckpt", "README.md")
+    served.add(OWN, dict.fromkeys(files, b"weights"))
+    root = "hf://owner/repo@main" if "@" in asked else "hf://owner/repo"
+    listed = f"{address} holds no checkpoint-last.pth, but there is {root}/a/huge, {root}/a/large: name one"
+    with pytest.raises(UserError, match=listed):
+        TokenBridge.from_pretrained(asked)
+    if asked != "owner/repo":  # which is a folder for tokenizers
+        with pytest.raises(UserError, match=f"but there is {root}/vae: name one"):
+            AutoencoderKL.from_pretrained(asked)
+
+
 def test_names_that_are_neither_here_nor_on_the_hub(served, tmp_path):
     with pytest.raises(UserError, match="no/such/folder is no file or folder here, nor owner/repo"):
         TokenBridge.from_pretrained("no/such/folder")

@@ -24,14 +24,25 @@ def test_bytes_are_the_nearest_or_those_below():
     assert pictures.to_uint8(values, "down").tolist() == [0, 0, 0, 0, 99, 254, 255, 255]
 
 
-def test_ssim_is_scikit_images():
-    a = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+@pytest.mark.parametrize("shape", [(11, 11), (40, 40), (13, 64)])
+def test_ssim_is_scikit_images(shape):
+    a = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
     b = (a.float() * 0.8 + 20 * torch.rand(a.shape)).to(torch.uint8)
+    b[1] = 77
     for x, y, value in zip(a, b, pictures.ssim(a, b), strict=True):
         expected = structural_similarity(
             x.numpy(), y.numpy(), channel_axis=0, data_range=255, gaussian_weights=True, use_sample_covariance=False
         )
-        assert value.item() == pytest.approx(expected, abs=1e-4)
+        assert value.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, 0.78527249), (10, 0.78507948), (16, 0.78400932)])
+def test_ssim_is_what_torchmetrics_computes(size, expected):
+    """Numbers of torchmetrics 1.9, which earlier versions used; all positions of images smaller than the window."""
+    a = (torch.arange(3 * size * size).view(1, 3, size, size) * 37 % 256).byte()
+    b = (a // 2 + 40).byte()
+    assert pictures.ssim(a, b).item() == pytest.approx(expected, abs=1e-6)
+    assert pictures.ssim(a, a).item() == pytest.approx(1)
 
 
 def test_grids_hold_every_image_where_it_belongs(tmp_path):

@@ -289,6 +289,8 @@ def as_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
     wrong = [name for name, value in numbers.items() if type(value) is not int or value < lowest[name]]
     if not wrong and content.get("step", 0) > content.get("steps_per_epoch", 1):
         wrong.append("step")
+    if type(content.get("ema_warmup", True)) is not bool:
+        wrong.append("ema_warmup")
     wrong += [name for name in ("optimizer", "scaler", "config") if not isinstance(content.get(name, {}), dict)]
     if "config" not in wrong:
         config = content.get("config", {})

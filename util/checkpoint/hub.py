@@ -147,7 +147,21 @@ def fetch(address: str | Path | Address, names: Sequence[str] = (), **options) -
     for file in places[:-1]:
         if found := fetch_if_there(file, **options):
             return found
-    return fetch_file(places[-1], **options)
+    try:
+        return fetch_file(places[-1], **options)
+    except UserError as error:
+        if folder and names and is_missing(error) and (there := holders(place, names, options.get("token"))):
+            raise UserError(f"{place} holds no {names[0]}, but there is {', '.join(there)}: name one") from error
+        raise
+
+
+def holders(place: Address, names: Sequence[str], token: str | bool | None) -> list[str]:
+    """Return the addresses of those folders in the repository of ``place`` that hold one of ``names``."""
+    with explained(place, "look into"):
+        files = HfApi(token=token).model_info(place.repo, revision=place.revision).siblings or ()
+    paths = [PurePosixPath(file.rfilename) for file in files]
+    folders = {str(path.parent).removeprefix(".") for path in paths if path.name in names}
+    return sorted(str(place._replace(path=folder)).rstrip("/") for folder in folders)
 
 
 def cached(place: Address, cache_dir: str | Path | None = None, **_) -> str | None:
@@ -177,10 +191,15 @@ def fetch_if_there(place: Address, **options) -> Path | None:
     try:
         return fetch_file(place, **options)
     except UserError as error:
-        cause = error.__cause__
-        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+        if is_missing(error):
             return None
         raise
+
+
+def is_missing(error: UserError) -> bool:
+    """Return whether an error of :func:`fetch_file` says that the Hub has no such file."""
+    cause = error.__cause__
+    return isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError)
 
 
 def fetch_beside(address: str | Path | Address, found: Path, name: str, **options) -> None:

@@ -79,14 +79,15 @@ def matching(
 
 
 def warn_of_young_average(content: Mapping[str, Any], path: str | Path) -> None:
-    """Warns of an average that is mostly of drawn weights: of a short run of a version that did not warm it up."""
+    """Warns of an average that is mostly of drawn weights: of a short run that did not warm it up."""
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
-    if "average_steps" in content or not isinstance(args, dict) or not isinstance(args.get("ema_rate"), float):
+    warmed_up = content.get("ema_warmup", "average_steps" in content)
+    if warmed_up or not isinstance(args, dict) or not isinstance(args.get("ema_rate"), float):
         return
     steps = (content.get("epoch", -1) + 1) * content.get("steps_per_epoch", 0) + content.get("step", 0)
     if 0 < steps < 3 / max(1 - args["ema_rate"], 1e-8):
-        advice = "take the weights themselves (--no_ema, ema=False), or train on with --resume, which mends the average"
+        advice = "take the weights themselves (--no_ema, ema=False), or train on with --resume"
         warn("%s: its average has seen %d steps only and is partly of random weights; %s", path, steps, advice)
 
 
