@@ -77,11 +77,11 @@ def check_same(cached_path: str | Path, metadata: dict) -> None:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic) as device:
+    with misc.processes(args.device, args.deterministic, args.precision) as device:
         check_positive(args, "img_size", "batch_size")
         if not args.cached_path:
             raise errors.UserError("--cached_path is missing: name the folder to write the cache to")
-        check_same_flags(args)
+        check_same_flags(args, device)
         seed_everything(args.seed + misc.get_rank())
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         defaults = get_args_parser().parse_args([])

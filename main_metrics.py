@@ -3,7 +3,7 @@
 import argparse
 
 from util import errors, misc
-from util.args import WORKERS, add_metrics_args, check_positive, new_parser
+from util.args import WORKERS, add_device_arg, add_metrics_args, check_positive, new_parser
 from util.files import write_json
 from util.metrics import Evaluator, PlainImages, save_statistics, table, warn_if_few
 from util.provenance import provenance
@@ -20,7 +20,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=64, help="images at once on each device")
     parser.add_argument("--num_workers", type=int, default=WORKERS, help="image reading processes for each device")
     parser.add_argument("--json", help="file to write the figures to")
-    parser.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    add_device_arg(parser)
     return parser
 
 

@@ -316,9 +316,9 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic) as device:
+    with misc.processes(args.device, args.deterministic, args.precision) as device:
         check_args(args)
-        check_same_flags(args)
+        check_same_flags(args, device)
         measuring = args.evaluate or args.evaluate_nll
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)

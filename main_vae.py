@@ -210,7 +210,7 @@ def measure_reconstructions(
 
     The picture is bytes ``[3, H, W]``, of the process's first images.
     """
-    sums, rows = torch.zeros(2, dtype=torch.float64, device=device), []
+    sums, rows = misc.double(torch.zeros(2, device=device)), []
     for images, _ in loader:
         with misc.autocast(device, precision):
             made = vae.decode(vae.encode(images.to(device)).mode())
@@ -233,7 +233,7 @@ def measure_latents(vae: AutoencoderKL, loader: DataLoader, images: int, side: i
         fewer than 4x4 positions; ``images``.
     """
     low = low_frequencies(side, side, LOW_FREQUENCIES)
-    sums = torch.zeros(4, vae.embed_dim, dtype=torch.float64, device=device)
+    sums = misc.double(torch.zeros(4, vae.embed_dim, device=device))
 
     def moments() -> Iterator[tuple[Tensor]]:
         for batch, _ in loader:
@@ -305,9 +305,9 @@ def export(vae: AutoencoderKL, figures: dict, output_dir: Path) -> None:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic) as device:
+    with misc.processes(args.device, args.deterministic, args.precision) as device:
         check_args(args)
-        check_same_flags(args)
+        check_same_flags(args, device)
         start = open_start(args)
         seed_everything(args.seed + misc.get_rank())
         images, others = load_images(args)

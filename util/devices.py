@@ -6,6 +6,7 @@ import re
 import socket
 from contextlib import suppress
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,6 +15,13 @@ import torch.distributed as dist
 from util.errors import ToldByMain, UserError
 
 DRIVER = Path("/proc/driver/nvidia/version")  # what Linux tells of NVIDIA's driver
+CPUINFO = Path("/proc/cpuinfo")
+#: How a CPU's instructions for products of bf16 and fp16 show: checks of torch.cpu, which has others in each version,
+#: and flags of Linux (the last one ARM's).
+INSTRUCTIONS = {
+    "bf16": (("_is_avx512_bf16_supported", "_is_amx_tile_supported"), {"avx512_bf16", "amx_bf16", "bf16"}),
+    "fp16": (("_is_amx_fp16_supported",), {"avx512_fp16", "amx_fp16", "asimdhp"}),
+}
 
 
 def launched() -> bool:
@@ -21,19 +29,43 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+@cache
+def cpu_multiplies(precision: str) -> bool:
+    """Return whether this CPU has instructions for matrix products in ``precision``, ``"bf16"`` or ``"fp16"``.
+
+    Without them PyTorch emulates such products, which takes longer than fp32. False if neither torch nor Linux reports
+    any. The answer is not measured: all ranks of a run, and a run and its resumption, must get the same one.
+    """
+    checks, flags = INSTRUCTIONS[precision]
+    known = [getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check)]
+    listed = CPUINFO.read_text().split() if CPUINFO.exists() else []
+    return any(known) or not flags.isdisjoint(listed)
+
+
 def find_device(asked: str | None) -> tuple[torch.device, str]:
     """This process's device, and why it cannot be used, which is empty if it can.
 
     Args:
-        asked: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where there is one. Of a machine's CUDA devices
-            torchrun's processes take one each.
+        asked: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"cpu"``; by default CUDA where there is one, else the CPU. Of a
+            machine's CUDA devices torchrun's processes take one each.
     """
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device(asked or ("cuda" if there else "cpu"))
-    if device.type != "cuda":
-        return device, ""
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched() else device.index or 0)
     host = socket.gethostname()
+    try:
+        device = torch.device(asked or ("cuda" if there else "cpu"))
+    except RuntimeError:  # a word that torch does not know
+        device = torch.device("meta")
+    if device.type == "cpu":
+        return device, ""
+    if device.type == "mps":
+        if launched():
+            return device, "--device mps computes in one process: start the script with python, not torchrun"
+        usable = torch.backends.mps.is_available()
+        advice = "it needs an Apple GPU and macOS 14 or newer; or pass --device cpu"
+        return device, "" if usable else f"--device mps, but torch can use no Apple GPU on {host}: {advice}"
+    if device.type != "cuda":
+        return device, f"--device {asked}: there is no such device; choose cuda, cuda:N, mps or cpu"
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if launched() else device.index or 0)
     if there == 0:
         advice = "its driver may be too old (docs/training.md, Devices), or pass --device cpu"
         return device, f"--device cuda, but torch can use no CUDA device on {host}: {advice}"

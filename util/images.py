@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 
 from util.errors import UserError
 from util.files import written_whole
-from util.misc import barrier, is_main_process
+from util.misc import barrier, double, is_main_process
 
 SETTINGS = "tokenbridge"  # keyword of the text in PNGs
 
@@ -92,7 +92,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure  # a second, which few commands need
 
     options: dict[str, Any] = {"data_range": 255.0, "reduction": "none", "return_full_image": True}
-    _, similarity = structural_similarity_index_measure(a.double(), b.double(), **options)
+    _, similarity = structural_similarity_index_measure(double(a), double(b), **options)
     if min(similarity.shape[2:]) > 10:
         similarity = similarity[..., 5:-5, 5:-5]
     return similarity.flatten(1).mean(1)
@@ -100,5 +100,5 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio ``[N]`` in dB of pairs of byte images ``[N, 3, H, W]``; inf for equal ones."""
-    mse = ((a.double() - b.double()) ** 2).flatten(1).mean(1)
+    mse = ((double(a) - double(b)) ** 2).flatten(1).mean(1)
     return 10 * torch.log10(255**2 / mse)

@@ -294,8 +294,9 @@ def leave_signals_to_parent(worker: int) -> None:
     The parent still needs its workers until it has taken and saved a last step. A SIGTERM that the parent itself sends,
     as it does on its exit, ends the worker.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal: there any SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=end_with_parent, daemon=True).start()

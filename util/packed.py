@@ -5,7 +5,6 @@ images in each shard), ``names.json`` (``class/file`` of every image), ``checksu
 ``[N, 2]``) and ``shard-NNNNN.npy``, ``[n, 2, 2C, h, w]``: moments of each image and of its mirror image.
 """
 
-import os
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from util import misc
 from util.errors import UserError
-from util.files import read_json, write_json, written_whole
+from util.files import flush_all, read_json, write_json, written_whole
 from util.loader import (
     CACHE_METADATA,
     PACKED_METADATA,
@@ -178,5 +177,5 @@ def unpack(cache: PackedCache, root: str | Path, num_workers: int) -> None:
     for index, views in enumerate(read_all(cache, num_workers)):
         with written_whole(cached_file(root, cache.name(index)), flush=False) as file:
             np.savez(file, **dict(zip(VIEWS, views.numpy(), strict=True)))
-    os.sync()  # before the cache is called complete
+    flush_all()  # before the cache is called complete
     write_json(Path(root) / CACHE_METADATA, {**metadata, "complete": True})

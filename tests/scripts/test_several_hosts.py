@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.conftest import FID
+from tests.conftest import FID, TINY
 from tests.scripts.conftest import BASE
 from util import misc
 from util.sample_folder import SampleFolder
@@ -117,6 +117,22 @@ def test_what_a_search_has_measured_before(
     two_hosts("main_tokenbridge", command)
     assert (tmp_path / "out" / "samples-cfg1-t1.json").stat().st_mtime_ns == first
     assert [row[FID] for row in json.loads((tmp_path / "out" / "rows.json").read_text())] == [1, 1]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Hosts whose CPUs differ.
+
+
+def test_a_run_in_bf16_on_cpus_with_and_without_its_instructions(
+    ended, cached, tmp_path, instructions, monkeypatch, two_hosts
+):
+    instructions()  # forgets what was known
+    monkeypatch.setattr(misc, "cpu_multiplies", lambda precision: misc.is_main_process())
+    command = f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run --lr 1e-3 --epochs 1"
+    line = ended("main_tokenbridge", f"{command} --precision bf16")
+    assert "the precision that --precision bf16 runs in is bf16 in process 0, but fp32 in process 1 on host1" in line
+    assert "pass --precision fp32" in line and not (tmp_path / "run").exists()
+    two_hosts("main_tokenbridge", f"{command} --precision fp32")
 
 
 # --------------------------------------------------------------------------------------------------------------------
