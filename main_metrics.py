@@ -37,7 +37,7 @@ def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
     with misc.processes(args.device) as device:
-        check_args(args)
+        misc.in_all_processes(lambda: check_args(args))
         images = misc.in_all_processes(lambda: PlainImages(args.images, args.img_size))
         evaluator = Evaluator(
             args.inception_weights, args.fid_stats, args.reference, device, args.batch_size, args.num_workers
@@ -51,7 +51,7 @@ def main() -> None:
             if not (args.fid_stats or args.reference or args.json):
                 return
         if args.img_size is not None:  # the crop was for the statistics
-            features = evaluator.features(PlainImages(args.images))
+            features = evaluator.features(misc.in_all_processes(lambda: PlainImages(args.images)))
         figures = evaluator.measure(features)
         if misc.is_main_process():
             print(table(figures))

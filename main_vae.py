@@ -149,17 +149,17 @@ def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     Raises:
         UserError: there are none to train on.
     """
-    bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
-    options = {"transform": image_transform(args.img_size), "bad_images": bad_images}
+    options = {
+        "transform": image_transform(args.img_size),
+        "bad_images": BadImages(args.output_dir, args.skip_bad_images),
+    }
     source = open_images(args.data_path, "train", args.image_column, args.label_column)
     training = ImageFolder(source, mirror=args.mirror, **options)
     try:
         source = open_images(args.data_path, "val", args.image_column, args.label_column)
     except errors.UserError:
         misc.log.info("no val images in %s: reconstructions are measured on training images", args.data_path)
-    measured = ImageFolder(source, **options)
-    check_same_inputs({"train": training, "val": measured}, None)
-    return training, measured
+    return training, ImageFolder(source, **options)
 
 
 def build_losses(args: argparse.Namespace, device: torch.device) -> VAELosses:
@@ -176,7 +176,7 @@ def build_losses(args: argparse.Namespace, device: torch.device) -> VAELosses:
     losses = VAELosses(
         vae, args.img_size, args.kl_weight, perceptual, args.perceptual_weight, args.disc_weight, args.disc_start
     )
-    return losses.to(device)
+    return misc.in_all_processes(lambda: losses.to(device))
 
 
 def resume(state: TrainingState, content: dict, path: Path) -> None:
@@ -306,11 +306,12 @@ def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
     with misc.processes(args.device, args.deterministic, args.precision) as device:
-        check_args(args)
         check_same_flags(args, device)
+        misc.in_all_processes(lambda: check_args(args))
         start = open_start(args)
         seed_everything(args.seed + misc.get_rank())
-        images, others = load_images(args)
+        images, others = misc.in_all_processes(lambda: load_images(args))
+        check_same_inputs({"train": images, "val": others}, None)
         loader = training_loader(images, device, args)
         measured = loader_of_all(evenly_spaced(others, MEASURED_IMAGES), device, args, persistent_workers=False)
         vae = train(build_losses(args, device), loader, measured, start, args)

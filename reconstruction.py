@@ -340,6 +340,22 @@ def first_of_each_class(samples: Sequence[tuple[str, int]], count: int) -> list[
     return chosen
 
 
+def load_inputs(args: argparse.Namespace) -> tuple[ImageFolderWithFilename, AutoencoderKL, float]:
+    """Check the flags; return all images, the tokenizer and its latent factor.
+
+    Raises:
+        UserError: a flag is out of range, or the images or the tokenizer cannot be read or do not fit.
+    """
+    check_bits(args.bits, "--bits", continuous=True)
+    check_positive(args, "range", "images_per_class", "img_size", "batch_size")
+    if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
+        raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
+    source = open_images(args.image_dir, "train", args.image_column, args.label_column)
+    vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
+    check_stride(args.img_size, vae.stride)
+    return ImageFolderWithFilename(source, image_transform(args.img_size)), vae, latent_factor
+
+
 def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
     """What rFID and Inception Score need; None with ``--no_metrics``, or where it is missing and no flag names it.
 
@@ -363,17 +379,11 @@ def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
     with misc.processes(args.device, args.deterministic, args.precision) as device:
-        check_bits(args.bits, "--bits", continuous=True)
-        check_positive(args, "range", "images_per_class", "img_size", "batch_size")
-        if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
-            raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
         check_same_flags(args, device)
-        source = open_images(args.image_dir, "train", args.image_column, args.label_column)
-        dataset, n = ImageFolderWithFilename(source, image_transform(args.img_size)), args.images_per_class
-        chosen = Subset(dataset, first_of_each_class(dataset.samples, n))
-        vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
-        check_stride(args.img_size, vae.stride)
+        dataset, vae, latent_factor = misc.in_all_processes(lambda: load_inputs(args))
         check_same_inputs({"the folder": dataset}, vae)
+        n = args.images_per_class
+        chosen = Subset(dataset, first_of_each_class(dataset.samples, n))
         evaluator = make_evaluator(args, device)
         if evaluator is not None:
             warn_if_few(len(chosen), "images")
@@ -388,7 +398,7 @@ def main() -> None:
             empty_of_images(folder / part)
 
         loader = loader_of_all(chosen, device, args)
-        vae, calibration = vae.to(device), {}
+        vae, calibration = misc.in_all_processes(lambda: vae.to(device)), {}
         if args.quant_calibrate:
             measured = channel_statistics(vae, loader, vae.embed_dim, latent_factor, device, args.precision)
             calibration = dict(zip(("channel_mean", "channel_std"), measured, strict=True))

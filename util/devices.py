@@ -4,6 +4,9 @@ import json
 import os
 import re
 import socket
+import sys
+import threading
+import time
 from contextlib import suppress
 from datetime import timedelta
 from functools import cache
@@ -12,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from util.errors import ToldByMain, UserError
+from util.errors import ToldByMain, UserError, one_line, where
 
 DRIVER = Path("/proc/driver/nvidia/version")  # what Linux tells of NVIDIA's driver
 CPUINFO = Path("/proc/cpuinfo")
@@ -106,8 +109,43 @@ def check_devices(store: dist.Store, rank: int, world: int, device: torch.device
     return len({host for _, host, _ in told})
 
 
-def join_group(device: torch.device, problem: str, timeout: timedelta) -> int:
-    """Joins torchrun's process group, nccl on CUDA and gloo on the CPU; the number of machines.
+class Failures:
+    """Ends this process when another rank has failed alone.
+
+    It would wait for that rank in its next collective operation, until the timeout of half an hour: NCCL does not
+    notice that a process has ended. (gloo does, and launchers may end all processes before.)
+
+    Args:
+        store: the launcher's, which all processes reach.
+    """
+
+    INTERVAL = 0.5  # seconds between two looks at the store
+    GRACE = 10.0  # seconds in which a process may end by itself
+
+    def __init__(self, store: dist.Store):
+        self.store, self.over = dist.PrefixStore("failures", store), threading.Event()
+        threading.Thread(target=self._watch, name="failures", daemon=True).start()
+
+    def report(self, error: BaseException) -> None:
+        """Tell the other ranks that this one ends with ``error``, and wait until they have looked."""
+        status = 2 if isinstance(error, UserError) else 1
+        text = f"{one_line(error)} (process {os.environ['RANK']} on {socket.gethostname()})"
+        with suppress(RuntimeError):  # process 0 has ended, which may hold the store
+            self.store.set("first", json.dumps([status, text]))
+            time.sleep(2 * self.INTERVAL)
+
+    def _watch(self) -> None:
+        with suppress(RuntimeError):
+            while not self.over.wait(self.INTERVAL):
+                if self.store.check(["first"]):
+                    status, text = json.loads(self.store.get("first"))
+                    if not self.over.wait(self.GRACE):
+                        print(f"{where()}error: {text}", file=sys.stderr, flush=True)
+                        os._exit(status)
+
+
+def join_group(device: torch.device, problem: str, timeout: timedelta) -> tuple[int, Failures]:
+    """Join torchrun's process group, nccl on CUDA and gloo on the CPU; return the number of machines, and a watch.
 
     Args:
         device, problem: see :func:`check_devices`, which raises UserError.
@@ -120,7 +158,7 @@ def join_group(device: torch.device, problem: str, timeout: timedelta) -> int:
         dist.init_process_group("nccl", device_id=device, **options)
     else:
         dist.init_process_group("gloo", **options)
-    return hosts
+    return hosts, Failures(store)
 
 
 def described(device: torch.device, hosts: int) -> str:

@@ -23,6 +23,14 @@ def reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+def one_line(error: BaseException) -> str:
+    """Return one line that says what ``error`` is, also if a data loader's worker raised it."""
+    wrapped = re.findall(r"UserError: (.*)", str(error))  # it then holds that process's traceback
+    if wrapped or isinstance(error, UserError):
+        return wrapped[-1] if wrapped else str(error)
+    return f"{type(error).__name__}: {reason(error)}"
+
+
 def where() -> str:
     """A prefix that names the process that prints a message; empty for the main one."""
     rank = os.environ.get("RANK", "0")
@@ -53,9 +61,7 @@ def run(main: Callable[[], None]) -> None:
     except ToldByMain:
         sys.exit(2)
     except UserError as error:
-        # An error of a data loader's worker holds that process's traceback.
-        wrapped = re.findall(r"UserError: (.*)", str(error))
-        print(f"{where()}error: {wrapped[-1] if wrapped else error}", file=sys.stderr, flush=True)
+        print(f"{where()}error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Preempted as error:
         print(f"stopped: {error}", file=sys.stderr, flush=True)

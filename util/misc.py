@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from util.devices import cpu_multiplies, described, find_device, join_group, launched, make_deterministic
-from util.errors import ToldByMain, UserError, where
+from util.errors import Preempted, ToldByMain, UserError, one_line, where
 
 log = logging.getLogger("tokenbridge")
 
@@ -112,13 +112,14 @@ def by_main_process(work: Callable[[], Any]) -> Any:
     """What ``work``, run by the main process alone, returns there (plain types): on all processes.
 
     Raises:
-        UserError: ``work`` raised one; all processes end with it, and the main one alone prints it.
+        UserError: ``work`` raised one; all processes end with it, and the main one alone prints it. So they end with
+            any other error, too, which the main process raises as it is.
     """
     result, failed = None, None
     if is_main_process():
         try:
             result = work()
-        except UserError as error:
+        except Exception as error:
             failed = error
     result, message = from_main_process((result, failed and str(failed)))
     if message is not None:
@@ -132,14 +133,17 @@ def in_all_processes(work: Callable[[], Any]) -> Any:
     ``work`` must make the same collective calls in every process, also where it fails.
 
     Raises:
-        UserError: ``work`` raised one in some process; all end with it, and the main one prints it with the hosts.
+        UserError: ``work`` raised one in some process; all end with it, and the main one prints it with the hosts. So
+            they end with any other error, too, which the process where it happened raises as it is.
     """
-    result, failed = None, None
+    result, failed, unexpected = None, None, None
     try:
         result = work()
-    except UserError as error:
-        failed = str(error)
+    except Exception as error:
+        failed, unexpected = one_line(error), None if isinstance(error, UserError) else error
     answers = from_all_processes((socket.gethostname(), failed))
+    if unexpected is not None:
+        raise unexpected
     messages = [message for _, message in answers if message is not None]
     if messages:
         hosts = ", ".join(sorted({host for host, message in answers if message is not None}))
@@ -318,15 +322,22 @@ def processes(
         keep_freed_memory()
     elif device.type == "cuda" and not problem:
         torch.cuda.set_device(device)
-    hosts = join_group(device, problem, timeout=PATIENCE) if launched() else 1
+    hosts, failures = join_group(device, problem, timeout=PATIENCE) if launched() else (1, None)
     if problem:
         raise UserError(problem)
     start_log()
     log.info("computing on %s", described(device, hosts))
-    with exact_convolutions() if precision == "fp32" else nullcontext():
-        yield device
-    # Not after an error: the others may wait in a collective operation, and this would wait for them. The launcher ends
-    # them when this process ends.
+    try:
+        with exact_convolutions() if precision == "fp32" else nullcontext():
+            yield device
+    except Exception as error:
+        # The process group stays: others may wait in a collective operation, and to leave it would wait for them.
+        if failures is not None and not isinstance(error, ToldByMain | Preempted):
+            failures.report(error)
+        raise
+    finally:
+        if failures is not None:
+            failures.over.set()
     if launched():
         dist.destroy_process_group()
 

@@ -25,7 +25,7 @@ from util.loader import (
     PACKED_METADATA,
     VIEWS,
     CachedFolder,
-    MirrorDraws,
+    TrainingItems,
     cached_file,
     existing_folder,
 )
@@ -42,7 +42,7 @@ SHARD = "shard-{:05d}.npy"
 # Reading.
 
 
-class PackedCache(MirrorDraws, Dataset):
+class PackedCache(TrainingItems, Dataset):
     """A packed cache; items are those of :class:`util.loader.CachedFolder`.
 
     Attributes:
@@ -110,8 +110,9 @@ class PackedCache(MirrorDraws, Dataset):
             raise UserError(f"{path} is damaged at {self.name(index)}; pack the cache anew")
         return torch.from_numpy(values.copy()).view(self.dtype).float()
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.view(index, int(self.mirror and self.mirrored(index))), self.samples[index][1]
+    def read(self, index: int, mirrored: bool = False) -> tuple[Tensor, int]:
+        """Moments and label of item ``index``; UserError if they cannot be read."""
+        return self.view(index, int(mirrored)), self.samples[index][1]
 
 
 def open_cache(root: str | Path, mirror: bool = True) -> CachedFolder | PackedCache:

@@ -139,6 +139,38 @@ def test_a_run_in_bf16_on_cpus_with_and_without_its_instructions(
 # Files that one host lacks.
 
 
+TRAIN = f"{BASE} --epochs 1 --output_dir out"
+IMAGES = "--img_size 16 --num_workers 0"
+
+
+@pytest.mark.parametrize(
+    "script, flags, missing, line",
+    [
+        ("main_tokenbridge", f"{TRAIN} --use_cached --cached_path cache", "cache", "no cache at cache"),
+        ("main_tokenbridge", f"{TRAIN} --data_path data --vae_path vae.ckpt", "data", "no image folder at data"),
+        ("main_tokenbridge", f"{TRAIN} --data_path data --vae_path vae.ckpt", "vae.ckpt", "no checkpoint at vae.ckpt"),
+        ("main_cache", f"{IMAGES} --data_path data --vae_path vae.ckpt --cached_path new", "vae.ckpt", "vae.ckpt"),
+        ("main_vae", f"{IMAGES} --data_path data --output_dir out", "data", "no image folder at data"),
+        ("reconstruction", f"{IMAGES} --image_dir data --vae_path vae.ckpt", "data", "no image folder at data"),
+        ("reconstruction", f"{IMAGES} --image_dir data --vae_path vae.ckpt", "vae.ckpt", "vae.ckpt"),
+    ],
+)
+def test_inputs_that_one_host_lacks(ended, cached, images, vae_path, tmp_path, script, flags, missing, line):
+    for host in ("host0", "host1"):
+        for path in (cached, images):
+            shutil.copytree(path, tmp_path / host / path.name)
+        shutil.copy(vae_path, tmp_path / host)
+    (tmp_path / "host1" / missing).rename(tmp_path / "moved")
+    said = ended(script, flags)
+    assert line in said and said.endswith("(1 of 2 processes, on host1)")
+
+
+def test_images_to_cache_that_one_host_lacks(ended, images, vae_path, tmp_path):
+    shutil.copytree(images, tmp_path / "host0" / "data")
+    line = ended("main_cache", f"{IMAGES} --data_path data --vae_path {vae_path} --cached_path {tmp_path}/new")
+    assert "no image folder at data" in line and line.endswith("(1 of 2 processes, on host1)")
+
+
 def test_evaluation_without_inception_on_one_host(
     two_hosts, ended, evaluate, tmp_path, sampler, decoder, quick_inception, fid_stats, measured
 ):

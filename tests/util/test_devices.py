@@ -1,6 +1,7 @@
 """Devices: found, compared before processes join, told in the log; bits that are the same in every run."""
 
 import os
+import threading
 from unittest import mock
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.processes import forked
-from util import devices, misc
+from util import devices, errors, misc
 from util.errors import ToldByMain, UserError
 
 
@@ -169,7 +170,9 @@ def test_a_process_on_cuda_joins_with_its_device(monkeypatch):
     store = dist.HashStore()
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, 0, 1)]))
     with mock.patch.object(dist, "init_process_group") as join:
-        assert devices.join_group(torch.device("cuda:3"), "", timeout=misc.timedelta(minutes=1)) == 1
+        hosts, failures = devices.join_group(torch.device("cuda:3"), "", timeout=misc.timedelta(minutes=1))
+    failures.over.set()
+    assert hosts == 1
     assert join.call_args.args == ("nccl",) and join.call_args.kwargs["device_id"] == torch.device("cuda:3")
 
 
@@ -205,6 +208,23 @@ def test_deterministic_runs_have_torch_refuse_what_is_not():
             return torch.get_deterministic_debug_mode(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
     assert forked(1, start)[0] == [(2, ":4096:8")]  # 1 would warn, and leave attention's backward pass as it is
+
+
+@pytest.mark.parametrize("error, status", [(UserError("mend it"), 2), (ZeroDivisionError("bug"), 1)])
+def test_a_process_that_fails_alone_ends_one_that_would_not_notice(monkeypatch, capfd, error, status):
+    monkeypatch.setattr(devices.Failures, "INTERVAL", 0.1)
+    monkeypatch.setattr(devices.Failures, "GRACE", 0.5)
+    monkeypatch.setattr("socket.gethostname", lambda: f"node{os.environ['RANK']}")
+
+    def main() -> None:
+        with misc.processes("cpu"):
+            if misc.get_rank() == 1:
+                raise error
+            threading.Event().wait(100)  # as in a collective operation of NCCL
+
+    assert forked(2, lambda rank: errors.run(main))[1] == [status, status]
+    said = capfd.readouterr().err
+    assert said.count("\nerror: ") == 1 and f"{errors.one_line(error)} (process 1 on node1)" in said
 
 
 @pytest.mark.skipif(

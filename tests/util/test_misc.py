@@ -7,12 +7,13 @@ import subprocess
 import sys
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from tests.conftest import ROOT, SHORT, TINY, scalars
-from tests.processes import in_processes
-from util import misc
+from tests.processes import forked, in_processes
+from util import errors, misc
 from util.errors import ToldByMain, UserError
 from util.rng import seed_everything
 
@@ -71,6 +72,24 @@ def test_an_error_of_any_process_ends_all_and_names_its_host():
     answers = in_processes(3, lambda rank: work(rank, 1))
     assert [str(answer) for answer in answers] == ["mend it 1 (2 of 3 processes, on host1, host2)"] * 3
     assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]
+
+
+@pytest.mark.parametrize("together, statuses", [(misc.in_all_processes, [2, 1]), (misc.by_main_process, [1, 2])])
+def test_an_unexpected_error_ends_all_too_with_its_traceback_where_it_happened(capfd, together, statuses):
+    failing = statuses.index(1)
+
+    def work() -> None:
+        if misc.get_rank() == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def main() -> None:
+        with misc.processes("cpu"):
+            together(work)
+
+    assert forked(2, lambda rank: errors.run(main))[1] == statuses
+    said = capfd.readouterr().err
+    assert said.count("Traceback") == 1
+    assert ("error: OutOfMemoryError: CUDA out of memory (1 of 2 processes" in said) == (failing == 1)
 
 
 def test_values_that_differ_end_all_processes():
