@@ -1,7 +1,6 @@
 """The loops: training, generation for evaluation, and caching of latents."""
 
 import math
-import os
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import misc
 from util.errors import Preempted, UserError
-from util.files import written_whole
+from util.files import flush_all, written_whole
 from util.images import confidence_maps
 from util.loader import IMAGE_HASH, cached_file
 from util.lr_sched import adjust_learning_rate
@@ -325,7 +324,7 @@ def held_out_likelihood(
     """
     training = model.training
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # cross-entropy, images
+    sums = misc.double(torch.zeros(2, device=device))  # cross-entropy, images
     rank, world, done = misc.get_rank(), misc.get_world_size(), 0
     counts = [model.num_masked_at((i + 0.5) / LIKELIHOOD_MASKS) for i in range(LIKELIHOOD_MASKS)]
     for batch, labels in loader:
@@ -348,7 +347,7 @@ def held_out_likelihood(
                     nats = -model.head.log_likelihood(features, levels).mean() / model.head.channel_steps
                 else:
                     nats = model(latents, labels, mask, *channels[i])
-            sums[0] += nats * len(batch) / len(counts)
+            sums[0] += misc.double(nats * len(batch) / len(counts))
         sums[1] += len(batch)
     model.train(training)
     sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels
@@ -377,12 +376,12 @@ def channel_statistics(
     Args:
         loader: gives tuples that start with images, or with moments where ``vae`` is None.
     """
-    sums = torch.zeros(3, channels, dtype=torch.float64, device=device)  # count, mean, mean square
+    sums = misc.double(torch.zeros(3, channels, device=device))  # count, mean, mean square
     for batch, *_ in loader:
         batch = batch.to(device, non_blocking=True)
         with misc.autocast(device, precision):
             posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
-        mean, deviation = posterior.mean.double(), posterior.std.double()
+        mean, deviation = misc.double(posterior.mean), misc.double(posterior.std)
         first, second = mean.mean(dim=(0, 2, 3)), (mean**2 + deviation**2).mean(dim=(0, 2, 3))
         sums += len(batch) * torch.stack([torch.ones_like(first), first, second])
     count, first, second = misc.all_reduce_mean(sums)
@@ -425,6 +424,6 @@ def cache_latents(
                 counts += torch.tensor([1.0, float(path.exists())])
                 with written_whole(path, flush=False) as file:
                     np.savez(file, moments=plain, moments_flip=flipped, **{IMAGE_HASH: digest})
-    os.sync()  # what was not flushed file by file, before the counts tell other processes that all is there
+    flush_all()  # what was not flushed file by file, before the counts tell other processes that all is there
     written, replaced = (misc.all_reduce_mean(counts.to(device)) * misc.get_world_size()).round().int().tolist()
     return written, replaced

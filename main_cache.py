@@ -50,6 +50,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def load_tokenizer(args: argparse.Namespace) -> tuple[AutoencoderKL, float]:
+    """Check the flags and load the tokenizer; return it and its latent factor.
+
+    Raises:
+        UserError: a flag is missing or out of range, or the tokenizer cannot be read.
+    """
+    check_positive(args, "img_size", "batch_size")
+    if not args.cached_path:
+        raise errors.UserError("--cached_path is missing: name the folder to write the cache to")
+    vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
+    defaults = get_args_parser().parse_args([])
+    follow_tokenizer(args, defaults, Tokenizer(vae.config, latent_factor, args.vae_path))
+    return vae, latent_factor
+
+
 def check_same(cached_path: str | Path, metadata: dict) -> None:
     """Makes sure that a cache in ``cached_path``, if there is one, can be completed by this run.
 
@@ -77,15 +92,10 @@ def check_same(cached_path: str | Path, metadata: dict) -> None:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic) as device:
-        check_positive(args, "img_size", "batch_size")
-        if not args.cached_path:
-            raise errors.UserError("--cached_path is missing: name the folder to write the cache to")
-        check_same_flags(args)
+    with misc.processes(args.device, args.deterministic, args.precision) as device:
+        check_same_flags(args, device)
         seed_everything(args.seed + misc.get_rank())
-        vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
-        defaults = get_args_parser().parse_args([])
-        follow_tokenizer(args, defaults, Tokenizer(vae.config, latent_factor, args.vae_path))
+        vae, latent_factor = misc.in_all_processes(lambda: load_tokenizer(args))
         metadata = {
             "img_size": args.img_size,
             "latent_factor": latent_factor,
@@ -99,14 +109,14 @@ def main() -> None:
             remove_parts(Path(args.cached_path).rglob(".*.part"))
         check_shared(args.cached_path)
         side = args.img_size // vae.stride
-        bad_images = BadImages(args.cached_path) if args.skip_bad_images else None
-        dataset = ImagesToCache(
-            open_images(args.data_path, args.split, args.image_column, args.label_column),
-            image_transform(args.img_size),
-            bad_images=bad_images,
-            cached_path=args.cached_path,
-            shape=(2 * vae.embed_dim, side, side),
-        )
+        shape, bad_images = (2 * vae.embed_dim, side, side), BadImages(args.cached_path, args.skip_bad_images)
+
+        def open_data() -> ImagesToCache:
+            source = open_images(args.data_path, args.split, args.image_column, args.label_column)
+            options = {"bad_images": bad_images, "cached_path": args.cached_path, "shape": shape}
+            return ImagesToCache(source, image_transform(args.img_size), **options)
+
+        dataset = misc.in_all_processes(open_data)
         misc.by_main_process(dataset.check_others)
         check_same_inputs({args.split: dataset}, vae)
         loader = loader_of_all(dataset, device, args, collate_fn=collate_present)
@@ -114,8 +124,9 @@ def main() -> None:
         metadata_path = Path(args.cached_path) / CACHE_METADATA
         if misc.is_main_process():  # training refuses a cache that is not complete
             write_json(metadata_path, {"images": len(dataset), **metadata, "complete": False})
-        written, replaced = cache_latents(vae.to(device), loader, args.cached_path, device, args.precision)
-        images = len(dataset) - (0 if bad_images is None else bad_images.count())
+        misc.in_all_processes(lambda: vae.to(device))
+        written, replaced = cache_latents(vae, loader, args.cached_path, device, args.precision)
+        images = len(dataset) - bad_images.count()
         if misc.is_main_process():
             write_json(metadata_path, {"images": images, **metadata, "complete": True})
         misc.log.info(

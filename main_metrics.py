@@ -3,7 +3,7 @@
 import argparse
 
 from util import errors, misc
-from util.args import WORKERS, add_metrics_args, check_positive, new_parser
+from util.args import WORKERS, add_device_arg, add_metrics_args, check_positive, new_parser
 from util.files import write_json
 from util.metrics import Evaluator, PlainImages, save_statistics, table, warn_if_few
 from util.provenance import provenance
@@ -20,7 +20,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=64, help="images at once on each device")
     parser.add_argument("--num_workers", type=int, default=WORKERS, help="image reading processes for each device")
     parser.add_argument("--json", help="file to write the figures to")
-    parser.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    add_device_arg(parser)
     return parser
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
     with misc.processes(args.device) as device:
-        check_args(args)
+        misc.in_all_processes(lambda: check_args(args))
         images = misc.in_all_processes(lambda: PlainImages(args.images, args.img_size))
         evaluator = Evaluator(
             args.inception_weights, args.fid_stats, args.reference, device, args.batch_size, args.num_workers
@@ -51,7 +51,7 @@ def main() -> None:
             if not (args.fid_stats or args.reference or args.json):
                 return
         if args.img_size is not None:  # the crop was for the statistics
-            features = evaluator.features(PlainImages(args.images))
+            features = evaluator.features(misc.in_all_processes(lambda: PlainImages(args.images)))
         figures = evaluator.measure(features)
         if misc.is_main_process():
             print(table(figures))

@@ -165,6 +165,12 @@ def check_args(args: argparse.Namespace) -> None:
         raise errors.UserError("--finetune is for training: name the weights to measure with --resume")
     if args.use_cached and not args.cached_path and not args.evaluate and not args.evaluate_nll:
         raise errors.UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
+    if args.skip_bad_images and (args.evaluate or args.evaluate_nll):
+        raise errors.UserError("--skip_bad_images is for training: measurements are of all images or none; remove it")
+    if not args.use_cached:
+        unused = [name for name in ("cached_path", "cached_val_path") if getattr(args, name)]
+        if unused and not args.evaluate:
+            raise errors.UserError(f"--{unused[0]} is read with --use_cached only: add that flag, or remove this one")
     if args.use_cached and not args.cached_val_path and (args.evaluate_nll or args.online_nll):
         raise errors.UserError("likelihoods from a cache need --cached_val_path, what main_cache.py --split val wrote")
 
@@ -248,6 +254,28 @@ def load_tokenizer(
     return vae if needed else None, found[-1]._replace(sha256=known)
 
 
+def load_inputs(
+    args: argparse.Namespace, defaults: argparse.Namespace, splits: Sequence[str], start: Start
+) -> tuple[AutoencoderKL | None, Tokenizer, dict, dict[str, Data]]:
+    """Load what this process reads itself, without exchanging anything with the other ranks.
+
+    Returns:
+        the tokenizer and its description (:func:`load_tokenizer`), the model's arguments, and the data sets by split.
+
+    Raises:
+        UserError: something is missing, damaged, or does not fit the rest.
+    """
+    vae, tokenizer = load_tokenizer(args, defaults, splits, start)
+    config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, start)
+    if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
+        check_num_images(args.num_images, args.class_num)
+    data, classes = {}, None if start.use == FINETUNE else start.config.get("class_names")
+    for split in splits:
+        data[split] = load_data(args, split, tokenizer, classes)
+        classes = data[split].classes
+    return vae, tokenizer, config, data
+
+
 CALIBRATION_IMAGES = 10_000
 
 
@@ -292,7 +320,7 @@ def build_model(
     misc.by_main_process(load)
     if start.use != RESUME:
         start.content.clear()  # it may lie in memory
-    model.to(device)
+    misc.in_all_processes(lambda: model.to(device))
     misc.share(model.state_dict().values())
     return model
 
@@ -326,31 +354,25 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic) as device:
-        check_args(args)
-        check_same_flags(args)
+    with misc.processes(args.device, args.deterministic, args.precision) as device:
+        check_same_flags(args, device)
+        misc.in_all_processes(lambda: check_args(args))
         measuring = args.evaluate or args.evaluate_nll
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)
         defaults = get_args_parser().parse_args([])
-        vae, tokenizer = load_tokenizer(args, defaults, splits, start)
-        config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, start)
-        if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
-            check_num_images(args.num_images, args.class_num)
-        data, classes = {}, None if start.use == FINETUNE else start.config.get("class_names")
-        for split in splits:
-            data[split] = load_data(args, split, tokenizer, classes)
-            classes = data[split].classes
+        vae, tokenizer, config, data = misc.in_all_processes(lambda: load_inputs(args, defaults, splits, start))
         check_same_inputs(data, vae)
         seed_everything(args.seed + misc.get_rank())
         if args.quant_calibrate and config["channel_mean"] is None:
             config |= calibrate(args, data["train"], vae, tokenizer, device)
-        model = build_model(args, config, start, device, classes)
+        model = build_model(args, config, start, device, None if measuring else data["train"].classes)
         model.metadata = {"model": args.model, "latent_factor": tokenizer.latent_factor}
         if (args.evaluate or args.online_eval) and args.num_iter > model.seq_len:
             misc.log.info("--num_iter %d for %d tokens: %d steps do it", args.num_iter, model.seq_len, model.seq_len)
         misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
-        vae = None if vae is None else vae.to(device, memory_format=torch.channels_last)
+        if vae is not None:
+            vae = misc.in_all_processes(lambda: vae.to(device, memory_format=torch.channels_last))
         held_out = loader_of_all(data["val"], device, args) if "val" in data else None
         loader = None if measuring else training_loader(data["train"], device, args)
         run = Run(args, device, vae, tokenizer.latent_factor, make_evaluator(args, device), held_out)

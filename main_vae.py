@@ -150,17 +150,17 @@ def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     Raises:
         UserError: there are none to train on.
     """
-    bad_images = BadImages(None if args.dry_run else args.output_dir) if args.skip_bad_images else None
-    options = {"transform": image_transform(args.img_size), "bad_images": bad_images}
+    options = {
+        "transform": image_transform(args.img_size),
+        "bad_images": BadImages(None if args.dry_run else args.output_dir, args.skip_bad_images),
+    }
     source = open_images(args.data_path, "train", args.image_column, args.label_column)
     training = ImageFolder(source, mirror=args.mirror, **options)
     try:
         source = open_images(args.data_path, "val", args.image_column, args.label_column)
     except errors.UserError:
         misc.log.info("no val images in %s: reconstructions are measured on training images", args.data_path)
-    measured = ImageFolder(source, **options)
-    check_same_inputs({"train": training, "val": measured}, None)
-    return training, measured
+    return training, ImageFolder(source, **options)
 
 
 def build_losses(args: argparse.Namespace, device: torch.device) -> VAELosses:
@@ -177,7 +177,7 @@ def build_losses(args: argparse.Namespace, device: torch.device) -> VAELosses:
     losses = VAELosses(
         vae, args.img_size, args.kl_weight, perceptual, args.perceptual_weight, args.disc_weight, args.disc_start
     )
-    return losses.to(device)
+    return misc.in_all_processes(lambda: losses.to(device))
 
 
 def resume(state: TrainingState, content: dict, path: Path) -> None:
@@ -211,7 +211,7 @@ def measure_reconstructions(
 
     The picture is bytes ``[3, H, W]``, of the process's first images.
     """
-    sums, rows = torch.zeros(2, dtype=torch.float64, device=device), []
+    sums, rows = misc.double(torch.zeros(2, device=device)), []
     for images, _ in loader:
         with misc.autocast(device, precision):
             made = vae.decode(vae.encode(images.to(device)).mode())
@@ -234,7 +234,7 @@ def measure_latents(vae: AutoencoderKL, loader: DataLoader, images: int, side: i
         fewer than 4x4 positions; ``images``.
     """
     low = low_frequencies(side, side, LOW_FREQUENCIES)
-    sums = torch.zeros(4, vae.embed_dim, dtype=torch.float64, device=device)
+    sums = misc.double(torch.zeros(4, vae.embed_dim, device=device))
 
     def moments() -> Iterator[tuple[Tensor]]:
         for batch, _ in loader:
@@ -306,12 +306,13 @@ def export(vae: AutoencoderKL, figures: dict, output_dir: Path) -> None:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic) as device:
-        check_args(args)
-        check_same_flags(args)
+    with misc.processes(args.device, args.deterministic, args.precision) as device:
+        check_same_flags(args, device)
+        misc.in_all_processes(lambda: check_args(args))
         start = open_start(args)
         seed_everything(args.seed + misc.get_rank())
-        images, others = load_images(args)
+        images, others = misc.in_all_processes(lambda: load_images(args))
+        check_same_inputs({"train": images, "val": others}, None)
         loader = training_loader(images, device, args)
         measured = loader_of_all(evenly_spaced(others, MEASURED_IMAGES), device, args, persistent_workers=False)
         vae = train(build_losses(args, device), loader, measured, start, args)

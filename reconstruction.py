@@ -168,14 +168,14 @@ class ReconstructionStats:
 
     def __init__(self, setting: Setting, channels: int, device: torch.device):
         self.setting = setting
-        self.sums = torch.zeros(len(MEANS), dtype=torch.float64, device=device)
+        self.sums = misc.double(torch.zeros(len(MEANS), device=device))
         self.counts = torch.zeros(channels, setting.levels, dtype=torch.int64, device=device)  # uses of each level
         self.features: list[tuple[Tensor, ...]] = []
 
     def add(self, real: Tensor, recon: Tensor, indices: Tensor | None, squared_error: Tensor, outside: Tensor) -> None:
         """Adds a batch: byte images ``[B, 3, H, W]``, and of each latent ``[B, C, h, w]`` its level, its squared
         quantization error, and whether it was out of range."""
-        of_latents = [values.double().flatten(1).mean(1) for values in (squared_error, outside)]
+        of_latents = [misc.double(values).flatten(1).mean(1) for values in (squared_error, outside)]
         self.sums += torch.stack([psnr(real, recon), ssim(real, recon), *of_latents]).sum(1)
         for channel, used in enumerate(indices.transpose(0, 1).flatten(1) if indices is not None else ()):
             self.counts[channel] += torch.bincount(used, minlength=self.setting.levels)
@@ -185,7 +185,7 @@ class ReconstructionStats:
         means = misc.all_reduce_mean(self.sums) * misc.get_world_size() / images
         figures = {"images": images, **dict(zip(MEANS, means.tolist(), strict=True))}
         if self.setting.levels:
-            share = misc.all_reduce_mean(self.counts.double())
+            share = misc.all_reduce_mean(misc.double(self.counts))
             share = share / share.sum(dim=1, keepdim=True)
             figures["levels"] = self.setting.levels
             figures["levels_used"] = (share > 0).sum(dim=1).tolist()
@@ -254,7 +254,8 @@ def reconstruct(
                 )
                 recon = decode(quantized)
                 low, high = bounds or (-bound, bound)
-                stats.add(real, recon, indices, (latents - quantized).double() ** 2, (latents < low) | (latents > high))
+                squared_error = misc.double(latents - quantized) ** 2
+                stats.add(real, recon, indices, squared_error, (latents < low) | (latents > high))
                 stats.features += [] if evaluator is None else [evaluator.inception(recon)]
                 pictures[stats.setting.title] += recon[picked].cpu()
                 save("recon", recon)
@@ -352,6 +353,22 @@ def first_of_each_class(samples: Sequence[tuple[str, int]], count: int) -> list[
     return chosen
 
 
+def load_inputs(args: argparse.Namespace) -> tuple[ImageFolderWithFilename, AutoencoderKL, float]:
+    """Check the flags; return all images, the tokenizer and its latent factor.
+
+    Raises:
+        UserError: a flag is out of range, or the images or the tokenizer cannot be read or do not fit.
+    """
+    check_bits(args.bits, "--bits", continuous=True)
+    check_positive(args, "range", "images_per_class", "img_size", "batch_size")
+    if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
+        raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
+    source = open_images(args.image_dir, "train", args.image_column, args.label_column)
+    vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
+    check_stride(args.img_size, vae.stride)
+    return ImageFolderWithFilename(source, image_transform(args.img_size)), vae, latent_factor
+
+
 def find_statistics(img_size: int, classes: int) -> str | None:
     """Return the default ``--fid_stats``; None, with a warning, where the file is missing."""
     path = default_statistics(img_size, classes)
@@ -387,18 +404,12 @@ def make_evaluator(args: argparse.Namespace, classes: int, device: torch.device)
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic) as device:
-        check_bits(args.bits, "--bits", continuous=True)
-        check_positive(args, "range", "images_per_class", "img_size", "batch_size")
-        if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
-            raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
-        check_same_flags(args)
-        source = open_images(args.image_dir, "train", args.image_column, args.label_column)
-        dataset, n = ImageFolderWithFilename(source, image_transform(args.img_size)), args.images_per_class
-        chosen = Subset(dataset, first_of_each_class(dataset.samples, n))
-        vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
-        check_stride(args.img_size, vae.stride)
+    with misc.processes(args.device, args.deterministic, args.precision) as device:
+        check_same_flags(args, device)
+        dataset, vae, latent_factor = misc.in_all_processes(lambda: load_inputs(args))
         check_same_inputs({"the folder": dataset}, vae)
+        n = args.images_per_class
+        chosen = Subset(dataset, first_of_each_class(dataset.samples, n))
         evaluator = make_evaluator(args, len(dataset.classes), device)
         if evaluator is not None:
             warn_if_few(len(chosen), "images")
@@ -413,7 +424,7 @@ def main() -> None:
             empty_of_images(folder / part)
 
         loader = loader_of_all(chosen, device, args)
-        vae, calibration = vae.to(device), {}
+        vae, calibration = misc.in_all_processes(lambda: vae.to(device)), {}
         if args.quant_calibrate:
             measured = channel_statistics(vae, loader, vae.embed_dim, latent_factor, device, args.precision)
             calibration = dict(zip(("channel_mean", "channel_std"), measured, strict=True))

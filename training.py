@@ -13,7 +13,6 @@ from torch.utils.tensorboard import SummaryWriter
 from engine_tokenbridge import backward, train_one_epoch
 from models.vae import AutoencoderKL
 from util import launcher, misc
-from util.loader import ImageFolder
 from util.lr_sched import tell_rates
 from util.meters import BadSteps, RunLog
 from util.provenance import write_args
@@ -56,7 +55,7 @@ def train_epochs(
             loader.sampler.start = state.step * batch
             loader.dataset.set_draws(args.seed, epoch)
             train_one_epoch(state, loader, vae, latent_factor, args, stop_signals, bad_steps, bar, writer, peak)
-            if isinstance(loader.dataset, ImageFolder) and loader.dataset.bad_images is not None:
+            if loader.dataset.bad_images is not None:
                 loader.dataset.bad_images.count()
             last = epoch + 1 == args.epochs
             if last or (epoch + 1) % args.save_last_freq == 0:

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.tokenbridge import MODELS
 from util import misc
-from util.args import new_parser
+from util.args import add_device_arg, new_parser
+from util.devices import find_device
 from util.files import write_json
 from util.provenance import provenance
 from util.tables import markdown
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def benchmark_parser(description: str, repeats: int) -> argparse.ArgumentParser:
     """A parser with the flags of every benchmark."""
     parser = new_parser(description)
-    parser.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    add_device_arg(parser)
     parser.add_argument("--repeats", type=int, default=repeats, help="measured runs, after one that warms up")
     parser.add_argument("--threads", type=int, help="threads of the CPU; by default torch's choice")
     parser.add_argument("--json", help="file to write the results to")
@@ -53,7 +54,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    args.device, problem = find_device(args.device)
+    if problem:
+        parser.error(problem)
     return args
 
 

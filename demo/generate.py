@@ -16,7 +16,7 @@ from models.editing import outpainted
 from models.pipeline import TokenBridgePipeline
 from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions
 from util import errors, misc
-from util.args import add_sampling_args, check_positive, check_range, new_parser
+from util.args import add_device_arg, add_sampling_args, check_positive, check_range, new_parser
 from util.files import written_whole
 from util.images import png_settings
 
@@ -30,7 +30,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
     text = "its tokenizer; by default the one beside the model, or the one that its run names"
     parser.add_argument("--vae_path", help=text)
     parser.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
-    parser.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    add_device_arg(parser)
     parser.add_argument("--precision", choices=misc.PRECISIONS, default="bf16", help="of autocast; fp32 means none")
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util import checkpoint, errors, misc
-from util.args import DATA_PATH, add_mirror_arg, check_positive, new_parser
+from util.args import DATA_PATH, add_device_arg, add_mirror_arg, check_positive, new_parser
 from util.files import write_json, written_whole
 from util.images import to_uint8
 from util.loader import ImageFolder, image_transform
@@ -109,7 +109,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate at the start; it falls to 0")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     add_mirror_arg(parser)
-    parser.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    add_device_arg(parser)
     parser.add_argument("--output", default="features.pt", help="file of the weights; figures go to .json beside it")
     return parser
 

@@ -14,7 +14,7 @@ from experiments.features import load_net
 from models.posterior import DiagonalGaussianDistribution
 from models.quantizer import ScalarQuantizer, build_quantizer
 from util import checkpoint, errors, misc
-from util.args import check_positive, new_parser
+from util.args import add_device_arg, check_positive, new_parser
 from util.files import read_json, write_json
 from util.metrics import PlainImages, frechet_distance
 from util.packed import open_cache
@@ -130,7 +130,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gray", action="store_true", help="compare the mean of the colours, not each")
     parser.add_argument("--resume", default="", help="run whose likelihood --evaluate_nll wrote to --images, if it did")
     parser.add_argument("--cached_val_path", default="", help="cache of held-out images, for --resume")
-    parser.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    add_device_arg(parser)
     parser.add_argument("--json", default="", help="file to write the figures to")
     return parser
 

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 from experiments.plan import DEFAULT, Experiments, Step, needed, plan
 from experiments.results import RESULTS, Results, beside
-from util.args import check_positive, new_parser
+from util.args import add_device_arg, check_positive, new_parser
 from util.errors import UserError
 from util.errors import run as run_main
 from util.files import read_json, write_json
@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", default=str(RESULTS), help="folder of the results, a JSON a row and seed")
     parser.add_argument("--experiments", default=str(DEFAULT), help="YAML of the experiments")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
-    parser.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    add_device_arg(parser)
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
     return parser
 

@@ -56,7 +56,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return x
     if round(p * RESOLUTION) >= RESOLUTION:
         return x * 0
-    if x.is_cuda or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     return DropBits.apply(x, p)
 

@@ -377,7 +377,9 @@ class TokenBridgePipeline:
         """The most probable latents ``[B, C, h, w]`` of images ``[B, 3, S, S]`` in [-1, 1], scaled."""
         parts = seen.split(part_size(self.device, seen[0, 0].numel()))
         parts = [misc.to_device(part, self.device).contiguous(memory_format=torch.channels_last) for part in parts]
-        return torch.cat([self.vae.encode(part).mode() for part in parts]).contiguous() * self.latent_factor
+        with misc.autocast(self.device, "fp32"):
+            latents = torch.cat([self.vae.encode(part).mode() for part in parts])
+        return latents.contiguous() * self.latent_factor
 
     def pictures(
         self, latents: Tensor, request: Request, rows: Sequence[int], unknown: Tensor | None = None

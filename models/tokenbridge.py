@@ -196,7 +196,7 @@ class TokenBridge(PretrainedTokenBridge):
 
     def check_labels(self, labels: Tensor) -> None:
         """Raises ValueError if labels on the CPU are outside the classes; labels on a device are not waited for."""
-        if labels.is_cuda or not len(labels):
+        if labels.device.type != "cpu" or not len(labels):
             return
         lowest, highest = int(labels.min()), int(labels.max())
         if lowest < 0 or highest >= self.class_num:

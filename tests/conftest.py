@@ -29,7 +29,7 @@ from tests import processes
 from tests.fill import deterministic_fill
 from tests.hub_server import serving
 from tests.scripts.trace import Trace
-from util import checkpoint, errors
+from util import checkpoint, errors, misc
 from util.misc import add_weight_decay
 from util.training_state import TrainingState
 
@@ -360,6 +360,18 @@ def processes_of(folder) -> list[int]:
         with contextlib.suppress(OSError):  # it may have ended meanwhile
             commands[int(path.parent.name)] = path.read_bytes().decode(errors="replace")
     return sorted(pid for pid, line in commands.items() if str(folder) in line and "torch.distributed" not in line)
+
+
+@pytest.fixture
+def instructions(monkeypatch):
+    """``instructions("bf16")``: lets the CPU seem to have the instructions for products in these precisions alone."""
+
+    def pretend(*precisions: str) -> None:
+        monkeypatch.setattr(misc, "cpu_multiplies", lambda precision: precision in precisions)
+        misc.effective_precision.cache_clear()
+
+    yield pretend
+    misc.effective_precision.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def energies(maps: Tensor, low: Tensor) -> Tensor:
     These are the energy at the ``low [h, w]`` frequencies without zero, that at all frequencies without zero, and the
     sum and the sum of squares of the coefficients at frequency zero.
     """
-    spectrum = torch.fft.fft2(maps.double())
+    maps = misc.double(maps)
+    spectrum = torch.fft.fft2(maps)
     zero = spectrum[..., 0, 0].real
     energy = spectrum.abs() ** 2
     energy[..., 0, 0] = 0
@@ -83,7 +84,7 @@ def plot(shares: Tensor, order: list[int], cutoff: float) -> Figure:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic) as device:
+    with misc.processes(args.device, args.deterministic, args.precision) as device:
         check_positive(args, "patch_size", "num_images", "batch_size", "cutoff")
         check_range(args, 0, 1, "cutoff")
         check_range(args, 0, math.inf, "num_workers", "seed")
@@ -100,7 +101,7 @@ def main() -> None:
         chosen = evenly_spaced(cache, args.num_images)
         loader = loader_of_all(chosen, device, args)
         low = low_frequencies(height // p, width // p, args.cutoff)
-        sums = torch.zeros(4, channels // 2 * p * p, dtype=torch.float64, device=device)
+        sums = misc.double(torch.zeros(4, channels // 2 * p * p, device=device))
         with misc.progress(loader, unit="batch", desc="measuring") as batches:
             for moments, _ in batches:
                 latents = DiagonalGaussianDistribution(moments.to(device)).mode()

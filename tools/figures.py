@@ -215,7 +215,7 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic) as device:
+    with misc.processes(args.device, args.deterministic, args.precision) as device:
         check_range(args, 0, math.inf, "num_workers", "seed")
         args.output = args.output or f"{args.figure}.png"
         if Path(args.output).suffix.lower() != ".png":

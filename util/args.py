@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import yaml
 
 from util.errors import UserError, where
-from util.misc import PRECISIONS, check_same
+from util.misc import PRECISIONS, check_same, effective_precision
 
 #: Data loading processes by default: one for each core that this process may use, 10 at most.
 WORKERS = min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -129,10 +130,16 @@ def add_run_args(parser: Flags, batch_size: int, seed: int, precision: str) -> N
     group.add_argument("--pin_mem", action="store_true", help="pin host memory for faster transfers")
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not")
     group.set_defaults(pin_mem=True)
-    group.add_argument("--device", help="cuda, cuda:N or cpu; by default cuda where there is one")
+    add_device_arg(group)
     text = "on CUDA, compute the same bits in every run, more slowly; on the CPU they are the same anyhow"
     group.add_argument("--deterministic", action="store_true", help=text)
     group.add_argument("--precision", choices=PRECISIONS, default=precision, help="of autocast; fp32 means none")
+
+
+def add_device_arg(parser: Flags) -> None:
+    """Adds the flag of the device."""
+    text = "cuda, cuda:N, mps (Apple GPUs) or cpu; by default cuda where there is one, else cpu"
+    parser.add_argument("--device", help=text)
 
 
 def add_vae_arg(parser: Flags) -> None:
@@ -257,7 +264,21 @@ OF_A_MACHINE = (
 )
 
 
-def check_same_flags(args: argparse.Namespace) -> None:
-    """Raises UserError, on all processes, unless all were started with the same flags."""
+def check_same_flags(args: argparse.Namespace, device: torch.device) -> None:
+    """Check that all ranks were started with the same flags, and that their CPUs compute in the same precision.
+
+    Replaces ``precision`` and ``vae_precision`` by :func:`util.misc.effective_precision`, so that files of the run
+    name the precision that they were computed in.
+
+    Raises:
+        UserError: ranks differ; all end with it.
+    """
     flags = {f"--{name}": value for name, value in vars(args).items() if name not in OF_A_MACHINE}
     check_same(flags, "start all processes with the same flags")
+    typed = {name: value for name in ("precision", "vae_precision") if (value := getattr(args, name, None))}
+    computed = {name: effective_precision(device.type, value) for name, value in typed.items()}
+    check_same(
+        {f"the precision that --{name} {typed[name]} runs in": value for name, value in computed.items()},
+        "the CPUs of these machines have different instructions: pass --precision fp32, or use machines of one kind",
+    )
+    vars(args).update(computed)

@@ -75,11 +75,9 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer, traine
     if args.class_num == 1:
         dataset.samples, dataset.classes = [(name, 0) for name, _ in dataset.samples], [UNLABELED]
     if not args.use_cached:
-        # Measurements are of all images or none.
-        bad_images = (
-            BadImages(None if args.dry_run else args.output_dir) if args.skip_bad_images and split == "train" else None
-        )
-        dataset = ImageFolder(dataset, image_transform(args.img_size), mirror=mirror, bad_images=bad_images)
+        dataset = ImageFolder(dataset, image_transform(args.img_size), mirror=mirror)
+    if split == "train":  # measurements are of all images or none
+        dataset.bad_images = BadImages(None if args.dry_run else args.output_dir, args.skip_bad_images)
     check_classes(dataset.classes, args.class_num, root, trained, renamed=split != "train")
     if args.use_cached:
         if split == "val" and dataset.metadata.get("split") == "train":

@@ -32,6 +32,14 @@ def some(names: Sequence[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def one_line(error: BaseException) -> str:
+    """Return one line that says what ``error`` is, also if a data loader's worker raised it."""
+    wrapped = re.findall(r"UserError: (.*)", str(error))  # it then holds that process's traceback
+    if wrapped or isinstance(error, UserError):
+        return wrapped[-1] if wrapped else str(error)
+    return f"{type(error).__name__}: {reason(error)}"
+
+
 def where() -> str:
     """A prefix that names the process that prints a message; empty for the main one."""
     rank = os.environ.get("RANK", "0")
@@ -104,9 +112,7 @@ def run(main: Callable[[], None]) -> None:
     except ToldByMain:
         sys.exit(USER_ERROR_STATUS)
     except UserError as error:
-        # An error of a data loader's worker holds that process's traceback.
-        wrapped = re.findall(r"UserError: (.*)", str(error))
-        message = wrapped[-1] if wrapped else str(error)
+        message = one_line(error)
         launcher.note_end(USER_ERROR_STATUS, message)
         print(f"{where()}error: {message}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR_STATUS)

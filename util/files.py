@@ -22,7 +22,7 @@ def written_whole(path: str | Path, flush: bool = True) -> Iterator[BinaryIO]:
     """A binary file to write; it replaces ``path`` when the block ends without an error, and is flushed to disk before.
 
     Args:
-        flush: False for one of many files that ``os.sync`` flushes together, before anything calls them complete.
+        flush: False for one of many files that :func:`flush_all` flushes together, before anything calls them complete.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; ``path`` is as it was.
@@ -36,9 +36,9 @@ def written_whole(path: str | Path, flush: bool = True) -> Iterator[BinaryIO]:
             mode = os.fstat(file.fileno()).st_mode
             yield file
         # Opened by name, since safetensors replaces the file by one of its own, which nobody else may read.
-        with open(beside, "rb") as written:
+        with open(beside, "r+b") as written:  # Windows flushes only what is open for writing
             if os.fstat(written.fileno()).st_mode != mode:
-                os.fchmod(written.fileno(), mode)
+                os.chmod(beside, mode)
             if flush:
                 os.fsync(written.fileno())
         os.replace(beside, path)
@@ -52,6 +52,12 @@ def written_whole(path: str | Path, flush: bool = True) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+def flush_all() -> None:
+    """Flush everything that was written to disk, where the system has a call for it (Windows has none)."""
+    if hasattr(os, "sync"):
+        os.sync()
 
 
 def remove_parts(paths: Iterable[Path]) -> None:

@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 
 from util.errors import UserError
 from util.files import written_whole
-from util.misc import barrier, is_main_process
+from util.misc import barrier, double, is_main_process
 
 SETTINGS = "tokenbridge"  # keyword of the text in PNGs
 
@@ -90,7 +90,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     The Gaussian window has 11 pixels and standard deviation 1.5. As in the paper, only positions count where all of the
     window lies inside the image; in images smaller than the window, all positions count, and edges are reflected.
     """
-    a, b = a.double(), b.double()
+    a, b = double(a), double(b)
     if min(a.shape[2:]) < 11:
         a, b = (F.pad(image, [5] * 4, mode="reflect") for image in (a, b))
     window = torch.exp(-(torch.arange(-5, 6, device=a.device).double() ** 2) / (2 * 1.5**2))
@@ -107,5 +107,5 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio ``[N]`` in dB of pairs of byte images ``[N, 3, H, W]``; inf for equal ones."""
-    mse = ((a.double() - b.double()) ** 2).flatten(1).mean(1)
+    mse = ((double(a) - double(b)) ** 2).flatten(1).mean(1)
     return 10 * torch.log10(255**2 / mse)

@@ -50,14 +50,22 @@ def image_transform(img_size: int) -> transforms.Compose:
     return transforms.Compose([partial(center_crop_arr, image_size=img_size), to_pixels])
 
 
-class MirrorDraws:
-    """Decides which items of a data set are mirrored.
+class TrainingItems:
+    """Decides which items of a data set are mirrored, and what takes the place of those that cannot be read.
+
+    Subclasses define ``read(index, mirrored)``, which returns the tensor and the label of an item.
+
+    Attributes:
+        mirror: mirror each item with probability 1/2.
+        bad_images: what happens to unreadable items; None: each is an error, as in measurements.
 
     By default each draw comes from torch's global generator. After :meth:`set_draws` an item's draw depends only on
     seed, epoch and index: it is the same in every process and worker, and each time it is made.
     """
 
     draws: tuple[int, int] | None = None
+    mirror: bool
+    bad_images: "BadImages | None" = None
 
     def set_draws(self, seed: int, epoch: int) -> None:
         """Fixes the draws of one epoch, for this process and the workers that it starts from now on."""
@@ -69,25 +77,47 @@ class MirrorDraws:
             return bool(torch.rand(()) < 0.5)
         return bool(np.random.SeedSequence((*self.draws, index)).generate_state(1)[0] & 1)
 
+    def read_unless_bad(self, index: int, mirrored: bool = False) -> tuple | None:
+        """Return what ``read`` does, or None where ``bad_images`` lists the item instead of its error being raised."""
+        try:
+            return self.read(index, mirrored)
+        except UserError as error:
+            if self.bad_images is None:
+                raise
+            self.bad_images.add(error)
+            return None
+
+    def __getitem__(self, index: int) -> tuple:
+        """Return the tensor and the label of item ``index``, or of the next one that can be read."""
+        mirrored = self.mirror and self.mirrored(index)
+        for candidate in chain(range(index, len(self)), range(index)):
+            if item := self.read_unless_bad(candidate, mirrored):
+                return item
+        raise UserError(f"none of the images in {self.root} can be read")
+
 
 class BadImages:
-    """A list of the images that a run could not read, kept in files, since the workers of a loader share no memory.
+    """List of the images that a run could not read, kept in files, since the workers of a loader share no memory.
 
     Each process of the run and its workers append to ``folder/bad_images-rank<n>.txt`` a line with path and reason
     whenever they meet a bad image; one that every epoch meets again counts once. What cannot be listed is logged.
 
     Args:
-        folder: None for a dry run, which writes nothing: there every bad image is logged.
+        folder: of the files; None for a dry run, which writes nothing: there every bad image is logged.
+        skip: whether images are listed and left out (``--skip_bad_images``); otherwise each is an error.
     """
 
-    def __init__(self, folder: str | Path | None):
-        self.folder = None if folder is None else Path(folder)
+    def __init__(self, folder: str | Path | None, skip: bool = True):
+        self.folder, self.skip = None if folder is None else Path(folder), skip
         if self.folder is not None:
             self.path = self.folder / f"bad_images-rank{get_rank()}.txt"
-            self.path.unlink(missing_ok=True)
+            if skip:
+                self.path.unlink(missing_ok=True)
 
     def add(self, error: UserError) -> None:
-        """Lists an image by the message of the error that reading it raised."""
+        """List an image by the error that reading it raised, or raise that error with the advice to skip."""
+        if not self.skip:
+            raise UserError(f"{error}, or leave such images out with --skip_bad_images") from error
         if self.folder is None:
             log.warning("%s; left out", error)
             return
@@ -101,6 +131,8 @@ class BadImages:
 
     def count(self) -> int:
         """The number of bad images that all processes have listed so far; a warning tells it if there are any."""
+        if not self.skip or self.folder is None:
+            return 0
         paths = [self.folder / f"bad_images-rank{rank}.txt" for rank in range(get_world_size())]
         lines: set[bytes] = set()
         for path in paths:
@@ -111,14 +143,14 @@ class BadImages:
         return len(lines)
 
 
-class ImageFolder(MirrorDraws, Dataset):
+class ImageFolder(TrainingItems, Dataset):
     """Images and labels, of a folder or of whatever else :mod:`util.sources` opens.
 
     Args:
         source: a folder ``source/<class>/<image>``, or what :func:`util.sources.open_images` returns.
         transform: of the image; must give a tensor ``[3, H, W]`` where ``mirror`` is set.
         mirror: mirror each image with probability 1/2.
-        bad_images: lists unreadable images, which the next readable one replaces; by default they are errors.
+        bad_images: see :class:`TrainingItems`.
 
     Attributes:
         root, classes, samples: as of the source.
@@ -139,30 +171,14 @@ class ImageFolder(MirrorDraws, Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, index: int) -> tuple:
-        """Image (transformed, not mirrored) and label of item ``index``; UserError if it cannot be read."""
+    def read(self, index: int, mirrored: bool = False) -> tuple:
+        """Image (transformed) and label of item ``index``; UserError if it cannot be read."""
         image, (path, label) = self.source.read(index), self.samples[index]
         try:
-            return image if self.transform is None else self.transform(image), label
+            image = image if self.transform is None else self.transform(image)
         except (ValueError, MemoryError) as error:  # the crop's
             raise UserError(f"cannot crop image {path} ({error}); replace or remove it") from error
-
-    def read_unless_bad(self, index: int) -> tuple | None:
-        """:meth:`read`, or None where ``bad_images`` lists the image instead of its error being raised."""
-        try:
-            return self.read(index)
-        except UserError as error:
-            if self.bad_images is None:
-                raise
-            self.bad_images.add(error)
-            return None
-
-    def __getitem__(self, index: int):
-        for candidate in chain(range(index, len(self)), range(index)):
-            if item := self.read_unless_bad(candidate):
-                image, label = item
-                return (image.flip(2) if self.mirror and self.mirrored(index) else image), label
-        raise UserError(f"none of the images in {self.root} can be read")
+        return (image.flip(2) if mirrored else image), label
 
 
 class ImageFolderWithFilename(ImageFolder):
@@ -263,7 +279,7 @@ def collate_present(items: list) -> list | None:
 # Cached moments.
 
 
-class CachedFolder(MirrorDraws, datasets.DatasetFolder):
+class CachedFolder(TrainingItems, datasets.DatasetFolder):
     """``root/<class>/<image name>.npz`` with ``moments`` and ``moments_flip``, as main_cache.py and MAR write them.
 
     Items are moments ``[2C, h, w]``, float32, not scaled, and the label; with ``mirror`` the moments are those of the
@@ -297,8 +313,9 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
                 "are gone, or of other data; make it anew in another folder"
             )
 
-    def __getitem__(self, index: int):
-        return self.view(index, int(self.mirror and self.mirrored(index))), self.samples[index][1]
+    def read(self, index: int, mirrored: bool = False) -> tuple[Tensor, int]:
+        """Moments and label of item ``index``; UserError if they cannot be read."""
+        return self.view(index, int(mirrored)), self.samples[index][1]
 
     def name(self, index: int) -> str:
         """``class/file`` of image ``index``, as the folder of images names it."""
@@ -310,7 +327,7 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
         moments = self.read_moments(path, VIEWS[which])
         if self.shape is not None and moments.shape != self.shape:
             shapes = f"{list(moments.shape)}, others {list(self.shape)}"
-            raise UserError(f"cached moments {path} are {shapes}; run main_cache.py again")
+            raise UserError(f"cached moments {path} are {shapes}; renew them with main_cache.py")
         return moments
 
     @staticmethod
@@ -325,7 +342,7 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
             if not moments.isfinite().all():
                 raise UserError(f"{name} is not finite")
         except UserError as error:
-            raise UserError(f"cannot read cached moments {path} ({error}); run main_cache.py again") from error
+            raise UserError(f"cannot read cached moments {path} ({error}); renew them with main_cache.py") from error
         return moments
 
 
@@ -378,8 +395,9 @@ def leave_signals_to_parent(worker: int) -> None:
     The parent still needs its workers until it has taken and saved a last step. A SIGTERM that the parent itself sends,
     as it does on its exit, ends the worker.
     """
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sent a signal: there any SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=end_with_parent, daemon=True).start()

@@ -57,12 +57,20 @@ def find_inception_weights(path: str | None) -> Path:
     return place
 
 
-def load_inception(path: str | None, device: torch.device) -> FeatureExtractorInceptionV3:
+class Inception(FeatureExtractorInceptionV3):
+    """torch-fidelity's Inception-v3, in float32 throughout, whatever the precision of the run that measures."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        with misc.exact_convolutions():
+            return super().forward(x)
+
+
+def load_inception(path: str | None, device: torch.device) -> Inception:
     """torch-fidelity's Inception-v3 (the FID one); UserError if there are no weights, or not those of it."""
     path = find_inception_weights(path)
     checkpoint.read(path)  # refuses code, which torch-fidelity would run
     try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", [POOL, LOGITS], str(path)).to(device)
+        return Inception("inception-v3-compat", [POOL, LOGITS], str(path)).to(device)
     except RuntimeError as error:
         what = f"the weights of torch-fidelity's Inception ({URL_INCEPTION_V3})"
         raise UserError(f"{path} does not hold {what}") from error
@@ -126,7 +134,7 @@ class PlainImages(Dataset):
 
 @torch.no_grad()
 def extract_features(
-    images: Dataset, inception: FeatureExtractorInceptionV3, device: torch.device, batch_size: int, num_workers: int
+    images: Dataset, inception: Inception, device: torch.device, batch_size: int, num_workers: int
 ) -> dict[str, Tensor]:
     """Both layers' features, ``[N, 2048]`` and ``[N, 1008]``, of all images in order, on the CPU.
 

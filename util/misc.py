@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
@@ -20,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.devices import described, find_device, join_group, launched, make_deterministic
-from util.errors import ToldByMain, UserError, where
+from util.devices import cpu_multiplies, described, find_device, join_group, launched, make_deterministic
+from util.errors import Preempted, ToldByMain, UserError, one_line, where
 from util.published_names import to_published
 
 log = logging.getLogger("tokenbridge")
@@ -111,13 +112,14 @@ def by_main_process(work: Callable[[], Any]) -> Any:
     """What ``work``, run by the main process alone, returns there (plain types): on all processes.
 
     Raises:
-        UserError: ``work`` raised one; all processes end with it, and the main one alone prints it.
+        UserError: ``work`` raised one; all processes end with it, and the main one alone prints it. So they end with
+            any other error, too, which the main process raises as it is.
     """
     result, failed = None, None
     if is_main_process():
         try:
             result = work()
-        except UserError as error:
+        except Exception as error:
             failed = error
     result, message = from_main_process((result, failed and str(failed)))
     if message is not None:
@@ -131,14 +133,17 @@ def in_all_processes(work: Callable[[], Any]) -> Any:
     ``work`` must make the same collective calls in every process, also where it fails.
 
     Raises:
-        UserError: ``work`` raised one in some process; all end with it, and the main one prints it with the hosts.
+        UserError: ``work`` raised one in some process; all end with it, and the main one prints it with the hosts. So
+            they end with any other error, too, which the process where it happened raises as it is.
     """
-    result, failed = None, None
+    result, failed, unexpected = None, None, None
     try:
         result = work()
-    except UserError as error:
-        failed = str(error)
+    except Exception as error:
+        failed, unexpected = one_line(error), None if isinstance(error, UserError) else error
     answers = from_all_processes((socket.gethostname(), failed))
+    if unexpected is not None:
+        raise unexpected
     messages = [message for _, message in answers if message is not None]
     if messages:
         hosts = ", ".join(sorted({host for host, message in answers if message is not None}))
@@ -230,7 +235,7 @@ class StopSignals:
         device: on which processes tell each other, so that the run needs no other network than that of its gradients.
     """
 
-    NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    NUMBERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
     SAME = 2.0
 
     def __init__(self, device: torch.device):
@@ -238,7 +243,7 @@ class StopSignals:
         self.device = device
         self.answer: Arriving | None = None
         # KeyboardInterrupt would wait for collectives and a checkpoint, as would any handler of Python's.
-        self.kill_by_next = threading.Timer(self.SAME, lambda: ctypes.CDLL(None).signal(signal.SIGINT, signal.SIG_DFL))
+        self.kill_by_next = threading.Timer(self.SAME, lambda: c_library("signal", signal.SIGINT, signal.SIG_DFL))
         self.kill_by_next.daemon = True
 
     def __enter__(self) -> "StopSignals":
@@ -279,16 +284,20 @@ def gather_shares(rows: Tensor, total: int) -> Tensor:
     return torch.stack(shares, dim=1).flatten(0, 1)[:total]
 
 
+def c_library(function: str, *arguments: int) -> None:
+    """Call a function of the C library that this process is linked with; do nothing where it has none of that name."""
+    with suppress(AttributeError, OSError, TypeError):  # a TypeError on Windows
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
 def keep_freed_memory() -> None:
     """Has glibc keep freed memory for later allocations; does nothing with other C libraries.
 
     By default each large CPU tensor is a new mapping, whose pages the kernel clears: half of a training step's time.
     """
     never_map, never_trim = (-4, 0), (-1, -1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        for option in (never_map, never_trim):
-            libc.mallopt(*option)
+    for option in (never_map, never_trim):
+        c_library("mallopt", *option)
 
 
 def start_log() -> None:
@@ -306,12 +315,16 @@ def warn(message: str, *args: Any) -> None:
 
 
 @contextmanager
-def processes(device: str | None = None, deterministic: bool = False) -> Iterator[torch.device]:
+def processes(
+    device: str | None = None, deterministic: bool = False, precision: str | None = None
+) -> Iterator[torch.device]:
     """Joins torchrun's process group, if there is one, and starts the log; yields this process's device.
 
     Args:
-        device: ``"cuda"``, ``"cuda:1"``, ``"cpu"``; by default CUDA where there is one.
+        device: see :func:`util.devices.find_device`.
         deterministic: see :func:`util.devices.make_deterministic`.
+        precision: ``--precision``; with ``"fp32"`` all convolutions are :func:`exact_convolutions`, outside of
+            :func:`autocast` and in backward passes, too.
 
     Raises:
         UserError: there is no such device; or processes have different ones.
@@ -321,16 +334,24 @@ def processes(device: str | None = None, deterministic: bool = False) -> Iterato
     device, problem = find_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    elif not problem:
+    elif device.type == "cuda" and not problem:
         torch.cuda.set_device(device)
-    hosts = join_group(device, problem, timeout=PATIENCE) if launched() else 1
+    hosts, failures = join_group(device, problem, timeout=PATIENCE) if launched() else (1, None)
     if problem:
         raise UserError(problem)
     start_log()
     log.info("computing on %s", described(device, hosts))
-    yield device
-    # Not after an error: the others may wait in a collective operation, and this would wait for them. The launcher ends
-    # them when this process ends.
+    try:
+        with exact_convolutions() if precision == "fp32" else nullcontext():
+            yield device
+    except Exception as error:
+        # The process group stays: others may wait in a collective operation, and to leave it would wait for them.
+        if failures is not None and not isinstance(error, ToldByMain | Preempted):
+            failures.report(error)
+        raise
+    finally:
+        if failures is not None:
+            failures.over.set()
     if launched():
         dist.destroy_process_group()
 
@@ -350,26 +371,54 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NO_FLOAT64 = {"mps"}  # types of devices
 
 
 @lru_cache
 def effective_precision(device_type: str, precision: str) -> str:
-    """``precision``, but fp32 instead of bf16 on CPUs without bf16 instructions (AVX2 at most).
+    """Return ``precision``, but fp32 instead of bf16 on CPUs without bf16 instructions.
 
-    There PyTorch multiplies bf16 matrices entry by entry, some 100 times more slowly than fp32 ones.
+    There PyTorch emulates bf16 products: with AVX-512 at a fifth of the rate of fp32, with less at a hundredth.
     """
-    if precision == "bf16" and device_type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+    if device_type != "cpu" or precision == "fp32" or cpu_multiplies(precision):
+        return precision
+    if precision == "bf16":
         log.info("this CPU has no bf16 instructions: bf16 runs as fp32, which is faster and more exact")
         return "fp32"
+    warn("this CPU has no fp16 instructions, PyTorch emulates them: --precision fp32 is faster")
     return precision
 
 
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Within the block, compute float32 convolutions on CUDA in float32.
+
+    PyTorch's default is TF32, whose mantissa has 10 bits. (Matrix products are in float32 by default.)
+    """
+    # This older one of two interfaces exists in all versions, and sets the newer one, too. Some call it deprecated.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Autocast for a ``--precision`` of ``bf16``, ``fp16`` or ``fp32`` (none); see :func:`effective_precision`."""
+    """Autocast for a ``--precision``: of ``bf16`` or ``fp16``; ``fp32`` means none, and :func:`exact_convolutions`.
+
+    See :func:`effective_precision`.
+    """
     precision = effective_precision(device.type, precision)
     if precision == "fp32":
-        return nullcontext()
+        return exact_convolutions() if device.type == "cuda" else nullcontext()
     return torch.autocast(device.type, dtype=PRECISIONS[precision])
+
+
+def double(x: Tensor) -> Tensor:
+    """Return ``x`` in float64: on its device, or on the CPU if the device is an Apple GPU, which has no float64."""
+    return (x.cpu() if x.device.type in NO_FLOAT64 else x).double()
 
 
 def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -411,9 +460,17 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
 
 
 def memory_in_use(device: torch.device) -> float:
-    """Peak memory in GiB: of the device on CUDA, of the process on the CPU."""
+    """Return the peak memory in GiB: of the device on CUDA, of the process on the CPU (NaN on Windows).
+
+    On Apple GPUs, which do not record the peak, it is the memory that is allocated now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -5,7 +5,6 @@ images in each shard), ``names.json`` (``class/file`` of every image), ``checksu
 ``[N, 2]``) and ``shard-NNNNN.npy``, ``[n, 2, 2C, h, w]``: moments of each image and of its mirror image.
 """
 
-import os
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -20,13 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from util import misc
 from util.errors import UserError
-from util.files import read_json, write_json, written_whole
+from util.files import flush_all, read_json, write_json, written_whole
 from util.loader import (
     CACHE_METADATA,
     PACKED_METADATA,
     VIEWS,
     CachedFolder,
-    MirrorDraws,
+    TrainingItems,
     cached_file,
     existing_folder,
 )
@@ -43,7 +42,7 @@ SHARD = "shard-{:05d}.npy"
 # Reading.
 
 
-class PackedCache(MirrorDraws, Dataset):
+class PackedCache(TrainingItems, Dataset):
     """A packed cache; items are those of :class:`util.loader.CachedFolder`.
 
     Attributes:
@@ -111,8 +110,9 @@ class PackedCache(MirrorDraws, Dataset):
             raise UserError(f"{path} is damaged at {self.name(index)}; pack the cache anew")
         return torch.from_numpy(values.copy()).view(self.dtype).float()
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.view(index, int(self.mirror and self.mirrored(index))), self.samples[index][1]
+    def read(self, index: int, mirrored: bool = False) -> tuple[Tensor, int]:
+        """Moments and label of item ``index``; UserError if they cannot be read."""
+        return self.view(index, int(mirrored)), self.samples[index][1]
 
 
 def open_cache(root: str | Path, mirror: bool = True) -> CachedFolder | PackedCache:
@@ -178,5 +178,5 @@ def unpack(cache: PackedCache, root: str | Path, num_workers: int) -> None:
     for index, views in enumerate(read_all(cache, num_workers)):
         with written_whole(cached_file(root, cache.name(index)), flush=False) as file:
             np.savez(file, **dict(zip(VIEWS, views.numpy(), strict=True)))
-    os.sync()  # before the cache is called complete
+    flush_all()  # before the cache is called complete
     write_json(Path(root) / CACHE_METADATA, {**metadata, "complete": True})

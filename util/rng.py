@@ -5,7 +5,7 @@
 | initial weights | ``--seed`` + rank (DDP takes rank 0's) | the scripts |
 | a training step: posterior samples, masks, dropout, dropped labels | ``--seed``, rank, epoch, step | the engine |
 | the order of an epoch's images | ``--seed``, epoch | :class:`util.loader.ShuffledRankSampler` |
-| which images are mirrored | ``--seed``, epoch, index of the image | :class:`util.loader.MirrorDraws` |
+| which images are mirrored | ``--seed``, epoch, index of the image | :class:`util.loader.TrainingItems` |
 | a generated image | ``--gen_seed``, number of the image | :func:`image_seeds`, :class:`ImageDraws` |
 | posterior samples and masks of likelihood and reconstruction | seed, number of the image | :func:`numbered_draws` |
 

@@ -72,7 +72,7 @@ class TrainingState:
         parts: Sequence[list[dict]] | None = None,
     ):
         self.model, self.steps_per_epoch, self.grad_clip, self.name = model, steps_per_epoch, args.grad_clip, name
-        self.device = next(model.parameters()).device
+        self.device, self.precision = next(model.parameters()).device, args.precision
         several = misc.get_world_size() > 1
         self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
         if several:  # buffers are tables that never change; as an argument, this would also keep them from being shared
@@ -85,7 +85,9 @@ class TrainingState:
             model.compile_blocks()
         parts = parts or [misc.add_weight_decay(model, args.weight_decay)]
         self.clipped = [[parameter for group in part for parameter in group["params"]] for part in parts]
-        self.optimizer = torch.optim.AdamW([*chain(*parts)], lr=args.lr, betas=(0.9, 0.95), fused=True)
+        # On Apple GPUs the fused optimizer cannot leave out a step by a flag on the device: there the host looks at it.
+        self.fused = self.device.type != "mps"
+        self.optimizer = torch.optim.AdamW([*chain(*parts)], lr=args.lr, betas=(0.9, 0.95), fused=self.fused)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
         self.epoch, self.step = args.start_epoch, 0
         self._pending: tuple[Step, misc.Arriving] | None = None
@@ -111,6 +113,9 @@ class TrainingState:
             finite = torch.isfinite(misc.all_reduce_mean(loss))
             self.scaler.step(self.optimizer)
             self.scaler.update()
+        elif not self.fused:
+            if finite:
+                self.optimizer.step()
         else:
             self.optimizer.found_inf, self.optimizer.grad_scale = (~finite).float(), None  # as a scaler would tell it
             self.optimizer.step()
@@ -238,7 +243,8 @@ class TrainingState:
         if "optimizer" in content and "epoch" in content:
             args = content.get("args")
             args = vars(args) if isinstance(args, argparse.Namespace) else args
-            before = args.get("freeze", []) if isinstance(args, dict) else []
+            args = args if isinstance(args, dict) else {}
+            before, precision = args.get("freeze", []), args.get("precision", self.precision)
             if not checkpoint.plain(before):
                 raise UserError(f"{path} is damaged: its args.freeze is no list of patterns")
             if before != frozen:
@@ -246,6 +252,9 @@ class TrainingState:
                     f"{path} was trained with --freeze {before or 'nothing'}, not {frozen or 'nothing'}: to go on "
                     "differently, start anew from it with --finetune and another --output_dir"
                 )
+            if precision != self.precision:
+                text = "%s was written by a run in %s, this one computes in %s: its steps round differently"
+                misc.log.warning(text, path, precision, self.precision)
             load_optimizer(self.optimizer, content["optimizer"], path)
             self._take_place(content, path)
             if "model_ema" in content:  # files of earlier versions do not count

@@ -7,9 +7,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import engine_tokenbridge as engine
+import main_vae
+import reconstruction
 from models import fast, pipeline
 from models.fast import Recordings
 from models.pipeline import TokenBridgePipeline
@@ -17,7 +21,7 @@ from models.sampling import HEAD_ORDERS
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.conftest import HEADS, batch, training_state, variant
-from tests.fake_cuda import DEVICE, FakeCuda, HiddenWait, WrongPlace, gradients
+from tests.fake_cuda import DEVICE, FakeCuda, HiddenWait, WrongPlace, gradients, site
 from tests.models.test_fast import rerun
 from util import misc
 from util.meters import BadSteps
@@ -228,3 +232,54 @@ def test_caching_waits_for_the_moments_of_each_view_and_once_to_count(tmp_path):
         hashes = torch.zeros(2, 32, dtype=torch.uint8)
         loader = [(torch.randn(2, 3, 16, 16).pin_memory(), None, [f"a/{n}", f"a/{n + 1}"], hashes) for n in (0, 2)]
         engine.cache_latents(tokenizer(cuda), loader, tmp_path, DEVICE, "bf16")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A device without float64, as Apple's GPUs. What else these lack does not show here.
+
+
+class WithoutFloat64(FakeCuda):
+    """A device that has no float64; the host may wait for it."""
+
+    def __enter__(self) -> "WithoutFloat64":
+        self.patches.enter_context(mock.patch.object(misc, "NO_FLOAT64", {"cuda"}))
+        return super().__enter__()
+
+    def wait(self, what: str) -> None:
+        pass
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        made = [x for x in tree_leaves(found) if isinstance(x, FakeTensor)]
+        if any(x.dtype in (torch.float64, torch.complex128) for x in made):
+            raise TypeError(f"{func} in {site()} makes float64")
+        return found
+
+
+def test_float64_on_such_a_device_raises():
+    with WithoutFloat64() as device, pytest.raises(TypeError, match="makes float64"):
+        device.tensor(torch.ones(4)).double()
+
+
+@pytest.mark.parametrize("kind", ["ar", "masked", "calibrated"])
+def test_training_sampling_and_likelihood_without_float64(kind):
+    with WithoutFloat64() as device:
+        model, vae = device.put(model_of(kind)), tokenizer(device)
+        state, batches = training_state(model.train()), [loaded(model, images=True)]
+        state.take_step(engine.backward(state, batches, vae, 0.5, "bf16"), 1e-3)
+        state.settle()
+        engine.held_out_likelihood(model, vae, 0.5, batches, DEVICE, "bf16", one_order=kind == "masked")
+        sampled(model)
+
+
+def test_measures_of_images_and_latents_without_float64():
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    with WithoutFloat64() as device:
+        vae, loader = tokenizer(device), [(torch.randn(2, 3, 32, 32).pin_memory(), torch.arange(2))]
+        engine.channel_statistics(vae, loader, 4, 0.5, DEVICE, "bf16")
+        main_vae.measure_reconstructions(vae, loader, DEVICE, "bf16")
+        main_vae.measure_latents(vae, loader, 2, 8, DEVICE)
+        x, real = device.tensor(torch.randn(2, 4, 8, 8)), device.tensor(images)
+        stats = reconstruction.ReconstructionStats(reconstruction.Setting(-1, 5.0), 4, DEVICE)
+        stats.add(real, real, None, misc.double(x), x > 1)
+        assert stats.figures(2)["images"] == 2

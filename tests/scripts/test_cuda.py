@@ -6,13 +6,15 @@ import torch
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.conftest import HEADS, filled, load, reference, scalars, small
+from util import misc
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 @pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def exact_convolutions():
+    with misc.exact_convolutions():
+        yield
 
 
 def on_gpu(vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -46,6 +48,16 @@ def test_moments_and_reconstruction_are_the_published_tokenizers():
     posterior = vae.encode(v["image"])
     assert torch.allclose(posterior.parameters, v["moments"], atol=1e-4)
     assert torch.allclose(vae.decode(posterior.mode()), v["reconstruction"], atol=1e-4)
+
+
+@torch.no_grad()
+def test_convolutions_of_fp32_are_as_exact_as_the_cpus():
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    x, weight = torch.randn(8, 256, 32, 32), torch.randn(256, 256, 3, 3) / 48
+    expected = torch.nn.functional.conv2d(x.double(), weight.double())
+    with misc.autocast(torch.device("cuda"), "fp32"):
+        found = torch.nn.functional.conv2d(x.cuda(), weight.cuda()).cpu()
+    assert (found - expected).abs().max() < 1e-5  # TF32: about 1e-3
 
 
 @pytest.mark.parametrize("head", HEADS)

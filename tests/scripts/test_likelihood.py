@@ -170,5 +170,9 @@ def test_measurements_are_of_all_images_or_none(run, refused, train, images, vae
     folder = train("run")
     shutil.copytree(images / "train", images / "val")
     (images / "val" / "class1" / "2.png").write_bytes(b"no image")
-    measure = f"{BASE} --resume {folder} --output_dir {folder} --evaluate_nll --data_path {images}"
-    assert "class1/2.png" in refused("main_tokenbridge", f"{measure} --vae_path {vae_path} --skip_bad_images")
+    measure = f"{BASE} --data_path {images} --vae_path {vae_path}"
+    line = refused("main_tokenbridge", f"{measure} --output_dir {folder}2 --epochs 1 --online_nll --skip_bad_images")
+    assert "class1/2.png" in line and "skip_bad_images" not in line
+    evaluate = f"{measure} --resume {folder} --output_dir {folder} --evaluate_nll"
+    assert "class1/2.png" in refused("main_tokenbridge", evaluate)
+    assert "--skip_bad_images is for training" in refused("main_tokenbridge", f"{evaluate} --skip_bad_images")

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.conftest import FID
+from tests.conftest import FID, TINY
 from tests.scripts.conftest import BASE
 from util import checkpoint, misc
 from util.sample_folder import SampleFolder
@@ -147,8 +147,55 @@ def test_the_newest_checkpoint_is_the_one_of_the_most_steps_whatever_the_clocks(
         assert f"continuing at epoch {2 if case == 'older there' else 1}, step 0" in said
 
 
+# Hosts whose CPUs differ.
+
+
+def test_a_run_in_bf16_on_cpus_with_and_without_its_instructions(
+    ended, cached, tmp_path, instructions, monkeypatch, two_hosts
+):
+    instructions()  # forgets what was known
+    monkeypatch.setattr(misc, "cpu_multiplies", lambda precision: misc.is_main_process())
+    command = f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run --lr 1e-3 --epochs 1"
+    line = ended("main_tokenbridge", f"{command} --precision bf16")
+    assert "the precision that --precision bf16 runs in is bf16 in process 0, but fp32 in process 1 on host1" in line
+    assert "pass --precision fp32" in line and not (tmp_path / "run").exists()
+    two_hosts("main_tokenbridge", f"{command} --precision fp32")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files that one host lacks.
+
+
+TRAIN = f"{BASE} --epochs 1 --output_dir out"
+IMAGES = "--img_size 16 --num_workers 0"
+
+
+@pytest.mark.parametrize(
+    "script, flags, missing, line",
+    [
+        ("main_tokenbridge", f"{TRAIN} --use_cached --cached_path cache", "cache", "no cache at cache"),
+        ("main_tokenbridge", f"{TRAIN} --data_path data --vae_path vae.ckpt", "data", "no image folder at data"),
+        ("main_tokenbridge", f"{TRAIN} --data_path data --vae_path vae.ckpt", "vae.ckpt", "no checkpoint at vae.ckpt"),
+        ("main_cache", f"{IMAGES} --data_path data --vae_path vae.ckpt --cached_path new", "vae.ckpt", "vae.ckpt"),
+        ("main_vae", f"{IMAGES} --data_path data --output_dir out", "data", "no image folder at data"),
+        ("reconstruction", f"{IMAGES} --image_dir data --vae_path vae.ckpt", "data", "no image folder at data"),
+        ("reconstruction", f"{IMAGES} --image_dir data --vae_path vae.ckpt", "vae.ckpt", "vae.ckpt"),
+    ],
+)
+def test_inputs_that_one_host_lacks(ended, cached, images, vae_path, tmp_path, script, flags, missing, line):
+    for host in ("host0", "host1"):
+        for path in (cached, images):
+            shutil.copytree(path, tmp_path / host / path.name)
+        shutil.copy(vae_path, tmp_path / host)
+    (tmp_path / "host1" / missing).rename(tmp_path / "moved")
+    said = ended(script, flags)
+    assert line in said and said.endswith("(1 of 2 processes, on host1)")
+
+
+def test_images_to_cache_that_one_host_lacks(ended, images, vae_path, tmp_path):
+    shutil.copytree(images, tmp_path / "host0" / "data")
+    line = ended("main_cache", f"{IMAGES} --data_path data --vae_path {vae_path} --cached_path {tmp_path}/new")
+    assert "no image folder at data" in line and line.endswith("(1 of 2 processes, on host1)")
 
 
 def test_evaluation_without_inception_on_one_host(

@@ -1,6 +1,7 @@
 """Devices: found, compared before processes join, told in the log; bits that are the same in every run."""
 
 import os
+import threading
 from unittest import mock
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.processes import forked
-from util import devices, misc
+from util import devices, errors, misc
 from util.errors import ToldByMain, UserError
 
 
@@ -49,6 +50,113 @@ def test_a_cuda_device_that_is_not_there_is_refused(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ("gpu", "--device gpu: there is no such device; choose cuda, cuda:N, mps or cpu"),
+        ("cuda:x", "--device cuda:x: there is no such device"),
+        ("xpu", "--device xpu: there is no such device"),
+        ("meta", "--device meta: there is no such device"),
+        ("mps", "--device mps, but torch can use no Apple GPU on "),
+    ],
+)
+def test_devices_that_are_not_there_are_refused_in_one_line(refused, asked, said):
+    for script, flags in (("main_metrics", "--images ."), ("benchmarks.tokenizer", "")):
+        assert said in refused(script, f"{flags} --device {asked}")
+
+
+def test_an_apple_gpu_is_taken_when_it_is_asked_for_by_one_process(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert devices.find_device("mps") == (torch.device("mps"), "")
+    assert devices.find_device(None) == (torch.device("cpu"), "")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in devices.find_device("mps")[1]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Precision on the CPU.
+
+CASCADE_LAKE = "flags\t\t: fpu avx2 avx512f avx512bw avx512_vnni\n"
+
+
+@pytest.mark.parametrize(
+    "cpuinfo, checks, bf16, fp16",
+    [
+        (CASCADE_LAKE, {}, False, False),
+        (CASCADE_LAKE.replace("_vnni", "_bf16"), {}, True, False),
+        ("flags : amx_bf16 avx512_bf16 avx512_fp16 amx_tile\n", {}, True, True),
+        ("Features : fp asimd asimdhp bf16 i8mm\n", {}, True, True),
+        ("Features : fp asimd asimdhp\n", {}, False, True),
+        (None, {"_is_avx512_bf16_supported": True}, True, False),
+        (None, {"_is_avx512_bf16_supported": False, "_is_amx_tile_supported": True}, True, False),
+        (None, {"_is_amx_fp16_supported": True}, False, True),
+        (None, {}, False, False),
+    ],
+)
+def test_instructions_are_read_from_torch_or_linux_and_unknown_means_none(
+    monkeypatch, tmp_path, cpuinfo, checks, bf16, fp16
+):
+    for check in [check for names, _ in devices.INSTRUCTIONS.values() for check in names]:
+        monkeypatch.delattr(torch.cpu, check, raising=False)
+    for check, answer in checks.items():
+        monkeypatch.setattr(torch.cpu, check, lambda answer=answer: answer, raising=False)
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert [devices.cpu_multiplies.__wrapped__(precision) for precision in ("bf16", "fp16")] == [bf16, fp16]
+
+
+def test_bf16_that_would_be_emulated_is_fp32_and_fp16_is_warned_of(instructions, caplog):
+    with caplog.at_level("INFO", logger="tokenbridge"):
+        instructions()
+        assert [misc.effective_precision("cpu", name) for name in misc.PRECISIONS] == ["fp32", "fp32", "fp16"]
+        assert misc.effective_precision("cuda", "bf16") == misc.effective_precision("mps", "bf16") == "bf16"
+        with misc.autocast(torch.device("cpu"), "bf16"):
+            assert not torch.is_autocast_enabled("cpu")
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert "no bf16" in caplog.messages[0] and "no fp16" in caplog.messages[1]
+    instructions("bf16", "fp16")
+    with misc.autocast(torch.device("cpu"), "bf16"):
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+
+
+def test_files_name_the_precision_that_a_run_computed_in(run, images, vae_path, tmp_path, instructions):
+    instructions()
+    command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --precision bf16 --device cpu"
+    run("main_cache", f"{command} --cached_path {tmp_path}/cache")
+    assert '"precision": "fp32"' in (tmp_path / "cache" / "cache.json").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Convolutions on CUDA, whose flag is there without CUDA, too.
+
+
+def allowed() -> bool:
+    return torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("precision, tf32", [("fp32", False), ("bf16", True), (None, True)])
+def test_convolutions_of_a_run_in_fp32_are_in_float32(precision, tf32):
+    with misc.processes("cpu", precision=precision):
+        assert allowed() == tf32
+    assert allowed()
+
+
+def test_so_are_those_of_autocast_in_fp32_and_after_an_error_the_flag_is_as_it_was():
+    with pytest.raises(ZeroDivisionError), misc.autocast(torch.device("cuda"), "fp32"):
+        assert not allowed()
+        raise ZeroDivisionError
+    assert allowed()
+    with misc.autocast(torch.device("cpu"), "bf16"):
+        assert allowed()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes.
+
+
 def test_a_machine_that_came_back_joins_others_that_were_restarted():
     def start(rank: int) -> int:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # each launcher counts its own
@@ -62,7 +170,9 @@ def test_a_process_on_cuda_joins_with_its_device(monkeypatch):
     store = dist.HashStore()
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, 0, 1)]))
     with mock.patch.object(dist, "init_process_group") as join:
-        assert devices.join_group(torch.device("cuda:3"), "", timeout=misc.timedelta(minutes=1)) == 1
+        hosts, failures = devices.join_group(torch.device("cuda:3"), "", timeout=misc.timedelta(minutes=1))
+    failures.over.set()
+    assert hosts == 1
     assert join.call_args.args == ("nccl",) and join.call_args.kwargs["device_id"] == torch.device("cuda:3")
 
 
@@ -98,6 +208,23 @@ def test_deterministic_runs_have_torch_refuse_what_is_not():
             return torch.get_deterministic_debug_mode(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
     assert forked(1, start)[0] == [(2, ":4096:8")]  # 1 would warn, and leave attention's backward pass as it is
+
+
+@pytest.mark.parametrize("error, status", [(UserError("mend it"), 2), (ZeroDivisionError("bug"), 1)])
+def test_a_process_that_fails_alone_ends_one_that_would_not_notice(monkeypatch, capfd, error, status):
+    monkeypatch.setattr(devices.Failures, "INTERVAL", 0.1)
+    monkeypatch.setattr(devices.Failures, "GRACE", 0.5)
+    monkeypatch.setattr("socket.gethostname", lambda: f"node{os.environ['RANK']}")
+
+    def main() -> None:
+        with misc.processes("cpu"):
+            if misc.get_rank() == 1:
+                raise error
+            threading.Event().wait(100)  # as in a collective operation of NCCL
+
+    assert forked(2, lambda rank: errors.run(main))[1] == [status, status]
+    said = capfd.readouterr().err
+    assert said.count("\nerror: ") == 1 and f"{errors.one_line(error)} (process 1 on node1)" in said
 
 
 @pytest.mark.skipif(

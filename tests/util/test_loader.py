@@ -288,10 +288,35 @@ def test_bad_images_are_left_out_counted_and_listed(run, images, vae_path, tmp_p
     assert (tmp_path / "run" / "checkpoint-last.pth").exists()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_damaged_moments_are_left_out_counted_and_listed(run, refused, cached, tmp_path, caplog, packed):
+    if packed:
+        run("tools.pack", f"--cached_path {cached} --output_dir {tmp_path}/packed --num_workers 0")
+        np.lib.format.open_memmap(tmp_path / "packed" / "shard-00000.npy", mode="r+")[[0, 13]] += 1
+    for name in ("class0/0", "class3/1"):
+        damaged(cached / f"{name}.png.npz")
+    tiny = TINY.replace("--num_workers 0", "--num_workers 1")
+    command = f"{tiny} --use_cached --cached_path {tmp_path}/{'packed' if packed else 'cache'} --epochs 2 --lr 1e-3"
+    line = refused("main_tokenbridge", f"{command} --output_dir {tmp_path}/run")
+    assert "class0/0.png" in line and line.endswith("or leave such images out with --skip_bad_images")
+    assert ("pack the cache anew" if packed else "renew them with main_cache.py") in line
+
+    caplog.clear()
+    run("main_tokenbridge", f"{command} --output_dir {tmp_path}/run --skip_bad_images")
+    assert caplog.text.count("2 images cannot be read") == 2  # once an epoch, each image once
+    listed = (tmp_path / "run" / "bad_images-rank0.txt").read_text()
+    assert "class0/0.png" in listed and "class3/1.png" in listed
+    assert (tmp_path / "run" / "checkpoint-last.pth").exists()
+
+
 def test_the_next_image_takes_a_bad_ones_place(images, tmp_path):
     damaged(images / "train" / "class3" / "3.png")
     data = ImageFolder(images / "train", image_transform(16), bad_images=BadImages(tmp_path))
     assert torch.equal(data[15][0], data[0][0]) and data[15][1] == 0
+    cache = CachedFolder(write_cache(tmp_path / "cache"), mirror=False)
+    damaged(tmp_path / "cache" / "a" / "1.JPEG.npz")
+    cache.bad_images = data.bad_images
+    assert torch.equal(cache[1][0], cache[2][0])
     for path in (images / "train").rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the images"):

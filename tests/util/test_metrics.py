@@ -32,6 +32,14 @@ def test_metrics_equal_torch_fidelitys(run, inception, photographs, tmp_path, ca
     assert f"{expected['frechet_inception_distance']:.2f}" in out.out and "FID is biased" in out.err
 
 
+def test_inception_computes_in_float32_whatever_the_runs_precision(monkeypatch):
+    def forward(self, x):
+        return torch.backends.cudnn.allow_tf32
+
+    monkeypatch.setattr(metrics.FeatureExtractorInceptionV3, "forward", forward)
+    assert torch.backends.cudnn.allow_tf32 and metrics.Inception.forward(None, torch.zeros(1)) is False
+
+
 def spread(count: int, width: float) -> dict[str, torch.Tensor]:
     """Features of images that differ by ``width`` in two dimensions."""
     pool, logits = torch.zeros(count, 2048), torch.zeros(count, 1008)

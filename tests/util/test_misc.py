@@ -1,14 +1,19 @@
 """Seeds, and shares of several processes."""
 
+import math
 import signal
 import socket
+import subprocess
+import sys
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from tests.processes import in_processes
-from util import misc
+from tests.conftest import ROOT, SHORT, TINY, scalars
+from tests.processes import forked, in_processes
+from util import errors, misc
 from util.errors import ToldByMain, UserError
 from util.rng import seed_everything
 
@@ -69,6 +74,24 @@ def test_an_error_of_any_process_ends_all_and_names_its_host():
     assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]
 
 
+@pytest.mark.parametrize("together, statuses", [(misc.in_all_processes, [2, 1]), (misc.by_main_process, [1, 2])])
+def test_an_unexpected_error_ends_all_too_with_its_traceback_where_it_happened(capfd, together, statuses):
+    failing = statuses.index(1)
+
+    def work() -> None:
+        if misc.get_rank() == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def main() -> None:
+        with misc.processes("cpu"):
+            together(work)
+
+    assert forked(2, lambda rank: errors.run(main))[1] == statuses
+    said = capfd.readouterr().err
+    assert said.count("Traceback") == 1
+    assert ("error: OutOfMemoryError: CUDA out of memory (1 of 2 processes" in said) == (failing == 1)
+
+
 def test_values_that_differ_end_all_processes():
     assert in_processes(3, lambda rank: misc.check_same({"--lr": 0.1, "--seed": 1}, "start alike")) == [None] * 3
     answers = in_processes(3, lambda rank: misc.check_same({"--lr": 0.1, "--seed": rank // 2}, "start alike"))
@@ -89,3 +112,38 @@ def test_processes_stop_after_the_same_step_without_another_network(monkeypatch)
                     return step
 
     assert in_processes(3, train) == [5] * 3  # the step after
+
+
+#: Removes what only POSIX systems, or only Linux, have, and runs a script.
+ELSEWHERE = """
+import ctypes, os, runpy, signal, sys
+import torch.utils.data, torch.distributed  # before anything is removed
+for module, names in {
+    signal: ("SIGUSR1", "SIGHUP", "pthread_sigmask", "sigwaitinfo"),
+    os: ("sync", "fchmod", "sched_getaffinity"),
+}.items():
+    for name in names:
+        delattr(module, name)
+sys.modules["resource"] = None
+library = ctypes.CDLL
+
+def named(name, *args, **options):
+    if name is None:
+        raise TypeError("a name is needed")
+    return library(name, *args, **options)
+
+ctypes.CDLL = named
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_needs_nothing_that_only_linux_has(cached, tmp_path):
+    flags = f"{TINY.replace('--num_workers 0', '--num_workers 1')} {SHORT} --epochs 1 --use_cached --device cpu"
+    command = f"main_tokenbridge.py {flags} --cached_path {cached} --output_dir {tmp_path}/run"
+    ended = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *command.split()], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert math.isnan(scalars(tmp_path / "run", "speed/memory_gib").popitem()[1])
+    assert (tmp_path / "run" / "checkpoint-last.pth").exists()

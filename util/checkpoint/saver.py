@@ -36,7 +36,7 @@ def snapshot(value: Any, copies: dict[int, torch.UntypedStorage] | None = None) 
     if storage.data_ptr() not in copies:
         # A GPU sends to pinned memory at the speed of its bus; PyTorch keeps that memory for the next checkpoint.
         host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.is_cuda).untyped_storage()
-        copies[storage.data_ptr()] = host.copy_(storage, non_blocking=True)
+        copies[storage.data_ptr()] = host.copy_(storage, non_blocking=storage.is_cuda)
     host = copies[storage.data_ptr()]
     return torch.empty(0, dtype=value.dtype).set_(host, value.storage_offset(), value.size(), value.stride())
 
