@@ -73,8 +73,8 @@ def own_tokenizer(path: Path, address: Any, content: Mapping[str, Any], **option
     flags = content.get("args")
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
     named = flags.get("vae_path") if isinstance(flags, dict) else None
-    named = named if isinstance(named, str) else None
-    for place in [*(path.parent / name for name in BESIDE), *([named] if named else [])]:
+    places: list[str | Path] = [path.parent / name for name in BESIDE]
+    for place in places + ([named] if isinstance(named, str) else []):
         if hub.is_address(place) or Path(place).exists():
             return place
     was = f", and {named}, which its run names, is not here" if named else ""
