@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import time
 import zipfile
@@ -53,9 +54,9 @@ def written_whole(path: str | Path, flush: bool = True) -> Iterator[BinaryIO]:
 
 
 def remove_parts(paths: Iterable[Path]) -> None:
-    """Removes those of ``paths`` that :func:`written_whole` left unfinished because its process was killed."""
+    """Remove those of ``paths`` that :func:`written_whole` left unfinished because its process was killed."""
     for path in paths:
-        if path.name.startswith(".") and path.name.endswith(".part"):
+        if re.fullmatch(r"\..+\.\d+\.part", path.name):
             path.unlink(missing_ok=True)
 
 

@@ -19,10 +19,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util.devices import described, find_device, join_group, launched, make_deterministic
-from util.errors import ToldByMain, UserError, where
+from util.errors import NotFinite, Preempted, UserError, told_by_main, where
 
 log = logging.getLogger("tokenbridge")
 
@@ -102,9 +103,10 @@ def from_all_processes(value: Any) -> list:
     return gathered
 
 
-def end_all(message: str) -> NoReturn:
-    """Ends all processes, each of which must call this, with a UserError that the main one alone prints."""
-    raise UserError(message) if is_main_process() else ToldByMain(message)
+def end_all(error: str | UserError) -> NoReturn:
+    """End all processes, each of which must call this, with a UserError that the main one alone prints."""
+    error = UserError(error) if isinstance(error, str) else error
+    raise error if is_main_process() else told_by_main(error)
 
 
 def by_main_process(work: Callable[[], Any]) -> Any:
@@ -119,9 +121,9 @@ def by_main_process(work: Callable[[], Any]) -> Any:
             result = work()
         except UserError as error:
             failed = error
-    result, message = from_main_process((result, failed and str(failed)))
-    if message is not None:
-        raise failed or ToldByMain(message)
+    result, error = from_main_process((result, failed))
+    if error is not None:
+        raise failed or told_by_main(error)
     return result
 
 
@@ -137,13 +139,14 @@ def in_all_processes(work: Callable[[], Any]) -> Any:
     try:
         result = work()
     except UserError as error:
-        failed = str(error)
+        failed = error
     answers = from_all_processes((socket.gethostname(), failed))
-    messages = [message for _, message in answers if message is not None]
-    if messages:
-        hosts = ", ".join(sorted({host for host, message in answers if message is not None}))
-        which = f" ({len(messages)} of {len(answers)} processes, on {hosts})" if len(answers) > 1 else ""
-        end_all(messages[0] + which)
+    problems = [error for _, error in answers if error is not None]
+    if problems:
+        hosts = ", ".join(sorted({host for host, error in answers if error is not None}))
+        which = f" ({len(problems)} of {len(answers)} processes, on {hosts})" if len(answers) > 1 else ""
+        kind = NotFinite if isinstance(problems[0], NotFinite) else UserError
+        end_all(kind(f"{problems[0]}{which}"))
     return result
 
 
@@ -251,6 +254,29 @@ class StopSignals:
         self.answer = Arriving(heard, dist.all_reduce(heard, async_op=True))
         return stop
 
+    def check(self) -> None:
+        """Wait for all processes, each of which must call this, and compare what they have heard.
+
+        Raises:
+            Preempted: one of them has had a signal, on all processes.
+        """
+        heard = [name for name in from_all_processes(self.heard) if name is not None]
+        if heard:
+            raise Preempted(f"by {heard[0]}")
+
+
+def until_stopped(loader: DataLoader, stop_signals: StopSignals | None) -> Iterator:
+    """Yield the batches of this process's ``loader``; all processes stop after the same one where there are signals.
+
+    Raises:
+        Preempted: see :meth:`StopSignals.check`.
+    """
+    fewest = 0 if stop_signals is None else min(from_all_processes(len(loader)))
+    for number, batch in enumerate(loader):
+        yield batch
+        if stop_signals is not None and number < fewest:
+            stop_signals.check()
+
 
 def gather_shares(rows: Tensor, total: int) -> Tensor:
     """All ``total`` rows in order, from each process's rows, dealt by :class:`util.loader.RankSampler`."""
@@ -356,6 +382,32 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype=PRECISIONS[precision])
+
+
+def extremes(values: Tensor) -> Tensor:
+    """Return the least and the greatest of ``values``, float64 ``[2]``: both are finite exactly if all values are."""
+    return torch.stack(values.detach().aminmax()).double()
+
+
+def check_finite(values: Tensor, stage: str, precision: str, flag: str = "--precision") -> None:
+    """Check what a stage of the model computed; values on a device are waited for.
+
+    Args:
+        stage: its name, for the message.
+        precision: ``bf16``, ``fp16`` or ``fp32``, which it computed in.
+        flag: the flag that sets this precision.
+
+    Raises:
+        NotFinite: one of the values is NaN or infinite.
+    """
+    if values.isfinite().all():
+        return
+    advice = {
+        "fp16": f"pass {flag} fp32 or bf16, which do not overflow",
+        "bf16": f"pass {flag} fp32; if it stays, the weights are at fault",
+        "fp32": "the weights are at fault, or what it was given",
+    }
+    raise NotFinite(f"{stage} computed NaN or infinity in {precision}: {advice[precision]}")
 
 
 def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
