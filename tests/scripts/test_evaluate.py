@@ -322,6 +322,12 @@ def test_everything_is_checked_before_the_first_image(refused, weights, inceptio
     missing = f"--fid_stats {stats} --inception_weights {inception} --reference {tmp_path}/nowhere"
     assert "nowhere" in refused("main_tokenbridge", f"{common} {missing}")
     assert not (tmp_path / "out").exists()
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(2048), sigma=np.full((2048, 2048), np.nan))
+    assert "sigma holds NaN" in refused("main_tokenbridge", f"{common} --fid_stats {tmp_path}/nan.npz")
+    online = common.replace("--evaluate", "--online_eval").replace(f"--resume {tmp_path}/weights", "")
+    online = f"{online} --data_path {tmp_path} --fid_stats {tmp_path}/nan.npz"
+    write_images(tmp_path)
+    assert "sigma holds NaN" in refused("main_tokenbridge", online)  # before the first step
 
 
 def test_another_tokenizer_than_the_checkpoints_is_refused(refused, run, trained, vae_path, tmp_path):

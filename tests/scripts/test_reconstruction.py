@@ -280,4 +280,8 @@ def test_reconstruction_asked_to_measure_needs_what_it_takes(refused, images, va
     common = f"--img_size 16 --vae_path {vae_path} --image_dir {images} --output_dir {tmp_path}/out --device cpu"
     for flags in (f"--inception_weights {tmp_path}/no", f"--inception_weights {inception} --fid_stats {tmp_path}/no"):
         assert str(tmp_path / "no") in refused("reconstruction", f"{common} {flags}")
+    one = f"{common} --inception_weights {inception} --images_per_class 1"
+    for label in range(1, 4):
+        shutil.rmtree(images / "train" / f"class{label}")
+    assert "too few images for FID: 1, at least 2 are needed" in refused("reconstruction", one)
     assert not (tmp_path / "out").exists()
