@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,7 @@ def evaluate(
     settings: SampleSettings,
     device: torch.device,
     weights: dict,
+    stop_signals: misc.StopSignals | None = None,
 ) -> SampleFolder:
     """Samples ``settings.num_images``, as many of each class as of others, to within one, into ``folder/NNNNN.png``.
 
@@ -233,9 +235,12 @@ def evaluate(
     Args:
         folder: on a disk that all processes share (:func:`util.files.check_shared`).
         weights: what identifies the weights; images sampled from others are not taken for this run's.
+        stop_signals: end sampling after the chunk in which a process received one.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written or holds images of something else; NotFinite if model or tokenizer
+            overflow. All processes end with it after the same chunk.
+        Preempted: a signal was received.
     """
     folder = SampleFolder(folder)
     misc.by_main_process(lambda: folder.prepare({"settings": asdict(settings), "weights": weights}))
@@ -250,17 +255,23 @@ def evaluate(
             there &= folder.confidence.numbers()
         return [chunk for chunk in chunks if not there.issuperset(chunk)]
 
-    # All processes share what is missing, so that one whose images were lost has no more to do than others.
-    missing = misc.by_main_process(find_missing)
-    with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
-        bar.update(total - sum(map(len, missing)))
-        for chunk in missing[rank::world]:
+    def make(own: Sequence[range]) -> None:
+        for chunk in own:
             images, confidence = sample_chunk(model, vae, latent_factor, chunk, settings, device)
             folder.save(images, chunk)
             if settings.save_confidence:
                 folder.confidence.save(confidence_maps(confidence, images.shape[-1]), chunk)
-            bar.update(min(len(chunk) * world, total - bar.n))
-    misc.barrier()
+
+    # All processes share what is missing, so that one whose images were lost has no more to do than others.
+    missing = misc.by_main_process(find_missing)
+    with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
+        bar.update(total - sum(map(len, missing)))
+        for first in range(0, len(missing), world):
+            turn = missing[first : first + world]  # a chunk for each process; the last turn may have fewer
+            misc.in_all_processes(partial(make, turn[rank : rank + 1]))
+            bar.update(sum(map(len, turn)))
+            if stop_signals is not None:
+                stop_signals.check()
     return folder
 
 
@@ -272,14 +283,20 @@ def sample_chunk(
     settings: SampleSettings,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``."""
+    """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``.
+
+    Raises:
+        NotFinite: the transformer or the tokenizer's decoder overflows.
+    """
     labels = torch.tensor([number * model.class_num // settings.num_images for number in numbers])
     options = {name: getattr(settings, name) for name in SamplingOptions.__dataclass_fields__}
     options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
     with misc.autocast(device, settings.precision):
         latents, confidence = model.sample_tokens(len(numbers), labels=labels, **options)
-    images = decode_images(vae, latents / latent_factor, settings.vae_precision or settings.precision)
-    return images, confidence.unflatten(1, (model.grid_size, -1)).cpu()
+    precision = settings.vae_precision or settings.precision
+    images, confidence = decode_images(vae, latents / latent_factor, precision, "--vae_precision"), confidence.cpu()
+    misc.check_finite(confidence, "the transformer", settings.precision)  # sampled levels are finite in any case
+    return images, confidence.unflatten(1, (model.grid_size, -1))
 
 
 def check_num_images(num_images: int, class_num: int) -> None:
@@ -308,6 +325,7 @@ def held_out_likelihood(
     precision: str,
     seed: int = 0,
     one_order: bool = False,
+    stop_signals: misc.StopSignals | None = None,
 ) -> dict[str, float]:
     """Cross-entropy a latent dimension over held-out images, at fixed masks and posterior samples.
 
@@ -318,22 +336,28 @@ def held_out_likelihood(
     Args:
         loader: batches of images, or of moments where ``vae`` is None, dealt by :class:`util.loader.RankSampler`.
         one_order: for the masked head, the exact figure of one channel a step in the generation order instead.
+        stop_signals: end measuring after the batch in which a process received one.
 
     Returns:
         ``nats_per_dim``, ``bits_per_dim`` and ``images``.
+
+    Raises:
+        NotFinite: the tokenizer's encoder or the transformer overflows.
+        Preempted: a signal was received.
     """
     training = model.training
     model.eval()
-    sums = misc.double(torch.zeros(2, device=device))  # cross-entropy, images
+    sums, limits = (misc.double(torch.zeros(2, device=device)) for _ in range(2))  # cross-entropy, images; see extremes
     rank, world, done = misc.get_rank(), misc.get_world_size(), 0
     counts = [model.num_masked_at((i + 0.5) / LIKELIHOOD_MASKS) for i in range(LIKELIHOOD_MASKS)]
-    for batch, labels in loader:
+    for batch, labels in misc.until_stopped(loader, stop_signals):
         numbers = [rank + world * (done + i) for i in range(len(batch))]
         done += len(batch)
         batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
         posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
         draws = numbered_draws(seed, numbers)
         latents = posterior.sample(misc.to_device(draws.normal(*posterior.mean.shape[1:]), device)) * latent_factor
+        limits += misc.extremes(latents)
         orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
         channels = [()] * LIKELIHOOD_MASKS
         if model.config["head"] == "masked" and not one_order:
@@ -351,7 +375,14 @@ def held_out_likelihood(
         sums[1] += len(batch)
     model.train(training)
     sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels
-    total, images = (misc.all_reduce_mean(sums) * world).tolist()
+    found = (misc.all_reduce_mean(torch.cat([sums, limits])) * world).cpu()
+
+    def check() -> None:
+        misc.check_finite(found[2:], "the tokenizer's encoder", "fp32")  # without autocast
+        misc.check_finite(found, "the transformer's likelihood", precision)
+
+    misc.by_main_process(check)
+    total, images = found[:2].tolist()
     return {"nats_per_dim": total / images, "bits_per_dim": total / images / math.log(2), "images": round(images)}
 
 
@@ -375,6 +406,9 @@ def channel_statistics(
 
     Args:
         loader: gives tuples that start with images, or with moments where ``vae`` is None.
+
+    Raises:
+        NotFinite: the tokenizer's encoder overflows.
     """
     sums = misc.double(torch.zeros(3, channels, device=device))  # count, mean, mean square
     for batch, *_ in loader:
@@ -384,7 +418,9 @@ def channel_statistics(
         mean, deviation = misc.double(posterior.mean), misc.double(posterior.std)
         first, second = mean.mean(dim=(0, 2, 3)), (mean**2 + deviation**2).mean(dim=(0, 2, 3))
         sums += len(batch) * torch.stack([torch.ones_like(first), first, second])
-    count, first, second = misc.all_reduce_mean(sums)
+    sums = misc.all_reduce_mean(sums)
+    misc.by_main_process(lambda: misc.check_finite(sums, "the tokenizer's encoder", precision))
+    count, first, second = sums
     mean = first / count
     deviation = (second / count - mean**2).clamp(min=0).sqrt()
     return (mean * latent_factor).tolist(), (deviation * latent_factor).tolist()
@@ -408,7 +444,7 @@ def cache_latents(
         the number of files written, and of those replaced, by all processes.
 
     Raises:
-        UserError: a name leads out of ``cached_path``, or a file cannot be written.
+        UserError: a name leads out of ``cached_path``, or a file cannot be written; NotFinite if the encoder overflows.
     """
     counts = torch.zeros(2)  # written, replaced
     with misc.progress(loader, unit="batch", desc="caching") as batches:
@@ -418,8 +454,10 @@ def cache_latents(
             images, _, names, hashes = batch
             images = images.to(device, non_blocking=True)
             with misc.autocast(device, precision):
-                moments = [vae.encode(view).parameters.float().cpu().numpy() for view in (images, images.flip(3))]
-            for name, plain, flipped, digest in zip(names, *moments, hashes.numpy(), strict=True):
+                moments = [vae.encode(view).parameters.float().cpu() for view in (images, images.flip(3))]
+            misc.check_finite(torch.cat(moments), "the tokenizer's encoder", precision)
+            views = (view.numpy() for view in moments)
+            for name, plain, flipped, digest in zip(names, *views, hashes.numpy(), strict=True):
                 path = cached_file(cached_path, name)
                 counts += torch.tensor([1.0, float(path.exists())])
                 with written_whole(path, flush=False) as file:

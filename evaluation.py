@@ -2,6 +2,9 @@
 
 import argparse
 import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -16,7 +19,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import checkpoint, misc
 from util.checkpoint.load import fingerprint
-from util.errors import UserError
+from util.errors import NotFinite, Preempted, UserError
 from util.files import check_shared, write_json
 from util.metrics import TITLES, Evaluator, default_statistics, table
 from util.plots import write_search
@@ -61,7 +64,8 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator 
             )
 
     misc.by_main_process(check_stats)
-    return Evaluator(args.inception_weights, args.fid_stats, args.reference, device, args.eval_bsz, args.num_workers)
+    how = device, args.eval_bsz, args.num_workers, args.num_images
+    return Evaluator(args.inception_weights, args.fid_stats, args.reference, *how)
 
 
 def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) -> SampleSettings:
@@ -104,30 +108,45 @@ def measured_against(args: argparse.Namespace) -> dict:
 
 
 def sample_and_measure(
-    run: Run, model: TokenBridge, path: Path, cfg: float, temperature: float, weights: dict
+    run: Run,
+    model: TokenBridge,
+    path: Path,
+    cfg: float,
+    temperature: float,
+    weights: dict,
+    stop_signals: misc.StopSignals | None = None,
 ) -> dict[str, float]:
     """Samples into the folder ``path``, with a grid of some images beside it, and measures.
 
     Returns the metrics on the main process, nothing on others and without an evaluator.
+
+    Raises:
+        UserError, Preempted: see :func:`engine_tokenbridge.evaluate`.
     """
     args, settings = run.args, sampling_settings(run.args, cfg, temperature)
     assert run.vae is not None  # which is loaded wherever samples are asked for
-    folder = evaluate(model, run.vae, run.latent_factor, path, settings, run.device, weights)
+    folder = evaluate(model, run.vae, run.latent_factor, path, settings, run.device, weights, stop_signals)
     images = misc.in_all_processes(lambda: folder.images(args.num_images))
-    if misc.is_main_process():
+
+    def write_images() -> None:
         folder.write_grid(images)
         if args.save_confidence:
             folder.confidence.write_grid(folder.confidence.images(args.num_images))
         if args.save_npz:
             folder.write_npz(images)
+
+    misc.by_main_process(write_images)
     figures = {}
     if run.evaluator is not None:
         try:
-            figures = run.evaluator.measure(run.evaluator.features(images))
+            figures = run.evaluator.measure(run.evaluator.features(images, stop_signals))
+        except Preempted:
+            raise
         except BaseException:
             misc.log.error("measuring failed; the images are kept: python main_metrics.py --images %s", folder)
             raise
-    if misc.is_main_process():
+
+    def write_results() -> None:
         if figures:
             misc.log.info("%s", table(figures))
         made_with = {"settings": asdict(settings), "weights": weights, "args": vars(args)}
@@ -137,22 +156,25 @@ def sample_and_measure(
         if run.evaluator is not None and not args.keep_images:
             folder.remove_images()
         misc.log.info("sampled %d images; a grid of them is %s.png", args.num_images, folder)
-    misc.barrier()
+
+    misc.by_main_process(write_results)
     return figures
 
 
 def finished_before(run: Run, path: Path, cfg: float, temperature: float, weights: dict) -> dict[str, float]:
-    """The metrics of this pair that an interrupted search by the same command has left; empty if there are none."""
+    """The metrics of this pair that an interrupted run by the same command has left; empty if there are none."""
     if run.evaluator is None:
         return {}
 
     def look() -> dict[str, float]:
         folder = SampleFolder(path)
         made_with = {"settings": asdict(sampling_settings(run.args, cfg, temperature)), "weights": weights}
-        if not folder.is_of({**made_with, "measured_against": measured_against(run.args)}):
+        made_with |= {"measured_against": measured_against(run.args)}
+        if not folder.is_of(made_with) or not Path(f"{folder}.png").exists():
             return {}
         before = folder.results()
-        return {name: before[name] for name in ("images", *TITLES) if name in before}
+        figures = {name: before[name] for name in ("images", *TITLES) if name in before}
+        return figures if all(map(math.isfinite, figures.values())) else {}
 
     return misc.by_main_process(look)
 
@@ -161,9 +183,15 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
     """Samples at every given guidance scale and temperature; more than one pair makes a table and a heat map."""
     args, out = run.args, Path(run.args.output_dir)
     pairs = list(product(args.cfg, args.temperature))
+    paths = [out / ("samples" if len(pairs) == 1 else f"samples-cfg{cfg:g}-t{t:g}") for cfg, t in pairs]
+
+    def check_folders() -> None:
+        for path in paths:
+            SampleFolder(path).check_own()
+
+    misc.by_main_process(check_folders)  # all of them before the first image
     rows = []
-    for cfg, temperature in pairs:
-        path = out / ("samples" if len(pairs) == 1 else f"samples-cfg{cfg:g}-t{temperature:g}")
+    for (cfg, temperature), path in zip(pairs, paths, strict=True):
         figures = finished_before(run, path, cfg, temperature, weights) if len(pairs) > 1 else {}
         figures = figures or sample_and_measure(run, model, path, cfg, temperature, weights)
         rows.append({"cfg": cfg, "temperature": temperature, **figures})
@@ -172,33 +200,71 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
         misc.log.info("wrote %s/search.md, search.json and search.png", out)
 
 
-def measure_likelihood(run: Run, model: TokenBridge) -> dict[str, float]:
+def measure_likelihood(run: Run, model: TokenBridge, stop_signals: misc.StopSignals | None = None) -> dict[str, float]:
     """See :func:`engine_tokenbridge.held_out_likelihood`, in one order for ``--head_order frequency``; logged, too."""
     vae = None if run.args.use_cached else run.vae
     one_order = run.args.head_order == "frequency"
     assert run.held_out is not None
     how = run.latent_factor, run.held_out, run.device, run.args.precision
-    figures = held_out_likelihood(model, vae, *how, one_order=one_order)
+    figures = held_out_likelihood(model, vae, *how, one_order=one_order, stop_signals=stop_signals)
     text = "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension"
     misc.log.info(text, *(figures[name] for name in ("images", "nats_per_dim", "bits_per_dim")))
     return figures
 
 
-def evaluate_online(run: Run, model: TokenBridge, epoch: int, writer: SummaryWriter | None) -> None:
-    """Measures after an epoch of training, into TensorBoard: without guidance and with, and likelihood."""
-    args, scalars = run.args, {}
+def likelihood_once(
+    run: Run, model: TokenBridge, path: Path, weights: dict, stop_signals: misc.StopSignals
+) -> dict[str, float]:
+    """Return :func:`measure_likelihood`, or what ``path``.json holds of it for the same weights."""
+    record = SampleFolder(path)
+    made_with = {"weights": weights, "precision": run.args.precision, "head_order": run.args.head_order}
+    figures = misc.by_main_process(lambda: record.results() if record.is_of(made_with) else None)
+    if figures is None:
+        figures = measure_likelihood(run, model, stop_signals)
+        misc.by_main_process(lambda: write_json(record.results_path, {**figures, **made_with, **provenance()}))
+    return figures
+
+
+@contextmanager
+def skipped_if_not_finite(epoch: int) -> Iterator[None]:
+    """Warn of a measurement within the block that gives NaN, and go on behind it."""
+    try:
+        yield
+    except NotFinite as error:
+        misc.warn("NOT MEASURED after epoch %d: %s. Training goes on", epoch, error)
+
+
+def evaluate_online(
+    run: Run, model: TokenBridge, epoch: int, writer: SummaryWriter | None, stop_signals: misc.StopSignals
+) -> None:
+    """Measures after an epoch of training, into TensorBoard: without guidance and with, and likelihood.
+
+    What ``online_eval/`` holds of the same weights and settings is taken from there: images, metrics, likelihood. What
+    is not finite is left out, with a warning.
+
+    Raises:
+        UserError: files cannot be written or read.
+        Preempted: a process received one of the ``stop_signals``.
+    """
+    args, scalars, out = run.args, {}, Path(run.args.output_dir) / "online_eval"
+    if not (args.online_nll or args.online_eval):
+        return
+    parts = {"model": model, "vae": run.vae}
+    checksums = {name: misc.checksum(part.parameters()) for name, part in parts.items() if part is not None}
+    weights = {"epoch": epoch, "ema": not args.no_ema, **checksums}
     if args.online_nll:
-        figures = measure_likelihood(run, model)
-        scalars |= {f"eval/{name}": figures[name] for name in ("nats_per_dim", "bits_per_dim")}
+        with skipped_if_not_finite(epoch):
+            figures = likelihood_once(run, model, out / f"epoch{epoch:04d}-likelihood", weights, stop_signals)
+            scalars |= {f"eval/{name}": figures[name] for name in ("nats_per_dim", "bits_per_dim")}
     for cfg, temperature in product(dict.fromkeys([1.0, *args.cfg]), args.temperature) if args.online_eval else ():
         name = f"cfg{cfg:g}" + (f"-t{temperature:g}" if len(args.temperature) > 1 else "")
-        path = Path(args.output_dir) / "online_eval" / f"epoch{epoch:04d}-{name}"
-        # They may be of another run: a restarted one does not come back here.
-        misc.by_main_process(SampleFolder(path).remove_images)
-        figures = sample_and_measure(run, model, path, cfg, temperature, {"epoch": epoch, "ema": not args.no_ema})
-        scalars |= {f"eval/{key}-{name}": value for key, value in figures.items() if key in TITLES}
-        if writer is not None:
-            writer.add_image(f"samples/{name}", np.asarray(read_image(f"{path}.png")), epoch + 1, dataformats="HWC")
+        path = out / f"epoch{epoch:04d}-{name}"
+        with skipped_if_not_finite(epoch):
+            figures = finished_before(run, path, cfg, temperature, weights)
+            figures = figures or sample_and_measure(run, model, path, cfg, temperature, weights, stop_signals)
+            scalars |= {f"eval/{key}-{name}": value for key, value in figures.items() if key in TITLES}
+            if writer is not None:
+                writer.add_image(f"samples/{name}", np.asarray(read_image(f"{path}.png")), epoch + 1, dataformats="HWC")
     if writer is not None:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, epoch + 1)

@@ -5,7 +5,7 @@ import argparse
 from util import errors, misc
 from util.args import WORKERS, add_device_arg, add_metrics_args, check_positive, new_parser
 from util.files import write_json
-from util.metrics import Evaluator, PlainImages, save_statistics, table, warn_if_few
+from util.metrics import Evaluator, PlainImages, check_number, save_statistics, table, warn_if_few
 from util.provenance import provenance
 
 
@@ -39,9 +39,10 @@ def main() -> None:
     with misc.processes(args.device) as device:
         misc.in_all_processes(lambda: check_args(args))
         images = misc.in_all_processes(lambda: PlainImages(args.images, args.img_size))
-        evaluator = Evaluator(
-            args.inception_weights, args.fid_stats, args.reference, device, args.batch_size, args.num_workers
-        )
+        if args.save_stats:
+            misc.in_all_processes(lambda: check_number(len(images), "images"))
+        how = device, args.batch_size, args.num_workers, len(images)
+        evaluator = Evaluator(args.inception_weights, args.fid_stats, args.reference, *how)
         features = evaluator.features(images)
         if args.save_stats:
             if misc.is_main_process():

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from engine_tokenbridge import channel_statistics, check_num_images, order_gradients
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
 from models.quantizer import QUANTIZERS
-from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, check_head_options
+from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, check_guidance, check_head_options
 from models.tokenbridge import CHECKPOINTED, MASKED_SIZES, MODELS, SIZES, TokenBridge
 from models.vae import AutoencoderKL
 from training import train_epochs
@@ -308,6 +308,9 @@ def build_model(
     try:
         model = MODELS[args.model](**config)
         check_head_options(model.head, args)
+        trained = start.config if start.use == EVALUATE else config
+        for cfg in args.cfg if args.evaluate or args.online_eval else ():
+            check_guidance(trained.get("label_drop_prob", 0.1), cfg)
     except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
         raise errors.UserError(errors.reason(error)) from error
 
@@ -344,11 +347,11 @@ def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> Non
     if misc.get_world_size() > 2:
         order_gradients(state, (args.batch_size, *model.latent_shape), args.precision)
 
-    def measure(epoch: int, writer: SummaryWriter | None) -> None:
-        evaluate_online(run, state.model if args.no_ema else state.average.module, epoch, writer)
+    def measure(epoch: int, writer: SummaryWriter | None, stop_signals: misc.StopSignals) -> None:
+        evaluate_online(run, state.model if args.no_ema else state.average.module, epoch, writer, stop_signals)
 
-    vae = None if args.use_cached else run.vae
-    train_epochs(state, loader, vae, run.latent_factor, args, args.output_dir, measure)
+    vae, measures = None if args.use_cached else run.vae, args.online_eval or args.online_nll
+    train_epochs(state, loader, vae, run.latent_factor, args, args.output_dir, measure, save_before_measuring=measures)
 
 
 def main() -> None:

@@ -210,16 +210,28 @@ def measure_reconstructions(
     """Mean PSNR in dB of the loader's images, by the most probable latents; and some over their reconstructions.
 
     The picture is bytes ``[3, H, W]``, of the process's first images.
+
+    Raises:
+        NotFinite: encoder or decoder overflows.
     """
-    sums, rows = misc.double(torch.zeros(2, device=device)), []
+    sums, rows = misc.double(torch.zeros(6, device=device)), []  # PSNR, images, limits of latents and pixels
     for images, _ in loader:
         with misc.autocast(device, precision):
-            made = vae.decode(vae.encode(images.to(device)).mode())
+            latents = vae.encode(images.to(device)).mode()
+            made = vae.decode(latents)
         pair = to_uint8(images.to(device)), to_uint8(made)
         ratios = psnr(*pair).clamp(max=100.0)  # equal ones have no finite one
-        sums += torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
+        counted = torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
+        sums += torch.cat([counted, misc.extremes(latents), misc.extremes(made)])
         rows = rows or [each[:SHOWN_IMAGES].cpu() for each in pair]
-    total, count = misc.all_reduce_mean(sums).tolist()
+    found = misc.all_reduce_mean(sums).cpu()
+
+    def check() -> None:
+        misc.check_finite(found[2:4], "the tokenizer's encoder", precision)
+        misc.check_finite(found[4:], "the tokenizer's decoder", precision)
+
+    misc.by_main_process(check)
+    total, count = found[:2].tolist()
     picture = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2) if rows else torch.zeros(3, 1, 1).byte()
     return total / count, picture
 
@@ -275,15 +287,22 @@ def train(
     losses.steps_done = lambda: state.steps_done  # after gradients were ordered: alike before and after --disc_start
     vae = (losses if args.no_ema else state.average.module).vae
 
-    def measure(epoch: int, writer: SummaryWriter | None) -> None:
+    def measure(epoch: int, writer: SummaryWriter | None, _: misc.StopSignals) -> None:
         figures = losses.read_figures()
-        ratio, picture = measure_reconstructions(vae, measured, state.device, args.precision)
         means = misc.all_reduce_mean(torch.stack([*figures.values()])).tolist() if figures else []
-        misc.log.info("epoch %d: PSNR %.2f dB", epoch, ratio)
+        scalars = dict(zip(figures, means, strict=True))
+        try:
+            scalars["psnr"], picture = measure_reconstructions(vae, measured, state.device, args.precision)
+        except errors.NotFinite as error:
+            picture = None
+            misc.warn("NOT MEASURED after epoch %d: %s. Training goes on", epoch, error)
+        else:
+            misc.log.info("epoch %d: PSNR %.2f dB", epoch, scalars["psnr"])
         if writer is not None:
-            for name, value in {**dict(zip(figures, means, strict=True)), "psnr": ratio}.items():
+            for name, value in scalars.items():
                 writer.add_scalar(f"tokenizer/{name}", value, state.steps_done)
-            writer.add_image("tokenizer/originals over reconstructions", picture, state.steps_done)
+            if picture is not None:
+                writer.add_image("tokenizer/originals over reconstructions", picture, state.steps_done)
 
     train_epochs(state, loader, None, None, args, Path(args.output_dir) / "tokenizer_log", measure)
     return vae

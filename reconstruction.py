@@ -30,10 +30,11 @@ from util.args import (
 from util.config import check_stride
 from util.datasets import check_same_inputs, loader_of_all
 from util.files import check_shared, write_json
-from util.images import empty_of_images, psnr, save_grid, save_png, ssim, to_uint8
+from util.images import psnr, save_grid, ssim, to_uint8
 from util.loader import ImageFolderWithFilename, image_transform
 from util.metrics import (
     Evaluator,
+    check_number,
     compute_metrics,
     default_statistics,
     frechet_distance,
@@ -43,10 +44,12 @@ from util.metrics import (
 )
 from util.provenance import provenance
 from util.rng import numbered_draws
+from util.sample_folder import SampleFolder, check_own, read_results
 from util.sources import open_images
 from util.tables import markdown, write_text
 
 PICTURE_ROWS = 8  # images shown in pictures
+RESULTS = "results.json"  # of one setting; until it is measured, the number of images that are written beside it
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -211,6 +214,9 @@ def reconstruct(
         folder: where every image is written, to ``real/`` and ``recon/``; None writes none.
         args: ``seed``, ``quantizer``, ``precision`` and ``rounding``.
 
+    Raises:
+        NotFinite: the tokenizer's encoder or decoder overflows.
+
     Returns:
         by column title, :data:`PICTURE_ROWS` images to show; Inception's features of the originals, batch by batch; and
         the statistics of each setting.
@@ -226,11 +232,13 @@ def reconstruct(
 
     def decode(latents: Tensor) -> Tensor:
         with misc.autocast(device, args.precision):
-            return to_uint8(vae.decode(latents / latent_factor), args.rounding)
+            images = vae.decode(latents / latent_factor)
+        misc.check_finite(misc.extremes(images), "the tokenizer's decoder", args.precision)
+        return to_uint8(images, args.rounding)
 
     def save(part: str, images: Tensor) -> None:
-        for number, image in zip(numbers, images, strict=True) if folder else ():
-            save_png(image, folder / part / f"{number:05d}.png")
+        if folder:
+            SampleFolder(folder / part).save(images, numbers)
 
     with misc.progress(loader, unit="batch", desc="reconstructing") as batches:
         for images, _, _ in batches:
@@ -242,6 +250,7 @@ def reconstruct(
                 posterior = vae.encode(images)
                 noise = numbered_draws(args.seed, numbers).normal(*posterior.mean.shape[1:]).to(device)
                 latents = posterior.sample(noise).float() * latent_factor
+            misc.check_finite(misc.extremes(latents), "the tokenizer's encoder", args.precision)
             features += [] if evaluator is None else [evaluator.inception(real)]
             save("real", real)
             pictures["original"] += real[picked].cpu()
@@ -344,6 +353,22 @@ def write_picture(path: Path, pictures: dict[str, list[Tensor]]) -> None:
 # The script.
 
 
+def replace_images(folder: Path, planned: dict[str, Any]) -> None:
+    """Remove the images of an earlier run from ``folder``, after a check that they are; note what is ``planned`` there.
+
+    Raises:
+        UserError: there are images that this project has not made.
+    """
+    parts, count = [SampleFolder(folder / part) for part in ("real", "recon")], 0
+    before = read_results(folder / RESULTS)
+    if "args" in before and isinstance(before.get("images"), int):
+        count = before["images"]
+    check_own(parts, folder / RESULTS, count)
+    for part in parts:
+        part.remove(count)
+    write_json(folder / RESULTS, planned)
+
+
 def first_of_each_class(samples: Sequence[tuple[str, int]], count: int) -> list[int]:
     """Indices of the first ``count`` of each label's ``samples``."""
     seen, chosen = Counter(), []
@@ -379,13 +404,14 @@ def find_statistics(img_size: int, classes: int) -> str | None:
     return None
 
 
-def make_evaluator(args: argparse.Namespace, classes: int, device: torch.device) -> Evaluator | None:
-    """What rFID and Inception Score need; None with ``--no_metrics``, or where it is missing and no flag names it.
+def make_evaluator(args: argparse.Namespace, classes: int, count: int, device: torch.device) -> Evaluator | None:
+    """What rFID and Inception Score of ``count`` images need; None with ``--no_metrics``, or where it is missing and no
+    flag names it.
 
     All processes have it or none. ``args.fid_stats`` is set to its default for images of so many ``classes``.
 
     Raises:
-        UserError: a file that a flag names is missing or damaged.
+        UserError: a file that a flag names is missing or damaged, or there are too few images.
     """
     if args.no_metrics:
         return None
@@ -393,7 +419,9 @@ def make_evaluator(args: argparse.Namespace, classes: int, device: torch.device)
     if args.fid_stats is None:
         args.fid_stats = misc.by_main_process(lambda: find_statistics(args.img_size, classes))
     try:
-        return Evaluator(args.inception_weights, args.fid_stats, None, device, args.batch_size, args.num_workers)
+        misc.in_all_processes(lambda: check_number(count, "images"))
+        how = device, args.batch_size, args.num_workers, count
+        return Evaluator(args.inception_weights, args.fid_stats, None, *how)
     except errors.UserError as error:
         if named:
             raise
@@ -410,7 +438,7 @@ def main() -> None:
         check_same_inputs({"the folder": dataset}, vae)
         n = args.images_per_class
         chosen = Subset(dataset, first_of_each_class(dataset.samples, n))
-        evaluator = make_evaluator(args, len(dataset.classes), device)
+        evaluator = make_evaluator(args, len(dataset.classes), len(chosen), device)
         if evaluator is not None:
             warn_if_few(len(chosen), "images")
         kind = "quant" if args.quantizer == "gaussian" else args.quantizer
@@ -420,8 +448,7 @@ def main() -> None:
         images_to = None if args.sweep else folder  # a sweep has eight reconstructions of each image
         if images_to is not None:
             check_shared(folder)
-        for part in ("", "real", "recon"):
-            empty_of_images(folder / part)
+            misc.by_main_process(lambda: replace_images(folder, {"images": len(chosen), "args": vars(args)}))
 
         loader = loader_of_all(chosen, device, args)
         vae, calibration = misc.in_all_processes(lambda: vae.to(device)), {}
@@ -447,7 +474,7 @@ def main() -> None:
             else:
                 write_picture(folder / "reconstruction.png", pictures)
                 made_with = {"seed": args.seed, "args": vars(args), **provenance()}
-                write_json(folder / "results.json", {**results[0], **calibration, **made_with})
+                write_json(folder / RESULTS, {**results[0], **calibration, **made_with})
             misc.log.info("wrote %s", folder)
         misc.barrier()
 

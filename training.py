@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from engine_tokenbridge import backward, train_one_epoch
 from models.vae import AutoencoderKL
 from util import launcher, misc
+from util.errors import Preempted
 from util.lr_sched import tell_rates
 from util.meters import BadSteps, RunLog
 from util.provenance import write_args
@@ -26,14 +27,20 @@ def train_epochs(
     latent_factor: float | None,
     args: Namespace,
     log_dir: str | Path,
-    measure: Callable[[int, SummaryWriter | None], None],
+    measure: Callable[[int, SummaryWriter | None, misc.StopSignals], None],
+    save_before_measuring: bool = False,
 ) -> None:
     """Trains from ``state``'s step to the last epoch, and saves; see :func:`engine_tokenbridge.train_one_epoch`.
 
     Args:
         args: epochs, save_last_freq, eval_freq, max_bad_steps, dry_run, and what ``train_one_epoch`` takes.
         log_dir: where the main process's TensorBoard log and ``args.json`` go.
-        measure: is called every ``eval_freq`` epochs, and after the last, with its number and the log.
+        measure: is called every ``eval_freq`` epochs, and after the last, with its number, the log and the signals that
+            end it. A run that is resumed there, where it may have been interrupted, calls it first.
+        save_before_measuring: save in these epochs, too, since measuring takes long or may fail.
+
+    Raises:
+        UserError, Preempted: see :func:`engine_tokenbridge.train_one_epoch`; or ``measure`` raised it.
     """
     batch = args.batch_size * args.accum_iter  # of a step, in each process
     peak = misc.matmul_flops(state.device, args.precision)
@@ -48,8 +55,24 @@ def train_epochs(
     bad_steps = BadSteps(args.max_bad_steps, args.output_dir)
     total = args.epochs * state.steps_per_epoch
     bar = misc.progress(total=total, initial=state.steps_done, unit="step", desc="training")
+
+    def due(epoch: int) -> bool:
+        return epoch + 1 == args.epochs or (epoch + 1) % args.eval_freq == 0
+
+    def measure_after(epoch: int) -> None:
+        try:
+            measure(epoch, writer, stop_signals)
+        except Preempted as stopped:
+            state.finish()
+            raise Preempted(
+                f"{stopped} while measuring after epoch {epoch}; start the same command with --resume "
+                f"{args.output_dir} to continue"
+            ) from stopped
+
     board = RunLog(log_dir, state.steps_done) if misc.is_main_process() else nullcontext()
     with bar, misc.StopSignals(state.device) as stop_signals, state.saver, board as writer:
+        if state.step == 0 and state.epoch > args.start_epoch and due(state.epoch - 1):
+            measure_after(state.epoch - 1)
         while (epoch := state.epoch) < args.epochs:
             loader.sampler.set_epoch(epoch)
             loader.sampler.start = state.step * batch
@@ -58,10 +81,10 @@ def train_epochs(
             if loader.dataset.bad_images is not None:
                 loader.dataset.bad_images.count()
             last = epoch + 1 == args.epochs
-            if last or (epoch + 1) % args.save_last_freq == 0:
+            if last or (epoch + 1) % args.save_last_freq == 0 or (save_before_measuring and due(epoch)):
                 state.save(args)
-            if last or (epoch + 1) % args.eval_freq == 0:
-                measure(epoch, writer)
+            if due(epoch):
+                measure_after(epoch)
         state.save(args)  # a run that had nothing to train may go to a folder of its own
         state.finish()  # all end together, and with its error if there is one
     misc.log.info("%d epochs are trained: %s", state.epoch, Path(args.output_dir) / state.name)

@@ -18,6 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent
 IMG_SIZE = 16
 SAMPLES_PER_DIGIT = 10
+#: Folders and files that the demo makes.
+MADE = ["data", "cache", "reconstruction", "tokenizer_log", "samples", "args.json", "samples.json", "results.json"]
+MADE += ["vae.ckpt", "vae.json", "vae-last*.pth", "checkpoint-last*.pth", "events.out.tfevents.*"]
+MADE += ["samples.png", "reconstruction.png", "loss.png"]
 
 
 def write_digits(folder: Path) -> None:
@@ -69,6 +73,12 @@ def plot_loss(log: Path, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def remove_earlier(out: Path) -> None:
+    """Remove what an earlier demo left in ``out``, and nothing else."""
+    for path in (path for pattern in MADE for path in out.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def run(command: str) -> None:
     """Shows a command as one would type it, and runs it from the project's root."""
     print(f"\n$ python {command}", flush=True)
@@ -81,7 +91,7 @@ def main() -> None:
     """Runs every step; all files go to ``output/demo``."""
     started = time.perf_counter()
     out = ROOT / "output" / "demo"
-    shutil.rmtree(out, ignore_errors=True)
+    remove_earlier(out)
     write_digits(out / "data")
     common = f"--img_size {IMG_SIZE} --num_workers 0"
     vae = "--vae_path output/demo/vae.ckpt"

@@ -242,7 +242,8 @@ def add_sampling(pipe: TokenBridgePipeline) -> list[gr.components.Component]:
     with gr.Accordion("Sampling", open=True), gr.Row():
         steps = gr.Slider(1, length, min(64, length), step=1, label="Steps", elem_id="steps", **wide)
         text = "Towards the class; 1 is without"
-        cfg = gr.Slider(0, 10, 3.0, step=0.05, label="Guidance", info=text, elem_id="guidance", **wide)
+        usual = 3.0 if pipe.model.config["label_drop_prob"] else 1.0  # guidance needs unlabeled training
+        cfg = gr.Slider(0, 10, usual, step=0.05, label="Guidance", info=text, elem_id="guidance", **wide)
         text = "Below 1 more typical"
         temperature = gr.Slider(0, 2, 1.0, step=0.01, label="Temperature", info=text, elem_id="temperature", **wide)
         schedule = gr.Radio(["linear", "constant"], value="linear", label="Guidance over the steps", **wide)

@@ -23,11 +23,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def make_anew(folder: Path) -> None:
-    """Makes an empty folder; UserError if there is one with content that this command did not make."""
+    """Make a folder without images; UserError if there is one with content that this command did not make."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MADE).exists():
         raise errors.UserError(f"--output_dir {folder} is there, and not of this command: name another, or remove it")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / MADE).touch()
 
 

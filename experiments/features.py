@@ -88,6 +88,7 @@ def train(net: FeatureNet, images: Tensor, labels: Tensor, args: argparse.Namesp
             schedule.step()
     net.eval()
     features = net.features(images)
+    misc.check_finite(features, "the trained classifier", "fp32")
     net.mean, net.std = features.mean(0), features.std(0)
 
 

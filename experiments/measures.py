@@ -16,12 +16,11 @@ from models.quantizer import ScalarQuantizer, build_quantizer
 from util import checkpoint, errors, misc
 from util.args import add_device_arg, check_positive, new_parser
 from util.files import read_json, write_json
-from util.metrics import PlainImages, frechet_distance
+from util.metrics import NEIGHBOURS, PlainImages, check_number, frechet_distance
 from util.packed import open_cache
 from util.provenance import provenance
 from util.rng import numbered_draws
 
-NEIGHBOURS = 3  # of precision and recall (Kynkaanniemi et al. 2019)
 DENSITY_NEIGHBOURS = 5  # of density and coverage (Naeem et al. 2020)
 SIDE = 8  # pixels that images are reduced to, each way
 
@@ -62,6 +61,8 @@ def neighbourhoods(made: Tensor, real: Tensor) -> dict[str, float]:
 
 def compare(made: Tensor, real: Tensor) -> dict[str, float]:
     """Frechet distance and :func:`neighbourhoods` of points ``[M, D]`` and ``[N, D]``."""
+    for points in (made, real):
+        misc.check_finite(points, "the network of --features", "fp32")
     statistics = [fid_features_to_statistics(points.double().cpu()) for points in (made, real)]
     return {"frechet": frechet_distance(*statistics), **neighbourhoods(made.double(), real.double())}
 
@@ -149,8 +150,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     net, real = load_net(args.features, device), all_images(args.reference).to(device)
     spaces = {"pixels": lambda images: pixels(images, args.gray), "features": net.features}
     found: dict[str, Any] = {"images": {}}
+    check_number(len(real), "reference images", DENSITY_NEIGHBOURS)
     for name, folder in image_folders(Path(args.images)).items():
         made = all_images(folder, args.limit).to(device)
+        check_number(len(made), f"images in {folder}", NEIGHBOURS)
         figures = {space: compare(of(made), of(real)) for space, of in spaces.items()}
         found["images"][name] = {"count": len(made), **figures}
     if args.resume and (Path(args.images) / "likelihood.json").exists():

@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -27,6 +26,8 @@ from util.args import add_device_arg, check_positive, new_parser
 from util.errors import UserError
 from util.errors import run as run_main
 from util.files import read_json, write_json
+from util.loader import PACKED_METADATA
+from util.sample_folder import SampleFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Imported once: commands are forked from a process that has them.
@@ -176,8 +177,8 @@ class Runner:
         """Starts a step's command in a process of its own."""
         record = self.records[step.name]
         record.path.parent.mkdir(parents=True, exist_ok=True)
-        if "tools.pack" in step.words:  # which does not go on with what an interrupted run left
-            shutil.rmtree(step.path("--output_dir"), ignore_errors=True)
+        if "tools.pack" in step.words:  # which refuses a folder that holds a cache
+            (step.path("--output_dir") / PACKED_METADATA).unlink(missing_ok=True)
         process = self.context.Process(target=execute, args=(step.words, record.log))
         process.start()
         self.running[process.sentinel] = step, process, time.perf_counter()
@@ -220,7 +221,7 @@ class Runner:
         }
         write_json(result_path(self.args, step.measures, seed), result)
         for folder in step.path("--images").glob("samples*/"):
-            shutil.rmtree(folder)  # a grid of some stays beside it
+            SampleFolder(folder).remove_images()  # a grid of some stays beside it
             self.records[step.needs[0]].add(0.0, finished=False)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.editing import Edit, edit_of, kept_tokens, put_into
 from models.pretrained import find_pretrained
-from models.sampling import SamplingOptions, check_head_options, sampling_plan
+from models.sampling import SamplingOptions, check_guidance, check_head_options, sampling_plan
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import misc
@@ -39,14 +39,22 @@ def part_size(device: torch.device, pixels: int) -> int:
 
 
 @torch.no_grad()
-def decode_images(vae: AutoencoderKL, latents: Tensor, precision: str) -> Tensor:
-    """Unscaled latents ``[N, C, h, w]`` to images as bytes ``[N, 3, H, W]`` on the CPU, in parts that fit memory."""
+def decode_images(vae: AutoencoderKL, latents: Tensor, precision: str, flag: str = "--precision") -> Tensor:
+    """Unscaled latents ``[N, C, h, w]`` to images as bytes ``[N, 3, H, W]`` on the CPU, in parts that fit memory.
+
+    Raises:
+        NotFinite: the decoder overflows in ``precision``, which ``flag`` sets.
+    """
     size = part_size(latents.device, latents.shape[2] * latents.shape[3] * vae.stride**2)
-    parts = []
+    parts, limits = [], []
     for part in latents.float().split(size):
         with misc.autocast(latents.device, precision):
-            parts.append(to_uint8(vae.decode(part.contiguous(memory_format=torch.channels_last))))
-    return torch.cat(parts).cpu()  # the host waits once
+            decoded = vae.decode(part.contiguous(memory_format=torch.channels_last))
+            parts.append(to_uint8(decoded))
+            limits.append(misc.extremes(decoded))  # bytes do not show NaN
+    images = torch.cat(parts).cpu()  # the host waits once
+    misc.check_finite(torch.stack(limits), "the tokenizer's decoder", precision, flag)
+    return images
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
@@ -253,9 +261,10 @@ class TokenBridgePipeline:
 
         Raises:
             UserError: an unknown class, a number out of range, an image or mask that cannot be used, lists of different
-                lengths, or too little memory for one picture.
+                lengths, an unconditional pass of a model that was trained without one, values that are not finite, or
+                too little memory for one picture.
         """
-        options = self.checked_options(sampling)
+        options = self.checked_options(sampling, labeled=class_labels is not None)
         given = {"class_labels": class_labels, "seeds": seeds, "image": image, "mask_image": mask_image}
         lists = {name: in_list(value) for name, value in given.items()}
         count = max(map(len, lists.values()))
@@ -277,8 +286,12 @@ class TokenBridgePipeline:
     # ----------------------------------------------------------------------------------------------------------------
     # What is asked for, checked.
 
-    def checked_options(self, sampling: Mapping[str, Any]) -> SamplingOptions:
-        """The options of sampling; UserError for those out of range. More steps than tokens are the same as all."""
+    def checked_options(self, sampling: Mapping[str, Any], labeled: bool = True) -> SamplingOptions:
+        """The options of sampling; UserError for those out of range. More steps than tokens are the same as all.
+
+        Args:
+            labeled: whether pictures are of given classes.
+        """
         try:
             for name in ("cfg", "temperature", "confidence_noise"):
                 if not math.isfinite(sampling.get(name, 0.0)):
@@ -286,6 +299,7 @@ class TokenBridgePipeline:
             steps = min(sampling.get("num_iter", 64), self.model.seq_len)
             options = SamplingOptions(**{**sampling, "num_iter": steps})
             check_head_options(self.model.head, options)
+            check_guidance(self.model.config["label_drop_prob"], options.cfg, labeled)
             return options
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -371,7 +385,12 @@ class TokenBridgePipeline:
                 len(rows), **asdict(options), **given, seeds=[request.seeds[row] for row in rows],
                 return_confidence=True, on_step=on_step,
             )  # fmt: skip
-        return self.pictures(latents, request, rows), confidence.cpu()
+        pictures, confidence = self.pictures(latents, request, rows), confidence.cpu()
+        # Levels are finite whatever they are of; given latents and confidences show what is not.
+        if "known_latents" in given:
+            misc.check_finite(given["known_latents"], "the tokenizer's encoder", "fp32")
+        misc.check_finite(confidence, "the transformer", self.precision)
+        return pictures, confidence
 
     def encode(self, seen: Tensor) -> Tensor:
         """The most probable latents ``[B, C, h, w]`` of images ``[B, 3, S, S]`` in [-1, 1], scaled."""

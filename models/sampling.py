@@ -76,6 +76,21 @@ def check_head_options(head: Head, how: Any) -> None:
         raise ValueError(f"head_steps {how.head_steps}: the head takes 1 to {head.channel_steps}, its channel steps")
 
 
+def check_guidance(label_drop_prob: float, cfg: float, labeled: bool = True) -> None:
+    """Raise ValueError if sampling takes an unconditional pass that the model was trained without.
+
+    Args:
+        label_drop_prob: of the model's training.
+        labeled: whether images are of given classes.
+    """
+    if label_drop_prob == 0 and (cfg != 1 or not labeled):
+        asked = f"cfg {cfg:g}" if labeled else "sampling without a class"
+        raise ValueError(
+            f"{asked} needs the embedding of no class, which a model of label_drop_prob 0 has never trained: choose "
+            "--cfg 1 and classes, or train with --label_drop_prob 0.1"
+        )
+
+
 class Given(NamedTuple):
     """What is given for each of B images; None leaves it to the sampler."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine_tokenbridge import channel_statistics
 from models.pipeline import decode_images
 from models.quantizer import QUANTIZERS, ScalarQuantizer
-from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions, check_head_options
+from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions, check_guidance, check_head_options
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import checkpoint, errors, misc
@@ -158,6 +158,7 @@ def load_model(resume: str, flag: str, tokenizer: Tokenizer, args: argparse.Name
     check_tokenizer(stored, tokenizer, path)
     try:
         check_head_options(model.head, args)
+        check_guidance(model.config["label_drop_prob"], args.cfg)
     except ValueError as error:
         raise errors.UserError(str(error)) from error
     return model
@@ -182,6 +183,7 @@ def sample(
             latents, confidence = model.sample_tokens(len(labels[part]), **given, **options, return_confidence=True)
         images.append(decode_images(vae, latents / latent_factor, args.precision))
         grids = confidence.unflatten(1, (model.grid_size, -1)).cpu()
+        misc.check_finite(grids, "the transformer", args.precision)
         maps.append(confidence_maps(grids, images[-1].shape[-1]))
     return torch.cat(images), torch.cat(maps)
 

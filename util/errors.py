@@ -18,8 +18,21 @@ class UserError(Exception):
     """An error that the user can mend. Its message is one line; scripts print it and exit with status 2."""
 
 
+class NotFinite(UserError):
+    """A stage of the model computed NaN or infinity."""
+
+
 class ToldByMain(UserError):
     """A user error that ends every process, which the main process prints for all."""
+
+
+class NotFiniteToldByMain(NotFinite, ToldByMain):
+    """A :class:`NotFinite` of every process, which the main process prints for all."""
+
+
+def told_by_main(error: UserError) -> ToldByMain:
+    """Return the error that other processes raise where the main process raises, and prints, ``error``."""
+    return (NotFiniteToldByMain if isinstance(error, NotFinite) else ToldByMain)(str(error))
 
 
 def reason(error: BaseException) -> str:
@@ -38,6 +51,11 @@ def one_line(error: BaseException) -> str:
     if wrapped or isinstance(error, UserError):
         return wrapped[-1] if wrapped else str(error)
     return f"{type(error).__name__}: {reason(error)}"
+
+
+def as_user_error(error: BaseException) -> UserError:
+    """Return :func:`one_line` of ``error`` as a UserError that other processes can be sent."""
+    return (NotFinite if isinstance(error, NotFinite) else UserError)(one_line(error))
 
 
 def where() -> str:

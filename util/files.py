@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 import zipfile
@@ -61,9 +62,9 @@ def flush_all() -> None:
 
 
 def remove_parts(paths: Iterable[Path]) -> None:
-    """Removes those of ``paths`` that :func:`written_whole` left unfinished because its process was killed."""
+    """Remove those of ``paths`` that :func:`written_whole` left unfinished because its process was killed."""
     for path in paths:
-        if path.name.startswith(".") and path.name.endswith(".part"):
+        if re.fullmatch(r"\..+\.\d+\.part", path.name):
             path.unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 
 from util.errors import UserError
 from util.files import written_whole
-from util.misc import barrier, double, is_main_process
+from util.misc import double
 
 SETTINGS = "tokenbridge"  # keyword of the text in PNGs
 
@@ -50,14 +50,6 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds no settings: choose a PNG that this project made and no other program has saved")
     return settings
-
-
-def empty_of_images(folder: str | Path) -> None:
-    """Removes the PNGs of an earlier run from ``folder``, if it exists; all processes wait until that is done."""
-    if is_main_process():
-        for path in Path(folder).glob("*.png"):
-            path.unlink()
-    barrier()
 
 
 def save_grid(images: Tensor, path: str | Path, columns: int, titles: Sequence[str] = (), min_size: int = 64) -> None:

@@ -1,6 +1,6 @@
 """FID, Inception Score, precision and recall: torch-fidelity's Inception and formulas, shared over processes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from util import checkpoint, misc
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import read_arrays, written_whole
-from util.loader import RankSampler
+from util.loader import RankSampler, leave_signals_to_parent
 from util.sources import Rows, existing_folder, holds_rows, read_image
 
 #: Inception's layers: pooled features for FID, precision and recall; logits for the Inception Score.
@@ -68,7 +68,9 @@ class Inception(FeatureExtractorInceptionV3):
 def load_inception(path: str | None, device: torch.device) -> Inception:
     """torch-fidelity's Inception-v3 (the FID one); UserError if there are no weights, or not those of it."""
     path = find_inception_weights(path)
-    checkpoint.read(path)  # refuses code, which torch-fidelity would run
+    weights = checkpoint.read(path)  # refuses code, which torch-fidelity would run
+    if not all(value.isfinite().all() for value in weights.values() if isinstance(value, Tensor)):
+        raise UserError(f"{path} is damaged: it holds NaN or infinity; fetch it again")
     try:
         return Inception("inception-v3-compat", [POOL, LOGITS], str(path)).to(device)
     except RuntimeError as error:
@@ -87,14 +89,17 @@ class PlainImages(Dataset):
         source: a folder; a data set's ``train`` split (:class:`util.sources.Rows`); or an ``.npz`` with ``arr_0``,
             uint8 ``[N, H, W, 3]`` (ADM's layout).
         img_size: crop and resize to this size as for training; by default images stay as they are.
+        paths: the files to take of a folder, in their order; by default all images in it.
 
     Raises:
         UserError: there is no such folder or file, or it holds no images.
     """
 
-    def __init__(self, source: str | Path, img_size: int | None = None):
+    def __init__(self, source: str | Path, img_size: int | None = None, paths: Sequence[Path] | None = None):
         self.source, self.img_size, self.rows = Path(source), img_size, None
-        if self.source.suffix == ".npz":
+        if paths is not None:
+            self.items = paths
+        elif self.source.suffix == ".npz":
             self.items = read_arrays(self.source, "arr_0")["arr_0"]
             if self.items.dtype != np.uint8 or self.items.ndim != 4 or self.items.shape[3] != 3:
                 found = f"{self.items.dtype} {list(self.items.shape)}"
@@ -134,20 +139,29 @@ class PlainImages(Dataset):
 
 @torch.no_grad()
 def extract_features(
-    images: Dataset, inception: Inception, device: torch.device, batch_size: int, num_workers: int
+    images: Dataset,
+    inception: Inception,
+    device: torch.device,
+    batch_size: int,
+    num_workers: int,
+    stop_signals: misc.StopSignals | None = None,
 ) -> dict[str, Tensor]:
     """Both layers' features, ``[N, 2048]`` and ``[N, 1008]``, of all images in order, on the CPU.
 
     Each process computes those of its share of the images; all processes return those of all.
+
+    Raises:
+        Preempted: a process received one of the ``stop_signals``.
     """
     misc.check_same({"the number of images": len(images)}, "all processes must see the same folder or file")
     share = RankSampler(len(images), misc.get_rank(), misc.get_world_size())
     if len(images) < misc.get_world_size():
         misc.warn("%d images for %d processes: some have nothing to do", len(images), misc.get_world_size())
-    loader = DataLoader(images, batch_size=batch_size, sampler=share, num_workers=num_workers)
+    options = {"num_workers": num_workers, "worker_init_fn": leave_signals_to_parent}
+    loader = DataLoader(images, batch_size=batch_size, sampler=share, **options)
     batches: list[tuple[Tensor, Tensor]] = []
     with misc.progress(total=len(images), unit="img", desc="Inception") as bar:
-        for batch in loader:
+        for batch in misc.until_stopped(loader, stop_signals):
             batches.append(inception(batch.to(device, non_blocking=True)))
             bar.update(min(len(batch) * misc.get_world_size(), len(images) - bar.n))
     return gather_features(batches, len(images), device)
@@ -167,12 +181,25 @@ def gather_features(batches: list[tuple[Tensor, Tensor]], total: int, device: to
 
 
 def load_statistics(path: str | Path) -> dict[str, np.ndarray]:
-    """``mu [2048]`` and ``sigma [2048, 2048]`` of a reference file, float64; UserError for other shapes or no file."""
+    """Return ``mu [2048]`` and ``sigma [2048, 2048]`` of a reference file, float64.
+
+    Raises:
+        UserError: there is no such file, or it does not hold a mean and a covariance of Inception's features.
+    """
     stats = read_arrays(path, "mu", "sigma")
     if stats["mu"].shape != (2048,) or stats["sigma"].shape != (2048, 2048):
         shapes = f"mu {list(stats['mu'].shape)}, sigma {list(stats['sigma'].shape)}"
         raise UserError(f"{path} has {shapes}; FID needs 2048 Inception features: mu [2048], sigma [2048, 2048]")
-    return {name: value.astype(np.float64) for name, value in stats.items()}
+    if any(value.dtype.kind not in "fiu" for value in stats.values()):
+        raise UserError(f"{path}: {' and '.join(f'{n} is {v.dtype}' for n, v in stats.items())}, expected numbers")
+    stats = {name: value.astype(np.float64) for name, value in stats.items()}
+    sigma, remedy = stats["sigma"], "make the statistics again, of two images or more (main_metrics.py --save_stats)"
+    for name, value in stats.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity; {remedy}")
+    if (sigma.diagonal() < 0).any() or np.abs(sigma - sigma.T).max() > 1e-4 * np.abs(sigma).max():
+        raise UserError(f"{path}: sigma is no covariance (a variance is negative, or it is not symmetric); {remedy}")
+    return stats
 
 
 def statistics(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -194,6 +221,18 @@ def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:
     """Writes ``mu`` and ``sigma`` of features, as :func:`load_statistics` reads them."""
     with written_whole(path) as file:
         np.savez(file, **statistics(features))
+
+
+def check_number(count: int, what: str, neighbours: int = 0) -> None:
+    """Check that ``count`` images have a covariance, which FID compares, and as many ``neighbours`` each.
+
+    Raises:
+        UserError: they are too few.
+    """
+    least = max(2, neighbours + 1)
+    if count < least:
+        measures = "precision and recall" if neighbours else "FID"
+        raise UserError(f"too few {what} for {measures}: {count}, at least {least} are needed")
 
 
 def warn_if_few(count: int, what: str) -> None:
@@ -236,9 +275,11 @@ class Evaluator:
         inception_weights: see :func:`find_inception_weights`.
         fid_stats: ``.npz`` of reference statistics, or None.
         reference: folder or ``.npz`` of reference images, or None.
+        count: the number of images that will be measured.
 
     Raises:
-        UserError: one of these files is missing or has the wrong content; all processes end with it.
+        UserError: one of these files is missing or has the wrong content, or there are too few images for what is
+            measured; all processes end with it.
     """
 
     def __init__(
@@ -249,12 +290,18 @@ class Evaluator:
         device: torch.device,
         batch_size: int,
         num_workers: int,
+        count: int,
     ):
         self.device, self.loading = device, (batch_size, num_workers)
 
         def read_references() -> tuple[dict[str, np.ndarray] | None, PlainImages | None]:
+            if fid_stats or reference:
+                check_number(count, "images to measure", NEIGHBOURS if reference else 0)
             measures = fid_stats and misc.is_main_process()
-            return load_statistics(fid_stats) if measures else None, PlainImages(reference) if reference else None
+            stats, images = measures and load_statistics(fid_stats), reference and PlainImages(reference)
+            if images:
+                check_number(len(images), "reference images", NEIGHBOURS)
+            return stats or None, images or None
 
         # All processes have all of it, or all end; errors of the references come before Inception is fetched.
         self.stats, images = misc.in_all_processes(read_references)
@@ -264,9 +311,9 @@ class Evaluator:
             self.reference = self.features(images)
             warn_if_few(len(images), "reference images")
 
-    def features(self, images: Dataset) -> dict[str, Tensor]:
+    def features(self, images: Dataset, stop_signals: misc.StopSignals | None = None) -> dict[str, Tensor]:
         """See :func:`extract_features`."""
-        return extract_features(images, self.inception, self.device, *self.loading)
+        return extract_features(images, self.inception, self.device, *self.loading, stop_signals)
 
     def measure(self, features: Mapping[str, Tensor]) -> dict[str, float]:
         """:func:`compute_metrics` and the number of images on the main process; on others an empty dictionary."""

@@ -19,10 +19,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util.devices import cpu_multiplies, described, find_device, join_group, launched, make_deterministic
-from util.errors import Preempted, ToldByMain, UserError, one_line, where
+from util.errors import NotFinite, Preempted, ToldByMain, UserError, as_user_error, told_by_main, where
 from util.published_names import to_published
 
 log = logging.getLogger("tokenbridge")
@@ -103,9 +104,10 @@ def from_all_processes(value: Any) -> list:
     return gathered
 
 
-def end_all(message: str) -> NoReturn:
-    """Ends all processes, each of which must call this, with a UserError that the main one alone prints."""
-    raise UserError(message) if is_main_process() else ToldByMain(message)
+def end_all(error: str | UserError) -> NoReturn:
+    """End all processes, each of which must call this, with a UserError that the main one alone prints."""
+    error = UserError(error) if isinstance(error, str) else error
+    raise error if is_main_process() else told_by_main(error)
 
 
 def by_main_process(work: Callable[[], Any]) -> Any:
@@ -121,9 +123,9 @@ def by_main_process(work: Callable[[], Any]) -> Any:
             result = work()
         except Exception as error:
             failed = error
-    result, message = from_main_process((result, failed and str(failed)))
-    if message is not None:
-        raise failed or ToldByMain(message)
+    result, error = from_main_process((result, failed and as_user_error(failed)))
+    if error is not None:
+        raise failed or told_by_main(error)
     return result
 
 
@@ -136,19 +138,19 @@ def in_all_processes(work: Callable[[], Any]) -> Any:
         UserError: ``work`` raised one in some process; all end with it, and the main one prints it with the hosts. So
             they end with any other error, too, which the process where it happened raises as it is.
     """
-    result, failed, unexpected = None, None, None
+    result, failed = None, None
     try:
         result = work()
     except Exception as error:
-        failed, unexpected = one_line(error), None if isinstance(error, UserError) else error
-    answers = from_all_processes((socket.gethostname(), failed))
-    if unexpected is not None:
-        raise unexpected
-    messages = [message for _, message in answers if message is not None]
-    if messages:
-        hosts = ", ".join(sorted({host for host, message in answers if message is not None}))
-        which = f" ({len(messages)} of {len(answers)} processes, on {hosts})" if len(answers) > 1 else ""
-        end_all(messages[0] + which)
+        failed = error
+    answers = from_all_processes((socket.gethostname(), failed and as_user_error(failed)))
+    if failed is not None and not isinstance(failed, UserError):
+        raise failed
+    problems = [error for _, error in answers if error is not None]
+    if problems:
+        hosts = ", ".join(sorted({host for host, error in answers if error is not None}))
+        which = f" ({len(problems)} of {len(answers)} processes, on {hosts})" if len(answers) > 1 else ""
+        end_all(type(problems[0])(f"{problems[0]}{which}"))
     return result
 
 
@@ -269,6 +271,29 @@ class StopSignals:
         heard = torch.full((), float(self.heard is not None), device=self.device)
         self.answer = Arriving(heard, dist.all_reduce(heard, async_op=True))
         return stop
+
+    def check(self) -> None:
+        """Wait for all processes, each of which must call this, and compare what they have heard.
+
+        Raises:
+            Preempted: one of them has had a signal, on all processes.
+        """
+        heard = [name for name in from_all_processes(self.heard) if name is not None]
+        if heard:
+            raise Preempted(f"by {heard[0]}")
+
+
+def until_stopped(loader: DataLoader, stop_signals: StopSignals | None) -> Iterator:
+    """Yield the batches of this process's ``loader``; all processes stop after the same one where there are signals.
+
+    Raises:
+        Preempted: see :meth:`StopSignals.check`.
+    """
+    fewest = 0 if stop_signals is None else min(from_all_processes(len(loader)))
+    for number, batch in enumerate(loader):
+        yield batch
+        if stop_signals is not None and number < fewest:
+            stop_signals.check()
 
 
 def gather_shares(rows: Tensor, total: int) -> Tensor:
@@ -419,6 +444,32 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def double(x: Tensor) -> Tensor:
     """Return ``x`` in float64: on its device, or on the CPU if the device is an Apple GPU, which has no float64."""
     return (x.cpu() if x.device.type in NO_FLOAT64 else x).double()
+
+
+def extremes(values: Tensor) -> Tensor:
+    """Return the least and the greatest of ``values``, float64 ``[2]``: both are finite exactly if all values are."""
+    return double(torch.stack(values.detach().aminmax()))
+
+
+def check_finite(values: Tensor, stage: str, precision: str, flag: str = "--precision") -> None:
+    """Check what a stage of the model computed; values on a device are waited for.
+
+    Args:
+        stage: its name, for the message.
+        precision: ``bf16``, ``fp16`` or ``fp32``, which it computed in.
+        flag: the flag that sets this precision.
+
+    Raises:
+        NotFinite: one of the values is NaN or infinite.
+    """
+    if values.isfinite().all():
+        return
+    advice = {
+        "fp16": f"pass {flag} fp32 or bf16, which do not overflow",
+        "bf16": f"pass {flag} fp32; if it stays, the weights are at fault",
+        "fp32": "the weights are at fault, or what it was given",
+    }
+    raise NotFinite(f"{stage} computed NaN or infinity in {precision}: {advice[precision]}")
 
 
 def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:

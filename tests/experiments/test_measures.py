@@ -54,6 +54,20 @@ def test_the_frechet_distance_of_gaussians_is_known():
     assert compare(made, made)["frechet"] == pytest.approx(0, abs=1e-6)
 
 
+def test_too_few_images_to_compare_are_refused(refused, tmp_path):
+    torch.save(FeatureNet(2).state_dict(), tmp_path / "net.pt")
+    for number in range(6):
+        for name in ["five"] * (number < 5) + ["six"]:
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (16, 16), (number, 9, 9)).save(tmp_path / name / f"{number}.png")
+    common = f"--features {tmp_path}/net.pt --json {tmp_path}/m.json --device cpu --images {tmp_path}/six"
+    line = refused("experiments.measures", f"{common} --reference {tmp_path}/five")
+    assert "too few reference images for precision and recall: 5, at least 6" in line
+    line = refused("experiments.measures", f"{common} --reference {tmp_path}/six --limit 3")
+    assert f"too few images in {tmp_path}/six for precision and recall: 3, at least 4" in line
+    assert not (tmp_path / "m.json").exists()
+
+
 def test_some_of_many_images_are_spaced_evenly(tmp_path):
     for number in range(10):
         Image.new("L", (2, 2), number).convert("RGB").save(tmp_path / f"{number}.png")

@@ -211,7 +211,8 @@ def test_a_chunk_of_images_is_waited_for_at_its_end(monkeypatch):
     monkeypatch.setitem(pipeline.PIXEL_BUDGET, "cuda", 2 * 16**2)  # three images in two parts
     options = {"num_iter": 2, "cfg": 2.0, "cfg_schedule": "linear", "temperature": 1.0, "gen_seed": 0}
     settings = engine.SampleSettings(num_images=4, eval_bsz=3, precision="bf16", vae_precision="fp16", **options)
-    with FakeCuda("decode_images", "sample_chunk") as cuda:
+    # The check reads a number that is there: it was computed before the images, which the host has waited for.
+    with FakeCuda("decode_images", "check_finite", "sample_chunk") as cuda:
         model, vae = cuda.put(model_of("ar")), tokenizer(cuda)
         images, confidence = engine.sample_chunk(model, vae, 0.5, range(3), settings, DEVICE)
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8 and confidence.shape == (3, 4, 4)
@@ -220,7 +221,8 @@ def test_a_chunk_of_images_is_waited_for_at_its_end(monkeypatch):
 def test_edited_pictures_are_waited_for_at_their_end():
     image, mask = Image.new("RGB", (20, 16)), Image.new("L", (20, 16))
     mask.paste(255, (0, 0, 9, 9))
-    with FakeCuda("decode_images", "make") as cuda, mock.patch.object(TokenBridgePipeline, "to"):  # fakes stay
+    waits = "decode_images", "check_finite", "make", "check_finite"  # the checks for nothing that is not there
+    with FakeCuda(*waits) as cuda, mock.patch.object(TokenBridgePipeline, "to"):  # fakes stay
         model = cuda.put(model_of("ar", img_size=16, vae_stride=4))
         pipe = TokenBridgePipeline(model, tokenizer(cuda), 0.5)
         made = pipe([0, 1], image=image, mask_image=mask, num_iter=2, cfg=2.0)

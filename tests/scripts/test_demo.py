@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from demo.demo import digit_classifier, read_digits
+from demo.demo import digit_classifier, read_digits, remove_earlier
 from models.pipeline import TokenBridgePipeline
 from models.vae import DiagonalGaussianDistribution
 from reconstruction import post_training_quantize
@@ -25,6 +25,15 @@ def demo():
     """The folder that ``make demo`` writes."""
     subprocess.run([sys.executable, "demo/demo.py"], cwd=ROOT, check=True)
     return ROOT / "output" / "demo"
+
+
+def test_a_new_demo_leaves_what_the_one_before_did_not_make(tmp_path):
+    for name in ("data/train/0/1.png", "samples/00000.png", "samples.png", "vae-last.1.pth", "events.out.tfevents.1.x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "generated.png").touch()
+    remove_earlier(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["generated.png"]
 
 
 @pytest.mark.slow

@@ -102,22 +102,43 @@ def test_images_are_of_the_weights_whatever_the_files_name_size_and_time(
     assert len(sampler.calls) == 2
 
 
-def test_images_of_another_run_go_and_what_else_lies_there_stays(run, weights, tmp_path, sampler, decoder, refused):
-    common = f"{weights} --evaluate --no_metrics --output_dir {tmp_path}/out --save_confidence"
-    run("main_tokenbridge", f"{common} --num_images 8")
+def test_images_of_another_run_go_and_what_else_lies_there_stays_and_is_not_measured(
+    run, weights, tmp_path, sampler, decoder
+):
+    common = f"{weights} --evaluate --no_metrics --output_dir {tmp_path}/out --save_npz"
+    run("main_tokenbridge", f"{common} --num_images 8 --save_confidence")
     folder, maps = tmp_path / "out" / "samples", tmp_path / "out" / "samples-confidence"
-    (folder / "notes.txt").write_text("mine")
-    (folder / "mine.png").write_bytes((folder / "00000.png").read_bytes())
-    assert "holds 5 images, not 4" in refused("main_tokenbridge", f"{common} --num_images 4")
-    assert sorted(path.name for path in folder.iterdir()) == [
-        *(f"{n:05d}.png" for n in range(4)),
-        "mine.png",
-        "notes.txt",
-    ]
-    assert len(list(maps.iterdir())) == 4
-    (folder / "mine.png").unlink()
-    run("main_tokenbridge", f"{common.removesuffix('--save_confidence')} --num_images 4")
-    assert not maps.exists() and (folder / "notes.txt").read_text() == "mine"
+    others = ["12.png", "mine.png", "notes.txt", ".ipynb_checkpoints/00000.png"]
+    for name in others:
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (3, 3)).save(folder / name, format="png")
+    for flags, left in (("--save_confidence", 4), ("", 0)):
+        run("main_tokenbridge", f"{common} --num_images 4 {flags}")
+        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        assert there == {*(f"{n:05d}.png" for n in range(4)), *others}
+        assert len(list(maps.glob("*"))) == left
+        with np.load(tmp_path / "out" / "samples.npz") as arrays:
+            assert arrays["arr_0"].shape == (4, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "name", ["samples-cfg2-t1/00003.png", "samples-cfg2-t1-confidence/00000.png", "samples-cfg2-t1.json", "after"]
+)
+def test_what_this_project_has_not_made_is_neither_removed_nor_replaced(
+    run, refused, weights, tmp_path, sampler, decoder, name
+):
+    """Of a search's second pair; or images beyond those of the run before."""
+    common = f"{weights} --evaluate --no_metrics --output_dir {tmp_path}/out --cfg 1 2"
+    if name == "after":
+        run("main_tokenbridge", f"{common} --num_images 4")
+        name = "samples-cfg2-t1/00004.png"
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"mine")
+    sampler.calls.clear()
+    line = refused("main_tokenbridge", f"{common} --num_images 8")
+    assert f"{path} was not made by this project" in line and "another --output_dir" in line
+    assert path.read_bytes() == b"mine" and not sampler.calls
 
 
 def test_confidence_is_pictured_where_its_token_lies(run, weights, tmp_path, sampler, decoder):
@@ -278,6 +299,30 @@ def test_evaluation_samples_from_averages_or_weights_and_divides_by_the_factor(
 # Refused.
 
 
+def test_guidance_of_a_model_trained_without_it_is_refused(
+    run, refused, weights, images, vae_path, tmp_path, sampler, decoder
+):
+    path = tmp_path / "weights" / "checkpoint-last.pth"
+    content = torch.load(path, weights_only=True)
+    content["config"]["label_drop_prob"] = 0  # as a whole number, too
+    torch.save(content, path)
+    shutil.copy(vae_path, tmp_path / "weights" / "vae.ckpt")
+    model = f"--resume {tmp_path}/weights --device cpu"
+    tiny = f"{TINY} --data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/run --epochs 1 --device cpu"
+    cases = {
+        f"main_tokenbridge {weights} --evaluate --no_metrics --num_images 4 --output_dir {tmp_path}/out --cfg 1 3": 3,
+        f"main_tokenbridge {tiny} --online_eval --no_metrics --num_images 4 --label_drop_prob 0 --cfg 2": 2,
+        f"tools.figures samples {model} --vae_path {vae_path} --output {tmp_path}/out.png --classes 0": 3,
+        f"demo.generate {model} --classes 0 --output {tmp_path}/out.png": 3,
+        f"demo.generate {model} --cfg 1 --output {tmp_path}/out.png": "a class",
+    }
+    for command, asked in cases.items():
+        line = refused(*command.split(" ", 1))
+        assert f"{asked} needs the embedding of no class" in line and "--cfg 1" in line, command
+    assert not sampler.calls and not (tmp_path / "run").exists() and not list(tmp_path.glob("out*"))
+    run("main_tokenbridge", f"{weights} --evaluate --no_metrics --num_images 4 --output_dir {tmp_path}/out --cfg 1")
+
+
 def test_everything_is_checked_before_the_first_image(refused, weights, inception, stats, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=OSError("no network")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
@@ -287,6 +332,12 @@ def test_everything_is_checked_before_the_first_image(refused, weights, inceptio
     missing = f"--fid_stats {stats} --inception_weights {inception} --reference {tmp_path}/nowhere"
     assert "nowhere" in refused("main_tokenbridge", f"{common} {missing}")
     assert not (tmp_path / "out").exists()
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(2048), sigma=np.full((2048, 2048), np.nan))
+    assert "sigma holds NaN" in refused("main_tokenbridge", f"{common} --fid_stats {tmp_path}/nan.npz")
+    online = common.replace("--evaluate", "--online_eval").replace(f"--resume {tmp_path}/weights", "")
+    online = f"{online} --data_path {tmp_path} --fid_stats {tmp_path}/nan.npz"
+    write_images(tmp_path)
+    assert "sigma holds NaN" in refused("main_tokenbridge", online)  # before the first step
 
 
 def test_a_model_of_imagenet_256_needs_its_statistics(refused, weights, vae_path, tmp_path):

@@ -66,6 +66,25 @@ def test_statistics_are_of_the_training_crop(inception, tmp_path, run):
             assert np.allclose(a[name], b[name], atol=1e-5) and a[name].dtype == np.float64
 
 
+def test_too_few_images_are_refused_before_inception_runs(run, refused, tmp_path, quick_inception, fid_stats):
+    for name, count in {"one": 1, "three": 3, "four": 4}.items():
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8), (50 * number,) * 3).save(tmp_path / name / f"{number}.png")
+    common = f"{quick_inception.flag} --num_workers 0 --device cpu --images {tmp_path}"
+    cases = {
+        f"{common}/one --save_stats {tmp_path}/s.npz": "too few images for FID: 1, at least 2 are needed",
+        f"{common}/one --fid_stats {fid_stats[0]}": "too few images to measure for FID: 1, at least 2",
+        f"{common}/three --reference {tmp_path}/four": "too few images to measure for precision and recall: 3,",
+        f"{common}/four --reference {tmp_path}/three": "too few reference images for precision and recall: 3,",
+    }
+    for command, words in cases.items():
+        assert words in refused("main_metrics", command), command
+    assert not quick_inception.calls and not (tmp_path / "s.npz").exists()
+    run("main_metrics", f"{common}/one --json {tmp_path}/one.json")  # an Inception Score takes one
+    assert json.loads((tmp_path / "one.json").read_text())["images"] == 1
+
+
 def test_what_cannot_be_measured_is_named(refused, inception, photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=OSError("no network")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))

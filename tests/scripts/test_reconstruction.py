@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -150,13 +151,26 @@ def test_reconstructions_but_not_originals_are_rounded_down_as_the_releases(run,
         assert change.unique().tolist() == ([-1, 0] if path.parent.name == "recon" else [0]), path
 
 
-def test_what_another_run_left_in_the_folder_goes(run, common, tmp_path):
+def test_what_another_run_left_in_the_folder_goes_and_other_images_are_refused(run, refused, common, images, tmp_path):
     folder = tmp_path / "out" / "quant_b6_r5.0_n3"
-    for part in ("real", "recon"):
-        (folder / part).mkdir(parents=True)
-        (folder / part / "00012.png").write_bytes(b"of a run with more classes")
+    with (
+        mock.patch.object(AutoencoderKL, "decode", side_effect=RuntimeError("interrupted")),
+        pytest.raises(RuntimeError),
+    ):
+        run("reconstruction", common)
+    assert results(folder)["images"] == 12 and (folder / "real" / "00000.png").exists()
+    shutil.rmtree(images / "train" / "class3")
+    for name in ("mine.png", "real/mine.png"):
+        (folder / name).write_bytes(b"mine")
     run("reconstruction", common)
-    assert all(len(list((folder / part).iterdir())) == 12 for part in ("real", "recon"))
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*.png")}
+    own = {f"{part}/{number:05d}.png" for part in ("real", "recon") for number in range(9)}
+    assert there == {*own, "reconstruction.png", "mine.png", "real/mine.png"}
+    (folder / "recon" / "00009.png").write_bytes(b"mine")
+    assert "recon/00009.png was not made by this project" in refused("reconstruction", common)
+    (folder / "results.json").unlink()
+    assert "18 more files were not made by this project" in refused("reconstruction", common)
+    assert (folder / "recon" / "00009.png").read_bytes() == b"mine"
 
 
 def test_a_sweeps_rows_and_columns_are_each_settings_own(run, common, tmp_path):
@@ -316,4 +330,8 @@ def test_reconstruction_asked_to_measure_needs_what_it_takes(refused, images, va
     common = f"--img_size 16 --vae_path {vae_path} --image_dir {images} --output_dir {tmp_path}/out --device cpu"
     for flags in (f"--inception_weights {tmp_path}/no", f"--inception_weights {inception} --fid_stats {tmp_path}/no"):
         assert str(tmp_path / "no") in refused("reconstruction", f"{common} {flags}")
+    one = f"{common} --inception_weights {inception} --images_per_class 1"
+    for label in range(1, 4):
+        shutil.rmtree(images / "train" / f"class{label}")
+    assert "too few images for FID: 1, at least 2 are needed" in refused("reconstruction", one)
     assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from unittest import mock
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.conftest import FID, SHORT, TINY, load, write_images
-from tests.scripts.conftest import all_pixels, averaged, pictures, pixels
+from engine_tokenbridge import held_out_likelihood
+from models.tokenbridge import TokenBridge
+from tests.conftest import FID, SHORT, TINY, load, scalars, write_images
+from tests.scripts.conftest import BASE, all_pixels, averaged, pictures, pixels
+from util.errors import UserError
 
 # --------------------------------------------------------------------------------------------------------------------
 # Searches.
@@ -162,16 +166,100 @@ def test_online_evaluation_is_of_the_average_at_every_scale_and_temperature(
         assert [(event.step, event.value) for event in events] == [(2, value), (3, value + 4)]
     assert f"eval/{FID}-cfg1" not in log.Tags()["scalars"] and "eval/images-cfg1-t0.5" not in log.Tags()["scalars"]
     if not no_ema:
-        # Begun anew in the same folder, without metrics: the pictures are the new run's.
-        for _ in range(2):
+        # Begun anew in the same folder, without metrics: the pictures are the new run's, unless its weights are equal.
+        for seed, sampled in ((1, 8), (2, 8), (2, 0)):
             sampler.calls.clear()
             (out / "checkpoint-last.pth").unlink()  # or it would not start
-            run("main_tokenbridge", f"{command} --no_metrics")
-            assert len(sampler.calls) == 8
+            run("main_tokenbridge", f"{command} --no_metrics --seed {seed}")
+            assert len(sampler.calls) == sampled
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Online evaluation.
+
+
+@pytest.fixture
+def online(cached, vae_path, images, tmp_path) -> str:
+    """Flags of a run that saves and measures after its second epoch, 8 images in 4 chunks, and after its third."""
+    shutil.copytree(cached, tmp_path / "val")
+    return (
+        f"{BASE} --epochs 3 --save_last_freq 9 --eval_freq 2 --use_cached --cached_path {cached} --vae_path {vae_path} "
+        f"--online_eval --no_metrics --num_images 8 --eval_bsz 2 --num_iter 2 --online_nll "
+        f"--cached_val_path {tmp_path}/val --output_dir {tmp_path}/run --resume {tmp_path}/run"
+    )
+
+
+def stopped(run, command: str, status: int) -> None:
+    """Runs a training, which must end with ``status``."""
+    with pytest.raises(SystemExit) as stop:
+        run("main_tokenbridge", command)
+    assert stop.value.code == status
+
+
+def test_a_signal_ends_an_evaluation_after_its_chunk_and_the_run_takes_it_up(
+    run, online, tmp_path, sampler, decoder, capsys, monkeypatch, known_peak
+):
+    note, folder = sampler.note, tmp_path / "run"
+
+    def signalled(*args, **kwargs):
+        if len(sampler.calls) == 1:
+            signal.raise_signal(signal.SIGUSR1)
+        return note(*args, **kwargs)
+
+    monkeypatch.setattr(sampler, "note", signalled)
+    stopped(run, online, 75)
+    assert f"stopped: by SIGUSR1 while measuring after epoch 1; start the same command with --resume {folder}" in (
+        capsys.readouterr().err
+    )
+    assert load(folder)["epoch"] == 1 and len(sampler.calls) == 2
+    assert len(list((folder / "online_eval" / "epoch0001-cfg1").iterdir())) == 4
+    assert "eval/nats_per_dim" not in EventAccumulator(str(folder)).Reload().Tags()["scalars"]
+
+    likelihood, calls = held_out_likelihood, []
+    monkeypatch.setattr(
+        "evaluation.held_out_likelihood", lambda *args, **how: calls.append(1) or likelihood(*args, **how)
+    )
+    run("main_tokenbridge", online)
+    # What was there stays; then the evaluation after the last epoch.
+    assert [call["labels"].tolist() for call in sampler.calls[2:]] == [[2, 2], [3, 3], *([n, n] for n in range(4))]
+    assert len(calls) == 1 and set(scalars(folder, "eval/nats_per_dim")) == {2, 3}
+    # Nothing is left to do.
+    run("main_tokenbridge", online)
+    assert len(sampler.calls) == 8 and len(calls) == 1
+
+
+def test_a_signal_ends_a_likelihood_after_its_batch_on_both_processes(run_two, online, tmp_path, monkeypatch, capfd):
+    forward, batches = TokenBridge.forward, []
+
+    def signalled(model, *args):
+        if not model.training:
+            batches.append(1)
+            if len(batches) == 1 and torch.distributed.get_rank() == 1:
+                signal.raise_signal(signal.SIGTERM)
+            assert len(batches) <= 4  # mask ratios of a batch
+        return forward(model, *args)
+
+    monkeypatch.setattr(TokenBridge, "forward", signalled)
+    run_two("main_tokenbridge", online, status=75)
+    assert "stopped: by SIGTERM while measuring after epoch 1" in capfd.readouterr().err
+    assert load(tmp_path / "run")["epoch"] == 1
+
+
+def test_an_evaluation_that_fails_loses_no_training_and_is_repeated(
+    run, run_two, online, tmp_path, sampler, decoder, capfd, monkeypatch, known_peak
+):
+    full, folder = mock.Mock(side_effect=UserError("cannot write it: disk full")), tmp_path / "run"
+    with mock.patch("util.sample_folder.SampleFolder.save", full):
+        run_two("main_tokenbridge", online, status=2)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
+    assert lines and all(line.startswith("error: cannot write it: disk full (2 of 2 processes") for line in lines)
+    assert load(folder)["epoch"] == 1 and not list((folder / "online_eval").glob("*.png"))
+    trained = load(folder)["model"]["mask_token"]
+    monkeypatch.setattr(TokenBridge, "training_flops", mock.Mock(side_effect=AssertionError))  # no step before
+    with pytest.raises(AssertionError):
+        run("main_tokenbridge", online)
+    assert (folder / "online_eval" / "epoch0001-cfg1.png").exists() and len(sampler.calls) == 4
+    assert torch.equal(load(folder)["model"]["mask_token"], trained)
 
 
 def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_path, tmp_path, sampler):

@@ -12,7 +12,7 @@ from models.vae import AutoencoderKL
 from tests.conftest import ROOT, filled
 from util import checkpoint
 from util.errors import UserError
-from util.files import inside, written_whole
+from util.files import inside, remove_parts, written_whole
 
 
 def test_files_are_whole_or_untouched(tmp_path):
@@ -25,6 +25,14 @@ def test_files_are_whole_or_untouched(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
     with pytest.raises(UserError, match="cannot write"), written_whole(path / "below a file") as file:
         pass
+
+
+def test_only_what_a_killed_process_left_unfinished_is_removed(tmp_path):
+    names = [".a.npz.123.part", "a.part", ".a.part", "a.npz.123.part", ".a.npz.12x.part"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_parts(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
 FULL_DISK = """

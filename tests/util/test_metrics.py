@@ -71,6 +71,41 @@ def test_damaged_statistics_are_named(tmp_path):
         metrics.load_statistics(tmp_path / "damaged.npz")
 
 
+FINE = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"mu": np.full(2048, np.nan)}, "mu holds NaN"),
+        ({"sigma": np.full((2048, 2048), np.nan)}, "sigma holds NaN or infinity; make the statistics again"),
+        ({"sigma": np.full((2048, 2048), np.inf)}, "sigma holds NaN"),
+        ({"sigma": -np.eye(2048)}, "no covariance"),
+        ({"sigma": np.eye(2048) + np.eye(2048, k=1)}, "no covariance"),
+        ({"mu": np.full(2048, "a")}, "mu is <U1 and sigma is float64, expected numbers"),
+    ],
+)
+def test_statistics_that_are_none_are_refused(tmp_path, wrong, words):
+    np.savez(tmp_path / "stats.npz", **{**FINE, **wrong})
+    with pytest.raises(UserError, match=rf"stats\.npz: .*{words}"):
+        metrics.load_statistics(tmp_path / "stats.npz")
+
+
+def test_statistics_may_be_rounded(tmp_path):
+    features = np.random.RandomState(0).randn(50, 2048).astype(np.float32)
+    sigma = (features - features.mean(0)).T @ (features - features.mean(0)) / 49
+    np.savez(tmp_path / "stats.npz", mu=features.mean(0), sigma=sigma + 1e-7 * np.triu(sigma))
+    assert metrics.load_statistics(tmp_path / "stats.npz")["sigma"].dtype == np.float64
+
+
+def test_weights_of_inception_that_are_not_finite_are_refused(inception, tmp_path):
+    weights = torch.load(inception, weights_only=True)
+    weights["fc.weight"][3, 5] = torch.nan
+    torch.save(weights, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights\.pth is damaged: it holds NaN"):
+        metrics.load_inception(str(tmp_path / "weights.pth"), torch.device("cpu"))
+
+
 def test_missing_weights_are_fetched_once_to_torch_hubs_folder(inception, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     fetch = mock.Mock(side_effect=lambda url, place, **_: shutil.copy(inception, place))
