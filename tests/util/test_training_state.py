@@ -44,7 +44,7 @@ def test_step_counts_go_where_this_runs_optimizer_wants_them(small_model, tmp_pa
 def test_tensors_in_the_place_of_flags_are_named_without_their_values(small_model, tmp_path):
     content = released(small_model.train())
     content["args"] = argparse.Namespace(freeze=[torch.full((3,), 1.2345)])
-    with pytest.raises(UserError, match="args.freeze") as error:
+    with pytest.raises(UserError, match=r"args\.freeze") as error:
         training_state(TokenBridge(**SMALL)).load(content, tmp_path / "file.pth", frozen=[])
     assert "1.23" not in str(error.value)
 
