@@ -89,8 +89,9 @@ def test_images_are_of_the_weights_whatever_the_files_name_size_and_time(
     common = f"{weights} --evaluate --no_metrics --num_images 4 --output_dir {tmp_path}/out"
     run("main_tokenbridge", common)
     path = vae_path if part == "tokenizer" else tmp_path / "weights" / "checkpoint-last.pth"
-    content, before = torch.load(path, weights_only=True), path.stat()
+    content = torch.load(path, weights_only=True)
     torch.save(content, path)  # at another time
+    before = path.stat()
     run("main_tokenbridge", common)
     assert len(sampler.calls) == 1
     state = content["model" if part == "tokenizer" else "model_ema"]

@@ -384,10 +384,9 @@ def test_a_full_disk_after_damage_leaves_the_checkpoint_that_the_run_went_on_fro
     assert [load(trained, f"checkpoint-last{age}.pth")["epoch"] for age in ("", ".1")] == [1, 0]
 
 
-def test_a_run_whose_newest_checkpoint_is_gone_goes_on_from_the_one_before(run, refused, cached, trained, caplog):
+def test_a_run_whose_newest_checkpoint_is_gone_goes_on_from_the_one_before(run, cached, trained, caplog):
     common = f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {trained}"
     (trained / "checkpoint-last.pth").unlink()
-    assert "of another run" in refused("main_tokenbridge", common)
     caplog.set_level("INFO")
     run("main_tokenbridge", f"{common} --resume {trained}")
     assert "continuing at epoch 1, step 0" in caplog.text and load(trained, "checkpoint-last.1.pth")["epoch"] == 0

@@ -222,8 +222,7 @@ def find_to_resume(resume: str | Path, output_dir: str | Path, names: Sequence[s
 
 def check_folder_is_free(output_dir: str | Path, resume: str, name: str) -> None:
     """Raises UserError if ``output_dir`` holds ``name``, another run's, and the run does not resume."""
-    path = Path(output_dir) / name
-    if not resume and (path.exists() or older(path)):
+    if not resume and (Path(output_dir) / name).exists():
         raise UserError(
             f"{output_dir} holds {name} of another run: name another --output_dir, or continue that run with "
             f"--resume {output_dir}"
