@@ -295,11 +295,16 @@ def build_model(args: argparse.Namespace, config: dict, start: Start, device: to
     Raises:
         UserError: sizes that do not fit each other, options of sampling or weights that do not fit the model.
     """
-    try:
-        model = MODELS[args.model](**config)
-        check_head_options(model.head, args)
-    except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
-        raise errors.UserError(errors.reason(error)) from error
+
+    def construct() -> TokenBridge:
+        try:
+            model = MODELS[args.model](**config)
+            check_head_options(model.head, args)
+            return model
+        except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
+            raise errors.UserError(errors.reason(error)) from error
+
+    model = misc.in_all_processes(construct)
 
     def load() -> None:
         if start.use == FINETUNE:
@@ -364,11 +369,11 @@ def main() -> None:
         if vae is not None:
             vae = misc.in_all_processes(lambda: vae.to(device, memory_format=torch.channels_last))
         held_out = loader_of_all(data["val"], device, args) if "val" in data else None
-        loader = None if measuring else training_loader(data["train"], device, args)
+        loader = None if measuring else misc.in_all_processes(lambda: training_loader(data["train"], device, args))
         run = Run(args, device, vae, tokenizer.latent_factor, make_evaluator(args, device), held_out)
         if not measuring:
             model.metadata["class_names"] = data["train"].classes
-            finetune.freeze(model, args.freeze)
+            misc.in_all_processes(lambda: finetune.freeze(model, args.freeze))
             train(run, model, loader, start)
             return
         if args.compile:
