@@ -305,14 +305,19 @@ def build_model(
     Raises:
         UserError: sizes that do not fit each other, options of sampling or weights that do not fit the model.
     """
-    try:
-        model = MODELS[args.model](**config)
-        check_head_options(model.head, args)
+
+    def construct() -> TokenBridge:
         trained = start.config if start.use == EVALUATE else config
-        for cfg in args.cfg if args.evaluate or args.online_eval else ():
-            check_guidance(trained.get("label_drop_prob", 0.1), cfg)
-    except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
-        raise errors.UserError(errors.reason(error)) from error
+        try:
+            model = MODELS[args.model](**config)
+            check_head_options(model.head, args)
+            for cfg in args.cfg if args.evaluate or args.online_eval else ():
+                check_guidance(trained.get("label_drop_prob", 0.1), cfg)
+            return model
+        except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
+            raise errors.UserError(errors.reason(error)) from error
+
+    model = misc.in_all_processes(construct)
 
     def load() -> None:
         if start.use == FINETUNE:
@@ -377,13 +382,13 @@ def main() -> None:
         if vae is not None:
             vae = misc.in_all_processes(lambda: vae.to(device, memory_format=torch.channels_last))
         held_out = loader_of_all(data["val"], device, args) if "val" in data else None
-        loader = None if measuring else training_loader(data["train"], device, args)
+        loader = None if measuring else misc.in_all_processes(lambda: training_loader(data["train"], device, args))
         run = Run(args, device, vae, tokenizer.latent_factor, make_evaluator(args, device), held_out)
         if not measuring:
             model.metadata["class_names"] = data["train"].classes
             known = tokenizer.sha256 or (start.config.get("vae_sha256") if start.use == RESUME else None)
             model.metadata |= {} if known is None else {"vae_sha256": known}
-            finetune.freeze(model, args.freeze)
+            misc.in_all_processes(lambda: finetune.freeze(model, args.freeze))
             train(run, model, loader, start)
             return
         if args.compile:

@@ -332,7 +332,7 @@ def main() -> None:
         seed_everything(args.seed + misc.get_rank())
         images, others = misc.in_all_processes(lambda: load_images(args))
         check_same_inputs({"train": images, "val": others}, None)
-        loader = training_loader(images, device, args)
+        loader = misc.in_all_processes(lambda: training_loader(images, device, args))
         measured = loader_of_all(evenly_spaced(others, MEASURED_IMAGES), device, args, persistent_workers=False)
         vae = train(build_losses(args, device), loader, measured, start, args)
         if args.dry_run:

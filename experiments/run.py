@@ -23,6 +23,7 @@ if __name__ == "__main__":
 from experiments.plan import DEFAULT, Experiments, Step, needed, plan
 from experiments.results import RESULTS, Results, beside
 from util.args import add_device_arg, check_positive, new_parser
+from util.devices import find_device
 from util.errors import UserError
 from util.errors import run as run_main
 from util.files import read_json, write_json
@@ -285,8 +286,10 @@ def fill_in(args: argparse.Namespace, experiments: Experiments) -> None:
     if Path.cwd() != ROOT:  # where commands run
         for name in ("data_path", "output_dir", "results"):
             setattr(args, name, os.path.abspath(getattr(args, name)))
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, problem = find_device(args.device)
+    if problem and not args.dry_run:
+        raise UserError(problem)
+    args.device = args.device or device.type
 
 
 def print_results(args: argparse.Namespace, experiments: Experiments) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from util import launcher
-from util.errors import ToldByMain, UserError, one_line, repeat_end, where
+from util.errors import ToldByMain, UserError, one_line, repeat_end
 
 DRIVER = Path("/proc/driver/nvidia/version")  # what Linux tells of NVIDIA's driver
 CPUINFO = Path("/proc/cpuinfo")
@@ -146,9 +146,11 @@ class Failures:
             while not self.over.wait(self.INTERVAL):
                 if self.store.check(["first"]):
                     status, text = json.loads(self.store.get("first"))
-                    if not self.over.wait(self.GRACE):
-                        print(f"{where()}error: {text}", file=sys.stderr, flush=True)
-                        os._exit(status)
+                    if self.over.wait(self.GRACE):
+                        return
+                    if os.environ["RANK"] == "0":
+                        print(f"error: {text}", file=sys.stderr, flush=True)
+                    os._exit(status)
 
 
 def join_group(device: torch.device, problem: str, timeout: timedelta) -> tuple[int, Failures]:

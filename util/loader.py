@@ -235,10 +235,10 @@ class ImagesToCache(ImageFolder):
         except UserError:  # damaged
             return False
 
-    def read(self, index: int) -> tuple:
+    def read(self, index: int, mirrored: bool = False) -> tuple:
         # The hash first: if the file is replaced in between, the next run finds that it differs.
         digest = image_hash(self.source, index)
-        return *super().read(index), self.source.name(index), digest
+        return *super().read(index, mirrored), self.source.name(index), digest
 
     def __getitem__(self, index: int):
         if self.is_cached(index):

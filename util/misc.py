@@ -397,6 +397,9 @@ def progress(iterable: Iterable | None = None, **options) -> tqdm:
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_FLOAT64 = {"mps"}  # types of devices
+# Of torch's two interfaces to TF32, the older one exists in all versions, and sets the newer one, too; both must not be
+# mixed. Some versions call it deprecated.
+warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
 
 
 @lru_cache
@@ -420,10 +423,7 @@ def exact_convolutions() -> Iterator[None]:
 
     PyTorch's default is TF32, whose mantissa has 10 bits. (Matrix products are in float32 by default.)
     """
-    # This older one of two interfaces exists in all versions, and sets the newer one, too. Some call it deprecated.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield
     finally:

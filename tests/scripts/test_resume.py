@@ -572,3 +572,14 @@ def test_nothing_in_training_and_sampling_is_refused_as_not_deterministic(train,
     finally:
         torch.use_deterministic_algorithms(False)
     assert list((folder / "online_eval").iterdir())
+
+
+def test_a_run_that_goes_on_in_another_precision_says_so(train, tmp_path, instructions, caplog):
+    instructions("bf16")
+    train("run", "--epochs 1 --precision bf16")
+    instructions()  # on a CPU of another kind
+    train("run", f"--epochs 2 --precision bf16 --resume {tmp_path}/run")
+    assert "was written by a run in bf16, this one computes in fp32" in caplog.text
+    caplog.clear()
+    train("run", f"--epochs 3 --precision bf16 --resume {tmp_path}/run")
+    assert "was written" not in caplog.text
