@@ -344,7 +344,7 @@ def main() -> None:
         seed_everything(args.seed + misc.get_rank())
         if args.quant_calibrate and config["channel_mean"] is None:
             config |= calibrate(args, data["train"], vae, tokenizer, device)
-        model = build_model(args, config, start, device, classes)
+        model = build_model(args, config, start, device, None if measuring else data["train"].classes)
         model.metadata = {"model": args.model, "latent_factor": tokenizer.latent_factor}
         if (args.evaluate or args.online_eval) and args.num_iter > model.seq_len:
             misc.log.info("--num_iter %d for %d tokens: %d steps do it", args.num_iter, model.seq_len, model.seq_len)

@@ -72,8 +72,8 @@ def own_tokenizer(path: Path, address: Any, content: Mapping[str, Any], **option
             hub.fetch_beside(address, path, name, **options)
     flags = content.get("args")
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    named = flags.get("vae_path") if isinstance(flags, dict) else None
-    named = named if isinstance(named, str) else None
+    named: Any = flags.get("vae_path") if isinstance(flags, dict) else None
+    named = named if isinstance(named, str) else None  # a damaged file may hold anything
     for place in [*(path.parent / name for name in BESIDE), *([named] if named else [])]:
         if hub.is_address(place) or Path(place).exists():
             return place
