@@ -75,10 +75,7 @@ def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) 
 
 
 def identity(path: str | Path | None) -> dict[str, str] | None:
-    """What tells a file from others of its name: its SHA-256; None for no file.
-
-    That of a folder is of names, sizes and times of its files.
-    """
+    """Return path and SHA-256 of a file, or of the names, sizes and times of a folder's files; None without a path."""
     if path is None:
         return None
     file = Path(path)
@@ -90,10 +87,7 @@ def identity(path: str | Path | None) -> dict[str, str] | None:
 
 
 def weights_identity(run: Run, model: TokenBridge) -> dict[str, str | bool]:
-    """Identifies the weights of model and tokenizer by their SHA-256: samples of others are made anew.
-
-    The main process's count for all: they are those that all have.
-    """
+    """Return the SHA-256 of the weights of model and tokenizer, computed by rank 0; samples of others are replaced."""
 
     def identify() -> dict[str, str | bool]:
         assert run.vae is not None

@@ -80,9 +80,9 @@ def own_tokenizer(path: Path, address: Any, content: Mapping[str, Any], **option
             hub.fetch_beside(address, path, name, **options)
     flags = content.get("args")
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    named = flags.get("vae_path") if isinstance(flags, dict) else None
-    places: list[str | Path] = [path.parent / name for name in BESIDE]
-    for place in places + ([named] if isinstance(named, str) else []):
+    named: Any = flags.get("vae_path") if isinstance(flags, dict) else None
+    named = named if isinstance(named, str) else None  # a damaged file may hold anything
+    for place in [*(path.parent / name for name in BESIDE), *([named] if named else [])]:
         if hub.is_address(place) or Path(place).exists():
             return place
     was = f", and {named}, which its run names, is not here" if named else ""

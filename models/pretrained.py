@@ -263,7 +263,7 @@ class PretrainedVAE:
 
 
 def check_diffusers(path: Path) -> None:
-    """Raises UserError, which says what is there, for weights of diffusers in another form than the one that is read.
+    """Raise UserError for weights of diffusers in another form than the one that is read; it names what is there.
 
     Args:
         path: the tokenizer's file, or the one that was looked for in its folder.

@@ -49,7 +49,7 @@ class Tokenizer(NamedTuple):
         return math.isclose(self.latent_factor, latent_factor, rel_tol=1e-6)
 
     def same_weights(self, sha256: str | None) -> bool:
-        """Whether ``sha256`` is of this tokenizer's weights, or either is unknown."""
+        """Return whether ``sha256`` is that of this tokenizer's weights, or either is unknown."""
         return sha256 is None or self.sha256 is None or sha256 == self.sha256
 
 
@@ -357,7 +357,7 @@ def check_config(
 
 
 def check_tokenizer(stored: Mapping[str, Any], tokenizer: Tokenizer, path: str | Path | None) -> None:
-    """Raises UserError if the checkpoint ``path``, of config ``stored``, was trained with a tokenizer of other weights.
+    """Raise UserError if the checkpoint ``path``, of config ``stored``, was trained with a tokenizer of other weights.
 
     Published and older checkpoints, and caches that store no hash of their tokenizer's weights, cannot be compared.
     """

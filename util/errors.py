@@ -41,7 +41,7 @@ def reason(error: BaseException) -> str:
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:
-    """The first ``limit`` of ``names``, and how many more there are."""
+    """Return the first ``limit`` of ``names``, and the number of the others, as text."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 

@@ -189,7 +189,7 @@ class ImageFolderWithFilename(ImageFolder):
 
 
 def image_hash(source: Folder | Rows, index: int) -> np.ndarray:
-    """SHA-256 of the file of image ``index``, or of the bytes in its row, as uint8 ``[32]``.
+    """Return the SHA-256 of the file of image ``index``, or of the bytes in its row, as uint8 ``[32]``.
 
     Raises:
         UserError: the file cannot be read.
@@ -214,8 +214,8 @@ class ImagesToCache(ImageFolder):
         shape: of the moments; those of another shape are replaced.
 
     Attributes:
-        not_compared: for each image, whether the cache has moments of it that come without a hash; in memory that the
-            loader's workers share.
+        not_compared: bool ``[N]``, true for images whose cached moments have no hash; the loader's workers share its
+            memory.
     """
 
     def __init__(self, *args, cached_path: str | Path, shape: tuple[int, ...], **kwargs):
@@ -224,7 +224,7 @@ class ImagesToCache(ImageFolder):
         self.not_compared = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     def is_cached(self, index: int) -> bool:
-        """Whether the cache has whole moments of image ``index`` as it is now."""
+        """Return whether the cache has whole moments of image ``index``, and of its present bytes."""
         path = cached_file(self.cached_path, self.source.name(index))
         try:
             if not path.exists() or any(CachedFolder.read_moments(path, view).shape != self.shape for view in VIEWS):
@@ -244,12 +244,12 @@ class ImagesToCache(ImageFolder):
         if self.is_cached(index):
             return None
         item = self.read_unless_bad(index)
-        if item is None:  # what the cache has is of an image that was there before
+        if item is None:  # cached moments are those of a former image, or damaged
             cached_file(self.cached_path, self.source.name(index)).unlink(missing_ok=True)
         return item
 
     def check_others(self) -> None:
-        """Raises UserError if the cache holds moments of images that are not among these, or cannot hold some name."""
+        """Raise UserError if the cache holds moments of other images, or cannot hold those of some of these."""
         names = {str(cached_file("", self.source.name(index))) for index in range(len(self))}
         there = [
             os.path.relpath(os.path.join(folder, file), self.cached_path)
@@ -368,9 +368,9 @@ def check_classes(
     trained: Sequence[str] | None = None,
     renamed: bool = True,
 ) -> None:
-    """Raises UserError if ``root``'s ``classes`` are not ``class_num``, or not those that were ``trained``, by name.
+    """Raise UserError if ``root``'s ``classes`` are not ``class_num``, or not those that were ``trained``, by name.
 
-    Where they may be ``renamed``, names of which none is common are another naming of the same classes.
+    If they may be ``renamed``, names of which none is common are other names of the same classes.
     """
     differ = trained is not None and list(trained) != list(classes)
     if differ and (set(trained) & set(classes) or not renamed):

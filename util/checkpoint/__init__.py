@@ -77,11 +77,11 @@ def read(path: str | Path, checksums: bool = True) -> dict[str, Any]:
 
 
 class Refused(UserError):
-    """A whole file that holds more than data."""
+    """A file is whole, but holds more than data, and was not loaded."""
 
 
 def not_loaded(path: Path) -> UserError:
-    """The error for a file that ``weights_only`` refuses; it names the classes and functions in it."""
+    """Return the error for a file that ``weights_only`` refuses; it names the classes and functions in the file."""
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -99,7 +99,7 @@ def not_loaded(path: Path) -> UserError:
 
 
 def without_wrappers(weights: dict[str, Any], path: Path) -> dict[str, Any]:
-    """``weights`` without the :data:`WRAPPERS` in their names, which other programs store; logged if there are any."""
+    """Return ``weights`` without the :data:`WRAPPERS` in their names; log if there are any."""
     names = [WRAPPERS.sub(r"\1", name) if isinstance(name, str) else name for name in weights]
     if names == list(weights) or len(set(names)) < len(names):
         return weights
@@ -230,7 +230,10 @@ def check_folder_is_free(output_dir: str | Path, resume: str, name: str) -> None
 
 
 def progress(resume: str | Path, names: Sequence[str] = RUN_NAMES) -> tuple[int, float]:
-    """Epoch and share of the next one, of the newest checkpoint in ``resume`` that can be read; (-2, 0) without one."""
+    """Return the epoch of the newest readable checkpoint in ``resume``, and the share of the next one that is done.
+
+    The result is (-2, 0.0) if there is none. Tensors are not read.
+    """
     path = located(resume, names)
     for each in (path, *older(path)):
         try:
@@ -244,10 +247,10 @@ def progress(resume: str | Path, names: Sequence[str] = RUN_NAMES) -> tuple[int,
 
 
 def check_newest(resume: str | Path, names: Sequence[str] = RUN_NAMES) -> None:
-    """Raises UserError, on all processes, if another machine than that of the main process has a newer checkpoint.
+    """Raise UserError, on all ranks, if another machine than that of rank 0 has a newer checkpoint.
 
-    A run would otherwise go on from an older one, or begin afresh, when its first process has moved to another machine.
-    Epoch and step within the files decide: clocks of machines differ, and copies get new times.
+    A run would otherwise continue from an older one, or start afresh, when rank 0 has moved to another machine. Epoch
+    and step in the files decide, not their times: clocks of machines differ, and copies get new times.
     """
     for look in range(LOOKS):
         mine = progress(resume, names) if is_local_main_process() else (-2, 0.0)
@@ -322,7 +325,7 @@ Stamp = tuple[int, ...]
 
 
 def stamp(path: Path) -> Stamp | None:
-    """What tells the file at ``path`` from others that have had, or get, its name; None if there is no file."""
+    """Return what identifies the file at ``path`` even if it is renamed; None if there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -331,16 +334,16 @@ def stamp(path: Path) -> Stamp | None:
 
 
 def save(path: str | Path, content: dict[str, Any], keep_last: int = 1, whole: Stamp | None = None) -> Stamp | None:
-    """Writes a checkpoint whole or not at all; ``keep_last - 1`` earlier ones stay beside it, numbered by age.
+    """Write a checkpoint whole or not at all; ``keep_last - 1`` earlier ones stay beside it, numbered by age.
 
-    The earlier ones are left as they are until the new one is flushed to disk. If there was a whole checkpoint, one is
-    there at every moment.
+    Earlier checkpoints keep their names until the new one is flushed to disk. If there was a whole checkpoint, there is
+    one at every moment.
 
     Args:
         whole: :func:`stamp` of the file that this run wrote or read last; see :func:`rotate`.
 
     Returns:
-        the new file's stamp.
+        the stamp of the new file.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -358,10 +361,10 @@ def save(path: str | Path, content: dict[str, Any], keep_last: int = 1, whole: S
 
 
 def rotate(path: Path, keep_last: int, whole: Stamp | None) -> None:
-    """Numbers the checkpoint at ``path``, which gets a second name, and earlier ones one higher.
+    """Give the checkpoint at ``path`` a second name, that of the first earlier one, and number these one higher.
 
-    No damaged file takes the place of a whole one. Files newer than ``whole``, from which a run was resumed, could not
-    be read: they are not kept. If ``whole`` is not there, the file at ``path`` is kept if it can be read.
+    A damaged file never takes the place of a whole one: files newer than ``whole`` could not be read when the run
+    resumed from it, and are not kept. If ``whole`` is not there, the file at ``path`` is kept if it can be read.
     """
     found = [path, *older(path)]
     stamps = [stamp(each) for each in found]

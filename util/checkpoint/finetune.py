@@ -40,10 +40,10 @@ def resized(positions: Tensor, buffer: int, new_buffer: int, side: int) -> Tenso
 
 
 def by_class(value: Any, parameter: Tensor, theirs: Any, classes: Sequence[str] | None, path: Path) -> tuple[Any, int]:
-    """Class embeddings to start from, and how many of their rows are ``value``'s; the others are ``parameter``'s.
+    """Return the class embeddings to start from, and the number of rows that come from ``value``, a checkpoint's.
 
-    Rows are matched by the names of their classes: ``theirs`` and ``classes``. Where either is unknown, rows of equal
-    number are taken for the same class, but only if there are equally many. What is done is logged.
+    Rows are matched by the names of their classes, ``theirs`` and ``classes``. The others are those of ``parameter``.
+    If names are unknown, rows are matched by number, but only if the number of classes is the same. The log says which.
     """
     if classes is None or not isinstance(theirs, list) or not dense(value) or len(theirs) != len(value):
         if not fits(value, parameter):

@@ -19,9 +19,9 @@ SHAPE_HINT = "Check --model, --quant_bits, --class_num, --img_size, --patch_size
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's weights and buffers, by which models of equal sizes are told apart.
+    """Return the SHA-256 of a model's weights and buffers.
 
-    It follows from the model alone: a tokenizer has the same one whichever format of file it was loaded from.
+    It does not depend on the format of the file that they were loaded from.
     """
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
