@@ -51,7 +51,7 @@ class SampleFolder:
             save_png(image, self.image_path(number))
 
     def numbers(self) -> set[int]:
-        """The numbers of the images that are there; other files are nobody's business."""
+        """The numbers of the images that are there; files of other names do not count."""
         paths = [path for path in self.path.glob("*.png") if path.stem.isdecimal()]
         return {int(path.stem) for path in paths if path == self.image_path(int(path.stem))}
 

@@ -221,7 +221,7 @@ def test_a_chunk_of_images_is_waited_for_at_its_end(monkeypatch):
 def test_edited_pictures_are_waited_for_at_their_end():
     image, mask = Image.new("RGB", (20, 16)), Image.new("L", (20, 16))
     mask.paste(255, (0, 0, 9, 9))
-    waits = "decode_images", "check_finite", "make", "check_finite"  # the checks for nothing that is not there
+    waits = "decode_images", "check_finite", "make", "check_finite"  # the checks read what is computed by then
     with FakeCuda(*waits) as cuda, mock.patch.object(TokenBridgePipeline, "to"):  # fakes stay
         model = cuda.put(model_of("ar", img_size=16, vae_stride=4))
         pipe = TokenBridgePipeline(model, tokenizer(cuda), 0.5)
