@@ -106,7 +106,7 @@ class RunLog(SummaryWriter):
     PAUSE = 60.0
 
     def __init__(self, folder: str | Path, steps_done: int):
-        self.folder, self.closed_until, self.failing = folder, -math.inf, False
+        self.folder, self.closed_until, self.warned = folder, -math.inf, False
         threading.excepthook = report_thread
         self._try(super().__init__, str(folder), purge_step=steps_done + 1)
 
@@ -115,12 +115,11 @@ class RunLog(SummaryWriter):
             return
         try:
             call(*args, **options)
-            self.failing = False
         except Exception as error:  # the thread's, too, raised by a later call; the log is no reason to end a run
-            if not self.failing:
+            if not self.warned:
                 text = "cannot write TensorBoard's log in %s (%s); training goes on without it, and tries again"
                 misc.log.warning(text, self.folder, reason(error))
-            self.failing, self.closed_until = True, time.monotonic() + self.PAUSE
+            self.warned, self.closed_until = True, time.monotonic() + self.PAUSE
             self.file_writer = self.all_writers = None  # the next call makes a new one
 
     def add_scalar(self, *args: Any, **options: Any) -> None:

@@ -231,7 +231,7 @@ def test_a_process_that_fails_alone_ends_one_that_would_not_notice(monkeypatch, 
     not (torch.backends.cuda.is_built() and hasattr(torch._C, "_ensureCUDADeviceGuardSet")),
     reason="torch's CUDA wheel is needed (no GPU is), whose fake tensors do without a driver (not 2.6's)",
 )
-def test_the_stop_flag_is_asked_on_cuda_without_waiting_for_the_device(monkeypatch):
+def test_stop_flag_and_checksums_are_exchanged_on_cuda_without_waiting_for_the_device(monkeypatch):
     said = []
     event = mock.Mock(record=lambda: said.append("recorded"), synchronize=lambda: said.append("waited for"))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
@@ -251,3 +251,14 @@ def test_the_stop_flag_is_asked_on_cuda_without_waiting_for_the_device(monkeypat
         return said
 
     assert forked(1, ask) == ([["reduced", "recorded", "waited for"]], [0])
+
+    def compare(rank: int) -> list[str]:  # as the weights of ranks at a save
+        with FakeTensorMode():
+            weights = torch.ones(3, device="cuda"), torch.ones(2, 2, dtype=torch.bfloat16, device="cuda")
+            sums = misc.arriving_from_all(torch.stack([misc.bit_sum(weights)]))
+            assert said == ["reduced", "recorded"] and not sums.read().is_cuda
+        return said
+
+    monkeypatch.setattr(misc, "get_world_size", lambda: 2)
+    monkeypatch.setattr(misc, "get_rank", lambda: 1)
+    assert forked(1, compare) == ([["reduced", "recorded", "waited for"]], [0])

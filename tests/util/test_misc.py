@@ -147,3 +147,15 @@ def test_a_run_needs_nothing_that_only_linux_has(cached, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert math.isnan(scalars(tmp_path / "run", "speed/memory_gib").popitem()[1])
     assert (tmp_path / "run" / "checkpoint-last.pth").exists()
+
+
+def test_a_checksum_tells_one_bit_and_what_changed_places():
+    tensors = [torch.randn(5), torch.randn(2, 3).bfloat16(), torch.arange(4), torch.ones(2).bool()]
+    sums = [misc.checksum(tensors)]
+    tensors[0].view(torch.int32)[3] ^= 1 << 31
+    sums.append(misc.checksum(tensors))
+    tensors[2] += torch.tensor([0, 0, 1, 0])
+    sums.append(misc.checksum(tensors))
+    same_kind = [torch.zeros(2), torch.ones(2)]
+    sums += [misc.checksum(same_kind), misc.checksum(same_kind[::-1])]
+    assert len(set(sums)) == 5 and all(len(each) == 16 for each in sums)
