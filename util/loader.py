@@ -89,6 +89,8 @@ class TrainingItems:
 
     def __getitem__(self, index: int) -> tuple:
         """Return the tensor and the label of item ``index``, or of the next one that can be read."""
+        if index >= len(self):
+            raise IndexError(index)  # which ends an iteration
         mirrored = self.mirror and self.mirrored(index)
         for candidate in chain(range(index, len(self)), range(index)):
             if item := self.read_unless_bad(candidate, mirrored):

@@ -317,6 +317,7 @@ def test_the_next_image_takes_a_bad_ones_place(images, tmp_path):
     damaged(tmp_path / "cache" / "a" / "1.JPEG.npz")
     cache.bad_images = data.bad_images
     assert torch.equal(cache[1][0], cache[2][0])
+    assert len(list(cache)) == 3 and len(list(data)) == 16
     for path in (images / "train").rglob("*.png"):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the images"):

@@ -37,7 +37,8 @@ def test_inception_computes_in_float32_whatever_the_runs_precision(monkeypatch):
         return torch.backends.cudnn.allow_tf32
 
     monkeypatch.setattr(metrics.FeatureExtractorInceptionV3, "forward", forward)
-    assert torch.backends.cudnn.allow_tf32 and metrics.Inception.forward(None, torch.zeros(1)) is False
+    inception = metrics.Inception.__new__(metrics.Inception)  # without weights
+    assert torch.backends.cudnn.allow_tf32 and inception.forward(torch.zeros(1)) is False
 
 
 def spread(count: int, width: float) -> dict[str, torch.Tensor]:
