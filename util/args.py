@@ -17,9 +17,9 @@ from util.misc import PRECISIONS, check_same, effective_precision
 #: Data loading processes by default: one for each core that this process may use, 10 at most.
 WORKERS = min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
-#: Flags of the release and of MAR that are not needed here, and why.
 LAUNCHER = "torchrun decides this"
 DIFFUSION = "MAR's diffusion loss has this, TokenBridge has none"
+#: Flags of the release and of MAR that are not needed here, and why.
 NOT_NEEDED = {
     "use_quantized_value": "the release ignores this, tokens are always the quantized values",
     "world_size": LAUNCHER,
