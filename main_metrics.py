@@ -51,7 +51,7 @@ def main() -> None:
             if not (args.fid_stats or args.reference or args.json):
                 return
         if args.img_size is not None:  # the crop was for the statistics
-            features = evaluator.features(PlainImages(args.images))
+            features = evaluator.features(images.uncropped())
         figures = evaluator.measure(features)
         if misc.is_main_process():
             print(table(figures))

@@ -327,7 +327,7 @@ def main() -> None:
         config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, start)
         if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
             check_num_images(args.num_images, args.class_num)
-        data, classes = {}, start.config.get("class_names") if measuring else None
+        data, classes = {}, None if start.use == FINETUNE else start.config.get("class_names")
         for split in splits:
             data[split] = load_data(args, split, tokenizer, classes)
             classes = data[split].classes

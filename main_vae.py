@@ -36,7 +36,7 @@ from util.images import psnr, to_uint8
 from util.loader import BadImages, ImageFolder, evenly_spaced, image_transform
 from util.provenance import provenance
 from util.rng import seed_everything
-from util.sources import open_images
+from util.sources import NO_LABELS, NoSplit, open_images
 from util.training_state import TrainingState
 
 #: The result; what an interrupted run goes on from; what is measured of the result.
@@ -151,11 +151,12 @@ def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     """
     bad_images = BadImages(args.output_dir) if args.skip_bad_images else None
     options = {"transform": image_transform(args.img_size), "bad_images": bad_images}
-    source = open_images(args.data_path, "train", args.image_column, args.label_column)
+    columns = args.image_column, args.label_column or NO_LABELS  # a tokenizer learns no classes
+    source = open_images(args.data_path, "train", *columns)
     training = ImageFolder(source, mirror=args.mirror, **options)
     try:
-        source = open_images(args.data_path, "val", args.image_column, args.label_column)
-    except errors.UserError:
+        source = open_images(args.data_path, "val", *columns)
+    except NoSplit:
         misc.log.info("no val images in %s: reconstructions are measured on training images", args.data_path)
     measured = ImageFolder(source, **options)
     check_same_inputs({"train": training, "val": measured}, None)

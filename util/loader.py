@@ -16,14 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, default_collate
-from torchvision import datasets, transforms
+from torchvision import transforms
 
 from util.args import check_range
+from util.classes import all_numbers, comparable
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import inside, read_arrays
-from util.misc import get_rank, get_world_size, warn
-from util.sources import Folder, Rows, existing_folder
+from util.misc import get_rank, get_world_size, log, warn
+from util.sources import Folder, Rows, existing_folder, find_class_folders
 
 #: The description of a cache, and of a packed one: tokenizer, image size, number of images.
 CACHE_METADATA, PACKED_METADATA = "cache.json", "packed.json"
@@ -69,7 +70,7 @@ class BadImages:
     """A list of the images that a run could not read, kept in files, since the workers of a loader share no memory.
 
     Each process of the run and its workers append to ``folder/bad_images-rank<n>.txt`` a line with path and reason
-    whenever they meet a bad image; one that every epoch meets again counts once.
+    when they meet a bad image; one that is met again, as every epoch does, is listed and counted once.
     """
 
     def __init__(self, folder: str | Path):
@@ -81,8 +82,10 @@ class BadImages:
         """Lists an image by the message of the error that reading it raised."""
         self.folder.mkdir(parents=True, exist_ok=True)
         line = str(error).encode(errors="surrogateescape").replace(b"\n", b" ") + b"\n"
-        with open(self.path, "ab", buffering=0) as file:  # one write a line: workers' lines do not mix
-            file.write(line)
+        with open(self.path, "a+b", buffering=0) as file:  # one write a line: workers' lines do not mix
+            file.seek(0)
+            if line not in file.readlines():
+                file.write(line)
 
     def count(self) -> int:
         """The number of bad images that all processes have listed so far; a warning tells it if there are any."""
@@ -187,7 +190,7 @@ def collate_present(items: list) -> list | None:
 # Cached moments.
 
 
-class CachedFolder(MirrorDraws, datasets.DatasetFolder):
+class CachedFolder(MirrorDraws, Dataset):
     """``root/<class>/<image name>.npz`` with ``moments`` and ``moments_flip``, as main_cache.py and MAR write them.
 
     Items are moments ``[2C, h, w]``, float32, not scaled, and the label; with ``mirror`` the moments are those of the
@@ -203,15 +206,15 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
     """
 
     def __init__(self, root: str | Path, mirror: bool = True):
-        root = existing_folder(root, "cache")
-        self.mirror = mirror
-        try:
-            super().__init__(str(root), loader=self.read_moments, extensions=(".npz",))
-        except FileNotFoundError as error:
-            message = f"{root} holds no cached moments (<class>/<file>.npz); make them with main_cache.py"
-            raise UserError(message) from error
+        self.root, self.mirror = existing_folder(root, "cache"), mirror
+        found, _, _ = find_class_folders(self.root, (".npz",))
+        if not found or not all(found.values()):
+            where = next((self.root / name for name, paths in found.items() if not paths), root)
+            raise UserError(f"{where} holds no cached moments (<class>/<file>.npz); make them with main_cache.py")
+        self.classes = list(found)
+        self.samples = [(path, label) for label, name in enumerate(found) for path in found[name]]
         self.shape: tuple[int, ...] | None = None
-        self.metadata = read_cache_metadata(root) or {}
+        self.metadata = read_cache_metadata(self.root) or {}
         planned = self.metadata.get("images", len(self.samples))
         if len(self.samples) < planned or not self.metadata.get("complete", True):
             raise UserError(f"{root} is incomplete: {len(self.samples)} of {planned} files; run main_cache.py again")
@@ -220,6 +223,9 @@ class CachedFolder(MirrorDraws, datasets.DatasetFolder):
                 f"{root} holds {len(self.samples)} files, but was made of {planned} images: some are of images that "
                 "are gone, or of other data; make it anew in another folder"
             )
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def __getitem__(self, index: int):
         return self.view(index, int(self.mirror and self.mirrored(index))), self.samples[index][1]
@@ -269,19 +275,41 @@ def read_cache_metadata(root: str | Path) -> dict | None:
 
 
 def check_classes(
-    classes: Sequence[str], class_num: int, root: str | Path, trained: Sequence[str] | None = None
-) -> None:
-    """Raises UserError if ``root``'s ``classes`` are not ``class_num``, or not those that were ``trained``, by name.
+    classes: Sequence[str],
+    class_num: int,
+    root: str | Path,
+    trained: Sequence[str] | None = None,
+    held_out: bool = False,
+) -> list[int]:
+    """Check ``root``'s ``classes`` against those that were ``trained``, and return the label of each.
 
-    Names of which none is common are another naming of the same classes.
+    That is the position of the class; of held-out classes the label of the trained class of that name, or the number
+    that the name is where trained classes have other names. If no name says which class it is, positions count.
+
+    Raises:
+        UserError: the classes are not ``class_num``, or not those that were ``trained``.
     """
-    if trained is not None and set(trained) & set(classes) and list(trained) != list(classes):
-        sides = {"lacks": set(trained) - set(classes), "has besides": set(classes) - set(trained)}
+    own, known = comparable(classes), comparable(trained or [])
+    labels = list(range(len(classes)))
+    if held_out and all_numbers(own) and not all_numbers(known):
+        labels = [int(name) for name in own]
+        if len(set(labels)) < len(labels) or max(labels) >= class_num:
+            what = f"{root} has classes that are numbers, from {min(labels)} to {max(labels)}"
+            raise UserError(f"{what}: they must be different ones of 0 to {class_num - 1}, the labels in training")
+        log.info("%s: names of classes are numbers, and read as the labels in training", root)
+    elif held_out and sorted(own) == sorted(known):
+        labels = [known.index(name) for name in own]
+    elif set(own) & set(known) and own != known:
+        sides = {"lacks": set(known) - set(own), "has besides": set(own) - set(known)}
         what = "; ".join(f"{verb} {', '.join(sorted(names)[:4])}" for verb, names in sides.items() if names)
         raise UserError(f"{root} has other classes than the training images: it {what or 'orders them otherwise'}")
+    elif trained and len(trained) == len(classes) and own != known:
+        text = "%s has other names of classes than the training images: their order counts, %s is %s, ..., %s is %s"
+        warn(text, root, classes[0], trained[0], classes[-1], trained[-1])
     if len(classes) != class_num:
         count, plural = len(classes), "es" if len(classes) > 1 else ""
         raise UserError(f"{root} has {count} class{plural}, but class_num is {class_num}: pass --class_num {count}")
+    return labels
 
 
 # --------------------------------------------------------------------------------------------------------------------

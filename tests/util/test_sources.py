@@ -163,7 +163,7 @@ def test_what_datasets_cannot_open_is_one_line(images, tmp_path, served, monkeyp
             Rows(place, "train")
         assert "\n" not in str(error.value)
     only = write_rows(tmp_path / "only", in_rows(images / "train"))
-    with pytest.raises(UserError, match="has no split validation or val or valid: it has train"):
+    with pytest.raises(UserError, match="has no split validation or val or valid or test or testing: it has train"):
         Rows(only, "val")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs a package that is not installed: pip install datasets"):
