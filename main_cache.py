@@ -100,8 +100,9 @@ def main() -> None:
         check_shared(args.cached_path)
         side = args.img_size // vae.stride
         bad_images = BadImages(args.cached_path) if args.skip_bad_images else None
+        columns = args.image_column, args.label_column
         dataset = ImagesToCache(
-            open_images(args.data_path, args.split, args.image_column, args.label_column),
+            misc.in_all_processes(lambda: open_images(args.data_path, args.split, *columns)),
             image_transform(args.img_size),
             bad_images=bad_images,
             cached_path=args.cached_path,

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -219,7 +220,7 @@ def load_tokenizer(
         UserError: it cannot be read, is not named, or a cache was made with another one.
     """
     vae, found = None, []
-    roots = [data_root(args, split) for split in splits]
+    roots = misc.in_all_processes(lambda: [data_root(args, split) for split in splits])
     named = args.vae_path != defaults.vae_path
     needed = args.evaluate or args.online_eval or not args.use_cached
     factor = start.config.get("latent_factor", KL16_LATENT_FACTOR)
@@ -329,7 +330,7 @@ def main() -> None:
             check_num_images(args.num_images, args.class_num)
         data, classes = {}, None if start.use == FINETUNE else start.config.get("class_names")
         for split in splits:
-            data[split] = load_data(args, split, tokenizer, classes)
+            data[split] = misc.in_all_processes(partial(load_data, args, split, tokenizer, classes))
             classes = data[split].classes
         check_same_inputs(data, vae)
         seed_everything(args.seed + misc.get_rank())

@@ -159,7 +159,6 @@ def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     except NoSplit:
         misc.log.info("no val images in %s: reconstructions are measured on training images", args.data_path)
     measured = ImageFolder(source, **options)
-    check_same_inputs({"train": training, "val": measured}, None)
     return training, measured
 
 
@@ -311,7 +310,8 @@ def main() -> None:
         check_same_flags(args)
         start = open_start(args)
         seed_everything(args.seed + misc.get_rank())
-        images, others = load_images(args)
+        images, others = misc.in_all_processes(lambda: load_images(args))
+        check_same_inputs({"train": images, "val": others}, None)
         loader = training_loader(images, device, args)
         measured = loader_of_all(evenly_spaced(others, MEASURED_IMAGES), device, args, persistent_workers=False)
         vae = train(build_losses(args, device), loader, measured, start, args)

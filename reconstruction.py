@@ -367,7 +367,8 @@ def main() -> None:
         if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
             raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
         check_same_flags(args)
-        source = open_images(args.image_dir, "train", args.image_column, args.label_column)
+        columns = args.image_column, args.label_column
+        source = misc.in_all_processes(lambda: open_images(args.image_dir, "train", *columns))
         dataset, n = ImageFolderWithFilename(source, image_transform(args.img_size)), args.images_per_class
         chosen = Subset(dataset, first_of_each_class(dataset.samples, n))
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)

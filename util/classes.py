@@ -60,7 +60,7 @@ def find_class(asked: str, names: Sequence[str]) -> int:
     Raises:
         UserError: there is no such class, or there are several.
     """
-    asked, spelled = composed(asked).strip(), [composed(name) for name in names]
+    asked, spelled = composed(asked).strip(), [composed(name).strip() for name in names]
     parts = [[part.strip().lower() for part in name.split(",")] for name in comparable(names)]
     ways = (
         [label for label, name in enumerate(spelled) if name == asked],

@@ -233,7 +233,7 @@ def find_files(root: str | Path, endings: tuple[str, ...] = ENDINGS) -> tuple[di
                 else:
                     skipped[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
         found[folder] = sorted(names)
-        for each in folders:
+        for each in sorted(folders):
             walk(each, above.union((real, *map(str, Path(real).parents))))
 
     try:
