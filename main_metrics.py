@@ -52,7 +52,7 @@ def main() -> None:
             if not (args.fid_stats or args.reference or args.json):
                 return
         if args.img_size is not None:  # the crop was for the statistics
-            features = evaluator.features(misc.in_all_processes(lambda: PlainImages(args.images)))
+            features = evaluator.features(misc.in_all_processes(images.uncropped))
         figures = evaluator.measure(features)
         if misc.is_main_process():
             print(table(figures))

@@ -37,7 +37,7 @@ from util.images import psnr, to_uint8
 from util.loader import BadImages, ImageFolder, evenly_spaced, image_transform
 from util.provenance import provenance
 from util.rng import seed_everything
-from util.sources import open_images
+from util.sources import NO_LABELS, NoSplit, open_images
 from util.training_state import TrainingState
 
 #: The result; what an interrupted run goes on from; what is measured of the result.
@@ -154,11 +154,12 @@ def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
         "transform": image_transform(args.img_size),
         "bad_images": BadImages(None if args.dry_run else args.output_dir, args.skip_bad_images),
     }
-    source = open_images(args.data_path, "train", args.image_column, args.label_column)
+    columns = args.image_column, args.label_column or NO_LABELS  # a tokenizer learns no classes
+    source = open_images(args.data_path, "train", *columns)
     training = ImageFolder(source, mirror=args.mirror, **options)
     try:
-        source = open_images(args.data_path, "val", args.image_column, args.label_column)
-    except errors.UserError:
+        source = open_images(args.data_path, "val", *columns)
+    except NoSplit:
         misc.log.info("no val images in %s: reconstructions are measured on training images", args.data_path)
     return training, ImageFolder(source, **options)
 

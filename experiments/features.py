@@ -1,6 +1,7 @@
 """Trains a small classifier, in whose features images are compared (plain python)."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from util import checkpoint, errors, misc
 from util.args import DATA_PATH, add_device_arg, add_mirror_arg, check_positive, new_parser
 from util.files import write_json, written_whole
 from util.images import to_uint8
-from util.loader import ImageFolder, image_transform
+from util.loader import ImageFolder, check_classes, image_transform
 from util.provenance import provenance
 from util.rng import seed_everything
 from util.sources import open_images
@@ -62,12 +63,20 @@ class FeatureNet(nn.Module):
         return (found == labels).double().mean().item()
 
 
-def read_images(data_path: str, split: str, img_size: int) -> tuple[Tensor, Tensor, int]:
-    """All images of a split as bytes ``[N, 3, H, W]``, their labels ``[N]``, and the number of classes."""
+def read_images(
+    data_path: str, split: str, img_size: int, trained: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor, list[str]]:
+    """All images of a split as bytes ``[N, 3, H, W]``, their labels ``[N]``, and names of the classes.
+
+    Args:
+        trained: names of the classes in training, by which held-out images are labeled.
+    """
     source = open_images(data_path, split)
+    count = len(trained or source.classes)
+    labels = check_classes(source.classes, count, source.root, trained, held_out=trained is not None)
     dataset = ImageFolder(source, image_transform(img_size))
     images = torch.stack([to_uint8(dataset[number][0]) for number in range(len(dataset))])
-    return images, torch.tensor([label for _, label in source.samples]), len(source.classes)
+    return images, torch.tensor([labels[label] for _, label in source.samples]), source.classes
 
 
 def train(net: FeatureNet, images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
@@ -122,9 +131,9 @@ def main() -> None:
         check_positive(args, "img_size", "epochs", "batch_size", "lr")
         seed_everything(args.seed)
         images, labels, classes = read_images(args.data_path, "train", args.img_size)
-        net = FeatureNet(classes).to(device)
+        net = FeatureNet(len(classes)).to(device)
         train(net, images.to(device), labels.to(device), args)
-        held_out, truth, _ = read_images(args.data_path, "val", args.img_size)
+        held_out, truth, _ = read_images(args.data_path, "val", args.img_size, classes)
         accuracy = net.accuracy(held_out.to(device), truth.to(device))
         with written_whole(args.output) as file:
             torch.save(net.state_dict(), file)

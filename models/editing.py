@@ -5,7 +5,7 @@ pixels are blank when the tokenizer encodes the rest; and seams are evened out b
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,12 @@ from torchvision.transforms.functional import gaussian_blur
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.loader import to_pixels
-from util.sources import read_image
+from util.sources import over_white, read_upright
 
 #: Pixels that an image or mask may have before it is cropped.
 MAX_PIXELS = 2**26
+#: Mean difference of bytes below which what is left of an erased photograph is taken for the image's own pixels.
+ALIKE = 16
 
 # --------------------------------------------------------------------------------------------------------------------
 # What is given.
@@ -34,9 +36,86 @@ class Edit(NamedTuple):
     seen: Tensor  # [3, S, S] in [-1, 1], what the tokenizer sees
 
 
-def opened(image: Image.Image | str | Path, what: str) -> Image.Image:
-    """An image as RGB; UserError, which calls a picture without a path ``what``, if it is damaged or too large."""
-    return read_image(image, what if isinstance(image, Image.Image) else "", MAX_PIXELS)
+Picture = Image.Image | str | Path
+
+
+def as_pictures(value: Any, what: str) -> list:
+    """Return the images that a caller passed as pictures and paths; ``[None]`` for None.
+
+    Args:
+        value: a picture, a path, a tensor ``[3, H, W]`` or ``[B, 3, H, W]``, an array ``[H, W, 3]`` or
+            ``[B, H, W, 3]``, or a list of such. Masks have one channel, or are ``[H, W]``. Values are bytes, booleans,
+            or floats in [0, 1].
+        what: its name in messages, ``image`` or ``mask_image``.
+
+    Raises:
+        UserError: it is something else, or of another shape or range.
+    """
+    if value is None or isinstance(value, Picture):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [picture for item in value for picture in as_pictures(item, what)]
+    if not isinstance(value, Tensor | np.ndarray):
+        raise UserError(f"{what}: pass PIL images, paths, tensors or arrays, not {type(value).__name__}")
+    pixels = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype not in ("uint8", "bool") and "float" not in dtype:
+        raise UserError(f"{what} holds {dtype}: pass bytes (uint8), or floats from 0 to 1")
+    channels, axis = (1 if what == "mask_image" else 3), (-3 if isinstance(value, Tensor) else -1)
+    if channels == 1 and pixels.ndim == 2:
+        pixels = np.expand_dims(pixels, axis)
+    if pixels.ndim not in (3, 4) or pixels.shape[axis] != channels or not pixels.size:
+        forms = f"[{channels}, H, W] or [B, {channels}, H, W], or an array [H, W, {channels}] or [B, H, W, {channels}]"
+        raise UserError(f"{what} has the shape {list(value.shape)}: pass a tensor {forms}")
+    if dtype != "uint8":
+        low, high = float(pixels.min()), float(pixels.max())
+        if not (low >= 0 and high <= 1):  # nor NaN
+            raise UserError(
+                f"{what} has values from {low:.4g} to {high:.4g}: pass floats from 0 to 1, or bytes (uint8)"
+            )
+        pixels = np.round(pixels.astype(np.float32) * 255)
+    pixels = np.moveaxis(pixels, axis, -1).astype(np.uint8)
+    batch = pixels if pixels.ndim == 4 else pixels[None]
+    return [Image.fromarray(each[..., 0] if channels == 1 else each) for each in batch]
+
+
+def opened(image: Picture, what: str) -> Image.Image:
+    """An image as :func:`util.sources.read_upright` reads it.
+
+    Raises:
+        UserError: it is damaged or too large; a picture without a path is called ``what``.
+    """
+    return read_upright(image, what if isinstance(image, Image.Image) else "", MAX_PIXELS)
+
+
+def read_mask(mask_image: Picture, image: Image.Image) -> Image.Image:
+    """Return a mask as a gray image, white where pixels are made anew, else black.
+
+    A mask has this in its brightness, or in its transparency: parts erased from a photograph are made anew.
+
+    Args:
+        image: the photograph, RGB.
+
+    Raises:
+        UserError: the mask cannot be read, is not of the image's size, or its brightness contradicts its transparency.
+    """
+    mask = opened(mask_image, "the mask")
+    if mask.size != image.size:
+        sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
+        raise UserError(f"the mask has {sizes[0]} pixels, the image {sizes[1]}: make them equally large")
+    bright = np.asarray(mask.convert("RGB").convert("L")) > 127
+    visible = np.asarray(mask.getchannel("A")) > 127 if mask.mode == "RGBA" else np.ones_like(bright)
+    if visible.all() or not visible.any():
+        return Image.fromarray(bright).convert("L")
+    # White that is not transparent means opposite things, unless it belongs to the photograph.
+    differences = np.asarray(mask.convert("RGB"), dtype=int)[visible] - np.asarray(image, dtype=int)[visible]
+    erased = np.abs(differences).mean() < ALIKE and not bright[visible].all()
+    if bright[visible].any() and not erased:
+        raise UserError(
+            "the mask is ambiguous: by its brightness, what is white would be made anew, by its transparency, what is "
+            "transparent; save it without transparency (black and white), or erase those parts from the image itself"
+        )
+    return Image.fromarray(~visible).convert("L")
 
 
 def cropped(image: Image.Image, size: int) -> Image.Image:
@@ -47,25 +126,23 @@ def cropped(image: Image.Image, size: int) -> Image.Image:
         raise UserError(f"cannot crop the image ({error}); crop it yourself") from error
 
 
-def edit_of(image: Image.Image | str | Path, mask_image: Image.Image | str | Path | None, size: int) -> Edit:
+def edit_of(image: Picture, mask_image: Picture | None, size: int) -> Edit:
     """An image and its mask, as pictures of any mode or as paths, cropped to ``size`` pixels each way.
 
     Args:
-        mask_image: of the image's size, white where it is made anew; None if all of the image may change.
+        mask_image: of the image's size, white or transparent where it is made anew (:func:`read_mask`); None if all of
+            the image may change.
 
     Raises:
-        UserError: one of them cannot be read or is too large, their sizes differ, or the mask covers nothing or
-            everything of what is left after cropping.
+        UserError: one of them cannot be read or is too large, their sizes differ, the mask is ambiguous, or it covers
+            nothing or everything of what is left after cropping.
     """
-    image = opened(image, "the image")
+    image = over_white(opened(image, "the image"))
     small = cropped(image, size)
     original = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     if mask_image is None:
         return Edit(original, torch.ones(size, size, dtype=torch.bool), to_pixels(small))
-    white = opened(mask_image, "the mask").convert("L").point([0] * 128 + [255] * 128)
-    if white.size != image.size:
-        sizes = [f"{width}x{height}" for width, height in (white.size, image.size)]
-        raise UserError(f"the mask has {sizes[0]} pixels, the image {sizes[1]}: make them equally large")
+    white = read_mask(mask_image, image)
     # As floating point, which keeps what a pixel takes from under the mask, be it little or, with bicubic's, negative.
     mask = torch.from_numpy(np.array(cropped(white.convert("F"), size)) != 0)
     if not mask.any() or mask.all():
@@ -74,7 +151,7 @@ def edit_of(image: Image.Image | str | Path, mask_image: Image.Image | str | Pat
     return Edit(original, mask, to_pixels(small) * ~mask)
 
 
-def outpainted(image: Image.Image | str | Path, size: int, margin: int) -> tuple[Image.Image, Image.Image]:
+def outpainted(image: Picture, size: int, margin: int) -> tuple[Image.Image, Image.Image]:
     """A canvas of ``size`` pixels each way that holds the image's centre square within a blank margin, and its mask.
 
     Raises:
@@ -84,7 +161,7 @@ def outpainted(image: Image.Image | str | Path, size: int, margin: int) -> tuple
     if margin < 1 or inner < 1:
         raise UserError(f"a margin of {margin} pixels in a picture of {size}: choose 1 to {(size - 1) // 2}")
     canvas, mask = Image.new("RGB", (size, size)), Image.new("L", (size, size), 255)
-    canvas.paste(cropped(opened(image, "the image"), inner), (margin, margin))
+    canvas.paste(cropped(over_white(opened(image, "the image")), inner), (margin, margin))
     mask.paste(0, (margin, margin, margin + inner, margin + inner))
     return canvas, mask
 

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from models.editing import Edit, edit_of, kept_tokens, put_into
+from models.editing import Edit, Picture, as_pictures, edit_of, kept_tokens, put_into
 from models.pretrained import find_pretrained
 from models.sampling import SamplingOptions, check_guidance, check_head_options, sampling_plan
 from models.tokenbridge import TokenBridge
@@ -95,7 +96,8 @@ def own_tokenizer(path: Path, address: Any, content: Mapping[str, Any], **option
 # --------------------------------------------------------------------------------------------------------------------
 # What goes in and out.
 
-Picture = Image.Image | str | Path
+#: One image or several: see :func:`models.editing.as_pictures`.
+Pictured = Picture | Tensor | np.ndarray | Sequence[Picture | Tensor | np.ndarray] | None
 #: Gets the step, the number of steps, and all pictures so far, grey where nothing is made yet.
 Callback = Callable[[int, int, list[Image.Image]], None]
 
@@ -234,8 +236,8 @@ class TokenBridgePipeline:
         class_labels: int | str | Sequence[int | str] | None = None,
         *,
         seeds: int | Sequence[int] | None = None,
-        image: Picture | Sequence[Picture] | None = None,
-        mask_image: Picture | Sequence[Picture] | None = None,
+        image: Pictured = None,
+        mask_image: Pictured = None,
         strength: float = 0.5,
         gen_seed: int = 0,
         batch_size: int = 64,
@@ -248,9 +250,10 @@ class TokenBridgePipeline:
             class_labels: numbers or names of classes; without them pictures are of any class.
             seeds: numbers from 0 to 2^32 - 1, by default 0, 1, ...: with seed n a class gives what ``--evaluate`` with
                 ``gen_seed`` writes as image n, if that is of this class. Batches of another size change rounding only.
-            image: to edit; cropped to the model's size as training images are. PIL images of any mode, or paths.
-            mask_image: of the image's size, white where it is made anew; the rest stays as it is, to the byte. Without
-                a mask the picture is a variation of the image.
+            image: to edit; cropped to the model's size as training images are. PIL images of any mode, paths, tensors
+                ``[B, 3, H, W]`` or ``[3, H, W]``, or arrays ``[B, H, W, 3]`` or ``[H, W, 3]``, of bytes or in [0, 1].
+            mask_image: of the image's size, white (or transparent) where it is made anew; the rest stays as it is, to
+                the byte. As ``image``, with one channel. Without a mask the picture is a variation of the image.
             strength: share of the tokens that a variation makes anew, above 0 and at most 1.
             gen_seed: ``--gen_seed``.
             batch_size: pictures made at once; halved where memory is not enough. ``--eval_bsz`` is 64, too.
@@ -265,8 +268,8 @@ class TokenBridgePipeline:
                 too little memory for one picture.
         """
         options = self.checked_options(sampling, labeled=class_labels is not None)
-        given = {"class_labels": class_labels, "seeds": seeds, "image": image, "mask_image": mask_image}
-        lists = {name: in_list(value) for name, value in given.items()}
+        lists = {"class_labels": in_list(class_labels), "seeds": in_list(seeds)}
+        lists |= {"image": as_pictures(image, "image"), "mask_image": as_pictures(mask_image, "mask_image")}
         count = max(map(len, lists.values()))
         for name, values in lists.items():
             if len(values) not in (1, count):
@@ -295,7 +298,7 @@ class TokenBridgePipeline:
         try:
             for name in ("cfg", "temperature", "confidence_noise"):
                 if not math.isfinite(sampling.get(name, 0.0)):
-                    raise ValueError(f"{name} must be a finite number, got {sampling[name]}")
+                    raise ValueError(f"{name} must be a finite number, got {float(sampling[name])}")
             steps = min(sampling.get("num_iter", 64), self.model.seq_len)
             options = SamplingOptions(**{**sampling, "num_iter": steps})
             check_head_options(self.model.head, options)
@@ -309,13 +312,16 @@ class TokenBridgePipeline:
         if isinstance(label, str):
             return find_classes([label], self.class_names)[0]
         if not isinstance(label, int) or not 0 <= label < self.model.class_num:
-            raise UserError(f"no class {label}: there are {self.model.class_num}, numbered from 0")
+            what = label if isinstance(label, int | float) else f"of type {type(label).__name__}"
+            raise UserError(f"no class {what}: there are {self.model.class_num}, numbered from 0")
         return label
 
     def edits(
         self, images: Sequence, masks: Sequence, strength: float, gen_seed: int, numbers: Sequence[int]
     ) -> tuple[list[Edit] | None, Tensor | None]:
         """Images to edit, and which of their tokens ``[N, L]`` are kept; None without images."""
+        if len({image is None for image in images}) > 1:
+            raise UserError("pass an image for each picture, or none")
         if images[0] is None:
             if masks[0] is not None:
                 raise UserError("a mask needs an image: pass both")
@@ -327,7 +333,7 @@ class TokenBridgePipeline:
         if masks[0] is not None:
             return edits, kept_tokens(torch.stack([edit.mask for edit in edits]), self.model.grid_size)
         if not 0 < strength <= 1:
-            raise UserError(f"strength {strength}: it lies above 0 and is at most 1")
+            raise UserError(f"strength {float(strength)}: it lies above 0 and is at most 1")
         anew = max(1, round(strength * length))
         kept = numbered_draws(gen_seed, numbers).uniform(length).argsort(dim=1).argsort(dim=1) >= anew
         return edits, kept

@@ -180,8 +180,8 @@ def add_skip_arg(parser: Flags) -> None:
 
 #: What ``--data_path`` may be.
 DATA_PATH = (
-    "folder of train/<class>/<image>, val/ likewise; of <class>/<image> or <image>, all for training; of parquet "
-    "files; or hf://datasets/owner/name"
+    "folder of train/<class>/<image>, and val/ or test/ likewise; of <class>/<image> or <image>, all for training; of "
+    "parquet files; or hf://datasets/owner/name"
 )
 
 
@@ -189,7 +189,7 @@ def add_column_args(parser: Flags) -> None:
     """Adds the flags that name columns of a data set in rows."""
     text = "of the images in parquet files or a data set of the Hub; by default found by its type and name"
     parser.add_argument("--image_column", help=text)
-    parser.add_argument("--label_column", help="of the class numbers, likewise; without any, there is one class")
+    parser.add_argument("--label_column", help="of the labels, likewise; none: all images are of one class")
 
 
 def add_metrics_args(parser: Flags) -> None:

@@ -29,7 +29,7 @@ from util.loader import (
     read_cache_metadata,
 )
 from util.packed import PackedCache, open_cache
-from util.sources import UNLABELED, images_root, open_images
+from util.sources import NO_LABELS, UNLABELED, images_root, open_images
 
 Data = CachedFolder | PackedCache | ImageFolder
 
@@ -71,14 +71,17 @@ def load_data(args: argparse.Namespace, split: str, tokenizer: Tokenizer, traine
     if args.use_cached:
         dataset = open_cache(root, mirror=mirror)
     else:
-        dataset = open_images(args.data_path, split, args.image_column, args.label_column)
+        labels = NO_LABELS if args.class_num == 1 else args.label_column
+        dataset = open_images(args.data_path, split, args.image_column, labels)
     if args.class_num == 1:
         dataset.samples, dataset.classes = [(name, 0) for name, _ in dataset.samples], [UNLABELED]
     if not args.use_cached:
         dataset = ImageFolder(dataset, image_transform(args.img_size), mirror=mirror)
     if split == "train":  # measurements are of all images or none
         dataset.bad_images = BadImages(None if args.dry_run else args.output_dir, args.skip_bad_images)
-    check_classes(dataset.classes, args.class_num, root, trained, renamed=split != "train")
+    labels = check_classes(dataset.classes, args.class_num, root, trained, held_out=split == "val")
+    dataset.samples = [(name, labels[label]) for name, label in dataset.samples]
+    dataset.classes = [name for _, name in sorted(zip(labels, dataset.classes, strict=True))]  # in order of labels
     if args.use_cached:
         if split == "val" and dataset.metadata.get("split") == "train":
             misc.warn("%s is a cache of training images: their likelihood is not a held-out one", root)

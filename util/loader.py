@@ -19,14 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, default_collate
-from torchvision import datasets, transforms
+from torchvision import transforms
 
 from util.args import check_range
+from util.classes import all_numbers, comparable
 from util.crop import center_crop_arr
 from util.errors import UserError, reason, some
 from util.files import inside, read_arrays
 from util.misc import get_rank, get_world_size, log, warn
-from util.sources import Folder, Rows, existing_folder
+from util.sources import Folder, Rows, existing_folder, find_class_folders
 
 #: The description of a cache, and of a packed one: tokenizer, image size, number of images.
 CACHE_METADATA, PACKED_METADATA = "cache.json", "packed.json"
@@ -102,7 +103,8 @@ class BadImages:
     """List of the images that a run could not read, kept in files, since the workers of a loader share no memory.
 
     Each process of the run and its workers append to ``folder/bad_images-rank<n>.txt`` a line with path and reason
-    whenever they meet a bad image; one that every epoch meets again counts once. What cannot be listed is logged.
+    when they meet a bad image; one that is met again, as every epoch does, is listed and counted once. What cannot be
+    listed is logged.
 
     Args:
         folder: of the files; None for a dry run, which writes nothing: there every bad image is logged.
@@ -126,8 +128,10 @@ class BadImages:
         line = str(error).encode(errors="surrogateescape").replace(b"\n", b" ") + b"\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:  # one write a line: workers' lines do not mix
-                file.write(line)
+            with open(self.path, "a+b", buffering=0) as file:  # one write a line: workers' lines do not mix
+                file.seek(0)
+                if line not in file.readlines():
+                    file.write(line)
         except OSError as failed:
             log.warning("%s; left out, and not listed: cannot write %s (%s)", error, self.path, reason(failed))
 
@@ -281,7 +285,7 @@ def collate_present(items: list) -> list | None:
 # Cached moments.
 
 
-class CachedFolder(TrainingItems, datasets.DatasetFolder):
+class CachedFolder(TrainingItems, Dataset):
     """``root/<class>/<image name>.npz`` with ``moments`` and ``moments_flip``, as main_cache.py and MAR write them.
 
     Items are moments ``[2C, h, w]``, float32, not scaled, and the label; with ``mirror`` the moments are those of the
@@ -297,15 +301,15 @@ class CachedFolder(TrainingItems, datasets.DatasetFolder):
     """
 
     def __init__(self, root: str | Path, mirror: bool = True):
-        root = existing_folder(root, "cache")
-        self.mirror = mirror
-        try:
-            super().__init__(str(root), loader=self.read_moments, extensions=(".npz",))
-        except FileNotFoundError as error:
-            message = f"{root} holds no cached moments (<class>/<file>.npz); make them with main_cache.py"
-            raise UserError(message) from error
+        self.root, self.mirror = existing_folder(root, "cache"), mirror
+        found, _, _ = find_class_folders(self.root, (".npz",))
+        if not found or not all(found.values()):
+            where = next((self.root / name for name, paths in found.items() if not paths), root)
+            raise UserError(f"{where} holds no cached moments (<class>/<file>.npz); make them with main_cache.py")
+        self.classes = list(found)
+        self.samples = [(path, label) for label, name in enumerate(found) for path in found[name]]
         self.shape: tuple[int, ...] | None = None
-        self.metadata = read_cache_metadata(root) or {}
+        self.metadata = read_cache_metadata(self.root) or {}
         planned = self.metadata.get("images", len(self.samples))
         if len(self.samples) < planned or not self.metadata.get("complete", True):
             raise UserError(f"{root} is incomplete: {len(self.samples)} of {planned} files; run main_cache.py again")
@@ -314,6 +318,9 @@ class CachedFolder(TrainingItems, datasets.DatasetFolder):
                 f"{root} holds {len(self.samples)} files, but was made of {planned} images: some are of images that "
                 "are gone, or of other data; make it anew in another folder"
             )
+
+    def __len__(self) -> int:
+        return len(self.samples)
 
     def read(self, index: int, mirrored: bool = False) -> tuple[Tensor, int]:
         """Moments and label of item ``index``; UserError if they cannot be read."""
@@ -368,23 +375,44 @@ def check_classes(
     class_num: int,
     root: str | Path,
     trained: Sequence[str] | None = None,
-    renamed: bool = True,
-) -> None:
-    """Raise UserError if ``root``'s ``classes`` are not ``class_num``, or not those that were ``trained``, by name.
+    held_out: bool = False,
+) -> list[int]:
+    """Check ``root``'s ``classes`` against those that were ``trained``, and return the label of each.
 
-    If they may be ``renamed``, names of which none is common are other names of the same classes.
+    That is the position of the class. Of held-out classes it is the label of the trained class of that name, or the
+    number that the name is where trained classes have other names; if no name is common, positions count.
+
+    Raises:
+        UserError: the classes are not ``class_num``, or not those that were ``trained``.
     """
-    differ = trained is not None and list(trained) != list(classes)
-    if differ and (set(trained) & set(classes) or not renamed):
-        sides = {"lacks": set(trained) - set(classes), "has besides": set(classes) - set(trained)}
+    own, known = comparable(classes), comparable(trained or [])
+    labels = list(range(len(classes)))
+    if trained is None or own == known:
+        pass
+    elif held_out and all_numbers(own) and not all_numbers(known):
+        labels = [int(name) for name in own]
+        if len(set(labels)) < len(labels) or max(labels) >= class_num:
+            what = f"{root} has classes that are numbers, from {min(labels)} to {max(labels)}"
+            raise UserError(f"{what}: they must be different ones of 0 to {class_num - 1}, the labels in training")
+        log.info("%s: names of classes are numbers, and read as the labels in training", root)
+    elif held_out and sorted(own) == sorted(known):
+        labels = [known.index(name) for name in own]
+    elif not held_out or set(own) & set(known):
+        sides = {"lacks": set(known) - set(own), "has besides": set(own) - set(known)}
         what = "; ".join(f"{verb} {some(sorted(names))}" for verb, names in sides.items() if names)
-        hint = "" if renamed else "; to train on these, start from the checkpoint by --finetune in another --output_dir"
+        hint = (
+            "" if held_out else "; to train on these, start from the checkpoint by --finetune in another --output_dir"
+        )
         raise UserError(
             f"{root} has other classes than the training images: it {what or 'orders them otherwise'}{hint}"
         )
+    elif len(known) == len(own):
+        text = "%s has other names of classes than the training images: their order counts, %s is %s, ..., %s is %s"
+        warn(text, root, classes[0], trained[0], classes[-1], trained[-1])
     if len(classes) != class_num:
         count, plural = len(classes), "es" if len(classes) > 1 else ""
         raise UserError(f"{root} has {count} class{plural}, but class_num is {class_num}: pass --class_num {count}")
+    return labels
 
 
 # --------------------------------------------------------------------------------------------------------------------

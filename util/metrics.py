@@ -1,6 +1,7 @@
 """FID, Inception Score, precision and recall: torch-fidelity's Inception and formulas, shared over processes."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import read_arrays, written_whole
 from util.loader import RankSampler, leave_signals_to_parent
-from util.sources import Rows, existing_folder, holds_rows, read_image
+from util.sources import AllImages, Rows, open_unlabeled, read_image
 
 #: Inception's layers: pooled features for FID, precision and recall; logits for the Inception Score.
 POOL, LOGITS = "2048", "logits_unbiased"
@@ -28,7 +29,6 @@ IS_SPLITS = 10
 NEIGHBOURS = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
 #: ADM's statistics of ImageNet 256, which the paper's FID and rFID are measured against.
 ADM_STATS = "fid_stats/adm_in256_stats.npz"
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Inception.
@@ -86,8 +86,8 @@ class PlainImages(Dataset):
     """Byte images ``[3, H, W]``, sorted, of a folder and its subfolders, of a data set in rows, or of an npz.
 
     Args:
-        source: a folder; a data set's ``train`` split (:class:`util.sources.Rows`); or an ``.npz`` with ``arr_0``,
-            uint8 ``[N, H, W, 3]`` (ADM's layout).
+        source: what :func:`util.sources.open_unlabeled` opens: a folder, or a data set in rows, of which it is the
+            ``train`` split if there are several; or an ``.npz`` with ``arr_0``, uint8 ``[N, H, W, 3]`` (ADM's layout).
         img_size: crop and resize to this size as for training; by default images stay as they are.
         paths: the files to take of a folder, in their order; by default all images in it.
 
@@ -96,7 +96,8 @@ class PlainImages(Dataset):
     """
 
     def __init__(self, source: str | Path, img_size: int | None = None, paths: Sequence[Path] | None = None):
-        self.source, self.img_size, self.rows = Path(source), img_size, None
+        self.source, self.img_size = Path(source), img_size
+        self.opened: AllImages | Rows | None = None
         if paths is not None:
             self.items = paths
         elif self.source.suffix == ".npz":
@@ -104,28 +105,34 @@ class PlainImages(Dataset):
             if self.items.dtype != np.uint8 or self.items.ndim != 4 or self.items.shape[3] != 3:
                 found = f"{self.items.dtype} {list(self.items.shape)}"
                 raise UserError(f"{self.source}: arr_0 is {found}, expected uint8 [N, H, W, 3]")
-        elif holds_rows(source):
-            self.rows = Rows(source, "train")
-            self.items = [name for name, _ in self.rows.samples]
         else:
-            paths = existing_folder(self.source, "image folder").rglob("*")
-            self.items = sorted(p for p in paths if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+            self.opened = open_unlabeled(source)
+            self.items = [name for name, _ in self.opened.samples]
         if not len(self.items):
             raise UserError(f"{self.source} holds no images")
         self.size = self._read(0).size  # of the first image, which all must have
+
+    def uncropped(self) -> "PlainImages":
+        """Return the same images as they are."""
+        images = copy(self)
+        images.img_size = None
+        images.size = images._read(0).size
+        return images
 
     def __len__(self) -> int:
         return len(self.items)
 
     def _read(self, index: int) -> Image.Image:
-        if isinstance(self.items, np.ndarray):
-            image = Image.fromarray(self.items[index])
+        if self.opened is not None:
+            image = self.opened.read(index)
         else:
-            image = read_image(str(self.items[index])) if self.rows is None else self.rows.read(index)
+            item = self.items[index]
+            image = Image.fromarray(item) if isinstance(item, np.ndarray) else read_image(str(item))
         try:
             return image if self.img_size is None else center_crop_arr(image, self.img_size)
         except ValueError as error:
-            raise UserError(f"cannot crop image {self.items[index]} ({error})") from error
+            name = index if isinstance(self.items, np.ndarray) else self.items[index]
+            raise UserError(f"cannot crop image {name} ({error})") from error
 
     def __getitem__(self, index: int) -> Tensor:
         image = self._read(index)

@@ -1,6 +1,7 @@
 """What is measured, against computations of another kind."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from experiments.features import FeatureNet
+from experiments.features import FeatureNet, read_images
 from experiments.measures import all_images, compare, level_bits, neighbourhoods, pixels
 from experiments.results import interval, verdict
 from experiments.unequal import scale_channels
@@ -153,3 +154,12 @@ def test_intervals_are_students():
 )
 def test_verdicts(differences, expected, told):
     assert verdict(differences, expected, 10.0) == told
+
+
+def test_held_out_images_have_the_labels_of_training(images):
+    for label, name in enumerate(("00", "1", "02", "3")):
+        shutil.copytree(images / "train" / f"class{label}", images / "val" / name)
+    _, labels, classes = read_images(str(images), "train", 16)
+    _, truth, _ = read_images(str(images), "val", 16, classes)
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert truth.tolist() == [0] * 4 + [2] * 4 + [1] * 4 + [3] * 4

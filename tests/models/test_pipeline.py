@@ -253,6 +253,87 @@ def test_images_and_masks_of_any_mode(pipe, tmp_path, mode):
     assert same([made], pipe(0, **paths, **how).images)
 
 
+def as_tensor(image: Image.Image) -> torch.Tensor:
+    """A picture as bytes ``[3, H, W]``, or ``[H, W]``."""
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
+
+
+@pytest.mark.parametrize(
+    "kind", ["tensor", "floats", "batch", "half", "array", "float array", "arrays", "list", "bool"]
+)
+def test_images_and_masks_may_be_tensors_and_arrays(pipe, kind):
+    images, masks = [noise(20, 24, seed) for seed in (0, 1)], [box(20, 24, 0, 0, 8 * n, 24) for n in (1, 2)]
+    expected = pipe(1, image=images, mask_image=masks, num_iter=2)
+    bytes_, covered = ([as_tensor(picture) for picture in pictures] for pictures in (images, masks))
+    arrays = [np.array(image) for image in images], [np.array(mask) for mask in masks]
+    given = {
+        "tensor": (bytes_, covered),
+        "floats": ([x / 255 for x in bytes_], [x[None] / 255 for x in covered]),
+        "half": ((torch.stack(bytes_) / 255).half(), (torch.stack(covered)[:, None] / 255).bfloat16()),
+        "batch": (torch.stack(bytes_), torch.stack(covered)[:, None]),
+        "array": arrays,
+        "float array": ([x / 255 for x in arrays[0]], [x[..., None] / 255 for x in arrays[1]]),
+        "arrays": (np.stack(arrays[0]), np.stack(arrays[1])[..., None]),
+        "list": ([torch.stack(bytes_)[:1], arrays[0][1]], [masks[0], covered[1]]),
+        "bool": (images, np.stack(arrays[1])[..., None] > 0),
+    }[kind]
+    assert same(pipe(1, image=given[0], mask_image=given[1], num_iter=2).images, expected.images)
+
+
+def erased(image: Image.Image, *covered: int) -> Image.Image:
+    """A picture of which a rectangle is transparent."""
+    image = image.convert("RGBA")
+    image.paste((0, 0, 0, 0), covered)
+    return image
+
+
+def strokes(color: tuple[int, ...], background: tuple[int, ...]) -> Image.Image:
+    """A rectangle of one color, as one draws it on a layer."""
+    layer = Image.new("RGBA", (16, 16), background)
+    layer.paste(color, (0, 0, 8, 16))
+    return layer
+
+
+def test_what_is_erased_from_a_photograph_is_made_anew(pipe, tmp_path):
+    bright = noise(3, 3).resize((16, 16), Image.Resampling.BICUBIC).point(lambda value: 100 + value // 2)
+    white = Image.new("RGB", (16, 16), "white")
+    white.putpixel((12, 4), (0, 0, 0))
+    expected = edit_of(bright, box(16, 16, 0, 0, 8, 16), 16)
+    mask = erased(bright, 0, 0, 8, 16)
+    mask.save(tmp_path / "mask.png")
+    mask.save(tmp_path / "mask.webp")  # lossy
+    for given in (mask, tmp_path / "mask.png", tmp_path / "mask.webp"):
+        assert torch.equal(edit_of(bright, given, 16).mask, expected.mask)
+    black = strokes((0, 0, 0, 0), (0, 0, 0, 255))  # what is left is black: both readings agree
+    for image, given in ((mask, mask), (bright, black), (white, erased(white, 0, 0, 8, 16))):
+        edit = edit_of(image, given, 16)
+        assert torch.equal(edit.mask, expected.mask) and not edit.seen[:, edit.mask].any()
+    # Transparency that does not vary says nothing.
+    plain = box(16, 16, 0, 0, 8, 16)
+    for alpha in (255, 120, 0):
+        layer = plain.convert("RGBA")
+        layer.putalpha(alpha)
+        assert torch.equal(edit_of(bright, layer, 16).mask, expected.mask)
+
+
+@pytest.mark.parametrize("image", [noise(16, 16), Image.new("RGB", (16, 16), "white")], ids=["noise", "white"])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        strokes((255, 255, 255, 255), (0, 0, 0, 0)),
+        strokes((255, 255, 0, 255), (255, 255, 255, 0)),
+        strokes((255, 255, 255, 0), (255, 255, 255, 255)),
+        erased(box(16, 16, 0, 0, 8, 16), 0, 0, 16, 3),
+    ],
+    ids=["white strokes", "yellow strokes", "a hole in white", "black and white, and a hole"],
+)
+def test_masks_of_two_readings_are_refused(mask, image):
+    with pytest.raises(UserError, match=r"the mask is ambiguous: by its brightness, .* by its transparency") as error:
+        edit_of(image, mask, 16)
+    assert "\n" not in str(error.value)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Refused.
 
@@ -287,6 +368,20 @@ def test_images_and_masks_of_any_mode(pipe, tmp_path, mode):
         ({"image": noise(16, 16), "mask_image": box(16, 15, 0, 0, 4, 4)}, "mask has 16x15 pixels, the image 16x16"),
         ({"image": noise(16, 16), "mask_image": [box(16, 16, 0, 0, 4, 4), None]}, "a mask for each image, or for none"),
         ({"image": "nowhere.png"}, "no image at nowhere.png"),
+        ({"image": [None, noise(16, 16)]}, "pass an image for each picture, or none"),
+        ({"image": torch.zeros(16, 16, 3)}, r"image has the shape \[16, 16, 3\]: pass a tensor \[3, H, W\]"),
+        ({"image": np.zeros((3, 16, 16))}, r"image has the shape \[3, 16, 16\]: pass .* an array \[H, W, 3\]"),
+        ({"image": torch.zeros(0, 3, 16, 16)}, r"image has the shape \[0, 3, 16, 16\]"),
+        ({"image": torch.full((3, 16, 16), 255.0)}, "image has values from 255 to 255: pass floats from 0"),
+        ({"image": torch.linspace(-1, 1, 768).view(3, 16, 16)}, "image has values from -1 to 1: pass floats"),
+        ({"image": np.full((16, 16, 3), np.nan)}, "image has values from nan to nan: pass floats"),
+        ({"image": np.zeros((16, 16, 3), int)}, r"image holds int64: pass bytes \(uint8\)"),
+        ({"image": {"a": 1}}, "image: pass PIL images, paths, tensors or arrays, not dict"),
+        ({"image": noise(16, 16), "mask_image": np.zeros((16, 16, 3))}, r"mask_image has the shape \[16, 16, 3\]"),
+        ({"class_labels": torch.zeros(2, 3)}, "no class of type list"),
+        ({"class_labels": torch.rand(2)}, "no class 0"),
+        ({"seeds": torch.zeros(2, 3)}, "seeds are whole numbers"),
+        ({"image": noise(16, 16), "strength": torch.tensor(2.0)}, "strength 2.0: it lies above 0"),
         ({"image": Image.new("1", (9000, 9000))}, "cannot read image the image .9000x9000 pixels, more than 67108864"),
         ({"image": Image.new("1", (1_000_000, 1))}, "cannot crop the image"),
     ],
@@ -295,7 +390,7 @@ def test_images_and_masks_of_any_mode(pipe, tmp_path, mode):
 def test_what_cannot_be_made_is_told(pipe, given, says):
     with pytest.raises(UserError, match=says) as error:
         pipe(**{"class_labels": 0, "num_iter": 2, **given})
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "tensor(" not in str(error.value) and "array(" not in str(error.value)
 
 
 def test_a_tokenizer_of_another_model_is_refused(pipe):

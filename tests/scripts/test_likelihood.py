@@ -176,3 +176,31 @@ def test_measurements_are_of_all_images_or_none(run, refused, train, images, vae
     evaluate = f"{measure} --resume {folder} --output_dir {folder} --evaluate_nll"
     assert "class1/2.png" in refused("main_tokenbridge", evaluate)
     assert "--skip_bad_images is for training" in refused("main_tokenbridge", f"{evaluate} --skip_bad_images")
+
+
+@pytest.mark.parametrize("kind", ["images", "cache", "packed"])
+def test_held_out_folders_that_are_numbers_are_labels(run, train, images, vae_path, tmp_path, losses, caplog, kind):
+    folder = train("run")
+    for label, name in enumerate(("00", "1", "02", "3")):  # as text, 02 goes before 1
+        shutil.copytree(images / "train" / f"class{label}", images / "val" / name)
+    source = f"--data_path {images} --vae_path {vae_path}"
+    if kind != "images":
+        cache = f"--img_size 16 --num_workers 0 --split val --cached_path {tmp_path}/val"
+        run("main_cache", f"{source} {cache}")
+        run("tools.pack", f"--cached_path {tmp_path}/val --output_dir {tmp_path}/packed --num_workers 0")
+        source = f"--use_cached --cached_val_path {tmp_path}/{'val' if kind == 'cache' else 'packed'}"
+    losses.clear()
+    with caplog.at_level("INFO", logger="tokenbridge"):
+        run("main_tokenbridge", f"{BASE} --resume {folder} --output_dir {folder} --evaluate_nll {source}")
+    labels = torch.cat([labels for _, labels, _, _ in losses[::4]])  # each batch is measured with four masks
+    assert labels.tolist() == 4 * [0] + 4 * [2] + 4 * [1] + 4 * [3]
+    assert "names of classes are numbers, and read as the labels in training" in caplog.text
+
+
+def test_held_out_folders_that_are_other_numbers_are_refused(refused, train, images, vae_path):
+    folder = train("run")
+    for label in range(4):
+        shutil.copytree(images / "train" / f"class{label}", images / "val" / f"{label + 1}")
+    measure = f"{BASE} --resume {folder} --output_dir {folder} --evaluate_nll --data_path {images}"
+    line = refused("main_tokenbridge", f"{measure} --vae_path {vae_path}")
+    assert "numbers, from 1 to 4: they must be different ones of 0 to 3" in line

@@ -1,6 +1,7 @@
 """Scripts on every source of images, as typed: the same caches, trainings, statistics and reconstructions."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -143,8 +144,94 @@ def test_reconstructed_are_the_first_rows_of_each_class(run, rows, vae_path, tmp
         assert abs(real.mean() - np.asarray(table[row]["image"].convert("RGB"), dtype=float).mean()) < 12
 
 
+def test_every_command_finds_the_same_images_and_reports_them_once(
+    run, images, vae_path, tmp_path, quick_inception, caplog
+):
+    (images / "train").rename(images / "Train")
+    shutil.copytree(images / "Train", images / "valid")
+    for folder in (".ipynb_checkpoints", "__MACOSX", "class1/@eaDir"):
+        shutil.copytree(images / "Train" / "class0", images / "Train" / folder)
+    (images / "Train" / "class2" / "up").symlink_to(images)
+    (images / "Train" / "class2" / "notes.txt").touch()
+    with Image.open(images / "Train" / "class3" / "0.png") as image:
+        image.convert("RGB").save(images / "Train" / "class3" / "4.gif")
+    found = f"{images}/Train: 17 images of 4 classes, class0 to class3; skipped: 3 hidden or system, "
+    small, common = "--img_size 16 --ch 8 --ch_mult 1 2 --vae_embed_dim 4 --epochs 1", "--num_workers 0 --device cpu"
+    vae = f"--img_size 16 --vae_path {vae_path}"
+    commands = {
+        "main_cache": f"{vae} {common} --data_path {images} --cached_path {tmp_path}/cache",
+        "main_vae": f"{small} {common} --data_path {images} --output_dir {tmp_path}/vae --batch_size 8",
+        "main_tokenbridge": f"{BASE} {vae} --data_path {images} --output_dir {tmp_path}/run --epochs 1",
+        "reconstruction": f"{vae} {common} --image_dir {images} --no_metrics --output_dir {tmp_path}/out",
+        "main_metrics": f"--images {images} {quick_inception.flag} {common} --img_size 16 --save_stats {tmp_path}/s",
+    }
+    for script, command in commands.items():
+        caplog.clear()
+        with caplog.at_level("INFO", logger="tokenbridge"):
+            run(script, command)
+        expected = found if script != "main_metrics" else f"{images}/Train: 17 images; skipped: 3 hidden or system, "
+        assert caplog.text.count(expected) == 1, script
+    assert len(CachedFolder(tmp_path / "cache")) == len(quick_inception.joined("x")) == 17
+    assert json.loads((tmp_path / "vae" / "vae.json").read_text())["psnr_of"] == "valid"
+
+
+def test_one_process_reports_what_was_found(run_two, images, vae_path, tmp_path, capfd):
+    flags = f"--img_size 16 --vae_path {vae_path} --num_workers 0 --data_path {images} --cached_path {tmp_path}/cache"
+    run_two("main_cache", flags)
+    assert capfd.readouterr().err.count("16 images of 4 classes, class0 to class3") == 1
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What is refused.
+
+
+def test_a_folder_of_two_readings_is_refused_by_every_command(refused, images, vae_path, tmp_path, quick_inception):
+    (images / "bus").mkdir()
+    shutil.copy(images / "train" / "class0" / "0.png", images / "bus")
+    common = "--num_workers 0 --device cpu"
+    commands = {
+        "main_cache": f"{common} --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/new",
+        "main_vae": f"{common} --img_size 16 --data_path {images} --output_dir {tmp_path}/new",
+        "main_tokenbridge": f"{BASE} --vae_path {vae_path} --data_path {images} --output_dir {tmp_path}/new",
+        "reconstruction": f"{common} --vae_path {vae_path} --image_dir {images} --output_dir {tmp_path}/new",
+        "main_metrics": f"{common} --images {images} {quick_inception.flag}",
+    }
+    for script, command in commands.items():
+        line = refused(script, command)
+        assert "has train beside bus, which hold images, too: if train is a split, move the others out" in line
+        assert "if they are classes, put all class folders into a folder train/" in line, script
+    assert not (tmp_path / "new").exists()
+    shutil.rmtree(images / "bus")
+    for name in ("val", "valid"):  # not taken for a folder without held-out images
+        shutil.copytree(images / "train", images / name)
+    assert "has val and valid, either of which" in refused("main_vae", commands["main_vae"])
+
+
+def test_both_processes_end_with_the_one_line_of_a_refused_folder(run_two, images, vae_path, tmp_path, capfd):
+    shutil.copytree(images / "train" / "class0", images / "bus")
+    flags = f"--vae_path {vae_path} --num_workers 0 --data_path {images} --cached_path {tmp_path}/cache"
+    run_two("main_cache", flags, 2)
+    assert capfd.readouterr().err.count("if they are classes, put all class folders") == 1
+
+
+def test_labels_that_are_not_clear_are_refused_where_they_count(run, refused, images, vae_path, tmp_path):
+    rows = in_rows(images / "train").remove_columns(["label", "width"]).add_column("mood", 8 * ["good", "bad"])
+    path = write_bare(tmp_path / "a.parquet", rows)
+    cache = f"--img_size 16 --vae_path {vae_path} --num_workers 0 --data_path {path} --cached_path {tmp_path}/cache"
+    assert "may have labels in column mood (strings): pass --label_column mood" in refused("main_cache", cache)
+    run("main_cache", f"{cache} --label_column mood")
+    assert CachedFolder(tmp_path / "cache").classes == ["bad", "good"]
+    run("main_cache", f"{cache}2 --label_column none")
+    assert CachedFolder(tmp_path / "cache2").classes == ["images"]
+    one = BASE.replace("--class_num 4", "--class_num 1")
+    run("main_tokenbridge", f"{one} --epochs 1 --vae_path {vae_path} --data_path {path} --output_dir {tmp_path}/run")
+
+
+def test_a_resumed_run_keeps_its_classes(refused, run, images, vae_path, tmp_path):
+    train = f"{BASE} --vae_path {vae_path} --data_path {images} --output_dir {tmp_path}/run --resume {tmp_path}/run"
+    run("main_tokenbridge", f"{train} --epochs 1")
+    (images / "train" / "class1").rename(images / "train" / "class9")
+    assert "lacks class1; has besides class9" in refused("main_tokenbridge", f"{train} --epochs 2")
 
 
 def test_what_cannot_be_read_is_one_line_and_nothing_is_left(refused, rows, images, vae_path, tmp_path, served):

@@ -1,19 +1,37 @@
 """Every source of images: the same images and labels, each in one process; names, columns, and what is refused."""
 
+import os
 import pickle
+import shutil
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
+import torchvision
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tests.conftest import ROOT, damaged, point_to, write_images
 from tests.rows import every_source, in_rows, own_cache, write_bare, write_rows  # noqa: F401
 from util.errors import UserError
 from util.loader import BadImages, ImageFolder, ImageFolderWithFilename, RankSampler, ShuffledRankSampler
 from util.loader import image_transform as crop
-from util.sources import UNLABELED, Rows, open_images
+from util.sources import (
+    ENDINGS,
+    UNLABELED,
+    AllImages,
+    Folder,
+    NoSplit,
+    Rows,
+    images_root,
+    open_images,
+    open_unlabeled,
+)
 
 
 def items(data: ImageFolder) -> list[tuple]:
@@ -163,7 +181,7 @@ def test_what_datasets_cannot_open_is_one_line(images, tmp_path, served, monkeyp
             Rows(place, "train")
         assert "\n" not in str(error.value)
     only = write_rows(tmp_path / "only", in_rows(images / "train"))
-    with pytest.raises(UserError, match="has no split validation or val or valid: it has train"):
+    with pytest.raises(UserError, match="has no split validation or val or valid or test or testing: it has train"):
         Rows(only, "val")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs a package that is not installed: pip install datasets"):
@@ -184,3 +202,212 @@ def test_nothing_loads_datasets_before_it_is_asked_for():
     code = "import sys, util.sources; print('datasets' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "False"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which files of a folder are images, and which folders are classes.
+
+
+def names_of(data: Folder) -> list[str]:
+    return [data.name(index) for index in range(len(data.samples))]
+
+
+def test_folders_are_read_in_torchvisions_order(tmp_path):
+    files = ["b/2.png", "b/10.png", "b/x/1.JPG", "b-a/1.png", "b/X/z/1.webp", "b/x-1/0.pgm", "B/1.tif", "a b/é.png"]
+    for name in [*files, "b/notes.txt", "b/x/none.json"]:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    classes, labels = torchvision.datasets.folder.find_classes(tmp_path)
+    samples = torchvision.datasets.folder.make_dataset(str(tmp_path), labels, IMG_EXTENSIONS)
+    data = Folder(tmp_path)
+    assert data.classes == classes and data.samples == samples and len(samples) == 8
+    assert [path for path, _ in AllImages(tmp_path).samples] == sorted((s for s, _ in samples), key=Path)
+
+
+def test_files_of_other_programs_are_no_images(images, caplog):
+    root = images / "train"
+    before = names_of(Folder(root)), names_of(AllImages(root))
+    for folder in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "class1/.ipynb_checkpoints", "class1/@eaDir/0.png"):
+        (root / folder).mkdir(parents=True)
+        for name in ("0.png", "0-checkpoint.png"):
+            shutil.copy(root / "class0" / "0.png", root / folder / name)
+    for name in ("._0.png", ".DS_Store", "Thumbs.db", ".hidden.png", "desktop.ini"):
+        (root / "class2" / name).write_bytes(b"\0\5\x16\7")
+        (root / name).write_bytes(b"\0\5\x16\7")
+    with caplog.at_level("INFO", logger="tokenbridge"):
+        assert names_of(Folder(root)) == before[0] and names_of(AllImages(root)) == before[1]
+        assert Folder(root).classes == [f"class{label}" for label in range(4)]
+    assert "16 images of 4 classes, class0 to class3; skipped: 15 hidden or system" in caplog.text
+
+
+def test_links_are_followed_but_never_upwards(images, tmp_path, caplog):
+    root = images / "train"
+    for link, target in {
+        "up": images,
+        "class0/self": root / "class0",
+        "class1/deep/er": root,
+        "class2/parent": tmp_path,
+        "class9": root / "class3",
+        "class3/elsewhere": tmp_path / "more",
+    }.items():
+        (root / link).parent.mkdir(exist_ok=True)
+        (root / link).symlink_to(target)
+    write_images(tmp_path / "more", classes=1)
+    (tmp_path / "more" / "up").symlink_to(tmp_path)  # above where the link leads
+    data = Folder(root)
+    assert data.classes == ["class0", "class1", "class2", "class3", "class9"]
+    counts = Counter(label for _, label in data.samples)
+    assert counts == {0: 4, 1: 4, 2: 4, 3: 8, 4: 8} and len(AllImages(root).samples) == 28
+    assert "folders are read twice, by links" in caplog.text and f"{root}/class9 is {root}/class3" in caplog.text
+
+
+LAYOUTS = {
+    # folders with images: what to train on, what is held out
+    "train": ("train", NoSplit),
+    "train val": ("train", "val"),
+    "train val test": ("train", "val"),
+    "train test": ("train", "test"),
+    "train validation": ("train", "validation"),
+    "Train VAL": ("Train", "VAL"),
+    "train valid": ("train", "valid"),
+    "Training Testing": ("Training", "Testing"),
+    "train val bus": ("train", "val"),  # no two classes have such names
+    "bus car": (".", NoSplit),
+    "bus training_ground": (".", NoSplit),
+    "val": (NoSplit, "val"),
+    "val test": (NoSplit, "val"),
+    "bus car train": ("has train beside bus, car, which hold images, too: if train is a split, move",) * 2,
+    "bus Test": ("has Test beside bus",) * 2,
+    "train val2017": ("has train beside val2017",) * 2,
+    "train val valid": ("has val and valid, either of which may be the split val",) * 2,
+    "train Train": ("has Train and train, either of which may be the split train",) * 2,
+    "train2017 val2017": ("has train2017 and val2017: if these are splits, rename them to train and val",) * 2,
+    "training_set test_set": ("has training_set and test_set: if these are splits",) * 2,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_splits_are_found_or_refused(images, tmp_path, layout):
+    root = tmp_path / "root"
+    for name in layout.split():
+        shutil.copytree(images / "train", root / name)
+    (root / "labels").mkdir()
+    (root / "labels" / "about.csv").touch()
+    for split, expected in zip(("train", "val"), LAYOUTS[layout], strict=True):
+        if isinstance(expected, str) and (root / expected).is_dir():
+            assert images_root(root, split) == root / expected
+        else:
+            words = f"no image folder at {root}/{split}" if expected is NoSplit else expected
+            with pytest.raises(UserError, match=words) as raised:
+                images_root(root, split)
+            assert (type(raised.value) is NoSplit) == (expected is NoSplit) and "\n" not in str(raised.value)
+
+
+def test_held_out_images_that_are_the_training_images_are_told(images, caplog):
+    (images / "val").symlink_to(images / "train")
+    open_images(images, "val")
+    assert f"{images}/val is the folder of the training images" in caplog.text
+
+
+def test_images_of_every_ending_are_read_by_every_command(tmp_path, caplog):
+    color = Image.new("RGB", (8, 8), (200, 30, 30))
+    written = {"JPEG": "jpg JPEG jpe jfif mpo", "PNG": "png apng", "GIF": "gif", "WEBP": "webp", "TIFF": "tif tiff"}
+    written |= {"BMP": "bmp", "DIB": "dib", "PPM": "ppm pgm pnm"} | ({"AVIF": "avif"} if ".avif" in ENDINGS else {})
+    (tmp_path / "class").mkdir()
+    for kind, endings in written.items():
+        for ending in endings.split():
+            (color.convert("L") if ending == "pgm" else color).save(tmp_path / "class" / f"{ending}.{ending}", kind)
+    for name in ("a.heic", "b.HEIC", "c.txt", "d", "e.svg"):
+        (tmp_path / "class" / name).touch()
+    with caplog.at_level("INFO", logger="tokenbridge"):
+        data, plain = Folder(tmp_path), AllImages(tmp_path)
+    count = sum(len(endings.split()) for endings in written.values())
+    assert [path for path, _ in data.samples] == [path for path, _ in plain.samples] and len(data.samples) == count
+    for index in range(count):
+        expected = [81] * 3 if "pgm" in data.name(index) else [200, 30, 30]
+        assert np.abs(np.asarray(data.read(index), dtype=int) - expected).max() < 9, data.name(index)
+    assert f"{tmp_path}: {count} images of 1 class, class; skipped: 2 .heic, 1 " in caplog.text
+    assert "pillow-heif" in caplog.text
+
+
+@pytest.mark.parametrize("make", [Folder, AllImages])
+def test_a_folder_of_nothing_but_heic_says_so(tmp_path, make):
+    (tmp_path / "class").mkdir()
+    for number in range(3):
+        (tmp_path / "class" / f"{number}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(UserError, match=r"skipped: 3 \.heic \(\.heic is HEIC, which Pillow .* pillow-heif"):
+        make(tmp_path)
+
+
+def test_names_that_are_no_text_are_read_and_told_on_one_line(images, tmp_path):
+    path = images / "train" / "class0" / os.fsdecode(b"two\nlines\xff.png")
+    path.write_bytes(b"none")
+    data = ImageFolder(images / "train", bad_images=BadImages(tmp_path))
+    with pytest.raises(UserError, match=r"two\\nlines\\udcff\.png \(it is none\)") as error:
+        data.read(4)
+    assert "\n" not in str(error.value) and str(error.value).isprintable()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Which columns are labels.
+
+
+def with_labels(images: Path, path: Path, **columns: list) -> Path:
+    """A parquet file of the images with other columns than their labels."""
+    rows = in_rows(images / "train").remove_columns(["label", "width"])
+    for name, values in columns.items():
+        rows = rows.add_column(name, values)
+    return write_bare(path, rows)
+
+
+@pytest.mark.parametrize(
+    "column, values, classes",
+    [
+        ("label", ["dog", "cat", "bee", "ant"], ["ant", "bee", "cat", "dog"]),
+        ("category", ["b", "a", "b", "a"], ["a", "b"]),
+        ("label", [True, False, True, False], ["False", "True"]),
+        ("cls", [3, 2, 1, 0], ["0", "1", "2", "3"]),
+        ("Label", [3, 2, 1, 0], ["0", "1", "2", "3"]),
+        ("fine_label", [0, 1, 2, 3], ["0", "1", "2", "3"]),
+        ("y", [0, 1, 1, 0], ["0", "1"]),
+        ("class_name", ["x/y", "x", "x", "x"], ["0 x", "1 x_y"]),
+    ],
+)
+def test_labels_may_be_text_and_have_other_names(images, tmp_path, column, values, classes):
+    data = Rows(with_labels(images, tmp_path / "a.parquet", **{column: 4 * values}), "train")
+    order = sorted(set(map(str, values))) if len(classes) < 4 or isinstance(values[0], str) else classes
+    assert data.classes == classes and [label for _, label in data.samples] == 4 * [order.index(str(v)) for v in values]
+
+
+@pytest.mark.parametrize(
+    "column, values, says",
+    [
+        ("species", [0, 1, 2, 3], r"may have labels in column species \(integers\): pass --label_column species, or"),
+        ("dog_class", ["a", "b", "c", "d"], r"column dog_class \(strings\): pass --label_column dog_class"),
+        ("mood", ["good", "bad", "bad", "bad"], r"column mood \(strings\): pass --label_column mood"),
+        ("sharp", [True, False, False, True], r"column sharp \(booleans\)"),
+        ("label", [0.0, 1.0, 2.0, 3.0], r"column label \(floating-point numbers\): make them integers or strings"),
+        ("labels", [[0], [1, 2], [0], [3]], r"column labels \(List\): make them integers or strings"),
+        ("label", ["a", None, "b", "c"], "row 1 of .* has None in column label"),
+    ],
+)
+def test_columns_that_may_be_labels_are_not_ignored(images, tmp_path, column, values, says):
+    path = with_labels(images, tmp_path / "a.parquet", **{column: 4 * values})
+    with pytest.raises(UserError, match=says):
+        Rows(path, "train")
+    assert Rows(path, "train", label_column="none").classes == [UNLABELED]
+    assert len(open_unlabeled(path).samples) == 16
+
+
+def test_other_columns_are_no_labels(images, tmp_path):
+    numbers, texts = [*range(100, 116)], [f"a photograph, {number}" for number in range(16)]
+    for columns in ({}, {"width": 16 * [32], "caption": texts, "score": 4 * [0.5, 0.1, 0.2, 0.3], "id": numbers}):
+        data = Rows(with_labels(images, tmp_path / f"{len(columns)}.parquet", **columns), "train")
+        assert data.classes == [UNLABELED]
+
+
+def test_the_split_test_is_held_out_where_there_is_no_validation(images, tmp_path):
+    rows = in_rows(images / "train")
+    path = write_rows(write_rows(tmp_path / "rows", rows), rows.select(range(8)), "test")
+    assert len(open_images(path, "val").samples) == 8
