@@ -400,12 +400,9 @@ def check_classes(
     elif not held_out or set(own) & set(known):
         sides = {"lacks": set(known) - set(own), "has besides": set(own) - set(known)}
         what = "; ".join(f"{verb} {some(sorted(names))}" for verb, names in sides.items() if names)
-        hint = (
-            "" if held_out else "; to train on these, start from the checkpoint by --finetune in another --output_dir"
-        )
-        raise UserError(
-            f"{root} has other classes than the training images: it {what or 'orders them otherwise'}{hint}"
-        )
+        what = f"{root} has other classes than the training images: it {what or 'orders them otherwise'}"
+        hint = "; to train on these, start from the checkpoint by --finetune in another --output_dir"
+        raise UserError(what if held_out else what + hint)
     elif len(known) == len(own):
         text = "%s has other names of classes than the training images: their order counts, %s is %s, ..., %s is %s"
         warn(text, root, classes[0], trained[0], classes[-1], trained[-1])
