@@ -95,7 +95,7 @@ def test_images_that_another_host_wrote_are_waited_for(two_hosts, evaluate, tmp_
 def test_and_missed_in_one_line(ended, evaluate, tmp_path, sampler, decoder, late):
     late(1000)
     line = ended("main_tokenbridge", f"{evaluate} --no_metrics --output_dir {tmp_path}/out")
-    assert "holds 7 images, not 8" in line and "(1 of 2 processes, on host1)" in line
+    assert "1 of 8 images are missing" in line and "(1 of 2 processes, on host1)" in line
 
 
 # --------------------------------------------------------------------------------------------------------------------
