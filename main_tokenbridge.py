@@ -227,7 +227,7 @@ def load_tokenizer(
         UserError: it cannot be read, is not named, or a cache was made with another one.
     """
     vae, found = None, []
-    roots = misc.in_all_processes(lambda: [data_root(args, split) for split in splits])
+    roots = [data_root(args, split) for split in splits]
     named = args.vae_path != defaults.vae_path
     needed = args.evaluate or args.online_eval or not args.use_cached
     factor = start.config.get("latent_factor", KL16_LATENT_FACTOR)

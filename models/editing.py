@@ -107,9 +107,9 @@ def read_mask(mask_image: Picture, image: Image.Image) -> Image.Image:
     visible = np.asarray(mask.getchannel("A")) > 127 if mask.mode == "RGBA" else np.ones_like(bright)
     if visible.all() or not visible.any():
         return Image.fromarray(bright).convert("L")
-    # White that is not transparent means opposite things, unless it belongs to the photograph.
-    differences = np.asarray(mask.convert("RGB"), dtype=int)[visible] - np.asarray(image, dtype=int)[visible]
-    erased = np.abs(differences).mean() < ALIKE and not bright[visible].all()
+    # White that is not transparent means opposite things, unless it belongs to the photograph. One color may be drawn.
+    left, own = (np.asarray(each.convert("RGB"), dtype=np.int16)[visible] for each in (mask, image))
+    erased = np.abs(left - own).mean() < ALIKE and (left != left[0]).any()
     if bright[visible].any() and not erased:
         raise UserError(
             "the mask is ambiguous: by its brightness, what is white would be made anew, by its transparency, what is "

@@ -387,7 +387,7 @@ def check_classes(
     """
     own, known = comparable(classes), comparable(trained or [])
     labels = list(range(len(classes)))
-    if trained is None or own == known:
+    if own == known:
         pass
     elif held_out and all_numbers(own) and not all_numbers(known):
         labels = [int(name) for name in own]
@@ -395,6 +395,8 @@ def check_classes(
             what = f"{root} has classes that are numbers, from {min(labels)} to {max(labels)}"
             raise UserError(f"{what}: they must be different ones of 0 to {class_num - 1}, the labels in training")
         log.info("%s: names of classes are numbers, and read as the labels in training", root)
+    elif trained is None:
+        pass
     elif held_out and sorted(own) == sorted(known):
         labels = [known.index(name) for name in own]
     elif not held_out or set(own) & set(known):

@@ -125,10 +125,10 @@ def read_upright(
                 transparent |= upright.palette.mode.endswith("A")
             return upright.convert("RGBA" if transparent else "RGB")
     except FileNotFoundError as error:
-        raise UserError(f"no image at {printable(name or file)}; check the path") from error
+        raise UserError(f"no image at {in_one_line(name or file)}; check the path") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         why = why_no_image(file) if isinstance(error, UnidentifiedImageError) else reason(error)
-        raise UserError(f"cannot read image {printable(name or file)} ({why}); replace or remove it") from error
+        raise UserError(f"cannot read image {in_one_line(name or file)} ({why}); replace or remove it") from error
 
 
 def orientation(image: Image.Image) -> int:
@@ -178,9 +178,9 @@ def why_no_image(file: Any) -> str:
     return f"it is {HEIC}" if heic else "it is none"
 
 
-def printable(name: Any) -> str:
-    """Return a file's name on one line, with characters that no encoding has as escapes."""
-    return str(name).encode(errors="backslashreplace").decode().replace("\n", "\\n")
+def in_one_line(name: Any) -> str:
+    """Return a file's name on one line."""
+    return str(name).replace("\n", "\\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -239,10 +239,10 @@ def find_files(root: str | Path, endings: tuple[str, ...] = ENDINGS) -> tuple[di
     try:
         walk(str(root), frozenset(map(str, Path(root).resolve().parents)))
     except OSError as error:
-        raise UserError(f"cannot read folder {printable(error.filename)}: {error.strerror}") from error
+        raise UserError(f"cannot read folder {in_one_line(error.filename)}: {error.strerror}") from error
     if twice:
         same = read_as[os.path.realpath(twice[0])]
-        warn("%d folders are read twice, by links: %s is %s", len(twice), printable(twice[0]), printable(same))
+        warn("%d folders are read twice, by links: %s is %s", len(twice), in_one_line(twice[0]), in_one_line(same))
     return found, skipped
 
 
@@ -278,7 +278,7 @@ def find_class_folders(
 def describe_skipped(skipped: Mapping[str, int]) -> str:
     """Describe the files that are no images, by their endings, the most frequent first."""
     counts = sorted(skipped.items(), key=lambda item: -item[1])
-    text = ", ".join(f"{count} {printable(ending)}" for ending, count in counts)
+    text = ", ".join(f"{count} {in_one_line(ending)}" for ending, count in counts)
     heic = any(ending in skipped for ending in HEIC_ENDINGS)
     return f"{text} ({HEIC_ENDINGS[0]} is {HEIC})" if heic else text
 
@@ -288,9 +288,9 @@ def report_found(root: str | Path, count: int, classes: list[str], skipped: Mapp
     what = f"{count} images"
     if classes != [UNLABELED]:
         ends = dict.fromkeys((classes[0], classes[-1]))
-        what += f" of {len(classes)} class{'es' * (len(classes) > 1)}, {' to '.join(map(printable, ends))}"
+        what += f" of {len(classes)} class{'es' * (len(classes) > 1)}, {' to '.join(map(in_one_line, ends))}"
     left_out = f"; skipped: {describe_skipped(skipped)}" if skipped else ""
-    log.info("%s: %s%s", printable(root), what, left_out)
+    log.info("%s: %s%s", in_one_line(root), what, left_out)
 
 
 def no_images(what: str, skipped: Mapping[str, int]) -> UserError:
@@ -315,12 +315,13 @@ class Folder:
         self.root = existing_folder(root, "image folder")
         found, beside, skipped = find_class_folders(self.root)
         if beside and any(found.values()):
+            stray = in_one_line(os.path.basename(beside[0]))
             raise UserError(
-                f"{root} holds images beside folders of images ({printable(os.path.basename(beside[0]))} and others): "
-                "move them into a folder, or all images into one"
+                f"{root} holds images beside folders of images ({stray} and others): move them into a folder, or all "
+                "images into one"
             )
         found = {UNLABELED: beside} if beside else found
-        empty = [printable(name) for name, paths in found.items() if not paths]
+        empty = [in_one_line(name) for name, paths in found.items() if not paths]
         if empty or not found:
             what = f"none are in {', '.join(empty[:4])}" if empty else "it holds none"
             raise no_images(f"{root} is not a folder of class folders with images: {what}", skipped)
@@ -585,7 +586,7 @@ def find_split_folders(root: Path) -> dict[str, Path]:
     if len(found) == 1:  # else both splits, which no two classes are called
         (split,) = found.values()
         others = [name for name in names if name != split and name.lower() not in chain(*SPLITS["val"])]
-        others = [printable(name) for name in others if any(find_files(root / name)[0].values())]
+        others = [in_one_line(name) for name in others if any(find_files(root / name)[0].values())]
         if others:
             raise UserError(
                 f"{root} has {split} beside {', '.join(others[:4])}, which hold images, too: if {split} is a split, "

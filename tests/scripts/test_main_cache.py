@@ -131,7 +131,7 @@ def test_the_cache_of_a_split_is_of_its_images(run, refused, images, vae_path, t
 # Names.
 
 
-@pytest.mark.parametrize("name", ["a b.png", "ümläut.png", "#%[x]'.png", "-dash.png", "new\nline.png", ".hidden.png"])
+@pytest.mark.parametrize("name", ["a b.png", "ümläut.png", "#%[x]'.png", "-dash.png", "new\nline.png"])
 def test_names_are_only_names(run, images, vae_path, tmp_path, name):
     (images / "train" / "class0" / "0.png").rename(images / "train" / "class0" / name)
     (images / "train" / "class1").rename(images / "train" / "class 1")

@@ -80,13 +80,13 @@ def test_a_newer_checkpoint_elsewhere_is_not_passed_over(command, error, train, 
 
 
 def test_flags_that_differ_end_the_run(command, error, monkeypatch):
-    check_args = main_tokenbridge.check_args
+    check_same_flags = main_tokenbridge.check_same_flags
 
-    def typed(args) -> None:
+    def typed(args, device) -> None:
         args.lr, args.num_workers = 0.5 + elsewhere(), int(elsewhere())  # the latter is the machine's own business
-        check_args(args)
+        check_same_flags(args, device)
 
-    monkeypatch.setattr(main_tokenbridge, "check_args", typed)
+    monkeypatch.setattr(main_tokenbridge, "check_same_flags", typed)
     assert "--lr is 0.5 in process 0, but 1.5 in process 1" in error(command)
 
 

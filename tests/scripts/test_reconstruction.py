@@ -316,7 +316,7 @@ def test_statistics_of_imagenet_are_the_default_for_its_images_alone(
 
     def evaluator():
         args = reconstruction.get_args_parser().parse_args(flags)
-        return reconstruction.make_evaluator(args, classes, torch.device("cpu"))
+        return reconstruction.make_evaluator(args, classes, 4, torch.device("cpu"))
 
     # Without the file rFID is that to the originals.
     assert evaluator().stats is None

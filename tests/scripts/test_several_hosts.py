@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import FID, TINY
 from tests.scripts.conftest import BASE
-from util import checkpoint, misc
+from util import checkpoint, misc, sources
 from util.sample_folder import SampleFolder
 
 
@@ -80,9 +80,9 @@ def late(monkeypatch):
             first[:] = first or [time.monotonic()]
             return time.monotonic() < first[0] + seconds
 
-        for name in ("glob", "rglob"):
-            listing = getattr(Path, name)
-            monkeypatch.setattr(Path, name, lambda *args, listing=listing: (p for p in listing(*args) if not hidden(p)))
+        glob, paths_in = Path.glob, sources.paths_in
+        monkeypatch.setattr(Path, "glob", lambda *args: (path for path in glob(*args) if not hidden(path)))
+        monkeypatch.setattr(sources, "paths_in", lambda *args: [p for p in paths_in(*args) if not hidden(Path(p))])
 
     return hide
 

@@ -20,7 +20,7 @@ from timm.utils import ModelEmaV3
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import SMALL, filled, training_state
+from tests.conftest import SMALL, filled, published_parameters, published_state, training_state
 from util import checkpoint
 from util.config import check_config
 from util.errors import UserError
@@ -169,9 +169,9 @@ def test_damaged_checkpoints_are_refused_or_loaded_as_they_are(content, tmp_path
             assert len(str(error).splitlines()) == 1
             refused += 1
         else:
-            assert same(model.state_dict(), says["model"])
+            assert same(published_state(model), says["model"])
             averages = says.get("model_ema", says["model"])
-            assert same(dict(ema.module.named_parameters()), averages)
+            assert same(published_parameters(ema.module), averages)
             if "optimizer" in says:
                 entries = says["optimizer"]["state"]
                 assert all(same(entry, entries[n]) for n, entry in optimizer.state_dict()["state"].items())
@@ -181,7 +181,7 @@ def test_damaged_checkpoints_are_refused_or_loaded_as_they_are(content, tmp_path
 
 def test_an_undamaged_checkpoint_is_loaded(content, tmp_path):
     torch.save(content, tmp_path / "checkpoint-last.pth")
-    assert same(resumed(tmp_path / "checkpoint-last.pth")[0].state_dict(), content["model"])
+    assert same(published_state(resumed(tmp_path / "checkpoint-last.pth")[0]), content["model"])
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from torch import Tensor
 from util.files import written_whole
 
 SUFFIX = ".safetensors"
-#: Entries of our files' metadata: the nested content with paths in the tensors' places, and the tensors' CRC-32.
-TREE, CHECKSUMS = "tree", "crc32"
+#: Entries of our files' metadata: the nested content with paths in the tensors' places, the CRC-32 of that text, and
+#: those of the tensors.
+TREE, TREE_CHECKSUM, CHECKSUMS = "tree", "tree_crc32", "crc32"
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
@@ -69,7 +70,7 @@ def write(path: str | Path, content: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(take_tensors(content, "", tensors))
-    write_tensors(path, tensors, {TREE: tree})
+    write_tensors(path, tensors, {TREE: tree, TREE_CHECKSUM: str(zlib.crc32(tree.encode()))})
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -98,4 +99,9 @@ def read(path: str | Path, checksums: bool = True) -> dict[str, Any]:
         for name, value in tensors.items():
             if sums.get(name) != zlib.crc32(tensor_bytes(value)):
                 raise ValueError(f"the checksum of {name} is wrong")
-    return put_tensors(json.loads(metadata[TREE]), tensors) if TREE in metadata else {"model": tensors}
+    if TREE not in metadata:
+        return {"model": tensors}
+    # Files of earlier versions have no checksum of the text.
+    if TREE_CHECKSUM in metadata and metadata[TREE_CHECKSUM] != str(zlib.crc32(metadata[TREE].encode())):
+        raise ValueError("the checksum of its description is wrong")
+    return put_tensors(json.loads(metadata[TREE]), tensors)
