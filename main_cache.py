@@ -66,7 +66,7 @@ def load_tokenizer(args: argparse.Namespace) -> tuple[AutoencoderKL, float]:
 
 
 def check_same(cached_path: str | Path, metadata: dict) -> None:
-    """Makes sure that a cache in ``cached_path``, if there is one, can be completed by this run.
+    """Check that a cache in ``cached_path``, if it holds moments, can be completed by this run.
 
     Args:
         metadata: of the cache to be written.
@@ -78,10 +78,10 @@ def check_same(cached_path: str | Path, metadata: dict) -> None:
     if (folder / PACKED_METADATA).exists():
         raise errors.UserError(f"{folder} holds a packed cache; choose another folder")
     there = read_cache_metadata(folder)
-    if there is None:
-        if any(folder.glob("*/*.npz")):
-            raise errors.UserError(f"{folder} holds moments without {CACHE_METADATA}; choose another folder")
+    if not any(folder.rglob("*.npz")):  # nothing was cached before the run there ended
         return
+    if there is None:
+        raise errors.UserError(f"{folder} holds moments without {CACHE_METADATA}; choose another folder")
     pairs = {name: (there.get(name), here) for name, here in metadata.items()}
     different = [f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
     if different:

@@ -142,7 +142,7 @@ def test_moments_that_are_not_finite_are_not_cached(run, refused, vae_path, over
     calibrated = f"{BASE} --data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/run --quant_calibrate"
     assert f"{stage} computed NaN" in refused("main_tokenbridge", f"{calibrated} --precision fp16")
     assert not (tmp_path / "run").exists()
-    run("main_cache", f"{common} --cached_path {tmp_path}/other --precision fp32")
+    run("main_cache", f"{common} --cached_path {tmp_path}/cache --precision fp32")  # the remedy
 
 
 @pytest.mark.parametrize("stage", STAGES)
