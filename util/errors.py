@@ -73,10 +73,11 @@ PREEMPTED_STATUS = 75  # EX_TEMPFAIL
 INTERRUPTED_STATUS = 128 + signal.SIGINT  # as shells count it
 
 
-def lost_process(error: RuntimeError) -> bool:
+def lost_process(error: Exception) -> bool:
     """Whether ``error`` is what a collective operation raises when another process has ended or does not take part."""
     signs = ("gloo", "NCCL", "Connection closed", "pair closure")
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+    lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return lost or isinstance(error, dist.DistError)
 
 
 class LossyStream:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util.devices import cpu_multiplies, described, find_device, join_group, launched, make_deterministic
-from util.errors import NotFinite, Preempted, ToldByMain, UserError, as_user_error, told_by_main, where
+from util.errors import NotFinite, Preempted, ToldByMain, UserError, as_user_error, lost_process, told_by_main, where
 from util.published_names import to_published
 
 log = logging.getLogger("tokenbridge")
@@ -371,7 +371,8 @@ def processes(
             yield device
     except Exception as error:
         # The process group stays: others may wait in a collective operation, and to leave it would wait for them.
-        if failures is not None and not isinstance(error, ToldByMain | Preempted):
+        # Where another process is gone, each finds that out by itself: to report it would only delay the last line.
+        if failures is not None and not isinstance(error, ToldByMain | Preempted) and not lost_process(error):
             failures.report(error)
         raise
     finally:
