@@ -98,6 +98,9 @@ def kernels_of_cuda() -> Iterator[None]:
         mock.patch.object(FakeTensor, "is_cuda", True, create=True),
         mock.patch.dict(fast.TRAINING_BUDGET, cpu=fast.TRAINING_BUDGET["cuda"]),
         mock.patch.multiple(F, scaled_dot_product_attention=attention, dropout=dropout, layer_norm=layer_norm),
+        # These two ask for the type of the device.
+        mock.patch("models.layers.dropout", lambda x, p: F.dropout(x, p) if p else x),
+        mock.patch("models.tokenbridge.TokenBridge.check_labels"),
         mock.patch("util.misc.effective_precision", lambda kind, precision: precision),
     ):
         yield
