@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.tokenbridge import MODELS
+from models.tokenbridge import MODELS, TokenBridge
 from util import misc
 from util.args import add_device_arg, new_parser
 from util.devices import find_device
 from util.files import write_json
 from util.provenance import provenance
 from util.tables import markdown
+from util.training_state import TrainingState
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -195,3 +196,16 @@ def logged(training: subprocess.Popen, folder: Path, tag: str) -> dict[int, floa
     if training.wait():
         raise RuntimeError((folder / "log.txt").read_text()[-2000:])
     return {event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(tag)}
+
+
+def training_state(model: TokenBridge, precision: str, compiled: bool = False) -> TrainingState:
+    """Return the state of a run of ``model`` with one step per epoch and the settings of the paper's training."""
+    flags = {
+        "ema_rate": 0.9999,
+        "no_ema_warmup": False,
+        "weight_decay": 0.02,
+        "lr": 1e-4,
+        "grad_clip": 1.0,
+        "start_epoch": 0,
+    }
+    return TrainingState(model, argparse.Namespace(**flags, precision=precision, compile=compiled), steps_per_epoch=1)

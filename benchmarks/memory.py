@@ -4,7 +4,6 @@ Counted are all tensors of a step from images: weights, optimizer, average, grad
 the tokenizer. Not counted are gaps between them, workspaces of libraries, NCCL and the CUDA context.
 """
 
-import argparse
 import itertools
 import warnings
 import weakref
@@ -21,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.common import training_state
 from engine_tokenbridge import backward
 from models import fast
 from models.quantizer import GaussianQuantizer
@@ -114,14 +114,6 @@ def run_without_content(name: str, precision: str, **options: Any) -> Iterator[t
         precision: bf16, fp16 or fp32.
         options: further arguments of :class:`models.tokenbridge.TokenBridge`.
     """
-    flags = {
-        "ema_rate": 0.9999,
-        "no_ema_warmup": False,
-        "weight_decay": 0.02,
-        "lr": 1e-4,
-        "grad_clip": 1.0,
-        "start_epoch": 0,
-    }
     quantizer = GaussianQuantizer(64)  # it has to look at its numbers
     with (
         mock.patch("models.tokenbridge.build_quantizer", lambda _: quantizer._apply(torch.empty_like)),
@@ -129,7 +121,7 @@ def run_without_content(name: str, precision: str, **options: Any) -> Iterator[t
         PeakMemory() as memory,
     ):
         model = MODELS[name](quant_levels=64, **options).train()
-        state = TrainingState(model, argparse.Namespace(**flags, precision=precision, compile=False), 1)
+        state = training_state(model, precision)
         state.scaler.scale(torch.zeros(()))  # it and the optimizer make what they keep
         end_step(state)
         yield state, memory

@@ -9,10 +9,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from benchmarks.baselines import plain_kernels
-from benchmarks.common import add_ways, benchmark_parser, compare_ways, parse
+from benchmarks.common import add_ways, benchmark_parser, compare_ways, parse, training_state
 from models.tokenbridge import MODELS, TokenBridge
 from util import misc
-from util.training_state import TrainingState
 
 
 def release_step(model: TokenBridge, batch: Sequence[Tensor]) -> Callable[[], None]:
@@ -35,16 +34,7 @@ def release_step(model: TokenBridge, batch: Sequence[Tensor]) -> Callable[[], No
 
 def our_step(model: TokenBridge, batch: Sequence[Tensor], precision: str, compiled: bool) -> Callable[[], None]:
     """A function that takes a step as ``engine_tokenbridge.train_one_epoch`` does."""
-    options = {
-        "ema_rate": 0.9999,
-        "no_ema_warmup": False,
-        "weight_decay": 0.02,
-        "lr": 1e-4,
-        "grad_clip": 1.0,
-        "start_epoch": 0,
-    }
-    options |= {"precision": precision, "compile": compiled}
-    state = TrainingState(model, argparse.Namespace(**options), steps_per_epoch=1)
+    state = training_state(model, precision, compiled)
 
     def step() -> None:
         with misc.autocast(state.device, precision):
