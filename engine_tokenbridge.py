@@ -22,15 +22,19 @@ from models.pipeline import decode_images
 from models.sampling import SamplingOptions
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
-from util import misc
+from util import distributed
+from util.data.caches import IMAGE_HASH, cached_file
+from util.data.images import confidence_maps
+from util.devices import to_device
 from util.errors import Preempted, UserError
 from util.files import flush_all, written_whole
-from util.images import confidence_maps
-from util.loader import IMAGE_HASH, cached_file
+from util.log import progress_bar, warn
 from util.lr_sched import adjust_learning_rate
 from util.meters import BadSteps, Meter
+from util.metrics.sample_folder import SampleFolder
+from util.precision import autocast, check_finite, double, extremes
 from util.rng import image_seeds, numbered_draws, seed_everything
-from util.sample_folder import SampleFolder
+from util.signals import StopSignals, until_stopped
 from util.training_state import TrainingState
 
 LOG_EVERY = 20  # steps between two looks at the device's numbers
@@ -40,7 +44,11 @@ LOG_EVERY = 20  # steps between two looks at the device's numbers
 
 
 def backward(
-    state: TrainingState, batches: Sequence, vae: AutoencoderKL | None, latent_factor: float | None, precision: str
+    state: TrainingState,
+    batches: Sequence,
+    vae: AutoencoderKL | None,
+    latent_factor: float | None,
+    precision: str,
 ) -> Tensor:
     """Computes the gradients of one step, and its mean loss over ``batches``, which it returns, detached.
 
@@ -54,12 +62,14 @@ def backward(
         batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
         if latent_factor is not None:
             with torch.no_grad():
-                posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
+                posterior = (
+                    DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
+                )
                 batch = posterior.sample() * latent_factor
         # Processes exchange gradients once a step, with its last batch.
         waits = isinstance(state.wrapped, DistributedDataParallel) and i < len(batches) - 1
         with state.wrapped.no_sync() if waits else nullcontext():
-            with misc.autocast(state.device, precision):
+            with autocast(state.device, precision):
                 loss = state.wrapped(batch, labels) / len(batches)
             state.scaler.scale(loss).backward()
         total += loss.detach()
@@ -73,7 +83,7 @@ def order_gradients(state: TrainingState, shape: Sequence[int], precision: str) 
     order those of more than two processes are added. A run that is resumed so adds them as an unbroken one does, from
     its first step on.
     """
-    with misc.autocast(state.device, precision):
+    with autocast(state.device, precision):
         labels = torch.zeros(shape[0], dtype=torch.long, device=state.device)
         loss = state.wrapped(torch.zeros(*shape, device=state.device), labels)
     loss.backward()
@@ -93,7 +103,7 @@ def train_one_epoch(
     vae: AutoencoderKL | None,
     latent_factor: float | None,
     args: Namespace,
-    stop_signals: misc.StopSignals,
+    stop_signals: StopSignals,
     bad_steps: BadSteps,
     bar: tqdm,
     writer: SummaryWriter | None = None,
@@ -124,7 +134,12 @@ def train_one_epoch(
     state.wrapped.train()
     epoch, first, steps = state.epoch, state.step, state.steps_per_epoch
     images = args.batch_size * args.accum_iter  # of a step, in this process
-    meter = Meter(images * misc.get_world_size(), state.model.training_flops() * images, peak_flops, state.device)
+    meter = Meter(
+        images * distributed.get_world_size(),
+        state.model.training_flops() * images,
+        peak_flops,
+        state.device,
+    )
     iterator, figures = iter(loader), {}
     while state.epoch == epoch:  # each step advances the state
         step = state.step
@@ -134,11 +149,15 @@ def train_one_epoch(
             raise UserError(
                 f"the data of epoch {epoch} ended at step {step} of {steps}: it must not change during a run"
             )
-        seed_everything(args.seed, misc.get_rank(), epoch, step)
+        seed_everything(args.seed, distributed.get_rank(), epoch, step)
         # Processes begin an epoch at different times.
-        with misc.patience(misc.STEP_PATIENCE if step > first else misc.PATIENCE):
+        with distributed.collective_timeout(
+            distributed.STEP_TIMEOUT if step > first else distributed.TIMEOUT
+        ):
             loss = backward(state, batches, vae, latent_factor, args.precision)
-            settle(state, meter, bad_steps, loader, first)  # the step before, while its weights are still there
+            settle(
+                state, meter, bad_steps, loader, first
+            )  # the step before, while its weights are still there
             state.take_step(loss, lr)
             bar.update()
             stop = stop_signals.agreed()
@@ -151,7 +170,7 @@ def train_one_epoch(
             show(figures, bar, writer, epoch, state.steps_done)
         if stop or due:
             state.save(args)
-            misc.barrier()  # with more patience than the next step has
+            distributed.barrier()  # with more patience than the next step has
         if stop:
             state.finish()
             raise Preempted(
@@ -161,7 +180,9 @@ def train_one_epoch(
     return figures
 
 
-def settle(state: TrainingState, meter: Meter, bad_steps: BadSteps, loader: DataLoader, first: int) -> None:
+def settle(
+    state: TrainingState, meter: Meter, bad_steps: BadSteps, loader: DataLoader, first: int
+) -> None:
     """Ends the step that was started last, and counts it in the figures if it was taken, else as bad.
 
     Args:
@@ -174,11 +195,13 @@ def settle(state: TrainingState, meter: Meter, bad_steps: BadSteps, loader: Data
     if last is not None and last.finite:
         meter.add(last)
     elif last is not None:
-        images = meter.images // misc.get_world_size()
+        images = meter.images // distributed.get_world_size()
         bad_steps.add(last, files_of_step(loader, last.step - first, images))
 
 
-def show(figures: dict[str, float], bar: tqdm, writer: SummaryWriter | None, epoch: int, steps_done: int) -> None:
+def show(
+    figures: dict[str, float], bar: tqdm, writer: SummaryWriter | None, epoch: int, steps_done: int
+) -> None:
     """Writes figures of training beside the progress bar and, where there is a writer, into TensorBoard."""
     if "train/loss" in figures:
         bar.set_postfix_str(
@@ -224,7 +247,7 @@ def evaluate(
     settings: SampleSettings,
     device: torch.device,
     weights: dict,
-    stop_signals: misc.StopSignals | None = None,
+    stop_signals: StopSignals | None = None,
 ) -> SampleFolder:
     """Samples ``settings.num_images``, as many of each class as of others, to within one, into ``folder/NNNNN.png``.
 
@@ -243,11 +266,23 @@ def evaluate(
         Preempted: a signal was received.
     """
     folder = SampleFolder(folder)
-    misc.by_main_process(lambda: folder.prepare({"settings": asdict(settings), "weights": weights}))
-    total, size, rank, world = settings.num_images, settings.eval_bsz, misc.get_rank(), misc.get_world_size()
+    distributed.on_rank_0(
+        lambda: folder.prepare({"settings": asdict(settings), "weights": weights})
+    )
+    total, size, rank, world = (
+        settings.num_images,
+        settings.eval_bsz,
+        distributed.get_rank(),
+        distributed.get_world_size(),
+    )
     chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
     if len(chunks) < world:
-        misc.warn("%d chunks of %d images for %d processes: some have nothing to do", len(chunks), size, world)
+        warn(
+            "%d chunks of %d images for %d processes: some have nothing to do",
+            len(chunks),
+            size,
+            world,
+        )
 
     def find_missing() -> list[range]:
         there = folder.numbers()
@@ -263,12 +298,14 @@ def evaluate(
                 folder.confidence.save(confidence_maps(confidence, images.shape[-1]), chunk)
 
     # All processes share what is missing, so that one whose images were lost has no more to do than others.
-    missing = misc.by_main_process(find_missing)
-    with misc.progress(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
+    missing = distributed.on_rank_0(find_missing)
+    with progress_bar(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
         bar.update(total - sum(map(len, missing)))
         for first in range(0, len(missing), world):
-            turn = missing[first : first + world]  # a chunk for each process; the last turn may have fewer
-            misc.in_all_processes(partial(make, turn[rank : rank + 1]))
+            turn = missing[
+                first : first + world
+            ]  # a chunk for each process; the last turn may have fewer
+            distributed.on_all_ranks(partial(make, turn[rank : rank + 1]))
             bar.update(sum(map(len, turn)))
             if stop_signals is not None:
                 stop_signals.check()
@@ -291,11 +328,16 @@ def sample_chunk(
     labels = torch.tensor([number * model.class_num // settings.num_images for number in numbers])
     options = {name: getattr(settings, name) for name in SamplingOptions.__dataclass_fields__}
     options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
-    with misc.autocast(device, settings.precision):
+    with autocast(device, settings.precision):
         latents, confidence = model.sample_tokens(len(numbers), labels=labels, **options)
     precision = settings.vae_precision or settings.precision
-    images, confidence = decode_images(vae, latents / latent_factor, precision, "--vae_precision"), confidence.cpu()
-    misc.check_finite(confidence, "the transformer", settings.precision)  # sampled levels are finite in any case
+    images, confidence = (
+        decode_images(vae, latents / latent_factor, precision, "--vae_precision"),
+        confidence.cpu(),
+    )
+    check_finite(
+        confidence, "the transformer", settings.precision
+    )  # sampled levels are finite in any case
     return images, confidence.unflatten(1, (model.grid_size, -1))
 
 
@@ -325,7 +367,7 @@ def held_out_likelihood(
     precision: str,
     seed: int = 0,
     one_order: bool = False,
-    stop_signals: misc.StopSignals | None = None,
+    stop_signals: StopSignals | None = None,
 ) -> dict[str, float]:
     """Cross-entropy a latent dimension over held-out images, at fixed masks and posterior samples.
 
@@ -334,7 +376,7 @@ def held_out_likelihood(
     channels that the masked head knows: its figure estimates the mean over all orders of channels, without bias.
 
     Args:
-        loader: batches of images, or of moments where ``vae`` is None, dealt by :class:`util.loader.RankSampler`.
+        loader: batches of images, or of moments where ``vae`` is None, dealt by :class:`util.data.loaders.RankSampler`.
         one_order: for the masked head, the exact figure of one channel a step in the generation order instead.
         stop_signals: end measuring after the batch in which a process received one.
 
@@ -347,43 +389,55 @@ def held_out_likelihood(
     """
     training = model.training
     model.eval()
-    sums, limits = (misc.double(torch.zeros(2, device=device)) for _ in range(2))  # cross-entropy, images; see extremes
-    rank, world, done = misc.get_rank(), misc.get_world_size(), 0
+    sums, limits = (
+        double(torch.zeros(2, device=device)) for _ in range(2)
+    )  # cross-entropy, images; see extremes
+    rank, world, done = distributed.get_rank(), distributed.get_world_size(), 0
     counts = [model.num_masked_at((i + 0.5) / LIKELIHOOD_MASKS) for i in range(LIKELIHOOD_MASKS)]
-    for batch, labels in misc.until_stopped(loader, stop_signals):
+    for batch, labels in until_stopped(loader, stop_signals):
         numbers = [rank + world * (done + i) for i in range(len(batch))]
         done += len(batch)
         batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
         posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
         draws = numbered_draws(seed, numbers)
-        latents = posterior.sample(misc.to_device(draws.normal(*posterior.mean.shape[1:]), device)) * latent_factor
-        limits += misc.extremes(latents)
+        latents = (
+            posterior.sample(to_device(draws.normal(*posterior.mean.shape[1:]), device))
+            * latent_factor
+        )
+        limits += extremes(latents)
         orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
         channels = [()] * LIKELIHOOD_MASKS
         if model.config["head"] == "masked" and not one_order:
             uniform = draws.uniform(LIKELIHOOD_MASKS, model.seq_len, model.head.channel_steps + 1)
-            channels = [(each,) for each in misc.to_device(uniform, device).unbind(1)]
+            channels = [(each,) for each in to_device(uniform, device).unbind(1)]
         for i, count in enumerate(counts):
             mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
-            with misc.autocast(device, precision):
+            with autocast(device, precision):
                 if one_order:
                     features, levels = model.masked_tokens(latents, labels, mask)
-                    nats = -model.head.log_likelihood(features, levels).mean() / model.head.channel_steps
+                    nats = (
+                        -model.head.log_likelihood(features, levels).mean()
+                        / model.head.channel_steps
+                    )
                 else:
                     nats = model(latents, labels, mask, *channels[i])
-            sums[0] += misc.double(nats * len(batch) / len(counts))
+            sums[0] += double(nats * len(batch) / len(counts))
         sums[1] += len(batch)
     model.train(training)
     sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels
-    found = (misc.all_reduce_mean(torch.cat([sums, limits])) * world).cpu()
+    found = (distributed.all_reduce_mean(torch.cat([sums, limits])) * world).cpu()
 
     def check() -> None:
-        misc.check_finite(found[2:], "the tokenizer's encoder", "fp32")  # without autocast
-        misc.check_finite(found, "the transformer's likelihood", precision)
+        check_finite(found[2:], "the tokenizer's encoder", "fp32")  # without autocast
+        check_finite(found, "the transformer's likelihood", precision)
 
-    misc.by_main_process(check)
+    distributed.on_rank_0(check)
     total, images = found[:2].tolist()
-    return {"nats_per_dim": total / images, "bits_per_dim": total / images / math.log(2), "images": round(images)}
+    return {
+        "nats_per_dim": total / images,
+        "bits_per_dim": total / images / math.log(2),
+        "images": round(images),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -410,16 +464,16 @@ def channel_statistics(
     Raises:
         NotFinite: the tokenizer's encoder overflows.
     """
-    sums = misc.double(torch.zeros(3, channels, device=device))  # count, mean, mean square
+    sums = double(torch.zeros(3, channels, device=device))  # count, mean, mean square
     for batch, *_ in loader:
         batch = batch.to(device, non_blocking=True)
-        with misc.autocast(device, precision):
+        with autocast(device, precision):
             posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
-        mean, deviation = misc.double(posterior.mean), misc.double(posterior.std)
+        mean, deviation = double(posterior.mean), double(posterior.std)
         first, second = mean.mean(dim=(0, 2, 3)), (mean**2 + deviation**2).mean(dim=(0, 2, 3))
         sums += len(batch) * torch.stack([torch.ones_like(first), first, second])
-    sums = misc.all_reduce_mean(sums)
-    misc.by_main_process(lambda: misc.check_finite(sums, "the tokenizer's encoder", precision))
+    sums = distributed.all_reduce_mean(sums)
+    distributed.on_rank_0(lambda: check_finite(sums, "the tokenizer's encoder", precision))
     count, first, second = sums
     mean = first / count
     deviation = (second / count - mean**2).clamp(min=0).sqrt()
@@ -432,7 +486,11 @@ def channel_statistics(
 
 @torch.no_grad()
 def cache_latents(
-    vae: AutoencoderKL, loader: Iterable, cached_path: str | Path, device: torch.device, precision: str = "fp32"
+    vae: AutoencoderKL,
+    loader: Iterable,
+    cached_path: str | Path,
+    device: torch.device,
+    precision: str = "fp32",
 ) -> tuple[int, int]:
     """Writes each image's posterior moments, and its mirror image's, to ``cached_path/<class>/<file name>.npz``.
 
@@ -447,15 +505,17 @@ def cache_latents(
         UserError: a name leads out of ``cached_path``, or a file cannot be written; NotFinite if the encoder overflows.
     """
     counts = torch.zeros(2)  # written, replaced
-    with misc.progress(loader, unit="batch", desc="caching") as batches:
+    with progress_bar(loader, unit="batch", desc="caching") as batches:
         for batch in batches:
             if batch is None:
                 continue
             images, _, names, hashes = batch
             images = images.to(device, non_blocking=True)
-            with misc.autocast(device, precision):
-                moments = [vae.encode(view).parameters.float().cpu() for view in (images, images.flip(3))]
-            misc.check_finite(torch.cat(moments), "the tokenizer's encoder", precision)
+            with autocast(device, precision):
+                moments = [
+                    vae.encode(view).parameters.float().cpu() for view in (images, images.flip(3))
+                ]
+            check_finite(torch.cat(moments), "the tokenizer's encoder", precision)
             views = (view.numpy() for view in moments)
             for name, plain, flipped, digest in zip(names, *views, hashes.numpy(), strict=True):
                 path = cached_file(cached_path, name)
@@ -463,5 +523,10 @@ def cache_latents(
                 with written_whole(path, flush=False) as file:
                     np.savez(file, moments=plain, moments_flip=flipped, **{IMAGE_HASH: digest})
     flush_all()  # what was not flushed file by file, before the counts tell other processes that all is there
-    written, replaced = (misc.all_reduce_mean(counts.to(device)) * misc.get_world_size()).round().int().tolist()
+    written, replaced = (
+        (distributed.all_reduce_mean(counts.to(device)) * distributed.get_world_size())
+        .round()
+        .int()
+        .tolist()
+    )
     return written, replaced

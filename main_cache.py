@@ -5,7 +5,7 @@ from pathlib import Path
 
 from engine_tokenbridge import cache_latents
 from models.vae import AutoencoderKL
-from util import errors, misc
+from util import distributed, errors
 from util.args import (
     DATA_PATH,
     add_column_args,
@@ -16,21 +16,22 @@ from util.args import (
     check_same_flags,
     new_parser,
 )
-from util.checkpoint.load import fingerprint
+from util.checksums import fingerprint
 from util.config import Tokenizer, follow_tokenizer
-from util.datasets import check_same_inputs, loader_of_all
-from util.files import check_shared, remove_parts, write_json
-from util.loader import (
+from util.data.caches import (
     CACHE_METADATA,
     PACKED_METADATA,
-    BadImages,
     ImagesToCache,
     collate_present,
-    image_transform,
     read_cache_metadata,
 )
+from util.data.datasets import BadImages, image_transform
+from util.data.loaders import check_same_inputs, loader_of_all
+from util.data.sources import open_images
+from util.files import check_shared, remove_parts, write_json
+from util.log import log, warn
+from util.process_group import process_group
 from util.rng import seed_everything
-from util.sources import open_images
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -38,11 +39,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     add_vae_arg(parser)
     parser.add_argument(
-        "--vae_embed_dim", type=int, default=16, help="latent channels; the tokenizer's own number wins"
+        "--vae_embed_dim",
+        type=int,
+        default=16,
+        help="latent channels; the tokenizer's own number wins",
     )
-    parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
+    parser.add_argument(
+        "--img_size", type=int, default=256, help="height and width of the images in pixels"
+    )
     parser.add_argument("--data_path", default="./data/imagenet", help=DATA_PATH)
-    parser.add_argument("--split", choices=["train", "val"], default="train", help="part of --data_path to cache")
+    parser.add_argument(
+        "--split", choices=["train", "val"], default="train", help="part of --data_path to cache"
+    )
     parser.add_argument("--cached_path", default="", help="folder to write <class>/<image>.npz to")
     add_skip_arg(parser)
     add_column_args(parser)
@@ -81,21 +89,27 @@ def check_same(cached_path: str | Path, metadata: dict) -> None:
     if not any(folder.rglob("*.npz")):  # nothing was cached before the run there ended
         return
     if there is None:
-        raise errors.UserError(f"{folder} holds moments without {CACHE_METADATA}; choose another folder")
+        raise errors.UserError(
+            f"{folder} holds moments without {CACHE_METADATA}; choose another folder"
+        )
     pairs = {name: (there.get(name), here) for name, here in metadata.items()}
-    different = [f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new]
+    different = [
+        f"{name} {old} there, {new} here" for name, (old, new) in pairs.items() if old != new
+    ]
     if different:
         what = "; ".join(different)
-        raise errors.UserError(f"{folder} holds another cache ({what}); delete it or choose another folder")
+        raise errors.UserError(
+            f"{folder} holds another cache ({what}); delete it or choose another folder"
+        )
 
 
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic, args.precision) as device:
+    with process_group(args.device, args.deterministic, args.precision) as device:
         check_same_flags(args, device)
-        seed_everything(args.seed + misc.get_rank())
-        vae, latent_factor = misc.in_all_processes(lambda: load_tokenizer(args))
+        seed_everything(args.seed + distributed.get_rank())
+        vae, latent_factor = distributed.on_all_ranks(lambda: load_tokenizer(args))
         metadata = {
             "img_size": args.img_size,
             "latent_factor": latent_factor,
@@ -104,37 +118,40 @@ def main() -> None:
             "precision": args.precision,
             "split": args.split,
         }
-        misc.by_main_process(lambda: check_same(args.cached_path, metadata))
-        if misc.is_main_process():
+        distributed.on_rank_0(lambda: check_same(args.cached_path, metadata))
+        if distributed.is_main_process():
             remove_parts(Path(args.cached_path).rglob(".*.part"))
         check_shared(args.cached_path)
         side = args.img_size // vae.stride
-        shape, bad_images = (2 * vae.embed_dim, side, side), BadImages(args.cached_path, args.skip_bad_images)
+        shape, bad_images = (
+            (2 * vae.embed_dim, side, side),
+            BadImages(args.cached_path, args.skip_bad_images),
+        )
 
         def open_data() -> ImagesToCache:
             source = open_images(args.data_path, args.split, args.image_column, args.label_column)
             options = {"bad_images": bad_images, "cached_path": args.cached_path, "shape": shape}
             return ImagesToCache(source, image_transform(args.img_size), **options)
 
-        dataset = misc.in_all_processes(open_data)
-        misc.by_main_process(dataset.check_others)
+        dataset = distributed.on_all_ranks(open_data)
+        distributed.on_rank_0(dataset.check_others)
         check_same_inputs({args.split: dataset}, vae)
         loader = loader_of_all(dataset, device, args, collate_fn=collate_present)
 
         metadata_path = Path(args.cached_path) / CACHE_METADATA
-        if misc.is_main_process():  # training refuses a cache that is not complete
+        if distributed.is_main_process():  # training refuses a cache that is not complete
             write_json(metadata_path, {"images": len(dataset), **metadata, "complete": False})
-        misc.in_all_processes(lambda: vae.to(device))
+        distributed.on_all_ranks(lambda: vae.to(device))
         written, replaced = cache_latents(vae, loader, args.cached_path, device, args.precision)
         images = len(dataset) - bad_images.count()
-        if misc.is_main_process():
+        if distributed.is_main_process():
             write_json(metadata_path, {"images": images, **metadata, "complete": True})
-        misc.log.info(
+        log.info(
             "cached %d images and mirror images in %s: %d were there, %d are new, %d replaced (damaged or changed)",
             *(images, args.cached_path, images - written, written - replaced, replaced),
         )
-        if not_compared := sum(misc.from_all_processes(int(dataset.not_compared.sum()))):
-            misc.warn(
+        if not_compared := sum(distributed.gather_objects(int(dataset.not_compared.sum()))):
+            warn(
                 "%d of them could not be compared with the images in %s: their files, of MAR or an earlier version, "
                 "hold no hash. To renew them, delete these files, or choose another --cached_path",
                 *(not_compared, dataset.root),

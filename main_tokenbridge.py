@@ -12,13 +12,20 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import channel_statistics, check_num_images, order_gradients
-from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
+from evaluation import (
+    Run,
+    evaluate_online,
+    make_evaluator,
+    measure_likelihood,
+    search,
+    weights_identity,
+)
 from models.quantizer import QUANTIZERS
 from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, check_guidance, check_head_options
 from models.tokenbridge import CHECKPOINTED, MASKED_SIZES, MODELS, SIZES, TokenBridge
 from models.vae import AutoencoderKL
 from training import train_epochs
-from util import checkpoint, errors, misc
+from util import distributed, errors
 from util.args import (
     DATA_PATH,
     add_column_args,
@@ -35,14 +42,46 @@ from util.args import (
     check_same_flags,
     new_parser,
 )
-from util.checkpoint import finetune
-from util.checkpoint.load import fingerprint, load_weights
-from util.config import EVALUATE, FINETUNE, KL16_LATENT_FACTOR, RESUME, Start, Tokenizer, add_model_args, resolve
-from util.datasets import Data, cache_metadata, check_same_inputs, data_root, load_data, loader_of_all, training_loader
+from util.checkpoint import finetune, hub
+from util.checkpoint.files import CHECKPOINT_NAME
+from util.checkpoint.load import load_weights
+from util.checkpoint.runs import (
+    check_folder_is_free,
+    check_newest_checkpoint,
+    find_checkpoint,
+    find_checkpoint_to_resume,
+    read_newest_checkpoint,
+    read_run,
+)
+from util.checkpoint.vae_files import tokenizer_config
+from util.checksums import fingerprint
+from util.config import (
+    EVALUATE,
+    FINETUNE,
+    KL16_LATENT_FACTOR,
+    RESUME,
+    Start,
+    Tokenizer,
+    add_model_args,
+    resolve,
+)
+from util.data.caches import cache_metadata
+from util.data.loaders import (
+    Data,
+    check_same_inputs,
+    data_root,
+    evenly_spaced,
+    load_data,
+    loader_of_all,
+    training_loader,
+)
 from util.files import remove_parts, write_json
-from util.loader import evenly_spaced
+from util.log import log
+from util.precision import PRECISIONS
+from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import seed_everything
+from util.signals import StopSignals
 from util.training_state import TrainingState
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -58,55 +97,121 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         help="start from these weights (file, folder, hf://owner/repo/path) as far as they fit",
     )
     train.add_argument(
-        "--freeze", nargs="+", default=[], metavar="PATTERN", help="parameters that stay: encoder_blocks.*, class_emb.*"
+        "--freeze",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="parameters that stay: encoder_blocks.*, class_emb.*",
     )
     train.add_argument("--epochs", type=int, default=400, help="passes over the training images")
-    train.add_argument("--accum_iter", type=int, default=1, help="batches whose gradients make one step")
-    train.add_argument("--lr", type=float, help="peak learning rate; by default blr x whole batch / 256")
-    train.add_argument("--blr", type=float, default=1e-4, help="base learning rate, for a batch of 256")
-    train.add_argument("--min_lr", type=float, default=0.0, help="learning rate at the end of the cosine")
+    train.add_argument(
+        "--accum_iter", type=int, default=1, help="batches whose gradients make one step"
+    )
+    train.add_argument(
+        "--lr", type=float, help="peak learning rate; by default blr x whole batch / 256"
+    )
+    train.add_argument(
+        "--blr", type=float, default=1e-4, help="base learning rate, for a batch of 256"
+    )
+    train.add_argument(
+        "--min_lr", type=float, default=0.0, help="learning rate at the end of the cosine"
+    )
     text = "learning rate after the warm-up: half a cosine down to --min_lr, or --lr throughout"
     train.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help=text)
     text = "epochs over which the learning rate rises from 0"
     train.add_argument("--warmup_epochs", type=float, default=100, help=text)
-    train.add_argument("--compile", action="store_true", help="torch.compile the blocks; minutes before the first step")
     train.add_argument(
-        "--weight_decay", type=float, default=0.02, help="AdamW's; biases and one-dimensional weights have none"
+        "--compile",
+        action="store_true",
+        help="torch.compile the blocks; minutes before the first step",
     )
     train.add_argument(
-        "--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit (release: 3.0)"
+        "--weight_decay",
+        type=float,
+        default=0.02,
+        help="AdamW's; biases and one-dimensional weights have none",
+    )
+    train.add_argument(
+        "--grad_clip",
+        type=float,
+        default=1.0,
+        help="largest gradient norm; 0 for no limit (release: 3.0)",
     )
     add_ema_args(train, 0.9999)
-    train.add_argument("--start_epoch", type=int, default=0, help="set by --resume where the checkpoint tells")
-    train.add_argument("--save_last_freq", type=int, default=5, help="epochs between two checkpoints")
     train.add_argument(
-        "--save_every_steps", type=int, default=0, help="steps between two checkpoints; 0 for epochs only"
+        "--start_epoch", type=int, default=0, help="set by --resume where the checkpoint tells"
     )
-    train.add_argument("--max_bad_steps", type=int, default=0, help="steps that may be left out for not being finite")
+    train.add_argument(
+        "--save_last_freq", type=int, default=5, help="epochs between two checkpoints"
+    )
+    train.add_argument(
+        "--save_every_steps",
+        type=int,
+        default=0,
+        help="steps between two checkpoints; 0 for epochs only",
+    )
+    train.add_argument(
+        "--max_bad_steps",
+        type=int,
+        default=0,
+        help="steps that may be left out for not being finite",
+    )
     add_dry_run_arg(train)
-    train.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, the newest included")
+    train.add_argument(
+        "--keep_last", type=int, default=2, help="checkpoints kept, the newest included"
+    )
 
 
 def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of sampling and evaluation."""
     sample = parser.add_argument_group("sampling and evaluation")
-    sample.add_argument("--evaluate", action="store_true", help="sample from --resume's weights, measure, and stop")
-    sample.add_argument("--online_eval", action="store_true", help="sample and measure during training, too")
-    sample.add_argument("--evaluate_nll", action="store_true", help="measure --resume's held-out likelihood, and stop")
+    sample.add_argument(
+        "--evaluate", action="store_true", help="sample from --resume's weights, measure, and stop"
+    )
+    sample.add_argument(
+        "--online_eval", action="store_true", help="sample and measure during training, too"
+    )
+    sample.add_argument(
+        "--evaluate_nll",
+        action="store_true",
+        help="measure --resume's held-out likelihood, and stop",
+    )
     sample.add_argument("--online_nll", action="store_true", help="measure it during training, too")
-    sample.add_argument("--eval_freq", type=int, default=40, help="epochs between two measurements during training")
-    sample.add_argument("--eval_bsz", type=int, default=64, help="images sampled at once on each device")
+    sample.add_argument(
+        "--eval_freq", type=int, default=40, help="epochs between two measurements during training"
+    )
+    sample.add_argument(
+        "--eval_bsz", type=int, default=64, help="images sampled at once on each device"
+    )
     sample.add_argument("--num_images", type=int, default=50000, help="over all classes evenly")
     add_sampling_args(sample, ORDERS, FIRST_PLACES, HEAD_ORDERS)
-    sample.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale, or several to search")
-    sample.add_argument("--temperature", type=float, nargs="+", default=1.0, help="or several to search")
-    sample.add_argument("--gen_seed", type=int, default=0, help="with an image's number, the seed of that image")
-    sample.add_argument("--no_ema", action="store_true", help="evaluate the weights themselves, not their average")
+    sample.add_argument(
+        "--cfg", type=float, nargs="+", default=1.0, help="guidance scale, or several to search"
+    )
+    sample.add_argument(
+        "--temperature", type=float, nargs="+", default=1.0, help="or several to search"
+    )
+    sample.add_argument(
+        "--gen_seed", type=int, default=0, help="with an image's number, the seed of that image"
+    )
+    sample.add_argument(
+        "--no_ema", action="store_true", help="evaluate the weights themselves, not their average"
+    )
     sample.add_argument("--no_metrics", action="store_true", help="pictures alone")
-    sample.add_argument("--keep_images", action="store_true", help="keep the images once they are measured")
-    sample.add_argument("--vae_precision", choices=misc.PRECISIONS, help="of decoding; by default --precision")
-    sample.add_argument("--save_confidence", action="store_true", help="also picture each token's confidence")
-    sample.add_argument("--save_npz", action="store_true", help="also write the images as ADM's evaluator reads them")
+    sample.add_argument(
+        "--keep_images", action="store_true", help="keep the images once they are measured"
+    )
+    sample.add_argument(
+        "--vae_precision", choices=PRECISIONS, help="of decoding; by default --precision"
+    )
+    sample.add_argument(
+        "--save_confidence", action="store_true", help="also picture each token's confidence"
+    )
+    sample.add_argument(
+        "--save_npz",
+        action="store_true",
+        help="also write the images as ADM's evaluator reads them",
+    )
     add_metrics_args(sample)
 
 
@@ -115,13 +220,23 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
     files = parser.add_argument_group("files")
     files.add_argument("--data_path", default="./data/imagenet", help=DATA_PATH)
     files.add_argument(
-        "--use_cached", action="store_true", help="train on cached moments; needs no images, no tokenizer"
+        "--use_cached",
+        action="store_true",
+        help="train on cached moments; needs no images, no tokenizer",
     )
     files.add_argument("--cached_path", default="", help="what main_cache.py or tools.pack wrote")
-    files.add_argument("--cached_val_path", default="", help="what main_cache.py --split val wrote, for likelihoods")
-    files.add_argument("--output_dir", default="./output_dir", help="checkpoints, TensorBoard's logs, samples")
     files.add_argument(
-        "--resume", default="", help="a run's folder or file, safetensors or not, or hf://owner/repo/path"
+        "--cached_val_path",
+        default="",
+        help="what main_cache.py --split val wrote, for likelihoods",
+    )
+    files.add_argument(
+        "--output_dir", default="./output_dir", help="checkpoints, TensorBoard's logs, samples"
+    )
+    files.add_argument(
+        "--resume",
+        default="",
+        help="a run's folder or file, safetensors or not, or hf://owner/repo/path",
     )
     add_mirror_arg(files)
     add_skip_arg(files)
@@ -142,37 +257,75 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for values that cannot work, before anything is read or written."""
     check_bits(args.quant_bits, "--quant_bits")
-    check_positive(args, "img_size", "batch_size", "epochs", "accum_iter", "class_num", "eval_bsz", "num_iter")
-    check_positive(args, "save_last_freq", "keep_last", "eval_freq", "vae_embed_dim", "vae_stride", "patch_size")
-    check_range(args, 0, 1, "attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "ema_rate")
-    check_range(args, 0, math.inf, "grad_clip", "weight_decay", "warmup_epochs", "start_epoch", "num_workers", "min_lr")
+    check_positive(
+        args, "img_size", "batch_size", "epochs", "accum_iter", "class_num", "eval_bsz", "num_iter"
+    )
+    check_positive(
+        args,
+        "save_last_freq",
+        "keep_last",
+        "eval_freq",
+        "vae_embed_dim",
+        "vae_stride",
+        "patch_size",
+    )
+    check_range(
+        args, 0, 1, "attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "ema_rate"
+    )
+    check_range(
+        args,
+        0,
+        math.inf,
+        "grad_clip",
+        "weight_decay",
+        "warmup_epochs",
+        "start_epoch",
+        "num_workers",
+        "min_lr",
+    )
     check_range(args, 0, math.inf, "save_every_steps", "max_bad_steps")
-    args.cfg, args.temperature = (v if isinstance(v, list) else [v] for v in (args.cfg, args.temperature))
+    args.cfg, args.temperature = (
+        v if isinstance(v, list) else [v] for v in (args.cfg, args.temperature)
+    )
     for name in ("channels_per_group", "head_dim", "head_depth", "head_heads"):
         if getattr(args, name) is not None:
             check_positive(args, name)
     check_range(args, 0, math.inf, "confidence_noise", "gen_seed", "seed")
     for name in ("cfg", "temperature"):
         if not all(0 <= value < math.inf for value in getattr(args, name)):
-            raise errors.UserError(f"--{name} {min(getattr(args, name))}: it must be a number, and not negative")
+            raise errors.UserError(
+                f"--{name} {min(getattr(args, name))}: it must be a number, and not negative"
+            )
     check_positive(args, "num_images")
     if args.online_eval and not args.no_metrics:
         check_num_images(args.num_images, args.class_num)
     if (args.evaluate or args.evaluate_nll) and not args.resume:
         flag = "--evaluate" if args.evaluate else "--evaluate_nll"
-        raise errors.UserError(f"{flag} needs --resume, the folder that holds the weights to measure")
+        raise errors.UserError(
+            f"{flag} needs --resume, the folder that holds the weights to measure"
+        )
     if args.finetune and (args.evaluate or args.evaluate_nll):
-        raise errors.UserError("--finetune is for training: name the weights to measure with --resume")
+        raise errors.UserError(
+            "--finetune is for training: name the weights to measure with --resume"
+        )
     if args.use_cached and not args.cached_path and not args.evaluate and not args.evaluate_nll:
-        raise errors.UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
+        raise errors.UserError(
+            "--use_cached needs --cached_path, the folder that main_cache.py wrote"
+        )
     if args.skip_bad_images and (args.evaluate or args.evaluate_nll):
-        raise errors.UserError("--skip_bad_images is for training: measurements are of all images or none; remove it")
+        raise errors.UserError(
+            "--skip_bad_images is for training: measurements are of all images or none; remove it"
+        )
     if not args.use_cached:
         unused = [name for name in ("cached_path", "cached_val_path") if getattr(args, name)]
         if unused and not args.evaluate:
-            raise errors.UserError(f"--{unused[0]} is read with --use_cached only: add that flag, or remove this one")
+            raise errors.UserError(
+                f"--{unused[0]} is read with --use_cached only: add that flag, or remove this one"
+            )
     if args.use_cached and not args.cached_val_path and (args.evaluate_nll or args.online_nll):
-        raise errors.UserError("likelihoods from a cache need --cached_val_path, what main_cache.py --split val wrote")
+        raise errors.UserError(
+            "likelihoods from a cache need --cached_val_path, what main_cache.py --split val wrote"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -194,9 +347,9 @@ def open_start(args: argparse.Namespace) -> Start:
         content.update(start.content)
         return dataclasses.replace(start, content={})
 
-    if args.resume and not (args.evaluate or args.evaluate_nll or checkpoint.hub.is_address(args.resume)):
-        checkpoint.check_newest(args.resume)
-    return dataclasses.replace(misc.by_main_process(read), content=content)
+    if args.resume and not (args.evaluate or args.evaluate_nll or hub.is_address(args.resume)):
+        check_newest_checkpoint(args.resume)
+    return dataclasses.replace(distributed.on_rank_0(read), content=content)
 
 
 def read_start(args: argparse.Namespace) -> Start:
@@ -206,14 +359,20 @@ def read_start(args: argparse.Namespace) -> Start:
     """
     measuring = args.evaluate or args.evaluate_nll
     if args.resume:
-        path = checkpoint.find(args.resume) if measuring else checkpoint.find_to_resume(args.resume, args.output_dir)
+        path = (
+            find_checkpoint(args.resume)
+            if measuring
+            else find_checkpoint_to_resume(args.resume, args.output_dir)
+        )
         if path is not None:
-            content, path = (checkpoint.read_run(path), path) if measuring else checkpoint.read_newest_whole(path)
-            return Start(EVALUATE if measuring else RESUME, content, path, content.get("config", {}))
-    checkpoint.check_folder_is_free(args.output_dir, args.resume, checkpoint.CHECKPOINT_NAME)
+            content, path = (read_run(path), path) if measuring else read_newest_checkpoint(path)
+            return Start(
+                EVALUATE if measuring else RESUME, content, path, content.get("config", {})
+            )
+    check_folder_is_free(args.output_dir, args.resume, CHECKPOINT_NAME)
     if args.finetune:
-        path = checkpoint.find(args.finetune)
-        content = checkpoint.read_run(path)
+        path = find_checkpoint(args.finetune)
+        content = read_run(path)
         return Start(FINETUNE, content, path, TokenBridge.config_of(content, path))
     return Start()
 
@@ -231,7 +390,12 @@ def load_tokenizer(
     named = args.vae_path != defaults.vae_path
     needed = args.evaluate or args.online_eval or not args.use_cached
     factor = start.config.get("latent_factor", KL16_LATENT_FACTOR)
-    if needed and not named and not math.isclose(factor, KL16_LATENT_FACTOR, rel_tol=1e-6) and start.use != FINETUNE:
+    if (
+        needed
+        and not named
+        and not math.isclose(factor, KL16_LATENT_FACTOR, rel_tol=1e-6)
+        and start.use != FINETUNE
+    ):
         told = f"{start.path} was trained with another tokenizer than KL-16, of latent factor {factor:.4g}"
         raise errors.UserError(f"{told}: name its file with --vae_path")
     if needed or named:
@@ -239,7 +403,7 @@ def load_tokenizer(
         found.append(Tokenizer(vae.config, latent_factor, args.vae_path, fingerprint(vae)))
     for root in roots if args.use_cached else ():
         metadata = cache_metadata(root)
-        found.append(Tokenizer(*checkpoint.tokenizer_of(metadata, root), root, metadata.get("vae_sha256")))
+        found.append(Tokenizer(*tokenizer_config(metadata, root), root, metadata.get("vae_sha256")))
     for other, later in combinations(found, 2):
         if not other.same_factor(later.latent_factor):
             differing = "latent factors"
@@ -280,20 +444,32 @@ CALIBRATION_IMAGES = 10_000
 
 
 def calibrate(
-    args: argparse.Namespace, dataset: Data, vae: AutoencoderKL | None, tokenizer: Tokenizer, device: torch.device
+    args: argparse.Namespace,
+    dataset: Data,
+    vae: AutoencoderKL | None,
+    tokenizer: Tokenizer,
+    device: torch.device,
 ) -> dict[str, list[float]]:
     """Means and deviations of the latents' channels over :data:`CALIBRATION_IMAGES` training images, evenly spaced."""
     dataset.set_draws(args.seed, 0)
-    loader = loader_of_all(evenly_spaced(dataset, CALIBRATION_IMAGES), device, args, persistent_workers=False)
+    loader = loader_of_all(
+        evenly_spaced(dataset, CALIBRATION_IMAGES), device, args, persistent_workers=False
+    )
     vae = None if args.use_cached else vae.to(device)
     channels, latent_factor = tokenizer.config["embed_dim"], tokenizer.latent_factor
-    mean, deviation = channel_statistics(vae, loader, channels, latent_factor, device, args.precision)
-    misc.log.info("calibrated: channel deviations from %.3f to %.3f", min(deviation), max(deviation))
+    mean, deviation = channel_statistics(
+        vae, loader, channels, latent_factor, device, args.precision
+    )
+    log.info("calibrated: channel deviations from %.3f to %.3f", min(deviation), max(deviation))
     return {"channel_mean": mean, "channel_std": deviation}
 
 
 def build_model(
-    args: argparse.Namespace, config: dict, start: Start, device: torch.device, classes: Sequence[str] | None
+    args: argparse.Namespace,
+    config: dict,
+    start: Start,
+    device: torch.device,
+    classes: Sequence[str] | None,
 ) -> TokenBridge:
     """The model that ``config`` describes, with the weights of the checkpoint that the run starts from, or drawn ones.
 
@@ -314,22 +490,26 @@ def build_model(
             for cfg in args.cfg if args.evaluate or args.online_eval else ():
                 check_guidance(trained.get("label_drop_prob", 0.1), cfg)
             return model
-        except Exception as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
+        except (
+            Exception
+        ) as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
             raise errors.UserError(errors.reason(error)) from error
 
-    model = misc.in_all_processes(construct)
+    model = distributed.on_all_ranks(construct)
 
     def load() -> None:
         if start.use == FINETUNE:
-            finetune.start_from(model, start.content, start.config, start.path, not args.no_ema, classes)
+            finetune.start_from(
+                model, start.content, start.config, start.path, not args.no_ema, classes
+            )
         elif start.use == EVALUATE:
             load_weights(model, start.content, start.path, ema=not args.no_ema)
 
-    misc.by_main_process(load)
+    distributed.on_rank_0(load)
     if start.use != RESUME:
         start.content.clear()  # it may lie in memory
-    misc.in_all_processes(lambda: model.to(device))
-    misc.share(model.state_dict().values())
+    distributed.on_all_ranks(lambda: model.to(device))
+    distributed.broadcast_tensors(model.state_dict().values())
     return model
 
 
@@ -340,62 +520,96 @@ def build_model(
 def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> None:
     """Trains ``model`` from where ``start`` left off, saving, and measuring where asked for."""
     args = run.args
-    if misc.is_main_process() and not args.dry_run:
+    if distributed.is_main_process() and not args.dry_run:
         remove_parts(Path(args.output_dir).glob(".*.part"))
-    batch = args.batch_size * args.accum_iter * misc.get_world_size()
+    batch = args.batch_size * args.accum_iter * distributed.get_world_size()
     if args.lr is None:
         args.lr = args.blr * batch / 256
-    state = TrainingState(model, args, steps_per_epoch=len(loader) // args.accum_iter)  # what is left over is dropped
+    state = TrainingState(
+        model, args, steps_per_epoch=len(loader) // args.accum_iter
+    )  # what is left over is dropped
     if start.use == RESUME:
         state.load(start.content, start.path, args.freeze)
         start.content.clear()
-    if misc.get_world_size() > 2:
+    if distributed.get_world_size() > 2:
         order_gradients(state, (args.batch_size, *model.latent_shape), args.precision)
 
-    def measure(epoch: int, writer: SummaryWriter | None, stop_signals: misc.StopSignals) -> None:
-        evaluate_online(run, state.model if args.no_ema else state.average.module, epoch, writer, stop_signals)
+    def measure(epoch: int, writer: SummaryWriter | None, stop_signals: StopSignals) -> None:
+        evaluate_online(
+            run, state.model if args.no_ema else state.average.module, epoch, writer, stop_signals
+        )
 
     vae, measures = None if args.use_cached else run.vae, args.online_eval or args.online_nll
-    train_epochs(state, loader, vae, run.latent_factor, args, args.output_dir, measure, save_before_measuring=measures)
+    train_epochs(
+        state,
+        loader,
+        vae,
+        run.latent_factor,
+        args,
+        args.output_dir,
+        measure,
+        save_before_measuring=measures,
+    )
 
 
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic, args.precision) as device:
+    with process_group(args.device, args.deterministic, args.precision) as device:
         check_same_flags(args, device)
-        misc.in_all_processes(lambda: check_args(args))
+        distributed.on_all_ranks(lambda: check_args(args))
         measuring = args.evaluate or args.evaluate_nll
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)
         defaults = get_args_parser().parse_args([])
-        vae, tokenizer, config, data = misc.in_all_processes(lambda: load_inputs(args, defaults, splits, start))
+        vae, tokenizer, config, data = distributed.on_all_ranks(
+            lambda: load_inputs(args, defaults, splits, start)
+        )
         check_same_inputs(data, vae)
-        seed_everything(args.seed + misc.get_rank())
+        seed_everything(args.seed + distributed.get_rank())
         if args.quant_calibrate and config["channel_mean"] is None:
             config |= calibrate(args, data["train"], vae, tokenizer, device)
-        model = build_model(args, config, start, device, None if measuring else data["train"].classes)
+        model = build_model(
+            args, config, start, device, None if measuring else data["train"].classes
+        )
         model.metadata = {"model": args.model, "latent_factor": tokenizer.latent_factor}
         if (args.evaluate or args.online_eval) and args.num_iter > model.seq_len:
-            misc.log.info("--num_iter %d for %d tokens: %d steps do it", args.num_iter, model.seq_len, model.seq_len)
-        misc.log.info("%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6)
+            log.info(
+                "--num_iter %d for %d tokens: %d steps do it",
+                args.num_iter,
+                model.seq_len,
+                model.seq_len,
+            )
+        log.info(
+            "%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6
+        )
         if vae is not None:
-            vae = misc.in_all_processes(lambda: vae.to(device, memory_format=torch.channels_last))
+            vae = distributed.on_all_ranks(
+                lambda: vae.to(device, memory_format=torch.channels_last)
+            )
         held_out = loader_of_all(data["val"], device, args) if "val" in data else None
-        loader = None if measuring else misc.in_all_processes(lambda: training_loader(data["train"], device, args))
-        run = Run(args, device, vae, tokenizer.latent_factor, make_evaluator(args, device), held_out)
+        loader = (
+            None
+            if measuring
+            else distributed.on_all_ranks(lambda: training_loader(data["train"], device, args))
+        )
+        run = Run(
+            args, device, vae, tokenizer.latent_factor, make_evaluator(args, device), held_out
+        )
         if not measuring:
             model.metadata["class_names"] = data["train"].classes
-            known = tokenizer.sha256 or (start.config.get("vae_sha256") if start.use == RESUME else None)
+            known = tokenizer.sha256 or (
+                start.config.get("vae_sha256") if start.use == RESUME else None
+            )
             model.metadata |= {} if known is None else {"vae_sha256": known}
-            misc.in_all_processes(lambda: finetune.freeze(model, args.freeze))
+            distributed.on_all_ranks(lambda: finetune.freeze(model, args.freeze))
             train(run, model, loader, start)
             return
         if args.compile:
             model.compile_blocks()
         if args.evaluate_nll:
             figures = {**measure_likelihood(run, model), "resume": args.resume, **provenance()}
-            if misc.is_main_process():
+            if distributed.is_main_process():
                 write_json(Path(args.output_dir) / "likelihood.json", figures)
         if args.evaluate:
             search(run, model, weights_identity(run, model))

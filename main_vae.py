@@ -16,7 +16,7 @@ from models.vae import AutoencoderKL
 from models.vae_losses import VAELosses, perceptual_distance
 from tools.channel_order import energies, low_frequencies, low_shares
 from training import train_epochs
-from util import checkpoint, errors, misc
+from util import distributed, errors
 from util.args import (
     DATA_PATH,
     add_column_args,
@@ -30,14 +30,25 @@ from util.args import (
     check_same_flags,
     new_parser,
 )
+from util.checkpoint.runs import (
+    check_folder_is_free,
+    check_newest_checkpoint,
+    find_checkpoint_to_resume,
+    read_newest_checkpoint,
+)
+from util.checkpoint.vae_files import save_vae
 from util.config import check_stride
-from util.datasets import check_same_inputs, loader_of_all, training_loader
+from util.data.datasets import BadImages, ImageFolder, image_transform
+from util.data.images import psnr, to_uint8
+from util.data.loaders import check_same_inputs, evenly_spaced, loader_of_all, training_loader
+from util.data.sources import NO_LABELS, NoSplit, open_images
 from util.files import remove_parts, write_json
-from util.images import psnr, to_uint8
-from util.loader import BadImages, ImageFolder, evenly_spaced, image_transform
+from util.log import log, warn
+from util.precision import autocast, check_finite, double, extremes
+from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import seed_everything
-from util.sources import NO_LABELS, NoSplit, open_images
+from util.signals import StopSignals
 from util.training_state import TrainingState
 
 #: The result; what an interrupted run goes on from; what is measured of the result.
@@ -52,30 +63,63 @@ LOW_FREQUENCIES = 0.5  # up to this share of Nyquist's
 def add_training_args(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of losses and training."""
     loss = parser.add_argument_group("losses, for an absolute error of weight 1")
-    loss.add_argument("--kl_weight", type=float, default=1e-6, help="of the KL divergence of an image, in nats")
-    loss.add_argument("--perceptual_weight", type=float, default=0.0, help="of the distance in VGG-16's features")
-    loss.add_argument("--vgg_weights", help="torchvision's VGG-16; by default where torch's hub keeps it")
-    loss.add_argument("--disc_weight", type=float, default=0.0, help="of a discriminator of patches")
-    loss.add_argument("--disc_start", type=int, default=0, help="step from which on there is a discriminator")
+    loss.add_argument(
+        "--kl_weight", type=float, default=1e-6, help="of the KL divergence of an image, in nats"
+    )
+    loss.add_argument(
+        "--perceptual_weight", type=float, default=0.0, help="of the distance in VGG-16's features"
+    )
+    loss.add_argument(
+        "--vgg_weights", help="torchvision's VGG-16; by default where torch's hub keeps it"
+    )
+    loss.add_argument(
+        "--disc_weight", type=float, default=0.0, help="of a discriminator of patches"
+    )
+    loss.add_argument(
+        "--disc_start", type=int, default=0, help="step from which on there is a discriminator"
+    )
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=int, default=100, help="passes over the training images")
-    train.add_argument("--accum_iter", type=int, default=1, help="batches whose gradients make one step")
+    train.add_argument(
+        "--accum_iter", type=int, default=1, help="batches whose gradients make one step"
+    )
     train.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
     train.add_argument("--min_lr", type=float, default=0.0, help="learning rate at the end")
     text = "epochs over which the learning rate rises from 0"
     train.add_argument("--warmup_epochs", type=float, default=1.0, help=text)
     text = "learning rate after the warm-up: half a cosine down to --min_lr, or --lr throughout"
     train.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help=text)
-    train.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit")
-    add_ema_args(train, 0.999)
-    train.add_argument("--no_ema", action="store_true", help="measure and export the weights, not their average")
-    train.add_argument("--eval_freq", type=int, default=1, help="epochs between two measurements of reconstructions")
-    train.add_argument("--save_last_freq", type=int, default=5, help="epochs between two checkpoints")
     train.add_argument(
-        "--save_every_steps", type=int, default=0, help="steps between two checkpoints; 0 for epochs only"
+        "--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 for no limit"
     )
-    train.add_argument("--max_bad_steps", type=int, default=0, help="steps that may be left out for not being finite")
-    train.add_argument("--keep_last", type=int, default=2, help="checkpoints kept, the newest included")
+    add_ema_args(train, 0.999)
+    train.add_argument(
+        "--no_ema", action="store_true", help="measure and export the weights, not their average"
+    )
+    train.add_argument(
+        "--eval_freq",
+        type=int,
+        default=1,
+        help="epochs between two measurements of reconstructions",
+    )
+    train.add_argument(
+        "--save_last_freq", type=int, default=5, help="epochs between two checkpoints"
+    )
+    train.add_argument(
+        "--save_every_steps",
+        type=int,
+        default=0,
+        help="steps between two checkpoints; 0 for epochs only",
+    )
+    train.add_argument(
+        "--max_bad_steps",
+        type=int,
+        default=0,
+        help="steps that may be left out for not being finite",
+    )
+    train.add_argument(
+        "--keep_last", type=int, default=2, help="checkpoints kept, the newest included"
+    )
     add_dry_run_arg(train)
     # What a run's state asks for, and a tokenizer's training does not leave open.
     parser.set_defaults(weight_decay=0.0, compile=False, start_epoch=0)
@@ -85,15 +129,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
     parser.add_argument("--data_path", default="./data/imagenet", help=DATA_PATH)
-    parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
+    parser.add_argument(
+        "--img_size", type=int, default=256, help="height and width of the images in pixels"
+    )
     text = f"where {VAE_NAME}, checkpoints and TensorBoard's logs go"
     parser.add_argument("--output_dir", default="./output_dir", help=text)
-    parser.add_argument("--resume", default="", help=f"folder of a {STATE_NAME} to go on from, or the file")
+    parser.add_argument(
+        "--resume", default="", help=f"folder of a {STATE_NAME} to go on from, or the file"
+    )
     parser.add_argument("--vae_embed_dim", type=int, default=16, help="latent channels")
     parser.add_argument("--ch", type=int, default=128, help="base width")
     widths = "width of each resolution in units of --ch; each but the last halves the image"
     parser.add_argument("--ch_mult", type=int, nargs="+", default=[1, 1, 2, 2, 4], help=widths)
-    parser.add_argument("--num_res_blocks", type=int, default=2, help="residual blocks a resolution")
+    parser.add_argument(
+        "--num_res_blocks", type=int, default=2, help="residual blocks a resolution"
+    )
     add_training_args(parser)
     add_mirror_arg(parser)
     add_skip_arg(parser)
@@ -104,11 +154,32 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises UserError for values that cannot work, before anything is read or written."""
-    check_positive(args, "img_size", "batch_size", "vae_embed_dim", "ch", "epochs", "num_res_blocks", "lr")
+    check_positive(
+        args, "img_size", "batch_size", "vae_embed_dim", "ch", "epochs", "num_res_blocks", "lr"
+    )
     check_positive(args, "accum_iter", "save_last_freq", "eval_freq", "keep_last")
     check_range(args, 0, 1, "ema_rate")
-    check_range(args, 0, math.inf, "kl_weight", "perceptual_weight", "disc_weight", "disc_start", "grad_clip", "min_lr")
-    check_range(args, 0, math.inf, "warmup_epochs", "save_every_steps", "max_bad_steps", "num_workers", "seed")
+    check_range(
+        args,
+        0,
+        math.inf,
+        "kl_weight",
+        "perceptual_weight",
+        "disc_weight",
+        "disc_start",
+        "grad_clip",
+        "min_lr",
+    )
+    check_range(
+        args,
+        0,
+        math.inf,
+        "warmup_epochs",
+        "save_every_steps",
+        "max_bad_steps",
+        "num_workers",
+        "seed",
+    )
     check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
     if args.disc_weight > 0 and args.img_size < 16:
         raise errors.UserError(
@@ -132,16 +203,20 @@ def open_start(args: argparse.Namespace) -> tuple[dict, Path | None]:
 
     def read() -> Path | None:
         for name in (STATE_NAME, VAE_NAME):
-            checkpoint.check_folder_is_free(args.output_dir, args.resume, name)
-        path = checkpoint.find_to_resume(args.resume, args.output_dir, (STATE_NAME,)) if args.resume else None
+            check_folder_is_free(args.output_dir, args.resume, name)
+        path = (
+            find_checkpoint_to_resume(args.resume, args.output_dir, (STATE_NAME,))
+            if args.resume
+            else None
+        )
         if path is not None:
-            found, path = checkpoint.read_newest_whole(path)
+            found, path = read_newest_checkpoint(path)
             content.update(found)
         return path
 
     if args.resume:
-        checkpoint.check_newest(args.resume, (STATE_NAME,))
-    return content, misc.by_main_process(read)
+        check_newest_checkpoint(args.resume, (STATE_NAME,))
+    return content, distributed.on_rank_0(read)
 
 
 def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
@@ -160,7 +235,9 @@ def load_images(args: argparse.Namespace) -> tuple[ImageFolder, ImageFolder]:
     try:
         source = open_images(args.data_path, "val", *columns)
     except NoSplit:
-        misc.log.info("no val images in %s: reconstructions are measured on training images", args.data_path)
+        log.info(
+            "no val images in %s: reconstructions are measured on training images", args.data_path
+        )
     return training, ImageFolder(source, **options)
 
 
@@ -172,13 +249,25 @@ def build_losses(args: argparse.Namespace, device: torch.device) -> VAELosses:
     """
     perceptual = None
     if args.perceptual_weight > 0:
-        perceptual = misc.in_all_processes(lambda: perceptual_distance(args.vgg_weights, device))
-    vae = AutoencoderKL(args.vae_embed_dim, args.ch_mult, ch=args.ch, num_res_blocks=args.num_res_blocks)
-    misc.log.info("tokenizer: stride %d, %.2fM parameters", vae.stride, sum(p.numel() for p in vae.parameters()) / 1e6)
-    losses = VAELosses(
-        vae, args.img_size, args.kl_weight, perceptual, args.perceptual_weight, args.disc_weight, args.disc_start
+        perceptual = distributed.on_all_ranks(lambda: perceptual_distance(args.vgg_weights, device))
+    vae = AutoencoderKL(
+        args.vae_embed_dim, args.ch_mult, ch=args.ch, num_res_blocks=args.num_res_blocks
     )
-    return misc.in_all_processes(lambda: losses.to(device))
+    log.info(
+        "tokenizer: stride %d, %.2fM parameters",
+        vae.stride,
+        sum(p.numel() for p in vae.parameters()) / 1e6,
+    )
+    losses = VAELosses(
+        vae,
+        args.img_size,
+        args.kl_weight,
+        perceptual,
+        args.perceptual_weight,
+        args.disc_weight,
+        args.disc_start,
+    )
+    return distributed.on_all_ranks(lambda: losses.to(device))
 
 
 def resume(state: TrainingState, content: dict, path: Path) -> None:
@@ -193,9 +282,11 @@ def resume(state: TrainingState, content: dict, path: Path) -> None:
         names = [name for name in here if there.get(name) != here[name]]
         differing = [f"{name} is {there.get(name)} there, {here[name]} here" for name in names]
         if differing:
-            raise errors.UserError(f"{path} is not of the run that the flags describe: {'; '.join(differing)}")
+            raise errors.UserError(
+                f"{path} is not of the run that the flags describe: {'; '.join(differing)}"
+            )
 
-    misc.by_main_process(compare)
+    distributed.on_rank_0(compare)
     state.load(content, path, frozen=[])
     content.clear()
 
@@ -215,30 +306,39 @@ def measure_reconstructions(
     Raises:
         NotFinite: encoder or decoder overflows.
     """
-    sums, rows = misc.double(torch.zeros(6, device=device)), []  # PSNR, images, limits of latents and pixels
+    sums, rows = (
+        double(torch.zeros(6, device=device)),
+        [],
+    )  # PSNR, images, limits of latents and pixels
     for images, _ in loader:
-        with misc.autocast(device, precision):
+        with autocast(device, precision):
             latents = vae.encode(images.to(device)).mode()
             made = vae.decode(latents)
         pair = to_uint8(images.to(device)), to_uint8(made)
         ratios = psnr(*pair).clamp(max=100.0)  # equal ones have no finite one
         counted = torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
-        sums += torch.cat([counted, misc.extremes(latents), misc.extremes(made)])
+        sums += torch.cat([counted, extremes(latents), extremes(made)])
         rows = rows or [each[:SHOWN_IMAGES].cpu() for each in pair]
-    found = misc.all_reduce_mean(sums).cpu()
+    found = distributed.all_reduce_mean(sums).cpu()
 
     def check() -> None:
-        misc.check_finite(found[2:4], "the tokenizer's encoder", precision)
-        misc.check_finite(found[4:], "the tokenizer's decoder", precision)
+        check_finite(found[2:4], "the tokenizer's encoder", precision)
+        check_finite(found[4:], "the tokenizer's decoder", precision)
 
-    misc.by_main_process(check)
+    distributed.on_rank_0(check)
     total, count = found[:2].tolist()
-    picture = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2) if rows else torch.zeros(3, 1, 1).byte()
+    picture = (
+        make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2)
+        if rows
+        else torch.zeros(3, 1, 1).byte()
+    )
     return total / count, picture
 
 
 @torch.no_grad()
-def measure_latents(vae: AutoencoderKL, loader: DataLoader, images: int, side: int, device: torch.device) -> dict:
+def measure_latents(
+    vae: AutoencoderKL, loader: DataLoader, images: int, side: int, device: torch.device
+) -> dict:
     """What is known of the latents over ``images`` images, those of all processes' loaders; they have ``side`` rows.
 
     Returns:
@@ -247,7 +347,7 @@ def measure_latents(vae: AutoencoderKL, loader: DataLoader, images: int, side: i
         fewer than 4x4 positions; ``images``.
     """
     low = low_frequencies(side, side, LOW_FREQUENCIES)
-    sums = misc.double(torch.zeros(4, vae.embed_dim, device=device))
+    sums = double(torch.zeros(4, vae.embed_dim, device=device))
 
     def moments() -> Iterator[tuple[Tensor]]:
         for batch, _ in loader:
@@ -256,9 +356,14 @@ def measure_latents(vae: AutoencoderKL, loader: DataLoader, images: int, side: i
             yield (posterior.parameters,)
 
     means, deviations = channel_statistics(None, moments(), vae.embed_dim, 1.0, device, "fp32")
-    mean, deviation = torch.tensor(means, dtype=torch.float64), torch.tensor(deviations, dtype=torch.float64)
+    mean, deviation = (
+        torch.tensor(means, dtype=torch.float64),
+        torch.tensor(deviations, dtype=torch.float64),
+    )
     factor = 1 / ((deviation**2 + mean**2).mean() - mean.mean() ** 2).sqrt().item()
-    shares = low_shares(misc.all_reduce_mean(sums).cpu() * misc.get_world_size(), images).tolist()
+    shares = low_shares(
+        distributed.all_reduce_mean(sums).cpu() * distributed.get_world_size(), images
+    ).tolist()
     figures = {"latent_factor": factor, "channel_deviations": (factor * deviation).tolist()}
     return {**figures, "low_frequency_shares": shares if side >= 4 else None, "images": images}
 
@@ -275,35 +380,45 @@ def train(
     args: argparse.Namespace,
 ) -> AutoencoderKL:
     """Trains from where ``start`` left off, saving and measuring; returns the tokenizer to export (``--no_ema``)."""
-    if misc.is_main_process() and not args.dry_run:
+    if distributed.is_main_process() and not args.dry_run:
         remove_parts(Path(args.output_dir).glob(".*.part"))
     steps = len(loader) // args.accum_iter  # what is left over is dropped
     state = TrainingState(losses, args, steps, STATE_NAME, losses.optimizer_parts())
     content, path = start
     if path is not None:
         resume(state, content, path)
-    if misc.get_world_size() > 2:
+    if distributed.get_world_size() > 2:
         order_gradients(state, (args.batch_size, 3, args.img_size, args.img_size), args.precision)
         losses.read_figures()
-    losses.steps_done = lambda: state.steps_done  # after gradients were ordered: alike before and after --disc_start
+    losses.steps_done = lambda: (
+        state.steps_done
+    )  # after gradients were ordered: alike before and after --disc_start
     vae = (losses if args.no_ema else state.average.module).vae
 
-    def measure(epoch: int, writer: SummaryWriter | None, _: misc.StopSignals) -> None:
+    def measure(epoch: int, writer: SummaryWriter | None, _: StopSignals) -> None:
         figures = losses.read_figures()
-        means = misc.all_reduce_mean(torch.stack([*figures.values()])).tolist() if figures else []
+        means = (
+            distributed.all_reduce_mean(torch.stack([*figures.values()])).tolist()
+            if figures
+            else []
+        )
         scalars = dict(zip(figures, means, strict=True))
         try:
-            scalars["psnr"], picture = measure_reconstructions(vae, measured, state.device, args.precision)
+            scalars["psnr"], picture = measure_reconstructions(
+                vae, measured, state.device, args.precision
+            )
         except errors.NotFinite as error:
             picture = None
-            misc.warn("NOT MEASURED after epoch %d: %s. Training goes on", epoch, error)
+            warn("NOT MEASURED after epoch %d: %s. Training goes on", epoch, error)
         else:
-            misc.log.info("epoch %d: PSNR %.2f dB", epoch, scalars["psnr"])
+            log.info("epoch %d: PSNR %.2f dB", epoch, scalars["psnr"])
         if writer is not None:
             for name, value in scalars.items():
                 writer.add_scalar(f"tokenizer/{name}", value, state.steps_done)
             if picture is not None:
-                writer.add_image("tokenizer/originals over reconstructions", picture, state.steps_done)
+                writer.add_image(
+                    "tokenizer/originals over reconstructions", picture, state.steps_done
+                )
 
     train_epochs(state, loader, None, None, args, Path(args.output_dir) / "tokenizer_log", measure)
     return vae
@@ -313,28 +428,34 @@ def export(vae: AutoencoderKL, figures: dict, output_dir: Path) -> None:
     """Writes the tokenizer, and its ``figures`` beside it, by the main process; UserError if the disk is full."""
 
     def write() -> None:
-        checkpoint.save_vae(output_dir / VAE_NAME, vae, figures["latent_factor"])
+        save_vae(output_dir / VAE_NAME, vae, figures["latent_factor"])
         write_json(output_dir / FIGURES_NAME, {**figures, **provenance()})
 
-    misc.by_main_process(write)
+    distributed.on_rank_0(write)
     for name in ("channel_deviations", "low_frequency_shares"):
-        misc.log.info("%s: %s", name.replace("_", " "), " ".join(f"{value:.2f}" for value in figures[name] or ()))
+        log.info(
+            "%s: %s",
+            name.replace("_", " "),
+            " ".join(f"{value:.2f}" for value in figures[name] or ()),
+        )
     text = "PSNR %.2f dB, latent factor %.4f; wrote %s"
-    misc.log.info(text, figures["psnr"], figures["latent_factor"], output_dir / VAE_NAME)
+    log.info(text, figures["psnr"], figures["latent_factor"], output_dir / VAE_NAME)
 
 
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic, args.precision) as device:
+    with process_group(args.device, args.deterministic, args.precision) as device:
         check_same_flags(args, device)
-        misc.in_all_processes(lambda: check_args(args))
+        distributed.on_all_ranks(lambda: check_args(args))
         start = open_start(args)
-        seed_everything(args.seed + misc.get_rank())
-        images, others = misc.in_all_processes(lambda: load_images(args))
+        seed_everything(args.seed + distributed.get_rank())
+        images, others = distributed.on_all_ranks(lambda: load_images(args))
         check_same_inputs({"train": images, "val": others}, None)
-        loader = misc.in_all_processes(lambda: training_loader(images, device, args))
-        measured = loader_of_all(evenly_spaced(others, MEASURED_IMAGES), device, args, persistent_workers=False)
+        loader = distributed.on_all_ranks(lambda: training_loader(images, device, args))
+        measured = loader_of_all(
+            evenly_spaced(others, MEASURED_IMAGES), device, args, persistent_workers=False
+        )
         vae = train(build_losses(args, device), loader, measured, start, args)
         if args.dry_run:
             return
@@ -343,7 +464,11 @@ def main() -> None:
         chosen = evenly_spaced(images, LATENT_IMAGES)
         latents = loader_of_all(chosen, device, args, persistent_workers=False)
         figures = measure_latents(vae, latents, len(chosen), args.img_size // vae.stride, device)
-        export(vae, {"psnr": ratio, "psnr_of": Path(others.root).name, **figures}, Path(args.output_dir))
+        export(
+            vae,
+            {"psnr": ratio, "psnr_of": Path(others.root).name, **figures},
+            Path(args.output_dir),
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from engine_tokenbridge import channel_statistics
 from models.quantizer import QUANTIZERS, ScalarQuantizer, calibrated_bounds
 from models.vae import AutoencoderKL
-from util import errors, misc
+from util import distributed, errors
 from util.args import (
     DATA_PATH,
     add_column_args,
@@ -28,24 +28,27 @@ from util.args import (
     new_parser,
 )
 from util.config import check_stride
-from util.datasets import check_same_inputs, loader_of_all
+from util.data.datasets import ImageFolderWithFilename, image_transform
+from util.data.images import psnr, save_grid, ssim, to_uint8
+from util.data.loaders import check_same_inputs, loader_of_all
+from util.data.sources import open_images
 from util.files import check_shared, write_json
-from util.images import psnr, save_grid, ssim, to_uint8
-from util.loader import ImageFolderWithFilename, image_transform
-from util.metrics import (
+from util.log import log, progress_bar, warn
+from util.metrics.compute import (
     Evaluator,
     check_number,
     compute_metrics,
     default_statistics,
     frechet_distance,
-    gather_features,
     statistics,
     warn_if_few,
 )
+from util.metrics.inception import gather_features
+from util.metrics.sample_folder import SampleFolder, check_own, read_results
+from util.precision import autocast, check_finite, double, extremes
+from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import numbered_draws
-from util.sample_folder import SampleFolder, check_own, read_results
-from util.sources import open_images
 from util.tables import markdown, write_text
 
 PICTURE_ROWS = 8  # images shown in pictures
@@ -57,19 +60,38 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     add_vae_arg(parser)
     parser.add_argument("--image_dir", default="./data/imagenet/train", help=DATA_PATH)
-    parser.add_argument("--output_dir", default="quantization_results", help="each call's results go to a folder in it")
-    parser.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
-    parser.add_argument("--bits", type=int, default=6, help="2^bits levels a channel; -1 for continuous latents")
-    parser.add_argument("--range", type=float, default=5.0, help="latents are clipped to [-range, range]")
+    parser.add_argument(
+        "--output_dir",
+        default="quantization_results",
+        help="each call's results go to a folder in it",
+    )
+    parser.add_argument(
+        "--img_size", type=int, default=256, help="height and width of the images in pixels"
+    )
+    parser.add_argument(
+        "--bits", type=int, default=6, help="2^bits levels a channel; -1 for continuous latents"
+    )
+    parser.add_argument(
+        "--range", type=float, default=5.0, help="latents are clipped to [-range, range]"
+    )
     add_quantizer_args(parser, QUANTIZERS, default="gaussian")
-    parser.add_argument("--images_per_class", type=int, default=50, help="takes the first of each, by name")
+    parser.add_argument(
+        "--images_per_class", type=int, default=50, help="takes the first of each, by name"
+    )
     text = "of decoded values to bytes; down: as the paper's Table 1 was measured"
     parser.add_argument("--rounding", choices=["nearest", "down"], default="nearest", help=text)
-    parser.add_argument("--sweep", action="store_true", help="all levels and ranges of the paper's Table 1")
+    parser.add_argument(
+        "--sweep", action="store_true", help="all levels and ranges of the paper's Table 1"
+    )
     text = ".npz with mu and sigma of the reference, for rFID against it; by default, for ImageNet 256, ADM's"
     parser.add_argument("--fid_stats", help=text)
-    parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
-    parser.add_argument("--no_metrics", action="store_true", help="measure no rFID and no Inception Score")
+    parser.add_argument(
+        "--inception_weights",
+        help="torch-fidelity's Inception; by default where it is downloaded to",
+    )
+    parser.add_argument(
+        "--no_metrics", action="store_true", help="measure no rFID and no Inception Score"
+    )
     add_column_args(parser)
     add_run_args(parser, batch_size=16, seed=0, precision="fp32")
     return parser
@@ -110,7 +132,9 @@ def post_training_quantize(
     if bits < 0:
         return None, x
     channels = (None if values is None else tuple(values) for values in (channel_mean, channel_std))
-    levels = cached_quantizer(quantizer, 2**bits, min_range, max_range, std_range, *channels).to(x.device)
+    levels = cached_quantizer(quantizer, 2**bits, min_range, max_range, std_range, *channels).to(
+        x.device
+    )
     if not levels.calibrated:
         return levels(x)
     indices, quantized = levels(x.movedim(1, -1))  # a calibrated quantizer takes channels last
@@ -171,24 +195,35 @@ class ReconstructionStats:
 
     def __init__(self, setting: Setting, channels: int, device: torch.device):
         self.setting = setting
-        self.sums = misc.double(torch.zeros(len(MEANS), device=device))
-        self.counts = torch.zeros(channels, setting.levels, dtype=torch.int64, device=device)  # uses of each level
+        self.sums = double(torch.zeros(len(MEANS), device=device))
+        self.counts = torch.zeros(
+            channels, setting.levels, dtype=torch.int64, device=device
+        )  # uses of each level
         self.features: list[tuple[Tensor, ...]] = []
 
-    def add(self, real: Tensor, recon: Tensor, indices: Tensor | None, squared_error: Tensor, outside: Tensor) -> None:
+    def add(
+        self,
+        real: Tensor,
+        recon: Tensor,
+        indices: Tensor | None,
+        squared_error: Tensor,
+        outside: Tensor,
+    ) -> None:
         """Adds a batch: byte images ``[B, 3, H, W]``, and of each latent ``[B, C, h, w]`` its level, its squared
         quantization error, and whether it was out of range."""
-        of_latents = [misc.double(values).flatten(1).mean(1) for values in (squared_error, outside)]
+        of_latents = [double(values).flatten(1).mean(1) for values in (squared_error, outside)]
         self.sums += torch.stack([psnr(real, recon), ssim(real, recon), *of_latents]).sum(1)
-        for channel, used in enumerate(indices.transpose(0, 1).flatten(1) if indices is not None else ()):
+        for channel, used in enumerate(
+            indices.transpose(0, 1).flatten(1) if indices is not None else ()
+        ):
             self.counts[channel] += torch.bincount(used, minlength=self.setting.levels)
 
     def figures(self, images: int) -> dict[str, Any]:
         """The setting's means and use of levels, over all processes' ``images``."""
-        means = misc.all_reduce_mean(self.sums) * misc.get_world_size() / images
+        means = distributed.all_reduce_mean(self.sums) * distributed.get_world_size() / images
         figures = {"images": images, **dict(zip(MEANS, means.tolist(), strict=True))}
         if self.setting.levels:
-            share = misc.all_reduce_mean(misc.double(self.counts))
+            share = distributed.all_reduce_mean(double(self.counts))
             share = share / share.sum(dim=1, keepdim=True)
             figures["levels"] = self.setting.levels
             figures["levels_used"] = (share > 0).sum(dim=1).tolist()
@@ -223,34 +258,44 @@ def reconstruct(
     """
     device = next(vae.parameters()).device
     all_stats = [ReconstructionStats(setting, vae.embed_dim, device) for setting in settings]
-    rank, world, share = misc.get_rank(), misc.get_world_size(), len(loader.sampler)
-    shown = {rank + world * (i * share // PICTURE_ROWS) for i in range(PICTURE_ROWS)}  # evenly spaced
-    pictures = {title: [] for title in ("original", "continuous", *(setting.title for setting in settings))}
+    rank, world, share = distributed.get_rank(), distributed.get_world_size(), len(loader.sampler)
+    shown = {
+        rank + world * (i * share // PICTURE_ROWS) for i in range(PICTURE_ROWS)
+    }  # evenly spaced
+    pictures = {
+        title: [] for title in ("original", "continuous", *(setting.title for setting in settings))
+    }
     features, numbers, bounds = [], range(rank, rank), None
     if calibration:
-        bounds = [b.to(device)[:, None, None] for b in calibrated_bounds(**calibration, std_range=3.0)]
+        bounds = [
+            b.to(device)[:, None, None] for b in calibrated_bounds(**calibration, std_range=3.0)
+        ]
 
     def decode(latents: Tensor) -> Tensor:
-        with misc.autocast(device, args.precision):
+        with autocast(device, args.precision):
             images = vae.decode(latents / latent_factor)
-        misc.check_finite(misc.extremes(images), "the tokenizer's decoder", args.precision)
+        check_finite(extremes(images), "the tokenizer's decoder", args.precision)
         return to_uint8(images, args.rounding)
 
     def save(part: str, images: Tensor) -> None:
         if folder:
             SampleFolder(folder / part).save(images, numbers)
 
-    with misc.progress(loader, unit="batch", desc="reconstructing") as batches:
+    with progress_bar(loader, unit="batch", desc="reconstructing") as batches:
         for images, _, _ in batches:
-            numbers = range(numbers.stop, numbers.stop + world * len(images), world)  # as RankSampler deals them
+            numbers = range(
+                numbers.stop, numbers.stop + world * len(images), world
+            )  # as RankSampler deals them
             picked = [i for i, number in enumerate(numbers) if number in shown]
             images = images.to(device)
             real = to_uint8(images)
-            with misc.autocast(device, args.precision):
+            with autocast(device, args.precision):
                 posterior = vae.encode(images)
-                noise = numbered_draws(args.seed, numbers).normal(*posterior.mean.shape[1:]).to(device)
+                noise = (
+                    numbered_draws(args.seed, numbers).normal(*posterior.mean.shape[1:]).to(device)
+                )
                 latents = posterior.sample(noise).float() * latent_factor
-            misc.check_finite(misc.extremes(latents), "the tokenizer's encoder", args.precision)
+            check_finite(extremes(latents), "the tokenizer's encoder", args.precision)
             features += [] if evaluator is None else [evaluator.inception(real)]
             save("real", real)
             pictures["original"] += real[picked].cpu()
@@ -263,7 +308,7 @@ def reconstruct(
                 )
                 recon = decode(quantized)
                 low, high = bounds or (-bound, bound)
-                squared_error = misc.double(latents - quantized) ** 2
+                squared_error = double(latents - quantized) ** 2
                 stats.add(real, recon, indices, squared_error, (latents < low) | (latents > high))
                 stats.features += [] if evaluator is None else [evaluator.inception(recon)]
                 pictures[stats.setting.title] += recon[picked].cpu()
@@ -272,7 +317,10 @@ def reconstruct(
 
 
 def add_metrics(
-    results: list[dict[str, Any]], all_stats: list[ReconstructionStats], features: list, evaluator: Evaluator
+    results: list[dict[str, Any]],
+    all_stats: list[ReconstructionStats],
+    features: list,
+    evaluator: Evaluator,
 ) -> None:
     """Adds each setting's rFID and Inception Score to its figures in ``results``, on the main process.
 
@@ -283,12 +331,14 @@ def add_metrics(
     """
     total = results[0]["images"]
     originals = gather_features(features, total, evaluator.device)
-    real = statistics(originals) if misc.is_main_process() else None
+    real = statistics(originals) if distributed.is_main_process() else None
     for figures, stats in zip(results, all_stats, strict=True):
         recon = gather_features(stats.features, total, evaluator.device)
-        if misc.is_main_process():
+        if distributed.is_main_process():
             figures |= compute_metrics(recon, evaluator.stats)
-            figures["frechet_inception_distance_to_originals"] = frechet_distance(statistics(recon), real)
+            figures["frechet_inception_distance_to_originals"] = frechet_distance(
+                statistics(recon), real
+            )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -312,11 +362,17 @@ TITLES = {
 def summary(figures: dict[str, Any]) -> dict[str, str | float]:
     """Figures by their titles; of those that each channel has, the least and the most."""
     shown = {title: figures[name] for name, title in TITLES.items() if name in figures}
-    return {t: f"{min(v):.4g} to {max(v):.4g}" if isinstance(v, list) else v for t, v in shown.items()}
+    return {
+        t: f"{min(v):.4g} to {max(v):.4g}" if isinstance(v, list) else v for t, v in shown.items()
+    }
 
 
 def write_sweep(
-    results: list[dict[str, Any]], pictures: dict[str, list[Tensor]], folder: Path, images: str, same: bool
+    results: list[dict[str, Any]],
+    pictures: dict[str, list[Tensor]],
+    folder: Path,
+    images: str,
+    same: bool,
 ) -> None:
     """Write Table 1, with the paper's numbers beside the metrics that they are of, and Figures 5 and 6.
 
@@ -330,12 +386,18 @@ def write_sweep(
             figures["paper_rfid"] = rfid
         if "inception_score_mean" in figures:
             figures["paper_inception_score"] = score
-    titles = [title for name, title in TITLES.items() if any(name in figures for figures in results)]
-    shown = [(setting.title, summary(figures)) for setting, figures in zip(TABLE_1, results, strict=True)]
+    titles = [
+        title for name, title in TITLES.items() if any(name in figures for figures in results)
+    ]
+    shown = [
+        (setting.title, summary(figures)) for setting, figures in zip(TABLE_1, results, strict=True)
+    ]
     rows = [[name, *(figures.get(title) for title in titles)] for name, figures in shown]
     text = markdown(["tokenizer", *titles], rows) + f"\nMeasured on {images}.\n"
     text += "The paper: on 50,000 images of ImageNet's 1,000 classes, 256 pixels, to ADM's statistics, rounded down.\n"
-    text += "" if same else "These images are others than the paper's: do not compare the numbers.\n"
+    text += (
+        "" if same else "These images are others than the paper's: do not compare the numbers.\n"
+    )
     write_text(folder / "table1.md", text)
     write_json(folder / "table1.json", {"rows": results, **provenance()})
     for name, settings in FIGURES.items():
@@ -387,7 +449,9 @@ def load_inputs(args: argparse.Namespace) -> tuple[ImageFolderWithFilename, Auto
     check_bits(args.bits, "--bits", continuous=True)
     check_positive(args, "range", "images_per_class", "img_size", "batch_size")
     if args.sweep and (args.quantizer != "gaussian" or args.quant_calibrate):
-        raise errors.UserError("--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags")
+        raise errors.UserError(
+            "--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags"
+        )
     source = open_images(args.image_dir, "train", args.image_column, args.label_column)
     vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
     check_stride(args.img_size, vae.stride)
@@ -400,11 +464,13 @@ def find_statistics(img_size: int, classes: int) -> str | None:
     if path is None or Path(path).is_file():
         return path
     text = "no FID statistics at %s: rFID to the originals alone, which Table 1 does not have; python -m tools.download"
-    misc.warn(f"{text} fid_stats fetches them", path)
+    warn(f"{text} fid_stats fetches them", path)
     return None
 
 
-def make_evaluator(args: argparse.Namespace, classes: int, count: int, device: torch.device) -> Evaluator | None:
+def make_evaluator(
+    args: argparse.Namespace, classes: int, count: int, device: torch.device
+) -> Evaluator | None:
     """What rFID and Inception Score of ``count`` images need; None with ``--no_metrics``, or where it is missing and no
     flag names it.
 
@@ -417,24 +483,24 @@ def make_evaluator(args: argparse.Namespace, classes: int, count: int, device: t
         return None
     named = args.fid_stats or args.inception_weights
     if args.fid_stats is None:
-        args.fid_stats = misc.by_main_process(lambda: find_statistics(args.img_size, classes))
+        args.fid_stats = distributed.on_rank_0(lambda: find_statistics(args.img_size, classes))
     try:
-        misc.in_all_processes(lambda: check_number(count, "images"))
+        distributed.on_all_ranks(lambda: check_number(count, "images"))
         how = device, args.batch_size, args.num_workers, count
         return Evaluator(args.inception_weights, args.fid_stats, None, *how)
     except errors.UserError as error:
         if named:
             raise
-        misc.warn("without rFID and Inception Score: %s", error)
+        warn("without rFID and Inception Score: %s", error)
         return None
 
 
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic, args.precision) as device:
+    with process_group(args.device, args.deterministic, args.precision) as device:
         check_same_flags(args, device)
-        dataset, vae, latent_factor = misc.in_all_processes(lambda: load_inputs(args))
+        dataset, vae, latent_factor = distributed.on_all_ranks(lambda: load_inputs(args))
         check_same_inputs({"the folder": dataset}, vae)
         n = args.images_per_class
         chosen = Subset(dataset, first_of_each_class(dataset.samples, n))
@@ -445,15 +511,21 @@ def main() -> None:
         bound = "calibrated" if args.quant_calibrate else f"r{args.range}"
         name = "sweep" if args.sweep else f"{kind}_b{args.bits}_{bound}"
         folder = Path(args.output_dir) / f"{name}_n{n}"
-        images_to = None if args.sweep else folder  # a sweep has eight reconstructions of each image
+        images_to = (
+            None if args.sweep else folder
+        )  # a sweep has eight reconstructions of each image
         if images_to is not None:
             check_shared(folder)
-            misc.by_main_process(lambda: replace_images(folder, {"images": len(chosen), "args": vars(args)}))
+            distributed.on_rank_0(
+                lambda: replace_images(folder, {"images": len(chosen), "args": vars(args)})
+            )
 
         loader = loader_of_all(chosen, device, args)
-        vae, calibration = misc.in_all_processes(lambda: vae.to(device)), {}
+        vae, calibration = distributed.on_all_ranks(lambda: vae.to(device)), {}
         if args.quant_calibrate:
-            measured = channel_statistics(vae, loader, vae.embed_dim, latent_factor, device, args.precision)
+            measured = channel_statistics(
+                vae, loader, vae.embed_dim, latent_factor, device, args.precision
+            )
             calibration = dict(zip(("channel_mean", "channel_std"), measured, strict=True))
         settings = list(TABLE_1) if args.sweep else [Setting(args.bits, args.range)]
         pictures, features, all_stats = reconstruct(
@@ -462,10 +534,10 @@ def main() -> None:
         results = [stats.figures(len(chosen)) for stats in all_stats]
         if evaluator is not None:
             add_metrics(results, all_stats, features, evaluator)
-        if misc.is_main_process():
+        if distributed.is_main_process():
             for setting, figures in zip(settings, results, strict=True):
                 shown = {"images": figures["images"], **summary(figures)}
-                misc.log.info("\n%s", markdown(["", setting.title], list(shown.items())))
+                log.info("\n%s", markdown(["", setting.title], list(shown.items())))
             if args.sweep:
                 count, classes, size = measured = len(chosen), len(dataset.classes), args.img_size
                 text = f"{count} images of {classes} classes in {dataset.root}, {size} pixels"
@@ -475,8 +547,8 @@ def main() -> None:
                 write_picture(folder / "reconstruction.png", pictures)
                 made_with = {"seed": args.seed, "args": vars(args), **provenance()}
                 write_json(folder / RESULTS, {**results[0], **calibration, **made_with})
-            misc.log.info("wrote %s", folder)
-        misc.barrier()
+            log.info("wrote %s", folder)
+        distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -29,18 +29,27 @@ def argmin_over_levels(quantizer: ScalarQuantizer, x: Tensor) -> tuple[Tensor, T
 class RecomputingHead(ChannelHead):
     """A channel head that keeps no keys and values: each step runs the steps before it again, 136 in all, not 16."""
 
-    def _cached_steps(self, features: Tensor, first_place: str) -> Callable[[int, Sequence[Tensor]], Tensor]:
+    def _cached_steps(
+        self, features: Tensor, first_place: str
+    ) -> Callable[[int, Sequence[Tensor]], Tensor]:
         condition = self.condition_proj(features)[:, None]  # [M, 1, D]
 
         def logits_of(step: int, classes: Sequence[Tensor]) -> Tensor:
             upto = slice(0, step + 1)
-            known = [embedding(c)[:, None] for embedding, c in zip(self.token_embeddings, classes, strict=False)]
-            x = torch.cat([condition, *(each.to(condition.dtype) for each in known)], dim=1)  # [M, step + 1, D]
+            known = [
+                embedding(c)[:, None]
+                for embedding, c in zip(self.token_embeddings, classes, strict=False)
+            ]
+            x = torch.cat(
+                [condition, *(each.to(condition.dtype) for each in known)], dim=1
+            )  # [M, step + 1, D]
             x = x + self.channel_embed[:, upto]
             conditions = condition + self.timesteps_embeddings[:, upto]
             for block in self.channel_blocks:
                 x = block.all_steps(x, conditions, self.channel_mask[upto, upto])
-            x = self.channel_final(self.channel_norm(x), self.channel_final.adaLN_modulation(conditions))
+            x = self.channel_final(
+                self.channel_norm(x), self.channel_final.adaLN_modulation(conditions)
+            )
             return self.channel_heads[step](x[:, -1]).float()
 
         return logits_of
@@ -52,10 +61,16 @@ def plain_kernels() -> Iterator[None]:
     at once."""
     decode = MaskedBackbone.decode
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, drop: float = 0.0) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, None if mask is None else mask.to(q.dtype), drop)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, drop: float = 0.0
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q, k, v, None if mask is None else mask.to(q.dtype), drop
+        )
 
-    def decode_all(self: MaskedBackbone, encoded: Tensor, known: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def decode_all(
+        self: MaskedBackbone, encoded: Tensor, known: Tensor, wanted: Tensor | None = None
+    ) -> Tensor:
         z = decode(self, encoded, known)
         return z if wanted is None else gather_tokens(z, wanted)
 
@@ -97,7 +112,14 @@ class DiffusionBlock(nn.Module):
 class DiffusionHead(nn.Module):
     """Predicts the noise in tokens ``[M, C]`` and its variance at a diffusion step, given their features ``[M, F]``."""
 
-    def __init__(self, feature_dim: int, channels: int = 16, width: int = 1024, depth: int = 3, steps: int = 100):
+    def __init__(
+        self,
+        feature_dim: int,
+        channels: int = 16,
+        width: int = 1024,
+        depth: int = 3,
+        steps: int = 100,
+    ):
         super().__init__()
         self.channels = channels
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
@@ -114,7 +136,9 @@ class DiffusionHead(nn.Module):
         """The noise at training step ``t``, and its log-variance from lowest (-1) to highest (1): ``[M, C]`` each."""
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=x.device) / 128)
         angles = (t * frequencies)[None]
-        condition = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.condition(feature)
+        condition = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.condition(
+            feature
+        )
         x = self.into(x)
         for block in self.blocks:
             x = block(x, condition)
@@ -130,11 +154,16 @@ class DiffusionHead(nn.Module):
             noise, ratio = self(torch.cat([x, x]) if guided else x, int(self.kept[step]), features)
             if guided:
                 conditional, unconditional = noise.chunk(2)
-                noise, ratio = unconditional + guidance * (conditional - unconditional), ratio.chunk(2)[0]
+                noise, ratio = (
+                    unconditional + guidance * (conditional - unconditional),
+                    ratio.chunk(2)[0],
+                )
             alpha, before = alphas[step], alphas[step - 1] if step else 1.0
             beta = 1 - alpha / before
             start = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
-            mean = (math.sqrt(before) * beta * start + math.sqrt(1 - beta) * (1 - before) * x) / (1 - alpha)
+            mean = (math.sqrt(before) * beta * start + math.sqrt(1 - beta) * (1 - before) * x) / (
+                1 - alpha
+            )
             if not step:
                 return mean
             smallest = math.log(max(beta * (1 - before) / (1 - alpha), 1e-20))

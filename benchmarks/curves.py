@@ -17,7 +17,7 @@ from scipy.stats import t
 
 from benchmarks.common import finish, logged, machine, start_training
 from util.args import new_parser
-from util.plots import save_figure
+from util.metrics.plots import save_figure
 
 NAME = "processes x batch x accumulation"
 #: The products are the whole batch.
@@ -41,23 +41,35 @@ def curve(division: tuple[int, int, int], seed: int, args: argparse.Namespace) -
     for step, loss in losses.items():
         weighted.append(((step - 1) // steps, step - before, loss))
         before = step
-    return [sum(n * loss for _, n, loss in looks) / steps for _, looks in groupby(weighted, key=lambda look: look[0])]
+    return [
+        sum(n * loss for _, n, loss in looks) / steps
+        for _, looks in groupby(weighted, key=lambda look: look[0])
+    ]
 
 
 def plot(curves: dict[str, list[float]], seeds: list[list[float]], path: Path) -> None:
     """Draws the curves, and their differences from the mean of the seeds, to ``path``, a PNG."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     whole, difference = figure.subplots(1, 2)
-    epochs, mean = range(1, len(seeds[0]) + 1), [statistics.mean(each) for each in zip(*seeds, strict=True)]
+    epochs, mean = (
+        range(1, len(seeds[0]) + 1),
+        [statistics.mean(each) for each in zip(*seeds, strict=True)],
+    )
     for number, seed in enumerate(seeds):
         label = {"label": f"one process, {len(seeds)} seeds"} if not number else {}
-        difference.plot(epochs, [a - b for a, b in zip(seed, mean, strict=True)], color="0.7", lw=1, **label)
+        difference.plot(
+            epochs, [a - b for a, b in zip(seed, mean, strict=True)], color="0.7", lw=1, **label
+        )
         whole.plot(epochs, seed, color="0.7", lw=1, **label)
     for name, values in curves.items():
         whole.plot(epochs, values, lw=1, label=name)
-        difference.plot(epochs, [a - b for a, b in zip(values, mean, strict=True)], lw=1.2, label=name)
+        difference.plot(
+            epochs, [a - b for a, b in zip(values, mean, strict=True)], lw=1.2, label=name
+        )
     whole.set(xlabel="epoch", ylabel="training loss (nats a channel)", title="Loss")
-    difference.set(xlabel="epoch", ylabel="nats a channel", title="Difference from the mean of the seeds")
+    difference.set(
+        xlabel="epoch", ylabel="nats a channel", title="Difference from the mean of the seeds"
+    )
     whole.legend(title=NAME, fontsize=8, title_fontsize=8)
     for axes in (whole, difference):
         axes.grid(alpha=0.3)
@@ -83,7 +95,12 @@ def main() -> None:
     # Where another seed's run would end in 95 of 100 cases.
     expected = t.ppf(0.975, args.seeds - 1) * deviation * math.sqrt(1 + 1 / args.seeds)
     rows = [
-        {NAME: " x ".join(map(str, division)), "seed": seed, "loss_at_end": end, "off_the_mean": end - mean}
+        {
+            NAME: " x ".join(map(str, division)),
+            "seed": seed,
+            "loss_at_end": end,
+            "off_the_mean": end - mean,
+        }
         | {"another_seed_within": expected}
         for (division, seed, _), end in zip(runs, ends, strict=True)
     ]
@@ -91,7 +108,9 @@ def main() -> None:
     if args.json:
         names = [row[NAME] for row in rows[args.seeds :]]
         plot(
-            dict(zip(names, every[args.seeds :], strict=True)), every[: args.seeds], Path(args.json).with_suffix(".png")
+            dict(zip(names, every[args.seeds :], strict=True)),
+            every[: args.seeds],
+            Path(args.json).with_suffix(".png"),
         )
 
 

@@ -7,8 +7,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from benchmarks.common import benchmark_parser, finish, machine, parse, timings
-from util.loader import CachedFolder
-from util.packed import DTYPES, PackedCache, pack
+from util.data.caches import CachedFolder
+from util.data.packed import DTYPES, PackedCache, pack
 
 
 def write_cache(root: Path, images: int, side: int = 16) -> None:
@@ -26,7 +26,9 @@ def main() -> None:
     parser = benchmark_parser(__doc__, repeats=5)
     parser.add_argument("--images", type=int, default=4000, help="images in each cache")
     parser.add_argument("--batch", type=int, default=64, help="images of a batch")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="processes that read; 0 for none")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 2], help="processes that read; 0 for none"
+    )
     args = parse(parser)
     hardware, rows = machine(args.device), []
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +36,9 @@ def main() -> None:
         write_cache(root / "files", args.images)
         caches = {"one file an image": CachedFolder(root / "files")}
         for dtype in DTYPES:
-            pack(CachedFolder(root / "files"), root / dtype, dtype, shard_images=20000, num_workers=0)
+            pack(
+                CachedFolder(root / "files"), root / dtype, dtype, shard_images=20000, num_workers=0
+            )
             caches[f"packed, {dtype}"] = PackedCache(root / dtype)
         for workers in args.workers:
             works = {}

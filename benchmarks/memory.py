@@ -26,10 +26,10 @@ from models import fast
 from models.quantizer import GaussianQuantizer
 from models.tokenbridge import CHECKPOINTED, MODELS
 from models.vae import AutoencoderKL
-from util import misc
 from util.args import new_parser
 from util.config import KL16_CONFIG
 from util.files import write_json
+from util.precision import PRECISIONS
 from util.provenance import provenance
 from util.tables import markdown
 from util.training_state import TrainingState
@@ -80,7 +80,14 @@ class PeakMemory(TorchDispatchMode):
 def kernels_of_cuda() -> Iterator[None]:
     """Lets tensors without content go the ways of CUDA, although they are the host's: autograd takes no others here."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False):
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask=None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+    ):
         if q.dtype == torch.float32:
             kernel = torch.ops.aten._scaled_dot_product_efficient_attention
             return kernel(q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal)[0]
@@ -97,17 +104,21 @@ def kernels_of_cuda() -> Iterator[None]:
     with (
         mock.patch.object(FakeTensor, "is_cuda", True, create=True),
         mock.patch.dict(fast.TRAINING_BUDGET, cpu=fast.TRAINING_BUDGET["cuda"]),
-        mock.patch.multiple(F, scaled_dot_product_attention=attention, dropout=dropout, layer_norm=layer_norm),
+        mock.patch.multiple(
+            F, scaled_dot_product_attention=attention, dropout=dropout, layer_norm=layer_norm
+        ),
         # These two ask for the type of the device.
         mock.patch("models.layers.dropout", lambda x, p: F.dropout(x, p) if p else x),
         mock.patch("models.tokenbridge.TokenBridge.check_labels"),
-        mock.patch("util.misc.effective_precision", lambda kind, precision: precision),
+        mock.patch("util.precision.effective_precision", lambda kind, precision: precision),
     ):
         yield
 
 
 @contextmanager
-def run_without_content(name: str, precision: str, **options: Any) -> Iterator[tuple[TrainingState, PeakMemory]]:
+def run_without_content(
+    name: str, precision: str, **options: Any
+) -> Iterator[tuple[TrainingState, PeakMemory]]:
     """A run of the model ``name`` after its first step, all of whose tensors are counted.
 
     Args:
@@ -116,7 +127,9 @@ def run_without_content(name: str, precision: str, **options: Any) -> Iterator[t
     """
     quantizer = GaussianQuantizer(64)  # it has to look at its numbers
     with (
-        mock.patch("models.tokenbridge.build_quantizer", lambda _: quantizer._apply(torch.empty_like)),
+        mock.patch(
+            "models.tokenbridge.build_quantizer", lambda _: quantizer._apply(torch.empty_like)
+        ),
         FakeTensorMode(allow_non_fake_inputs=True),
         PeakMemory() as memory,
     ):
@@ -134,7 +147,9 @@ def end_step(state: TrainingState) -> None:
             state.take_step(torch.zeros(()), 1e-4)
             state.average.update(state.model)
         for parameter in state.model.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
 
 
 def step_memory(
@@ -168,10 +183,16 @@ def step_memory(
 def main() -> None:
     """Runs the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS)[1:], help="sizes of the model")
+    parser.add_argument(
+        "--model", nargs="+", choices=MODELS, default=list(MODELS)[1:], help="sizes of the model"
+    )
     parser.add_argument("--batch", nargs="+", type=int, default=[32, 64], help="images of a GPU")
     parser.add_argument(
-        "--precision", nargs="+", choices=misc.PRECISIONS, default=["bf16", "fp32"], help="of autocast; fp32 means none"
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS,
+        default=["bf16", "fp32"],
+        help="of autocast; fp32 means none",
     )
     parser.add_argument("--json", help="file to write the results to")
     args, rows = parser.parse_args(), []
@@ -180,7 +201,10 @@ def main() -> None:
         with run_without_content(name, precision) as (state, memory):
             vae = AutoencoderKL(**KL16_CONFIG).requires_grad_(False)
             for batch in args.batch:
-                figures = {to: step_memory(state, memory, vae, batch, precision, parts) for to, parts in PARTS.items()}
+                figures = {
+                    to: step_memory(state, memory, vae, batch, precision, parts)
+                    for to, parts in PARTS.items()
+                }
                 rows.append({"model": name, "precision": precision, "batch": batch, **figures})
                 print(markdown(list(rows[-1]), [list(rows[-1].values())]), flush=True)
     if args.json:

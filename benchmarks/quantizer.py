@@ -20,7 +20,10 @@ def main() -> None:
             quantizer = GaussianQuantizer(levels).to(args.device)
             works = {"bucketize": partial(quantizer, latents)}
             if batch * levels <= 256 * 64:  # with more, the array of all distances takes gigabytes
-                works = {"argmin over all levels": partial(argmin_over_levels, quantizer, latents), **works}
+                works = {
+                    "argmin over all levels": partial(argmin_over_levels, quantizer, latents),
+                    **works,
+                }
             times = timings(works, args.repeats, args.device)
             slow = times.get("argmin over all levels")
             for name, figures in times.items():

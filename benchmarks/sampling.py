@@ -10,12 +10,19 @@ from benchmarks.common import add_ways, benchmark_parser, compare_ways, parse
 from models.masked_head import DEFAULT_STEPS
 from models.sampling import SamplingOptions, sampling_plan
 from models.tokenbridge import MODELS
-from util import misc
+from util.precision import autocast
 
 
-def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Callable[[], None], float]:
+def prepare(
+    args: argparse.Namespace, release: bool, precision: str
+) -> tuple[Callable[[], None], float]:
     """A function that samples a batch, and its operations; see :func:`benchmarks.common.compare_ways`."""
-    model = MODELS[args.model](quant_levels=64, head=args.head).to(args.device).eval().requires_grad_(False)
+    model = (
+        MODELS[args.model](quant_levels=64, head=args.head)
+        .to(args.device)
+        .eval()
+        .requires_grad_(False)
+    )
     if release:
         model.head.__class__ = RecomputingHead
     elif args.compile:
@@ -24,7 +31,7 @@ def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Ca
 
     def sample() -> None:
         seeds = None if release else range(args.batch)
-        with misc.autocast(args.device, precision):
+        with autocast(args.device, precision):
             model.sample_tokens(args.batch, args.num_iter, args.cfg, labels=labels, seeds=seeds)
 
     # All ways are charged for what is needed: two passes of the backbone a step, the head for the tokens taken.

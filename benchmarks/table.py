@@ -28,14 +28,18 @@ def tables(device: str) -> str:
         parts.append(f"### {name}, {device}\n")
         if not path.exists():
             command = command if device == "cuda" else f"python -m benchmarks.{name}"
-            parts.append(f"Not measured. `{command} --device {device} --json benchmarks/results/{path.name}`\n")
+            parts.append(
+                f"Not measured. `{command} --device {device} --json benchmarks/results/{path.name}`\n"
+            )
             continue
         content = read_json(path)
         hardware = content["machine"]
         parts.append(table(content["rows"]))
         if path.with_suffix(".png").exists():
             parts.append(f"![{name}](results/{path.stem}.png)\n")
-        peaks = ", ".join(f"{value} TFLOP/s {precision}" for precision, value in hardware["matmul_tflops"].items())
+        peaks = ", ".join(
+            f"{value} TFLOP/s {precision}" for precision, value in hardware["matmul_tflops"].items()
+        )
         rates = f"matrix products {peaks}; copies {hardware['copy_gb_per_s']} GB/s"
         versions = f"torch {hardware['torch_version']}, commit {hardware['commit'][:12]}"
         parts.append(f"{hardware['device']}, {hardware['threads']} threads; {rates}. {versions}.\n")
@@ -49,19 +53,34 @@ def rows(name: str, device: str = "cpu") -> list[dict]:
 
 def masked_head() -> dict[str, str]:
     """What docs/variants.md tells of the masked head's speed against the autoregressive one's, by place."""
-    cpu, cuda = ({row["way"]: row for row in rows("training", device)} for device in ("cpu", "cuda"))
+    cpu, cuda = (
+        {row["way"]: row for row in rows("training", device)} for device in ("cpu", "cuda")
+    )
     sampling = {row["way"]: row for row in rows("sampling")}
-    seconds = {(row["way"], row["precision"], row["tokens"]): row["median_s"] for row in rows("head_speed")}
+    seconds = {
+        (row["way"], row["precision"], row["tokens"]): row["median_s"] for row in rows("head_speed")
+    }
     tokens = sorted({key[2] for key in seconds})
 
     def pair(table: dict[str, dict], key: str, ways: str = "bf16", form: str = ".1f") -> str:
-        return ", not ".join(f"{table[f'ours, {head}{ways}'][key]:{form}}" for head in ("masked head, ", ""))
+        return ", not ".join(
+            f"{table[f'ours, {head}{ways}'][key]:{form}}" for head in ("masked head, ", "")
+        )
 
     def times(precision: str, of: str) -> list[float]:
-        return [seconds[of, precision, n] / seconds["masked head, head_steps 4", precision, n] for n in tokens]
+        return [
+            seconds[of, precision, n] / seconds["masked head, head_steps 4", precision, n]
+            for n in tokens
+        ]
 
-    mar = [ratio for precision in ("bf16", "fp32") for ratio in times(precision, "diffusion head (MAR), 100 steps")]
-    faster = {p: ", ".join(f"{ratio:.1f}" for ratio in times(p, "channel head")) for p in ("bf16", "fp32")}
+    mar = [
+        ratio
+        for precision in ("bf16", "fp32")
+        for ratio in times(precision, "diffusion head (MAR), 100 steps")
+    ]
+    faster = {
+        p: ", ".join(f"{ratio:.1f}" for ratio in times(p, "channel head")) for p in ("bf16", "fp32")
+    }
     return {
         "masked_sampling": f"{pair(sampling, 'median_s')} s",
         "masked_training": f"{pair(cpu, 'median_s')} s, and {pair(cpu, 'peak_memory_gib')} GiB",
@@ -74,13 +93,21 @@ def masked_head() -> dict[str, str]:
 
 def reached() -> dict[str, str]:
     """What was measured of each target of the README's first table, by the name of its place there."""
-    quantizer = [row["ratio"] for row in rows("quantizer") if row["way"] == "bucketize" and row["levels"] == 64]
+    quantizer = [
+        row["ratio"]
+        for row in rows("quantizer")
+        if row["way"] == "bucketize" and row["levels"] == 64
+    ]
     heads = {(row["way"], row["precision"], row["tokens"]): row for row in rows("head_speed")}
     head = heads["channel head", "fp32", 64]["times faster than recomputing"]
-    sampling, training = ({row["way"]: row for row in rows(name)} for name in ("sampling", "training"))
+    sampling, training = (
+        {row["way"]: row for row in rows(name)} for name in ("sampling", "training")
+    )
     loader = {(row["cache"], row["workers"]): row["ratio"] for row in rows("loader")}
     ranks = {row["way"]: row["ratio"] for row in rows("ranks")}
-    ends = [row for row in rows("curves") if row["processes x batch x accumulation"] != "1 x 64 x 1"]
+    ends = [
+        row for row in rows("curves") if row["processes x batch x accumulation"] != "1 x 64 x 1"
+    ]
     memory = training["ours, bf16"]["peak_memory_gib"] * 2**30 / 1e9
     cuda = {row["way"]: row["utilization"] for row in rows("training", "cuda")}
     return {
@@ -100,7 +127,9 @@ def memory() -> str:
     """The table of docs/training.md: GiB, and the smallest GPU."""
     rows = read_json(HERE / "results" / "memory.json")["rows"]
     for row in rows:
-        row.update({part: f"{row[part]:.1f} ({smallest_gpu(row[part]) or 'no'} GB)" for part in PARTS})
+        row.update(
+            {part: f"{row[part]:.1f} ({smallest_gpu(row[part]) or 'no'} GB)" for part in PARTS}
+        )
     return table(rows)
 
 
@@ -114,7 +143,10 @@ def main() -> None:
         text = fill(text, device, f"\n{tables(device)}")
     write_text(path, text)
     docs = HERE.parent / "docs"
-    for name, values in {"training": {"memory": f"\n{memory()}"}, "variants": masked_head()}.items():
+    for name, values in {
+        "training": {"memory": f"\n{memory()}"},
+        "variants": masked_head(),
+    }.items():
         text = (docs / f"{name}.md").read_text()
         for place, value in values.items():
             text = fill(text, place, value)

@@ -11,13 +11,14 @@ from torch import Tensor
 from benchmarks.baselines import plain_kernels
 from benchmarks.common import add_ways, benchmark_parser, compare_ways, parse, training_state
 from models.tokenbridge import MODELS, TokenBridge
-from util import misc
+from util.precision import autocast
+from util.training_state import add_weight_decay
 
 
 def release_step(model: TokenBridge, batch: Sequence[Tensor]) -> Callable[[], None]:
     """A function that takes a step as the release does: optimizer and average one tensor after the other."""
     ema = ModelEmaV3(model, decay=0.9999, exclude_buffers=True)
-    optimizer = torch.optim.AdamW(misc.add_weight_decay(model, 0.02), lr=1e-4, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(add_weight_decay(model, 0.02), lr=1e-4, betas=(0.9, 0.95))
 
     @plain_kernels()
     def step() -> None:
@@ -32,12 +33,14 @@ def release_step(model: TokenBridge, batch: Sequence[Tensor]) -> Callable[[], No
     return step
 
 
-def our_step(model: TokenBridge, batch: Sequence[Tensor], precision: str, compiled: bool) -> Callable[[], None]:
+def our_step(
+    model: TokenBridge, batch: Sequence[Tensor], precision: str, compiled: bool
+) -> Callable[[], None]:
     """A function that takes a step as ``engine_tokenbridge.train_one_epoch`` does."""
     state = training_state(model, precision, compiled)
 
     def step() -> None:
-        with misc.autocast(state.device, precision):
+        with autocast(state.device, precision):
             loss = model(*batch)
         state.scaler.scale(loss).backward()
         state.take_step(loss.detach(), 1e-4)
@@ -46,7 +49,9 @@ def our_step(model: TokenBridge, batch: Sequence[Tensor], precision: str, compil
     return step
 
 
-def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Callable[[], None], float]:
+def prepare(
+    args: argparse.Namespace, release: bool, precision: str
+) -> tuple[Callable[[], None], float]:
     """A function that takes a step, and its operations; see :func:`benchmarks.common.compare_ways`."""
     options = {"head": args.head, "grad_checkpointing": args.grad_checkpointing}
     model = MODELS[args.model](quant_levels=64, **options).to(args.device)
@@ -55,7 +60,9 @@ def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Ca
     # Training draws the number of masked tokens at each step; here it is always the median, so that steps compare.
     model.draw_num_masked = partial(model.num_masked_at, 0.5)
     batch = latents, labels
-    step = release_step(model, batch) if release else our_step(model, batch, precision, args.compile)
+    step = (
+        release_step(model, batch) if release else our_step(model, batch, precision, args.compile)
+    )
     return step, args.batch * model.training_flops(model.num_masked_at(0.5))
 
 
@@ -63,7 +70,11 @@ def main() -> None:
     """Runs the command line."""
     parser = benchmark_parser(__doc__, repeats=3)
     add_ways(parser, batch=4, what="images of a step")
-    parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass")
+    parser.add_argument(
+        "--grad_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass",
+    )
     compare_ways("training", prepare, parse(parser))
 
 

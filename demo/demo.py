@@ -19,7 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 IMG_SIZE = 16
 SAMPLES_PER_DIGIT = 10
 #: Folders and files that the demo makes.
-MADE = ["data", "cache", "reconstruction", "tokenizer_log", "samples", "args.json", "samples.json", "results.json"]
+MADE = [
+    "data",
+    "cache",
+    "reconstruction",
+    "tokenizer_log",
+    "samples",
+    "args.json",
+    "samples.json",
+    "results.json",
+]
 MADE += ["vae.ckpt", "vae.json", "vae-last*.pth", "checkpoint-last*.pth", "events.out.tfevents.*"]
 MADE += ["samples.png", "reconstruction.png", "loss.png"]
 
@@ -36,7 +45,9 @@ def write_digits(folder: Path) -> None:
         part = "val" if number % 5 == 4 else "train"
         path = folder / part / str(digit) / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.round(image * 255 / 16).astype(np.uint8).repeat(zoom, axis=0).repeat(zoom, axis=1)
+        pixels = (
+            np.round(image * 255 / 16).astype(np.uint8).repeat(zoom, axis=0).repeat(zoom, axis=1)
+        )
         Image.fromarray(pixels).save(path)
 
 
@@ -57,8 +68,12 @@ def recognized(data: Path, samples: Path) -> dict[str, float]:
     classifier, real = digit_classifier(data), sorted((data / "val").glob("*/*.png"))
     drawn = sorted(samples.glob("*.png"))
     return {
-        "recognized_val": classifier.score(read_digits(real), [int(path.parent.name) for path in real]),
-        "recognized_samples": classifier.score(read_digits(drawn), np.arange(len(drawn)) // SAMPLES_PER_DIGIT),
+        "recognized_val": classifier.score(
+            read_digits(real), [int(path.parent.name) for path in real]
+        ),
+        "recognized_samples": classifier.score(
+            read_digits(drawn), np.arange(len(drawn)) // SAMPLES_PER_DIGIT
+        ),
     }
 
 
@@ -102,7 +117,9 @@ def main() -> None:
         "--vae_embed_dim 8 --ch 32 --ch_mult 1 2 2 --num_res_blocks 1 "
         "--batch_size 64 --epochs 20 --lr 3e-3 --kl_weight 1e-2 --ema_rate 0.99"
     )
-    run(f"main_cache.py {common} {vae} --data_path output/demo/data --cached_path output/demo/cache")
+    run(
+        f"main_cache.py {common} {vae} --data_path output/demo/data --cached_path output/demo/cache"
+    )
     run(
         f"reconstruction.py {common} {vae} --image_dir output/demo/data/val "
         "--output_dir output/demo/reconstruction --bits 5"
@@ -116,7 +133,9 @@ def main() -> None:
         f"--num_images {10 * SAMPLES_PER_DIGIT} --no_metrics --eval_bsz 100 --num_iter 16 --cfg 2.0 --temperature 0.95"
     )
 
-    shutil.copy(next((out / "reconstruction").glob("*/reconstruction.png")), out / "reconstruction.png")
+    shutil.copy(
+        next((out / "reconstruction").glob("*/reconstruction.png")), out / "reconstruction.png"
+    )
     plot_loss(out, out / "loss.png")
     results = recognized(out / "data", out / "samples")
     results["minutes"] = (time.perf_counter() - started) / 60

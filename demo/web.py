@@ -17,22 +17,28 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageChops
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not demo/, where demo.py would hide the package
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # not demo/, where demo.py would hide the package
 
-from demo.generate import add_model_args, load_pipeline, side_by_side
+from generate import add_model_args, load_pipeline, side_by_side
 from models.editing import MAX_PIXELS, cropped, opened
 from models.pipeline import Pictures, TokenBridgePipeline, to_pictures
 from models.sampling import ORDERS
-from util import errors, misc
+from util import errors
 from util.args import check_range, new_parser
+from util.data.images import confidence_maps, png_settings, read_settings
 from util.errors import UserError
-from util.images import confidence_maps, png_settings, read_settings
+from util.log import log
+from util.process_group import process_group
 
 try:
     import gradio as gr
     from gradio.processing_utils import save_file_to_cache
 except ImportError:
-    print("error: the page needs a package that is not installed: pip install gradio", file=sys.stderr)
+    print(
+        "error: the page needs a package that is not installed: pip install gradio", file=sys.stderr
+    )
     sys.exit(2)
 
 MAX_PICTURES, MAX_WAITING = 16, 32  # of one request; requests that wait
@@ -52,7 +58,11 @@ AREAS = {
     "middle": (0.25, 0.25, 0.75, 0.75),
 }
 #: Of events that need no turn of the model.
-QUICK: dict[str, Any] = {"concurrency_limit": None, "api_visibility": "private", "show_progress": "hidden"}
+QUICK: dict[str, Any] = {
+    "concurrency_limit": None,
+    "api_visibility": "private",
+    "show_progress": "hidden",
+}
 PAINT = (255, 0, 160, 160)  # of the mask
 CSS = """
 .gradio-container {max-width: 1280px !important; width: 100%; margin: auto}
@@ -85,7 +95,9 @@ class Gone(Exception):
     """Nobody waits for the pictures any more."""
 
 
-def filling(pipe: TokenBridgePipeline, turn: threading.Lock, **request) -> Iterator[tuple | Pictures]:
+def filling(
+    pipe: TokenBridgePipeline, turn: threading.Lock, **request
+) -> Iterator[tuple | Pictures]:
     """Yields the step, the number of steps and the pictures so far, and at last the finished :class:`Pictures`.
 
     Steps that pass while the last one is shown are skipped. Closing the iterator ends the work with its next step.
@@ -146,7 +158,9 @@ class Shown(NamedTuple):
     text: str
 
 
-def finished(pipe: TokenBridgePipeline, made: Pictures, sampling: dict[str, Any], folder: str) -> list[Shown]:
+def finished(
+    pipe: TokenBridgePipeline, made: Pictures, sampling: dict[str, Any], folder: str
+) -> list[Shown]:
     """Stores pictures, and tells what is shown of them."""
     shown = []
     maps = to_pictures(confidence_maps(made.confidence, pipe.model.config["img_size"]))
@@ -191,7 +205,11 @@ def drawn_mask(value: dict[str, Any] | None, size: int) -> Image.Image:
         mask = ImageChops.lighter(mask, alpha.point([0] + [255] * 255))
     low, high = mask.getextrema()
     if low == high:
-        covers = "everything: to make all of it anew, generate" if low else "nothing: draw on what is to be made anew"
+        covers = (
+            "everything: to make all of it anew, generate"
+            if low
+            else "nothing: draw on what is to be made anew"
+        )
         raise UserError(f"the mask covers {covers}")
     return mask
 
@@ -230,9 +248,21 @@ def add_controls(pipe: TokenBridgePipeline) -> tuple[gr.Dropdown, gr.Number, gr.
         elem_id="class",
     )  # fmt: skip
     with gr.Row():
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120, elem_id="seed")
-        count = gr.Slider(1, MAX_PICTURES, 1, step=1, label="Pictures", min_width=120, elem_id="count")
-    gr.Button("Another seed", size="sm").click(lambda: random.randrange(2**32 - MAX_PICTURES), None, seed, **QUICK)
+        seed = gr.Number(
+            0,
+            label="Seed",
+            precision=0,
+            minimum=0,
+            maximum=2**32 - 1,
+            min_width=120,
+            elem_id="seed",
+        )
+        count = gr.Slider(
+            1, MAX_PICTURES, 1, step=1, label="Pictures", min_width=120, elem_id="count"
+        )
+    gr.Button("Another seed", size="sm").click(
+        lambda: random.randrange(2**32 - MAX_PICTURES), None, seed, **QUICK
+    )
     return label, seed, count
 
 
@@ -240,15 +270,27 @@ def add_sampling(pipe: TokenBridgePipeline) -> list[gr.components.Component]:
     """Adds how it is made: controls of SAMPLING."""
     length, wide = pipe.model.seq_len, {"min_width": 240}
     with gr.Accordion("Sampling", open=True), gr.Row():
-        steps = gr.Slider(1, length, min(64, length), step=1, label="Steps", elem_id="steps", **wide)
+        steps = gr.Slider(
+            1, length, min(64, length), step=1, label="Steps", elem_id="steps", **wide
+        )
         text = "Towards the class; 1 is without"
-        usual = 3.0 if pipe.model.config["label_drop_prob"] else 1.0  # guidance needs unlabeled training
-        cfg = gr.Slider(0, 10, usual, step=0.05, label="Guidance", info=text, elem_id="guidance", **wide)
+        usual = (
+            3.0 if pipe.model.config["label_drop_prob"] else 1.0
+        )  # guidance needs unlabeled training
+        cfg = gr.Slider(
+            0, 10, usual, step=0.05, label="Guidance", info=text, elem_id="guidance", **wide
+        )
         text = "Below 1 more typical"
-        temperature = gr.Slider(0, 2, 1.0, step=0.01, label="Temperature", info=text, elem_id="temperature", **wide)
-        schedule = gr.Radio(["linear", "constant"], value="linear", label="Guidance over the steps", **wide)
+        temperature = gr.Slider(
+            0, 2, 1.0, step=0.01, label="Temperature", info=text, elem_id="temperature", **wide
+        )
+        schedule = gr.Radio(
+            ["linear", "constant"], value="linear", label="Guidance over the steps", **wide
+        )
         text = "Of tokens: at random, by rows, the surest first"
-        order = gr.Radio(list(ORDERS), value="random", label="Order", info=text, elem_id="order", **wide)
+        order = gr.Radio(
+            list(ORDERS), value="random", label="Order", info=text, elem_id="order", **wide
+        )
     return [steps, cfg, schedule, temperature, order]
 
 
@@ -256,23 +298,37 @@ def add_results() -> tuple[Results, gr.Button]:
     """Adds the pictures and what is said of them, and a button to cancel."""
     with gr.Row():
         text = "Nothing made yet"
-        status = gr.Textbox(text, show_label=False, container=False, interactive=False, scale=3, elem_id="status")
+        status = gr.Textbox(
+            text, show_label=False, container=False, interactive=False, scale=3, elem_id="status"
+        )
         cancel = gr.Button("Cancel", min_width=80, elem_id="cancel")
-    look = {"type": "filepath", "format": "png", "interactive": False, "buttons": ["fullscreen"], "min_width": 150}
+    look = {
+        "type": "filepath",
+        "format": "png",
+        "interactive": False,
+        "buttons": ["fullscreen"],
+        "min_width": 150,
+    }
     with gr.Row():
         picture = gr.Image(label="Picture", elem_id="picture", **look)
         confidence = gr.Image(label="Confidence (yellow: sure)", elem_id="confidence", **look)
     with gr.Row():
         again = gr.Button("Edit this picture", interactive=False, min_width=150, elem_id="again")
-        download = gr.DownloadButton("Download", interactive=False, min_width=150, elem_id="download")
+        download = gr.DownloadButton(
+            "Download", interactive=False, min_width=150, elem_id="download"
+        )
     gallery = gr.Gallery(
         label="All: choose one", height="auto", format="png", allow_preview=False, buttons=[], visible=False,
         elem_id="gallery",
     )  # fmt: skip
-    return Results(status, picture, confidence, gallery, download, again, gr.State([], time_to_live=KEPT)), cancel
+    return Results(
+        status, picture, confidence, gallery, download, again, gr.State([], time_to_live=KEPT)
+    ), cancel
 
 
-def add_editor(pipe: TokenBridgePipeline) -> tuple[gr.UploadButton, gr.ImageEditor, gr.Dropdown, gr.Button]:
+def add_editor(
+    pipe: TokenBridgePipeline,
+) -> tuple[gr.UploadButton, gr.ImageEditor, gr.Dropdown, gr.Button]:
     """Adds what one edits with: a picture's file, the picture to draw on, a part to cover, the button."""
     upload = gr.UploadButton("Open a picture", file_types=["image"], size="sm", elem_id="open")
     canvas = [shown_size(pipe.model.config["img_size"])] * 2
@@ -297,7 +353,9 @@ class Maker:
     def __init__(self, pipe: TokenBridgePipeline, folder: str):
         self.pipe, self.folder, self.turn = pipe, folder, threading.Lock()
 
-    def generate(self, label: int | str, seed: int | None, count: float, *sampling, **edit) -> Iterator[tuple]:
+    def generate(
+        self, label: int | str, seed: int | None, count: float, *sampling, **edit
+    ) -> Iterator[tuple]:
         """Yields values of :class:`Results` while ``count`` pictures are made; gr.Error tells what is wrong."""
         settings = dict(zip(SAMPLING, sampling, strict=True))
         first, count = int(seed or 0), int(count)
@@ -306,19 +364,33 @@ class Maker:
         try:
             for made in filling(self.pipe, self.turn, **request):
                 if isinstance(made, Pictures):
-                    shown = finished(self.pipe, made.ranked() if edit else made, settings, self.folder)
+                    shown = finished(
+                        self.pipe, made.ranked() if edit else made, settings, self.folder
+                    )
                     status, picture, confidence, download, again = show(shown)
-                    all_files = gr.update(value=[(each.file, each.text) for each in shown], visible=count > 1)
+                    all_files = gr.update(
+                        value=[(each.file, each.text) for each in shown], visible=count > 1
+                    )
                     yield status, picture, confidence, all_files, download, again, shown
                 else:
                     step, steps, images = made
                     sheet = stored(side_by_side(images, math.ceil(count**0.5)), self.folder)
                     later = gr.update(interactive=False)
-                    yield f"Step {step} of {steps}", sheet, None, gr.update(visible=False), later, later, []
+                    yield (
+                        f"Step {step} of {steps}",
+                        sheet,
+                        None,
+                        gr.update(visible=False),
+                        later,
+                        later,
+                        [],
+                    )
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def edit(self, source: Image.Image | None, drawn: dict[str, Any] | None, *how) -> Iterator[tuple]:
+    def edit(
+        self, source: Image.Image | None, drawn: dict[str, Any] | None, *how
+    ) -> Iterator[tuple]:
         """As :meth:`generate`, what is drawn on in ``source`` made anew, the most likely first."""
         try:
             if source is None:
@@ -345,11 +417,23 @@ class Maker:
         try:
             told = read_settings(path)
             try:
-                sampling = self.pipe.checked_options({name: told[name] for name in SAMPLING if name in told})
-                label = ANY if told["class_labels"] is None else self.pipe.class_number(told["class_labels"][0])
-                values = [label, int(told["seeds"][0]), *(getattr(sampling, name) for name in SAMPLING)]
+                sampling = self.pipe.checked_options(
+                    {name: told[name] for name in SAMPLING if name in told}
+                )
+                label = (
+                    ANY
+                    if told["class_labels"] is None
+                    else self.pipe.class_number(told["class_labels"][0])
+                )
+                values = [
+                    label,
+                    int(told["seeds"][0]),
+                    *(getattr(sampling, name) for name in SAMPLING),
+                ]
             except (KeyError, IndexError, TypeError, ValueError) as error:
-                raise UserError(f"{path} holds settings of another kind ({errors.reason(error)})") from error
+                raise UserError(
+                    f"{path} holds settings of another kind ({errors.reason(error)})"
+                ) from error
         except UserError as error:
             raise named(error, path) from error
         return values
@@ -359,7 +443,13 @@ def show(shown: list[Shown], number: int = 0) -> tuple:
     """What :class:`Results` show of one of several pictures: status, picture, confidence, buttons."""
     one = shown[number]
     ready = gr.update(interactive=True)
-    return f"Made: {one.text}", one.file, one.confidence, gr.update(value=one.file, interactive=True), ready
+    return (
+        f"Made: {one.text}",
+        one.file,
+        one.confidence,
+        gr.update(value=one.file, interactive=True),
+        ready,
+    )
 
 
 def choose(shown: list[Shown], chosen: gr.SelectData) -> tuple:
@@ -371,7 +461,9 @@ def build(pipe: TokenBridgePipeline, folder: str) -> gr.Blocks:
     """The page of a model; its files lie in ``folder``, which no other server may use."""
     os.environ["GRADIO_TEMP_DIR"] = folder
     size = pipe.model.config["img_size"]
-    with gr.Blocks(title="TokenBridge", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
+    with gr.Blocks(
+        title="TokenBridge", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)
+    ) as page:
         gr.Markdown(
             f"# TokenBridge\n{len(pipe.class_names)} classes, {size}x{size} pixels, {pipe.model.seq_len} tokens"
         )
@@ -384,14 +476,20 @@ def build(pipe: TokenBridgePipeline, folder: str) -> gr.Blocks:
                         generate = gr.Button("Generate", variant="primary", elem_id="generate")
                     with gr.Tab("Edit", id="edit"):
                         upload, editor, area, edit = add_editor(pipe)
-                load = gr.UploadButton("Settings from a PNG", file_types=[".png"], size="sm", elem_id="load")
+                load = gr.UploadButton(
+                    "Settings from a PNG", file_types=[".png"], size="sm", elem_id="load"
+                )
             with gr.Column(scale=3, min_width=320):
                 results, cancel = add_results()
         sampling = add_sampling(pipe)
         maker = Maker(pipe, folder)
         how = [label, seed, count, *sampling]
         common = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
-        look = {"scroll_to_output": True, "show_progress": "minimal", "show_progress_on": results.status}
+        look = {
+            "scroll_to_output": True,
+            "show_progress": "minimal",
+            "show_progress_on": results.status,
+        }
         running = [
             generate.click(maker.generate, how, list(results), **common, **look),
             edit.click(maker.edit, [source, editor, *how], list(results), **common, **look),
@@ -418,7 +516,9 @@ def launch(page: gr.Blocks, host: str, port: int, block: bool = True) -> None:
         block: whether to return only after Ctrl-C.
     """
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        ).close()
     except OSError as error:
         why = f"{errors.reason(error)}; choose another --port or --host"
         raise UserError(f"cannot serve on {host}, port {port}: {why}") from error
@@ -428,7 +528,7 @@ def launch(page: gr.Blocks, host: str, port: int, block: bool = True) -> None:
         theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]), css=CSS,
         state_session_capacity=100, quiet=True, prevent_thread_lock=True,
     )  # fmt: skip
-    misc.log.info("serving on %s; Ctrl-C ends it", page.local_url)
+    log.info("serving on %s; Ctrl-C ends it", page.local_url)
     if block:
         page.block_thread()
 
@@ -436,10 +536,14 @@ def launch(page: gr.Blocks, host: str, port: int, block: bool = True) -> None:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with process_group(args.device) as device:
         check_range(args, 1, 65535, "port")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # removes visitors' pictures, as Ctrl-C does
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, whoever opens an image
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # removes visitors' pictures, as Ctrl-C does
+        Image.MAX_IMAGE_PIXELS = (
+            MAX_PIXELS // 2
+        )  # Pillow refuses twice as many, whoever opens an image
         pipe = load_pipeline(args, device)
         with tempfile.TemporaryDirectory() as folder:
             launch(build(pipe, folder), args.host, args.port)

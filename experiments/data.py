@@ -6,7 +6,7 @@ from pathlib import Path
 
 from util import errors
 from util.args import check_positive, new_parser
-from util.sources import existing_folder
+from util.data.sources import existing_folder
 
 MADE = "made_by_experiments.data"  # a file in the folders that may be made anew
 
@@ -16,7 +16,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, "experiments.data")
     text = "digits: scikit-learn's, written as PNGs; or a folder of train/<class>/<image>, and val/ or test/ likewise"
     parser.add_argument("--source", default="digits", help=text)
-    parser.add_argument("--images_per_class", type=int, help="take the first of each class; by default all")
+    parser.add_argument(
+        "--images_per_class", type=int, help="take the first of each class; by default all"
+    )
     text = "folder to make, anew if this command made it before; a source's images are linked"
     parser.add_argument("--output_dir", default="data/digits", help=text)
     return parser
@@ -25,7 +27,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 def make_anew(folder: Path) -> None:
     """Make a folder without images; UserError if there is one with content that this command did not make."""
     if folder.exists() and any(folder.iterdir()) and not (folder / MADE).exists():
-        raise errors.UserError(f"--output_dir {folder} is there, and not of this command: name another, or remove it")
+        raise errors.UserError(
+            f"--output_dir {folder} is there, and not of this command: name another, or remove it"
+        )
     for split in ("train", "val"):
         shutil.rmtree(folder / split, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +58,9 @@ def main() -> None:
         return
     source = existing_folder(args.source, "image folder")
     train = existing_folder(source / "train", "image folder")
-    held_out = existing_folder(source / ("val" if (source / "val").is_dir() else "test"), "image folder")
+    held_out = existing_folder(
+        source / ("val" if (source / "val").is_dir() else "test"), "image folder"
+    )
     make_anew(out)
     link(train, out / "train", args.images_per_class)
     link(held_out, out / "val", None)

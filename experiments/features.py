@@ -8,14 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util import checkpoint, errors, misc
+from util import errors
 from util.args import DATA_PATH, add_device_arg, add_mirror_arg, check_positive, new_parser
+from util.checkpoint.files import read_checkpoint
+from util.data.classes import check_classes
+from util.data.datasets import ImageFolder, image_transform
+from util.data.images import to_uint8
+from util.data.sources import open_images
 from util.files import write_json, written_whole
-from util.images import to_uint8
-from util.loader import ImageFolder, check_classes, image_transform
+from util.log import log
+from util.precision import check_finite
+from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import seed_everything
-from util.sources import open_images
 
 WIDTH = 64  # of the features
 BATCH = 1000  # images at once where nothing is trained
@@ -38,8 +43,14 @@ class FeatureNet(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for inputs, outputs, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2)):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, WIDTH))
+            layers += [
+                nn.Conv2d(inputs, outputs, 3, stride, padding=1),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+            ]
+        self.body = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, WIDTH)
+        )
         self.last = nn.Linear(WIDTH, classes)
         self.register_buffer("mean", torch.zeros(WIDTH))
         self.register_buffer("std", torch.ones(WIDTH))
@@ -54,7 +65,12 @@ class FeatureNet(nn.Module):
 
         After it some are 0 for nearly all images; divided by their deviations, a few images would decide any distance.
         """
-        return torch.cat([(self.body(part.float() / 127.5 - 1) - self.mean) / self.std for part in images.split(BATCH)])
+        return torch.cat(
+            [
+                (self.body(part.float() / 127.5 - 1) - self.mean) / self.std
+                for part in images.split(BATCH)
+            ]
+        )
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
@@ -73,7 +89,9 @@ def read_images(
     """
     source = open_images(data_path, split)
     count = len(trained or source.classes)
-    labels = check_classes(source.classes, count, source.root, trained, held_out=trained is not None)
+    labels = check_classes(
+        source.classes, count, source.root, trained, held_out=trained is not None
+    )
     dataset = ImageFolder(source, image_transform(img_size))
     images = torch.stack([to_uint8(dataset[number][0]) for number in range(len(dataset))])
     return images, torch.tensor([labels[label] for _, label in source.samples]), source.classes
@@ -86,7 +104,9 @@ def train(net: FeatureNet, images: Tensor, labels: Tensor, args: argparse.Namesp
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * steps)
     for _ in range(args.epochs):
         net.train()
-        for chosen in torch.randperm(len(images))[: steps * args.batch_size].view(steps, -1).to(images.device):
+        for chosen in (
+            torch.randperm(len(images))[: steps * args.batch_size].view(steps, -1).to(images.device)
+        ):
             batch = images[chosen]
             if args.mirror:
                 mirrored = (torch.rand(len(batch)) < 0.5).to(images.device)
@@ -97,13 +117,13 @@ def train(net: FeatureNet, images: Tensor, labels: Tensor, args: argparse.Namesp
             schedule.step()
     net.eval()
     features = net.features(images)
-    misc.check_finite(features, "the trained classifier", "fp32")
+    check_finite(features, "the trained classifier", "fp32")
     net.mean, net.std = features.mean(0), features.std(0)
 
 
 def load_net(path: str | Path, device: torch.device) -> FeatureNet:
     """The classifier that this command wrote; UserError if there is none."""
-    weights = checkpoint.read(path)
+    weights = read_checkpoint(path)
     net = FeatureNet(len(weights["last.bias"]))
     net.load_state_dict(weights)
     return net.to(device).eval()
@@ -113,21 +133,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
     parser = new_parser(__doc__, "experiments.features")
     parser.add_argument("--data_path", default="", help=DATA_PATH)
-    parser.add_argument("--img_size", type=int, default=32, help="height and width of the images in pixels")
+    parser.add_argument(
+        "--img_size", type=int, default=32, help="height and width of the images in pixels"
+    )
     parser.add_argument("--epochs", type=int, default=20, help="passes over the training images")
     parser.add_argument("--batch_size", type=int, default=64, help="images of a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate at the start; it falls to 0")
+    parser.add_argument(
+        "--lr", type=float, default=1e-3, help="learning rate at the start; it falls to 0"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     add_mirror_arg(parser)
     add_device_arg(parser)
-    parser.add_argument("--output", default="features.pt", help="file of the weights; figures go to .json beside it")
+    parser.add_argument(
+        "--output", default="features.pt", help="file of the weights; figures go to .json beside it"
+    )
     return parser
 
 
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with process_group(args.device) as device:
         check_positive(args, "img_size", "epochs", "batch_size", "lr")
         seed_everything(args.seed)
         images, labels, classes = read_images(args.data_path, "train", args.img_size)
@@ -137,8 +163,11 @@ def main() -> None:
         accuracy = net.accuracy(held_out.to(device), truth.to(device))
         with written_whole(args.output) as file:
             torch.save(net.state_dict(), file)
-        write_json(Path(args.output).with_suffix(".json"), {"accuracy": accuracy, "args": vars(args), **provenance()})
-        misc.log.info("%s: %.1f%% of held-out images are classified right", args.output, 100 * accuracy)
+        write_json(
+            Path(args.output).with_suffix(".json"),
+            {"accuracy": accuracy, "args": vars(args), **provenance()},
+        )
+        log.info("%s: %.1f%% of held-out images are classified right", args.output, 100 * accuracy)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,15 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 from experiments.features import load_net
 from models.posterior import DiagonalGaussianDistribution
 from models.quantizer import ScalarQuantizer, build_quantizer
-from util import checkpoint, errors, misc
+from util import errors
 from util.args import add_device_arg, check_positive, new_parser
+from util.checkpoint.runs import find_checkpoint, read_run
+from util.data.packed import open_cache
 from util.files import read_json, write_json
-from util.metrics import NEIGHBOURS, PlainImages, check_number, frechet_distance
-from util.packed import open_cache
+from util.metrics.compute import NEIGHBORS, check_number, frechet_distance
+from util.metrics.inception import PlainImages
+from util.precision import check_finite
+from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import numbered_draws
 
@@ -40,7 +44,9 @@ def pixels(images: Tensor, gray: bool) -> Tensor:
 
 def radii(points: Tensor, neighbours: int) -> Tensor:
     """Distance ``[N]`` of each of ``points [N, D]`` to its nearest ``neighbours``-th other."""
-    return torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values  # the first is the point itself
+    return (
+        torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values
+    )  # the first is the point itself
 
 
 def neighbourhoods(made: Tensor, real: Tensor) -> dict[str, float]:
@@ -50,10 +56,10 @@ def neighbourhoods(made: Tensor, real: Tensor) -> dict[str, float]:
         made, real: points ``[M, D]`` and ``[N, D]``.
     """
     distances = torch.cdist(real, made)  # [N, M]
-    ball, wide = (radii(real, count)[:, None] for count in (NEIGHBOURS, DENSITY_NEIGHBOURS))
+    ball, wide = (radii(real, count)[:, None] for count in (NEIGHBORS, DENSITY_NEIGHBOURS))
     return {
         "precision": (distances <= ball).any(0).double().mean().item(),
-        "recall": (distances <= radii(made, NEIGHBOURS)).any(1).double().mean().item(),
+        "recall": (distances <= radii(made, NEIGHBORS)).any(1).double().mean().item(),
         "density": (distances < wide).double().sum(0).mean().item() / DENSITY_NEIGHBOURS,
         "coverage": (distances.amin(1) < wide[:, 0]).double().mean().item(),
     }
@@ -62,9 +68,12 @@ def neighbourhoods(made: Tensor, real: Tensor) -> dict[str, float]:
 def compare(made: Tensor, real: Tensor) -> dict[str, float]:
     """Frechet distance and :func:`neighbourhoods` of points ``[M, D]`` and ``[N, D]``."""
     for points in (made, real):
-        misc.check_finite(points, "the network of --features", "fp32")
+        check_finite(points, "the network of --features", "fp32")
     statistics = [fid_features_to_statistics(points.double().cpu()) for points in (made, real)]
-    return {"frechet": frechet_distance(*statistics), **neighbourhoods(made.double(), real.double())}
+    return {
+        "frechet": frechet_distance(*statistics),
+        **neighbourhoods(made.double(), real.double()),
+    }
 
 
 def all_images(path: str | Path, limit: int | None = None) -> Tensor:
@@ -90,7 +99,9 @@ def level_bits(quantizer: ScalarQuantizer, latents: Tensor) -> Tensor:
     normalized = (latents.double() - low) / scale - quantizer.std_range  # Eq. 1, not clipped
     index = torch.bucketize(normalized, limits)
     widths = torch.cat([limits[:1] - values[:1], limits.diff(), values[-1:] - limits[-1:]])
-    beyond = torch.maximum(limits[0] - normalized, normalized - limits[-1]).clamp(min=0)  # 0 in the inner levels
+    beyond = torch.maximum(limits[0] - normalized, normalized - limits[-1]).clamp(
+        min=0
+    )  # 0 in the inner levels
     return (widths[index] * scale).log2() + beyond / widths[index] / math.log(2)
 
 
@@ -98,7 +109,9 @@ def held_out_latents(cached_val_path: str, latent_factor: float, seed: int = 0) 
     """Latents ``[N h w, C]`` of all held-out images, drawn as for ``--evaluate_nll``."""
     cache = open_cache(cached_val_path, mirror=False)
     cache.shape = tuple(cache[0][0].shape)
-    posterior = DiagonalGaussianDistribution(torch.stack([cache[number][0] for number in range(len(cache))]).float())
+    posterior = DiagonalGaussianDistribution(
+        torch.stack([cache[number][0] for number in range(len(cache))]).float()
+    )
     noise = numbered_draws(seed, range(len(cache))).normal(*posterior.mean.shape[1:])
     return (posterior.sample(noise) * latent_factor).movedim(1, -1).flatten(0, -2)
 
@@ -110,10 +123,13 @@ def likelihood(folder: Path, resume: str, cached_val_path: str) -> dict[str, flo
     deviation over the held-out images, so that neither quantizer nor scale of the channels matters.
     """
     figures = read_json(folder / "likelihood.json")
-    config = checkpoint.read_run(checkpoint.find(resume))["config"]
+    config = read_run(find_checkpoint(resume))["config"]
     quantizer = build_quantizer({**config, "patch_size": 1})
     latents = held_out_latents(cached_val_path, config["latent_factor"])
-    bits = figures["bits_per_dim"] + (level_bits(quantizer, latents) - latents.double().std(0).log2()).mean().item()
+    bits = (
+        figures["bits_per_dim"]
+        + (level_bits(quantizer, latents) - latents.double().std(0).log2()).mean().item()
+    )
     return {"nats": figures["nats_per_dim"], "continuous_bits": bits}
 
 
@@ -124,13 +140,25 @@ def likelihood(folder: Path, resume: str, cached_val_path: str) -> dict[str, flo
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
     parser = new_parser(__doc__, "experiments.measures")
-    parser.add_argument("--images", default="", help="folder of images, or of samples*/ or */recon/ that hold them")
-    parser.add_argument("--limit", type=int, help="measure this many of them, evenly spaced; by default all")
+    parser.add_argument(
+        "--images", default="", help="folder of images, or of samples*/ or */recon/ that hold them"
+    )
+    parser.add_argument(
+        "--limit", type=int, help="measure this many of them, evenly spaced; by default all"
+    )
     parser.add_argument("--reference", default="", help="folder of held-out images")
     parser.add_argument("--features", default="", help="what experiments.features wrote")
-    parser.add_argument("--gray", action="store_true", help="compare the mean of the colours, not each")
-    parser.add_argument("--resume", default="", help="run whose likelihood --evaluate_nll wrote to --images, if it did")
-    parser.add_argument("--cached_val_path", default="", help="cache of held-out images, for --resume")
+    parser.add_argument(
+        "--gray", action="store_true", help="compare the mean of the colours, not each"
+    )
+    parser.add_argument(
+        "--resume",
+        default="",
+        help="run whose likelihood --evaluate_nll wrote to --images, if it did",
+    )
+    parser.add_argument(
+        "--cached_val_path", default="", help="cache of held-out images, for --resume"
+    )
     add_device_arg(parser)
     parser.add_argument("--json", default="", help="file to write the figures to")
     return parser
@@ -140,7 +168,9 @@ def image_folders(path: Path) -> dict[str, Path]:
     """The folders to measure by what is told of them: samples by their guidance scale, others by ``images``."""
     samples = [folder for folder in sorted(path.glob("samples*")) if folder.is_dir()]
     if samples:
-        settings = [read_json(folder.with_name(f"{folder.name}.json"))["settings"] for folder in samples]
+        settings = [
+            read_json(folder.with_name(f"{folder.name}.json"))["settings"] for folder in samples
+        ]
         return {f"{each['cfg']:g}": folder for each, folder in zip(settings, samples, strict=True)}
     return {"images": next(iter(path.glob("*/recon")), path)}
 
@@ -153,7 +183,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     check_number(len(real), "reference images", DENSITY_NEIGHBOURS)
     for name, folder in image_folders(Path(args.images)).items():
         made = all_images(folder, args.limit).to(device)
-        check_number(len(made), f"images in {folder}", NEIGHBOURS)
+        check_number(len(made), f"images in {folder}", NEIGHBORS)
         figures = {space: compare(of(made), of(real)) for space, of in spaces.items()}
         found["images"][name] = {"count": len(made), **figures}
     if args.resume and (Path(args.images) / "likelihood.json").exists():
@@ -167,7 +197,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with process_group(args.device) as device:
         for name in ("images", "reference", "features", "json"):
             if not getattr(args, name):
                 raise errors.UserError(f"--{name} is missing; see --help")

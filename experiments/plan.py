@@ -51,7 +51,9 @@ class Experiments:
         try:
             self.content: dict[str, Any] = yaml.safe_load(Path(path).read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read the experiments of {path}: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"cannot read the experiments of {path}: {' '.join(str(error).split())}"
+            ) from error
         if scale not in self.content["scales"]:
             raise UserError(f"--scale {scale}: {path} has {', '.join(self.content['scales'])}")
         self.scale, self.commands = scale, self.content["scales"][scale]
@@ -71,7 +73,10 @@ class Experiments:
         for row in self.content["tables"][table]["rows"]:
             paper = tuple(row["paper"]) if "paper" in row else None
             if "reconstruction" in row:
-                there, result = "reconstruction" in self.commands, f"reconstruction/{row['reconstruction']}"
+                there, result = (
+                    "reconstruction" in self.commands,
+                    f"reconstruction/{row['reconstruction']}",
+                )
             else:
                 sampling = row.get("sampling", "plain")
                 there = self.has("runs", row["run"]) and self.has("samplings", sampling)
@@ -109,7 +114,15 @@ class Planner:
         self.names = {"source": source, "data": f"{folder}/data", "device": device}
         self.steps: dict[str, Step] = {}
 
-    def add(self, name: str, seed: int | None, needs: list[str], *texts: str, measures: str = "", **names: str) -> str:
+    def add(
+        self,
+        name: str,
+        seed: int | None,
+        needs: list[str],
+        *texts: str,
+        measures: str = "",
+        **names: str,
+    ) -> str:
         """Adds a step, unless it is there, with the scale's names filled in; returns its name."""
         at = self.folder if seed is None else f"{self.folder}/seed{seed}"
         name = name if seed is None else f"seed{seed}/{name}"
@@ -127,10 +140,17 @@ class Planner:
         if tokenizer != "plain":
             trained = self.add(f"tokenizers/{tokenizer}", seed, [trained], tokenizers[tokenizer])
         steps = {}
-        for name, need in {"cache": trained, "val_cache": trained, "pack": "cache", "order": "pack"}.items():
+        for name, need in {
+            "cache": trained,
+            "val_cache": trained,
+            "pack": "cache",
+            "order": "pack",
+        }.items():
             if name in commands:
                 done = f"tokenizers/{tokenizer}-{name}"
-                steps[name] = self.add(done, seed, [steps.get(need, need)], commands[name], **options)
+                steps[name] = self.add(
+                    done, seed, [steps.get(need, need)], commands[name], **options
+                )
         return [trained, *steps.values()]
 
     def add_row(self, result: str, seed: int) -> None:
@@ -145,9 +165,19 @@ class Planner:
             options = {"result": result, "run": run, "tokenizer": tokenizer}
             flags = self.experiments.flags("runs", run)
             needs = self.base(seed, tokenizer)
-            needs = [self.add(f"{run}/training", seed, needs, commands["training"], flags, **options)]
+            needs = [
+                self.add(f"{run}/training", seed, needs, commands["training"], flags, **options)
+            ]
             texts = commands["sampling"], self.experiments.flags("samplings", sampling)
-        needs = [self.add(f"{result}-sampling" if run != "reconstruction" else result, seed, needs, *texts, **options)]
+        needs = [
+            self.add(
+                f"{result}-sampling" if run != "reconstruction" else result,
+                seed,
+                needs,
+                *texts,
+                **options,
+            )
+        ]
         more = ""
         if "--evaluate_nll" in texts[1]:
             more = "--resume {at}/{run} --cached_val_path {at}/tokenizers/{tokenizer}/val_cache"
@@ -160,7 +190,15 @@ class Planner:
         data = self.add("data", None, [], self.commands["data"])
         net = self.add("features", seed, [data], self.commands["features"])
         name = f"{options['result']}-measuring"
-        self.add(name, seed, [*needs, net], self.commands["measuring"], more, measures=options["result"], **options)
+        self.add(
+            name,
+            seed,
+            [*needs, net],
+            self.commands["measuring"],
+            more,
+            measures=options["result"],
+            **options,
+        )
 
     def add_floor(self, seed: int) -> None:
         """Adds the measuring of training images."""
@@ -169,7 +207,12 @@ class Planner:
 
 
 def plan(
-    experiments: Experiments, tables: Iterable[str], seeds: Iterable[int], folder: str, source: str, device: str
+    experiments: Experiments,
+    tables: Iterable[str],
+    seeds: Iterable[int],
+    folder: str,
+    source: str,
+    device: str,
 ) -> dict[str, Step]:
     """All steps of some tables, by name: those of the first seed first, each after those that it needs.
 
@@ -181,7 +224,9 @@ def plan(
         raise UserError(f"there is no table {unknown[0]}: choose of {', '.join(known)}, or all")
     results = dict.fromkeys(row.result for table in tables for row in experiments.rows(table))
     if not results:
-        raise UserError(f"none of these tables has rows at --scale {experiments.scale}: {', '.join(tables)}")
+        raise UserError(
+            f"none of these tables has rows at --scale {experiments.scale}: {', '.join(tables)}"
+        )
     planner = Planner(experiments, folder, source, device)
     for seed in seeds:
         planner.add_floor(seed)

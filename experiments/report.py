@@ -10,16 +10,27 @@ from matplotlib.lines import Line2D
 
 import main_tokenbridge
 from experiments.plan import DEFAULT, FLOOR, Experiments, Row, Step, plan
-from experiments.results import FLOOR_ROW, MEASURES, RESULTS, Results, finding_table, row_table, short_table
+from experiments.results import (
+    FLOOR_ROW,
+    MEASURES,
+    RESULTS,
+    Results,
+    finding_table,
+    row_table,
+    short_table,
+)
 from models.tokenbridge import MASKED_SIZES, SIZES, TokenBridge
 from tools import scaling
 from util import errors
 from util.config import KL16_CONFIG, KL16_LATENT_FACTOR, Start, Tokenizer, resolve
-from util.plots import save_figure
+from util.metrics.plots import save_figure
 from util.tables import fill, markdown, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / name for name in ("README.md", "experiments/README.md", "docs/experiments.md", "docs/variants.md")]
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "experiments/README.md", "docs/experiments.md", "docs/variants.md")
+]
 SCALES = ("digits", "cifar10")
 QUOTED = ("autoregressive, 38 epochs", "parallel, 38 epochs", "masked, 85 epochs, 4 steps")
 COLOURS = {"1": "C0", "2": "C1"}  # of guidance scales
@@ -30,14 +41,20 @@ COLOURS = {"1": "C0", "2": "C1"}  # of guidance scales
 
 def plot(results: Results, rows: Sequence[Row]) -> Figure:
     """Every seed of a table's rows as a dot, their means as lines, for the measures that tell them apart."""
-    names = ["frechet", *(["psnr_db"] if "reconstruction" in rows[0].result else ["precision", "recall"])]
+    names = [
+        "frechet",
+        *(["psnr_db"] if "reconstruction" in rows[0].result else ["precision", "recall"]),
+    ]
     figure = Figure(figsize=(9, 0.9 + 0.27 * len(rows)), layout="constrained")
     scales: dict[str, None] = {}
     for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
         for y, row in enumerate(rows):
             for cfg in results.guidance_scales(row):
                 values = results.values(row, name, cfg).values()
-                colour, place = COLOURS.get(cfg, "C2"), y + (0.15 if cfg == "2" else -0.15 if cfg == "1" else 0)
+                colour, place = (
+                    COLOURS.get(cfg, "C2"),
+                    y + (0.15 if cfg == "2" else -0.15 if cfg == "1" else 0),
+                )
                 axes.plot(values, [place] * len(values), "o", color=colour, ms=4, alpha=0.6, mew=0)
                 axes.plot([sum(values) / len(values)], [place], "|", color=colour, ms=10)
                 scales[cfg] = None
@@ -50,8 +67,13 @@ def plot(results: Results, rows: Sequence[Row]) -> Figure:
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
     if {"1", "2"} == {*scales}:
-        handles = [Line2D([], [], color=COLOURS[cfg], marker="o", ls="", label=f"guidance {cfg}") for cfg in COLOURS]
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+        handles = [
+            Line2D([], [], color=COLOURS[cfg], marker="o", ls="", label=f"guidance {cfg}")
+            for cfg in COLOURS
+        ]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False
+        )
     return figure
 
 
@@ -78,7 +100,9 @@ def tables(scale: str) -> str:
         rows = experiments.rows(table)
         if len(rows) > 1 and any(results.of(row) for row in rows):
             floor = [] if "reconstruction" in rows[0].result else [FLOOR_ROW]
-            parts.append(f"### {content['title']}, {scale}\n\n{row_table(results, [*floor, *rows])}")
+            parts.append(
+                f"### {content['title']}, {scale}\n\n{row_table(results, [*floor, *rows])}"
+            )
             if (RESULTS / scale / f"{table}.png").exists():
                 parts.append(f"![{table}](results/{scale}/{table}.png)\n")
     return "\n".join(parts)
@@ -86,7 +110,9 @@ def tables(scale: str) -> str:
 
 def model_of(words: Sequence[str]) -> TokenBridge:
     """Return the model that a command of main_tokenbridge.py trains on KL-16's latents, without values (``meta``)."""
-    args, defaults = (main_tokenbridge.get_args_parser().parse_args(typed) for typed in (words[1:], []))
+    args, defaults = (
+        main_tokenbridge.get_args_parser().parse_args(typed) for typed in (words[1:], [])
+    )
     main_tokenbridge.check_args(args)
     tokenizer = Tokenizer(KL16_CONFIG, KL16_LATENT_FACTOR, args.vae_path)
     config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, Start())
@@ -97,7 +123,9 @@ def model_of(words: Sequence[str]) -> TokenBridge:
 def training_hours(step: Step, assumed) -> float:
     """GPU-hours of a training on H100, as docs/scaling.md computes them."""
     epochs = main_tokenbridge.get_args_parser().parse_args(step.words[1:]).epochs
-    return scaling.gpu_hours(model_of(step.words).training_flops(), scaling.GPUS["H100, H200"], assumed, epochs)
+    return scaling.gpu_hours(
+        model_of(step.words).training_flops(), scaling.GPUS["H100, H200"], assumed, epochs
+    )
 
 
 def head_sizes() -> str:
@@ -116,18 +144,30 @@ def head_sizes() -> str:
 
 def imagenet() -> str:
     """A table of what each table needs on ImageNet: trainings, samplings of 50,000 images, GPU-hours of training."""
-    experiments, assumed = Experiments(DEFAULT, "imagenet"), scaling.get_args_parser().parse_args([])
+    experiments, assumed = (
+        Experiments(DEFAULT, "imagenet"),
+        scaling.get_args_parser().parse_args([]),
+    )
     hours: dict[str, float] = {}
     cells = []
-    for table, content in [*experiments.content["tables"].items(), ("all", {"title": "all, each training once"})]:
+    for table, content in [
+        *experiments.content["tables"].items(),
+        ("all", {"title": "all, each training once"}),
+    ]:
         names = [*experiments.content["tables"]] if table == "all" else [table]
-        steps = plan(experiments, names, [0], "output/experiments/imagenet", "data/imagenet", "cuda")
+        steps = plan(
+            experiments, names, [0], "output/experiments/imagenet", "data/imagenet", "cuda"
+        )
         trainings = [name for name in steps if name.endswith("/training")]
-        hours |= {name: training_hours(steps[name], assumed) for name in trainings if name not in hours}
+        hours |= {
+            name: training_hours(steps[name], assumed) for name in trainings if name not in hours
+        }
         measured = sum(name.endswith("-sampling") or "/reconstruction/" in name for name in steps)
         spent = f"{sum(hours[name] for name in trainings):,.0f}" if trainings else None
         cells.append([f"`{table}`", content["title"], len(trainings), measured, spent])
-    return markdown(["table", "what", "trainings", "evaluations", "H100 GPU-hours of training"], cells)
+    return markdown(
+        ["table", "what", "trainings", "evaluations", "H100 GPU-hours of training"], cells
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -150,7 +190,9 @@ def values() -> dict[str, str]:
         **places,
         "quoted_heads": "\n" + short_table(results, quoted),
         "floor": f"{sum(floor) / len(floor):.1f}",
-        "counts": ", ".join(f"{counts.count(n)} of {n} seed{'s' * (n > 1)}" for n in sorted({*counts})),
+        "counts": ", ".join(
+            f"{counts.count(n)} of {n} seed{'s' * (n > 1)}" for n in sorted({*counts})
+        ),
         "imagenet": "\n" + imagenet(),
         "head_sizes": "\n" + head_sizes(),
     }

@@ -36,7 +36,9 @@ MEASURES = {
     "coverage": Measure("coverage", ("pixels", "coverage"), 3, 0.02, limits=(0, 1)),
     "features": Measure("Frechet distance in features", ("features", "frechet"), 1, share=0.05),
     "nats": Measure("nats a dimension", ("nats",), 3, 0.02, of_images=False),
-    "continuous_bits": Measure("continuous bits a dimension", ("continuous_bits",), 3, 0.03, of_images=False),
+    "continuous_bits": Measure(
+        "continuous bits a dimension", ("continuous_bits",), 3, 0.03, of_images=False
+    ),
     "psnr_db": Measure("PSNR, dB", ("psnr_db",), 2, 0.5, of_images=False),
 }
 
@@ -52,7 +54,11 @@ class Results:
     """
 
     def __init__(
-        self, folder: str | Path, scale: str, seeds: Container[int] | None = None, without: Container[int] = ()
+        self,
+        folder: str | Path,
+        scale: str,
+        seeds: Container[int] | None = None,
+        without: Container[int] = (),
     ):
         self.found: dict[str, dict[int, dict[str, Any]]] = {}
         contents = [read_json(path) for path in (Path(folder) / scale).glob("*.json")]
@@ -171,9 +177,15 @@ def short_table(results: Results, rows: Iterable[Row]) -> str:
     measures = [("frechet", "1"), ("frechet", "2"), ("precision", "1"), ("recall", "1")]
     cells = []
     for row in rows:
-        found = [(results.values(row, name, cfg).values(), MEASURES[name].digits) for name, cfg in measures]
+        found = [
+            (results.values(row, name, cfg).values(), MEASURES[name].digits)
+            for name, cfg in measures
+        ]
         cells.append([row.name, len(results.of(row)), *(spread(*each) for each in found)])
-    return markdown(["row", "seeds", *(f"{MEASURES[name].title}, guidance {cfg}" for name, cfg in measures)], cells)
+    return markdown(
+        ["row", "seeds", *(f"{MEASURES[name].title}, guidance {cfg}" for name, cfg in measures)],
+        cells,
+    )
 
 
 def seeds_of(results: Results, row: Row) -> str:
@@ -184,7 +196,9 @@ def seeds_of(results: Results, row: Row) -> str:
     parts = []
     for device, seconds in devices.items():
         known = [value for value in seconds if value is not None]
-        parts.append(f"{len(seconds)} {device}" + (f": {statistics.mean(known):.0f}" if known else ""))
+        parts.append(
+            f"{len(seconds)} {device}" + (f": {statistics.mean(known):.0f}" if known else "")
+        )
     return "; ".join(parts) or "not measured"
 
 
@@ -198,7 +212,9 @@ def beside(results: Results, committed: Results, rows: Iterable[Row]) -> str:
             line: list[Any] = [row.name, cfg, seed]
             for name in names:
                 value, measure = results.values(row, name, cfg).get(seed), MEASURES[name]
-                known = between(prediction(committed.values(row, name, cfg).values(), measure), measure.digits)
+                known = between(
+                    prediction(committed.values(row, name, cfg).values(), measure), measure.digits
+                )
                 line.append(None if value is None else f"{value:.{measure.digits}f} ({known})")
             cells.append(line)
     return markdown(["row", "guidance", "seed", *(MEASURES[name].title for name in names)], cells)
@@ -210,11 +226,16 @@ def finding_table(results: Results, experiments: Experiments) -> str:
     for finding in experiments.content["findings"].get(experiments.scale, []):
         rows = {row.name: row for row in experiments.rows(finding["table"])}
         pair = [rows[name] for name in finding["rows"]]
-        told = [finding["claim"], " and ".join(f"{row.paper[0]:g}" for row in pair if row.paper) or None]
+        told = [
+            finding["claim"],
+            " and ".join(f"{row.paper[0]:g}" for row in pair if row.paper) or None,
+        ]
         for asked, expected in finding["measures"].items():
             name, _, cfg = asked.partition(" ")
             scales = [cfg or (f"{row.cfg:g}" if row.cfg else "") for row in pair]
-            first, second = (results.values(row, name, cfg) for row, cfg in zip(pair, scales, strict=True))
+            first, second = (
+                results.values(row, name, cfg) for row, cfg in zip(pair, scales, strict=True)
+            )
             seeds, measure = [seed for seed in first if seed in second], MEASURES[name]
             if not seeds:
                 continue
@@ -231,4 +252,7 @@ def finding_table(results: Results, experiments: Experiments) -> str:
                 ]
             )
             told = ["", ""]
-    return markdown(["finding", "paper, FID", "measure", "means", "difference (95% interval)", "seeds", "here"], cells)
+    return markdown(
+        ["finding", "paper, FID", "measure", "means", "difference (95% interval)", "seeds", "here"],
+        cells,
+    )

@@ -23,29 +23,48 @@ if __name__ == "__main__":
 from experiments.plan import DEFAULT, Experiments, Step, needed, plan
 from experiments.results import RESULTS, Results, beside
 from util.args import add_device_arg, check_positive, new_parser
+from util.data.caches import PACKED_METADATA
 from util.devices import find_device
 from util.errors import UserError
 from util.errors import run as run_main
 from util.files import read_json, write_json
-from util.loader import PACKED_METADATA
-from util.sample_folder import SampleFolder
+from util.metrics.sample_folder import SampleFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Imported once: commands are forked from a process that has them.
-PRELOADED = ["main_vae", "main_cache", "main_tokenbridge", "reconstruction", "tools.pack", "experiments.measures"]
+PRELOADED = [
+    "main_vae",
+    "main_cache",
+    "main_tokenbridge",
+    "reconstruction",
+    "tools.pack",
+    "experiments.measures",
+]
 FAILED_STATUS = 1
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    parser.add_argument("tables", nargs="+", metavar="TABLE", help="table1a ... figure8, or all of them")
+    parser.add_argument(
+        "tables", nargs="+", metavar="TABLE", help="table1a ... figure8, or all of them"
+    )
     text = "digits, cifar10, or imagenet, whose commands are only printed"
     parser.add_argument("--scale", default="digits", help=text)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a replicate each, from its tokenizer on")
-    parser.add_argument("--data_path", default="", help="images of cifar10 and imagenet: train/<class>/<image>, val/")
-    parser.add_argument("--output_dir", default="output/experiments", help="checkpoints, caches, samples, logs")
-    parser.add_argument("--results", default=str(RESULTS), help="folder of the results, a JSON a row and seed")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="a replicate each, from its tokenizer on"
+    )
+    parser.add_argument(
+        "--data_path",
+        default="",
+        help="images of cifar10 and imagenet: train/<class>/<image>, val/",
+    )
+    parser.add_argument(
+        "--output_dir", default="output/experiments", help="checkpoints, caches, samples, logs"
+    )
+    parser.add_argument(
+        "--results", default=str(RESULTS), help="folder of the results, a JSON a row and seed"
+    )
     parser.add_argument("--experiments", default=str(DEFAULT), help="YAML of the experiments")
     parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
     add_device_arg(parser)
@@ -125,7 +144,9 @@ class Runner:
     def __init__(self, steps: dict[str, Step], args: argparse.Namespace):
         self.steps, self.args, self.folder = steps, args, Path(args.output_dir) / args.scale
         self.records = {
-            name: Record(self.folder / "steps" / f"{name.replace('/', '-')}.json", commands_of(steps, step))
+            name: Record(
+                self.folder / "steps" / f"{name.replace('/', '-')}.json", commands_of(steps, step)
+            )
             for name, step in steps.items()
         }
         self.failed: dict[str, str] = {}  # why, by name
@@ -137,9 +158,13 @@ class Runner:
     def run(self) -> None:
         """Runs all steps that have not finished; Ctrl-C and SIGTERM stop those that run, which save."""
         for step in missing(self.steps, self.args).values():
-            if step.measures and self.finished(step):  # for other --results, or in a run that was stopped just then
+            if step.measures and self.finished(
+                step
+            ):  # for other --results, or in a run that was stopped just then
                 self.write_result(step)
-        waiting = [step for step in missing(self.steps, self.args).values() if not self.finished(step)]
+        waiting = [
+            step for step in missing(self.steps, self.args).values() if not self.finished(step)
+        ]
         self.total, self.done = len(waiting), 0
         # A shell starts background jobs with SIGINT ignored; commands hear it all the same.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -154,7 +179,9 @@ class Runner:
                 process.terminate()
             for step, process, started in self.running.values():
                 process.join()
-                self.records[step.name].add(time.perf_counter() - started, finished=process.exitcode == 0)
+                self.records[step.name].add(
+                    time.perf_counter() - started, finished=process.exitcode == 0
+                )
             raise
 
     def finished(self, step: Step) -> bool:
@@ -163,7 +190,9 @@ class Runner:
 
     def start_some(self, waiting: list[Step]) -> list[Step]:
         """Starts what can start; returns what still waits."""
-        unfinished = {step.name for step in waiting} | {step.name for step, _, _ in self.running.values()}
+        unfinished = {step.name for step in waiting} | {
+            step.name for step, _, _ in self.running.values()
+        }
         left = []
         for step in waiting:
             if lost := [need for need in step.needs if need in self.failed]:
@@ -230,7 +259,9 @@ def device_name(device: str) -> str:
     """The name of the device that commands compute on, and of the CPU's cores."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {os.environ['OMP_NUM_THREADS']} threads"
+    return (
+        f"CPU, {torch.backends.cpu.get_cpu_capability()}, {os.environ['OMP_NUM_THREADS']} threads"
+    )
 
 
 def result_path(args: argparse.Namespace, result: str, seed: int) -> Path:
@@ -268,7 +299,9 @@ def is_there(steps: dict[str, Step], step: Step, args: argparse.Namespace) -> bo
 
 def missing(steps: dict[str, Step], args: argparse.Namespace) -> dict[str, Step]:
     """The steps that lead to results which are not there."""
-    targets = [step.name for step in steps.values() if step.measures and not is_there(steps, step, args)]
+    targets = [
+        step.name for step in steps.values() if step.measures and not is_there(steps, step, args)
+    ]
     names = needed(steps, targets)
     return {name: step for name, step in steps.items() if name in names}
 
@@ -279,7 +312,11 @@ def fill_in(args: argparse.Namespace, experiments: Experiments) -> None:
     if "all" in args.tables:
         args.tables = [*experiments.content["tables"]]
     if not args.data_path:
-        if "{source}" in str(experiments.commands) and not args.dry_run and "prints" not in experiments.commands:
+        if (
+            "{source}" in str(experiments.commands)
+            and not args.dry_run
+            and "prints" not in experiments.commands
+        ):
             wanted = "a folder of train/<class>/<image>, and val/ or test/ likewise"
             raise UserError(f"--scale {args.scale} needs --data_path, {wanted}")
         args.data_path = f"data/{args.scale}"
@@ -299,7 +336,8 @@ def print_results(args: argparse.Namespace, experiments: Experiments) -> None:
     for table in args.tables:
         title = experiments.content["tables"][table]["title"]
         print(
-            f"\n{title}: values (95% prediction intervals)\n\n{beside(ours, others, experiments.rows(table))}", end=""
+            f"\n{title}: values (95% prediction intervals)\n\n{beside(ours, others, experiments.rows(table))}",
+            end="",
         )
 
 
@@ -317,7 +355,9 @@ def main() -> None:
             print(shown(step) if alone else shlex.join([*shlex.split(launcher), *step.words]))
         return
     os.chdir(ROOT)
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
     runner = Runner(steps, args)
     runner.run()

@@ -6,8 +6,11 @@ from pathlib import Path
 import torch
 
 from models.vae import AutoencoderKL
-from util import checkpoint, errors, misc
+from util import errors
 from util.args import add_vae_arg, check_positive, new_parser
+from util.checkpoint.vae_files import save_vae
+from util.log import log
+from util.process_group import process_group
 
 
 def scale_channels(vae: AutoencoderKL, scales: torch.Tensor) -> None:
@@ -35,16 +38,20 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes("cpu"):
+    with process_group("cpu"):
         check_positive(args, "ratio")
         vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
         if not isinstance(vae, AutoencoderKL):
-            raise errors.UserError(f"{args.vae_path}: only tokenizers of main_vae.py and KL-16 have channels to scale")
+            raise errors.UserError(
+                f"{args.vae_path}: only tokenizers of main_vae.py and KL-16 have channels to scale"
+            )
         scales = torch.logspace(0, 1, vae.embed_dim, base=args.ratio)
         scales /= scales.square().mean().sqrt()  # equal channels keep their common deviation
         scale_channels(vae, scales)
-        checkpoint.save_vae(Path(args.output_dir) / "vae.ckpt", vae, latent_factor)
-        misc.log.info("scales of the channels: %s", ", ".join(f"{scale:.3f}" for scale in scales.tolist()))
+        save_vae(Path(args.output_dir) / "vae.ckpt", vae, latent_factor)
+        log.info(
+            "scales of the channels: %s", ", ".join(f"{scale:.3f}" for scale in scales.tolist())
+        )
 
 
 if __name__ == "__main__":

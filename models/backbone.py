@@ -66,9 +66,13 @@ class MaskedBackbone(nn.Module):
         if self.training:
             drop = torch.rand(len(tokens), 1, device=tokens.device) < self.label_drop_prob
             class_embedding = torch.where(drop, self.fake_latent, class_embedding)
-        buffer_pos, token_pos = self.encoder_pos_embed_learned.split([self.buffer_size, self.seq_len], dim=1)
+        buffer_pos, token_pos = self.encoder_pos_embed_learned.split(
+            [self.buffer_size, self.seq_len], dim=1
+        )
         # Only known tokens are embedded; each still gets the position of its own place.
-        x = self.z_proj(gather_tokens(tokens, known)) + gather_tokens(token_pos.expand(len(tokens), -1, -1), known)
+        x = self.z_proj(gather_tokens(tokens, known)) + gather_tokens(
+            token_pos.expand(len(tokens), -1, -1), known
+        )
         x = torch.cat([class_embedding[:, None] + buffer_pos, x], dim=1)  # [B, buffer + N, D]
         return self.encoder_norm(self.run("encoder", self.encoder_blocks, self.z_proj_ln(x)))
 
@@ -88,10 +92,17 @@ class MaskedBackbone(nn.Module):
         x, blocks = self.decoder_input(encoded, known), self.decoder_blocks
         if wanted is not None and len(blocks) and not self.training:
             x = blocks[-1].at(self.run("decoder", blocks[:-1], x), self.buffer_size + wanted)
-            return self.decoder_norm(x) + gather_tokens(self.output_pos_embed.expand(len(x), -1, -1), wanted)
-        z = self.decoder_norm(self.run("decoder", blocks, x))[:, self.buffer_size :] + self.output_pos_embed
+            return self.decoder_norm(x) + gather_tokens(
+                self.output_pos_embed.expand(len(x), -1, -1), wanted
+            )
+        z = (
+            self.decoder_norm(self.run("decoder", blocks, x))[:, self.buffer_size :]
+            + self.output_pos_embed
+        )
         return z if wanted is None else gather_tokens(z, wanted)
 
-    def forward(self, tokens: Tensor, known: Tensor, class_embedding: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, known: Tensor, class_embedding: Tensor, wanted: Tensor | None = None
+    ) -> Tensor:
         """:meth:`encode` from the known tokens, then :meth:`decode` to features of all or the ``wanted`` positions."""
         return self.decode(self.encode(tokens, known, class_embedding), known, wanted)

@@ -35,7 +35,9 @@ def ada_ln(dim: int, parts: int) -> nn.Sequential:
 class ChannelAttention(nn.Module):
     """Causal self-attention along the channel steps, with normalized queries and keys."""
 
-    def __init__(self, dim: int, heads: int, norm_layer: Callable, attn_dropout: float, proj_dropout: float):
+    def __init__(
+        self, dim: int, heads: int, norm_layer: Callable, attn_dropout: float, proj_dropout: float
+    ):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
@@ -68,7 +70,13 @@ class ChannelBlock(nn.Module):
     """Pre-norm transformer block whose norms and residuals are modulated by the step's condition (AdaLN)."""
 
     def __init__(
-        self, dim: int, heads: int, mlp_ratio: float, norm_layer: Callable, attn_dropout: float, proj_dropout: float
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        norm_layer: Callable,
+        attn_dropout: float,
+        proj_dropout: float,
     ):
         super().__init__()
         self.norm1 = norm_layer(dim)
@@ -77,9 +85,13 @@ class ChannelBlock(nn.Module):
         self.mlp = layers.Mlp(dim, mlp_ratio, proj_dropout)
         self.adaLN_modulation = ada_ln(dim, 6)
 
-    def forward(self, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, modulation: Tensor, attention: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """``x [M, S, D]`` under its ``modulation [M, S, 6D]``, with the ``attention`` of all steps or of one."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(
+            6, dim=-1
+        )
         x = x + gate_attn * attention(modulate(self.norm1(x), shift_attn, scale_attn))
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
@@ -150,7 +162,9 @@ class Head(nn.Module):
         order = torch.tensor(config["channel_order"])
         self.register_buffer("generation_order", order, persistent=False)
         self.register_buffer("from_generation_order", order.argsort(), persistent=False)
-        self.register_buffer("group_weights", self.levels ** torch.arange(group - 1, -1, -1), persistent=False)
+        self.register_buffer(
+            "group_weights", self.levels ** torch.arange(group - 1, -1, -1), persistent=False
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
     # Channels and classes.
@@ -188,7 +202,9 @@ class Head(nn.Module):
     # Sampling.
 
     @torch.no_grad()
-    def sample(self, features: Tensor, temperature: float, uniform: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, features: Tensor, temperature: float, uniform: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
         """Draw all channels of M tokens: in parts that fit in memory, few at once by a recorded launch.
 
         Args:
@@ -243,10 +259,14 @@ class ChannelHead(Head):
         known = self.channel_steps - 1 if self.autoregressive else 0
         self.token_embeddings = nn.ModuleList(nn.Embedding(self.classes, dim) for _ in range(known))
         options = config["mlp_ratio"], norm_layer, config["attn_dropout"], config["proj_dropout"]
-        self.channel_blocks = nn.ModuleList(ChannelBlock(dim, heads, *options) for _ in range(self.depth))
+        self.channel_blocks = nn.ModuleList(
+            ChannelBlock(dim, heads, *options) for _ in range(self.depth)
+        )
         self.channel_norm = norm_layer(dim)
         self.channel_final = FinalLayer(dim)
-        self.channel_heads = nn.ModuleList(nn.Linear(dim, self.classes) for _ in range(self.channel_steps))
+        self.channel_heads = nn.ModuleList(
+            nn.Linear(dim, self.classes) for _ in range(self.channel_steps)
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
     # Training.
@@ -261,7 +281,9 @@ class ChannelHead(Head):
         if not self.token_embeddings:
             return self.channel_embed.new_zeros(*known.shape, self.dim)
         table = torch.cat([embedding.weight for embedding in self.token_embeddings])  # [(S-1) K, D]
-        return F.embedding(known + self.classes * torch.arange(self.channel_steps - 1, device=known.device), table)
+        return F.embedding(
+            known + self.classes * torch.arange(self.channel_steps - 1, device=known.device), table
+        )
 
     def classify(self, x: Tensor) -> Tensor:
         """Each step through its own linear layer, as one batched product: ``[M, S, D]`` to logits ``[M, S, K]``."""
@@ -285,14 +307,22 @@ class ChannelHead(Head):
         all_steps = self.program(ChannelBlock.all_steps)
         for block in self.channel_blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(all_steps, block, x, conditions, self.channel_mask, use_reentrant=False)
+                x = checkpoint(
+                    all_steps, block, x, conditions, self.channel_mask, use_reentrant=False
+                )
             else:
                 x = all_steps(block, x, conditions, self.channel_mask)
-        return self.classify(self.channel_final(self.channel_norm(x), self.channel_final.adaLN_modulation(conditions)))
+        return self.classify(
+            self.channel_final(
+                self.channel_norm(x), self.channel_final.adaLN_modulation(conditions)
+            )
+        )
 
     def summed_loss(self, features: Tensor, given: Tensor) -> Tensor:
         """Cross-entropy in nats summed over tokens and channel steps (Eq. 6), of ``features [M, D]`` and classes."""
-        return F.cross_entropy(self(features, given).flatten(0, 1).float(), given.flatten(), reduction="sum")
+        return F.cross_entropy(
+            self(features, given).flatten(0, 1).float(), given.flatten(), reduction="sum"
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
     # Sampling.
@@ -322,7 +352,9 @@ class ChannelHead(Head):
         logits = self.classes * (1 if self.autoregressive else self.channel_steps)
         return self.channel_steps * self.dim * (6 * self.depth + 2) + logits
 
-    def _cached_steps(self, features: Tensor, first_place: str) -> Callable[[int, Sequence[Tensor]], Tensor]:
+    def _cached_steps(
+        self, features: Tensor, first_place: str
+    ) -> Callable[[int, Sequence[Tensor]], Tensor]:
         """A function that gives the logits ``[M, K]`` of a step from the classes ``[M]`` of the steps before it.
 
         It must be called for all steps in turn: it keeps the keys and values of those before.
@@ -330,20 +362,28 @@ class ChannelHead(Head):
         condition = self.condition_proj(features)[:, None]  # [M, 1, D]
         # The conditions of all steps are known beforehand: one AdaLN product a block instead of one a step.
         conditions = condition + self.timesteps_embeddings  # [M, S, D]
-        modulations = [block.adaLN_modulation(conditions) for block in self.channel_blocks]  # [M, S, 6D] each
+        modulations = [
+            block.adaLN_modulation(conditions) for block in self.channel_blocks
+        ]  # [M, S, 6D] each
         final_modulation = self.channel_final.adaLN_modulation(conditions)
         heads = self.channel_blocks[0].attn.heads if self.depth else 1
         one_step = self.program(ChannelBlock.one_step)
-        cache = condition.new_empty(self.depth, 2, len(features), heads, self.channel_steps, self.dim // heads)
+        cache = condition.new_empty(
+            self.depth, 2, len(features), heads, self.channel_steps, self.dim // heads
+        )
 
         def logits_of(step: int, classes: Sequence[Tensor]) -> Tensor:
             here = slice(step, step + 1)
             if step:
-                x = self.token_embeddings[step - 1](classes[-1])[:, None].to(condition.dtype)  # [M, 1, D]
+                x = self.token_embeddings[step - 1](classes[-1])[:, None].to(
+                    condition.dtype
+                )  # [M, 1, D]
             else:
                 x = conditions[:, :1] if first_place == "released" else condition
             x = x + self.channel_embed[:, here]
-            for block, modulation, kept in zip(self.channel_blocks, modulations, cache, strict=True):
+            for block, modulation, kept in zip(
+                self.channel_blocks, modulations, cache, strict=True
+            ):
                 x = one_step(block, x, modulation[:, here], kept, step)
             x = self.channel_final(self.channel_norm(x), final_modulation[:, here])
             return self.channel_heads[step](x)[:, 0].float()
@@ -374,14 +414,24 @@ def checked_order(order: Sequence[int], channels: int) -> list[int]:
     except TypeError:
         order = []
     if sorted(order) != list(range(channels)):
-        raise ValueError(f"channel_order must hold each of 0 to {channels - 1} once, got {order or 'no numbers'}")
+        raise ValueError(
+            f"channel_order must hold each of 0 to {channels - 1} once, got {order or 'no numbers'}"
+        )
     return order
 
 
 def check_head(config: Mapping[str, Any]) -> None:
     """Raises ValueError for a ``config`` that describes no head."""
-    kind, size, channels = config["head"], config["channels_per_group"], len(config["channel_order"])
-    levels, dim, heads = config["quant_levels"], config["channel_embed_dim"], config["channel_heads"]
+    kind, size, channels = (
+        config["head"],
+        config["channels_per_group"],
+        len(config["channel_order"]),
+    )
+    levels, dim, heads = (
+        config["quant_levels"],
+        config["channel_embed_dim"],
+        config["channel_heads"],
+    )
     if kind not in ("ar", "parallel", "masked"):
         raise ValueError(f'head is "ar", "parallel" or "masked", not {kind!r}')
     if size < 1 or channels % size:

@@ -26,7 +26,10 @@ class DiffusersVAE(nn.Module):
         self.embed_dim, self.stride = config["latent_channels"], 2 ** (len(widths) - 1)
         self.latent_factor = float(config["scaling_factor"])
         self.shift = float(config.get("shift_factor") or 0.0)
-        self.config = {"embed_dim": self.embed_dim, "ch_mult": [max(1, width // widths[0]) for width in widths]}
+        self.config = {
+            "embed_dim": self.embed_dim,
+            "ch_mult": [max(1, width // widths[0]) for width in widths],
+        }
         self.eval().requires_grad_(False)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:

@@ -15,9 +15,9 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from util.crop import center_crop_arr
+from util.data.datasets import to_pixels
+from util.data.sources import over_white, read_upright
 from util.errors import UserError
-from util.loader import to_pixels
-from util.sources import over_white, read_upright
 
 #: Pixels that an image or mask may have before it is cropped.
 MAX_PIXELS = 2**26
@@ -56,7 +56,9 @@ def as_pictures(value: Any, what: str) -> list:
     if isinstance(value, list | tuple):
         return [picture for item in value for picture in as_pictures(item, what)]
     if not isinstance(value, Tensor | np.ndarray):
-        raise UserError(f"{what}: pass PIL images, paths, tensors or arrays, not {type(value).__name__}")
+        raise UserError(
+            f"{what}: pass PIL images, paths, tensors or arrays, not {type(value).__name__}"
+        )
     pixels = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in ("uint8", "bool") and "float" not in dtype:
@@ -80,7 +82,7 @@ def as_pictures(value: Any, what: str) -> list:
 
 
 def opened(image: Picture, what: str) -> Image.Image:
-    """An image as :func:`util.sources.read_upright` reads it.
+    """An image as :func:`util.data.sources.read_upright` reads it.
 
     Raises:
         UserError: it is damaged or too large; a picture without a path is called ``what``.
@@ -102,9 +104,13 @@ def read_mask(mask_image: Picture, image: Image.Image) -> Image.Image:
     mask = opened(mask_image, "the mask")
     if mask.size != image.size:
         sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
-        raise UserError(f"the mask has {sizes[0]} pixels, the image {sizes[1]}: make them equally large")
+        raise UserError(
+            f"the mask has {sizes[0]} pixels, the image {sizes[1]}: make them equally large"
+        )
     bright = np.asarray(mask.convert("RGB").convert("L")) > 127
-    visible = np.asarray(mask.getchannel("A")) > 127 if mask.mode == "RGBA" else np.ones_like(bright)
+    visible = (
+        np.asarray(mask.getchannel("A")) > 127 if mask.mode == "RGBA" else np.ones_like(bright)
+    )
     if visible.all() or not visible.any():
         return Image.fromarray(bright).convert("L")
     # White that is not transparent means opposite things, unless it belongs to the photograph. One color may be drawn.
@@ -146,7 +152,11 @@ def edit_of(image: Picture, mask_image: Picture | None, size: int) -> Edit:
     # As floating point, which keeps what a pixel takes from under the mask, be it little or, with bicubic's, negative.
     mask = torch.from_numpy(np.array(cropped(white.convert("F"), size)) != 0)
     if not mask.any() or mask.all():
-        covers = "everything: leave image and mask out" if mask.any() else "nothing: paint white what is made anew"
+        covers = (
+            "everything: leave image and mask out"
+            if mask.any()
+            else "nothing: paint white what is made anew"
+        )
         raise UserError(f"in the square that is left after cropping, the mask covers {covers}")
     return Edit(original, mask, to_pixels(small) * ~mask)
 
@@ -159,7 +169,9 @@ def outpainted(image: Picture, size: int, margin: int) -> tuple[Image.Image, Ima
     """
     inner = size - 2 * margin
     if margin < 1 or inner < 1:
-        raise UserError(f"a margin of {margin} pixels in a picture of {size}: choose 1 to {(size - 1) // 2}")
+        raise UserError(
+            f"a margin of {margin} pixels in a picture of {size}: choose 1 to {(size - 1) // 2}"
+        )
     canvas, mask = Image.new("RGB", (size, size)), Image.new("L", (size, size), 255)
     canvas.paste(cropped(over_white(opened(image, "the image")), inner), (margin, margin))
     mask.paste(0, (margin, margin, margin + inner, margin + inner))
@@ -195,6 +207,8 @@ def put_into(made: Tensor, original: Tensor, mask: Tensor) -> Tensor:
     outside, sigma = (~mask[:, None]).float(), made.shape[-1] / 32
     kernel = 2 * int(3 * sigma) + 1
     difference = gaussian_blur((original.float() - made.float()) * outside, kernel, sigma)
-    shift = difference / gaussian_blur(outside, kernel, sigma).clamp(min=0.5)  # 0.5 at a straight seam, then less
+    shift = difference / gaussian_blur(outside, kernel, sigma).clamp(
+        min=0.5
+    )  # 0.5 at a straight seam, then less
     evened = (made.float() + shift).round().clamp(0, 255).to(torch.uint8)
     return torch.where(mask[:, None], evened, original)

@@ -26,7 +26,9 @@ class LossInParts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, head: Any, rows: int, features: Tensor, given: Tensor, *learned: Tensor) -> Tensor:
+    def forward(
+        ctx, head: Any, rows: int, features: Tensor, given: Tensor, *learned: Tensor
+    ) -> Tensor:
         total = torch.zeros((), device=features.device)
         for_backbone = ctx.needs_input_grad[2]  # not if the backbone is frozen
         feature_grads, sums = [], []
@@ -36,7 +38,11 @@ class LossInParts(torch.autograd.Function):
                 loss = head.summed_loss(z, part)
             # As every backward pass: with autocast, sums over rows would be of float32 copies.
             with torch.autocast(features.device.type, enabled=False):
-                grads = list(torch.autograd.grad(loss, [*[z] * for_backbone, *learned], materialize_grads=True))
+                grads = list(
+                    torch.autograd.grad(
+                        loss, [*[z] * for_backbone, *learned], materialize_grads=True
+                    )
+                )
             total += loss.detach()
             if for_backbone:
                 feature_grads.append(grads.pop(0))
@@ -71,7 +77,9 @@ def loss_in_parts(head: Any, features: Tensor, given: Tensor) -> Tensor:
     return LossInParts.apply(head, rows, features, given, *learned)
 
 
-def cuda_graph(work: Callable[[], tuple[Tensor, ...]], pool: Any) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+def cuda_graph(
+    work: Callable[[], tuple[Tensor, ...]], pool: Any
+) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
     """Records ``work``, which must not wait for the device: what replays it, and the outputs each replay writes.
 
     Recordings share the memory of ``pool``: each is done with it before another starts.
@@ -107,7 +115,9 @@ class Recordings:
     def __deepcopy__(self, memo: dict) -> "Recordings":
         return Recordings(self.record)  # a copy has weights of its own
 
-    def __call__(self, work: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, key: tuple[Any, ...]):
+    def __call__(
+        self, work: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, key: tuple[Any, ...]
+    ):
         """``work(*inputs)``, each of whose rows follows from that row of the inputs, and from ``key``."""
         rows = len(inputs[0])
         size = 1 << (rows - 1).bit_length()
@@ -118,7 +128,10 @@ class Recordings:
             on_device = torch.cuda.device(inputs[0].device) if kind == "cuda" else nullcontext()
             # What is kept is written again and again, within inference mode and without.
             with on_device, torch.inference_mode(False), torch.no_grad():
-                buffers = [torch.zeros(size, *each.shape[1:], dtype=each.dtype, device=each.device) for each in inputs]
+                buffers = [
+                    torch.zeros(size, *each.shape[1:], dtype=each.dtype, device=each.device)
+                    for each in inputs
+                ]
                 self.kept[key] = buffers, *self.record(partial(work, *buffers), self.pool)
         buffers, replay, outputs = self.kept[key]
         for buffer, given in zip(buffers, inputs, strict=True):
@@ -139,7 +152,11 @@ def compiled(method: Callable) -> Callable:
 @contextmanager
 def weights_cast_once(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Within the block, autocast keeps its low-precision copies of frozen weights, as it does of trained ones."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and torch.is_autocast_enabled(device.type)]
+    frozen = [
+        p
+        for p in model.parameters()
+        if not p.requires_grad and torch.is_autocast_enabled(device.type)
+    ]
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:

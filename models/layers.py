@@ -34,12 +34,18 @@ class DropBits(torch.autograd.Function):
         # The seed comes from torch's generator: whoever seeds, saves or restores that one decides the masks.
         seed = int(torch.randint(2**62, ()))
         words = -(-x.numel() // 4)
-        bits = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, size=words, dtype=np.uint64)
+        bits = np.random.Generator(np.random.SFC64(seed)).integers(
+            0, 2**64, size=words, dtype=np.uint64
+        )
         bits = torch.from_numpy(bits.view(np.int16))[: x.numel()].view(x.shape)
         kept = bits >= threshold - RESOLUTION // 2
         ctx.save_for_backward(kept)
-        ctx.scale = RESOLUTION / (RESOLUTION - threshold)  # of the probability as rounded: nothing is biased
-        return (x * kept.to(x.dtype)).mul_(ctx.scale)  # products are vectorized, filling by a mask is not
+        ctx.scale = RESOLUTION / (
+            RESOLUTION - threshold
+        )  # of the probability as rounded: nothing is biased
+        return (x * kept.to(x.dtype)).mul_(
+            ctx.scale
+        )  # products are vectorized, filling by a mask is not
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
@@ -78,13 +84,20 @@ LAUNCH_ROWS = 2**16 - 1
 
 def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, drop: float) -> Tensor:
     """:func:`attend` by PyTorch's kernel, :data:`LAUNCH_ROWS` at a time."""
-    kernel, rows = partial(F.scaled_dot_product_attention, dropout_p=drop, is_causal=causal), LAUNCH_ROWS // q.shape[1]
+    kernel, rows = (
+        partial(F.scaled_dot_product_attention, dropout_p=drop, is_causal=causal),
+        LAUNCH_ROWS // q.shape[1],
+    )
     if len(q) <= rows:
         return kernel(q, k, v)
-    return torch.cat([kernel(*part) for part in zip(*(x.split(rows) for x in (q, k, v)), strict=True)])
+    return torch.cat(
+        [kernel(*part) for part in zip(*(x.split(rows) for x in (q, k, v)), strict=True)]
+    )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, drop: float = 0.0) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, drop: float = 0.0
+) -> Tensor:
     """Softmax attention ``[M, H, N, d]`` with scale 1/sqrt(d); a ``mask [N, N]`` must be the causal one."""
     if q.is_cuda:
         return fused(q, k, v, mask is not None, drop)
@@ -113,7 +126,10 @@ class Attention(nn.Module):
         else:
             width = x.shape[-1]
             query = F.linear(gather_tokens(x, rows), self.qkv.weight[:width], self.qkv.bias[:width])
-            parts = query, *F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1)
+            parts = (
+                query,
+                *F.linear(x, self.qkv.weight[width:], self.qkv.bias[width:]).chunk(2, dim=-1),
+            )
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in parts)
         out = attend(q, k, v, drop=self.attn_dropout if self.training else 0.0)
         return self.proj_drop(self.proj(rearrange(out, "b h n d -> b n (h d)")))
@@ -140,7 +156,13 @@ class Block(nn.Module):
     """Pre-norm transformer block, with the parameters of timm's ViT ``Block``."""
 
     def __init__(
-        self, dim: int, num_heads: int, mlp_ratio: float, norm_layer: Callable, attn_dropout: float, proj_dropout: float
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        norm_layer: Callable,
+        attn_dropout: float,
+        proj_dropout: float,
     ):
         super().__init__()
         self.norm1 = norm_layer(dim)

@@ -50,10 +50,17 @@ class MaskedHead(Head):
     def __init__(self, config: Mapping[str, Any], norm_layer: Callable[[int], nn.Module]):
         super().__init__(config)
         self.places, self.numbers = 1, 2 * self.channel_steps
-        steps, options = self.channel_steps, (config["mlp_ratio"], norm_layer, config["proj_dropout"])
+        steps, options = (
+            self.channel_steps,
+            (config["mlp_ratio"], norm_layer, config["proj_dropout"]),
+        )
         self.condition_proj = nn.Linear(config["decoder_embed_dim"], self.dim)
-        self.token_embeddings = nn.Embedding(steps * (self.classes + 1), self.dim)  # the last of a step: unknown
-        self.masked_blocks = nn.ModuleList(MaskedBlock(self.dim, *options) for _ in range(self.depth))
+        self.token_embeddings = nn.Embedding(
+            steps * (self.classes + 1), self.dim
+        )  # the last of a step: unknown
+        self.masked_blocks = nn.ModuleList(
+            MaskedBlock(self.dim, *options) for _ in range(self.depth)
+        )
         self.masked_final = FinalLayer(self.dim)
         self.channel_heads = nn.Linear(self.dim, steps * self.classes)
 
@@ -114,7 +121,9 @@ class MaskedHead(Head):
         unknown = seen == self.classes
         return self.channel_steps * (losses * unknown / unknown.sum(dim=1, keepdim=True)).sum()
 
-    def forward(self, features: Tensor, targets: Tensor, order: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, targets: Tensor, order: Sequence[int] | None = None
+    ) -> Tensor:
         """Teacher-forced logits ``[M, S, K]`` in generation order, of a pass for each channel step.
 
         Args:
@@ -126,10 +135,14 @@ class MaskedHead(Head):
         logits = {}
         for step in range(self.channel_steps) if order is None else order:
             logits[step] = self.logits(conditions, seen)[:, step]
-            seen = torch.where(torch.arange(self.channel_steps, device=seen.device) == step, targets, seen)
+            seen = torch.where(
+                torch.arange(self.channel_steps, device=seen.device) == step, targets, seen
+            )
         return torch.stack([logits[step] for step in range(self.channel_steps)], dim=1)
 
-    def log_likelihood(self, features: Tensor, targets: Tensor, order: Sequence[int] | None = None) -> Tensor:
+    def log_likelihood(
+        self, features: Tensor, targets: Tensor, order: Sequence[int] | None = None
+    ) -> Tensor:
         """Exact log-probability ``[M]`` in nats of tokens whose channels are sampled one a step in ``order``.
 
         Args:
@@ -166,20 +179,33 @@ class MaskedHead(Head):
         order = torch.arange(steps, device=uniform.device).expand_as(uniform)
         if head_order in (None, "random"):
             order = places.argsort(dim=1)
-        conditions, log_probs = self.conditions(features), torch.zeros(len(features), device=features.device)
+        conditions, log_probs = (
+            self.conditions(features),
+            torch.zeros(len(features), device=features.device),
+        )
         seen = torch.full_like(order, self.classes)
         for first, last in pairwise(steps * i // passes for i in range(passes + 1)):
             logits = self.logits(conditions, seen).float()
             if head_order == "confidence":
                 # By distributions, not by what would be drawn: numbers left for later passes must stay uniform.
-                sure = logits.log_softmax(dim=-1).amax(dim=-1).masked_fill(seen < self.classes, -torch.inf)
+                sure = (
+                    logits.log_softmax(dim=-1)
+                    .amax(dim=-1)
+                    .masked_fill(seen < self.classes, -torch.inf)
+                )
                 wanted = sure.argsort(dim=1, descending=True, stable=True)[:, : last - first]
             else:
                 wanted = order[:, first:last]
-            logits = logits.gather(1, wanted[..., None].expand(-1, -1, self.classes))  # [M, taken, K]
-            drawn = sample_categorical(logits.flatten(0, 1), temperature, uniform.gather(1, wanted).flatten())
+            logits = logits.gather(
+                1, wanted[..., None].expand(-1, -1, self.classes)
+            )  # [M, taken, K]
+            drawn = sample_categorical(
+                logits.flatten(0, 1), temperature, uniform.gather(1, wanted).flatten()
+            )
             drawn = drawn.view_as(wanted)
-            log_probs = log_probs + logits.log_softmax(dim=-1).gather(-1, drawn[..., None]).sum(dim=(1, 2))
+            log_probs = log_probs + logits.log_softmax(dim=-1).gather(-1, drawn[..., None]).sum(
+                dim=(1, 2)
+            )
             seen = seen.scatter(1, wanted, drawn)
         return self.to_levels(seen)[:, self.from_generation_order], log_probs
 

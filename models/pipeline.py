@@ -17,11 +17,13 @@ from models.pretrained import find_pretrained
 from models.sampling import SamplingOptions, check_guidance, check_head_options, sampling_plan
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from util import misc
-from util.classes import find_classes, readable
 from util.config import Tokenizer, check_tokenizer
+from util.data.classes import find_classes, readable
+from util.data.images import to_uint8
+from util.devices import to_device
 from util.errors import UserError
-from util.images import to_uint8
+from util.log import log
+from util.precision import autocast, check_finite, extremes
 from util.rng import image_seeds, numbered_draws
 
 #: Pixels encoded or decoded at once, by device.
@@ -40,7 +42,9 @@ def part_size(device: torch.device, pixels: int) -> int:
 
 
 @torch.no_grad()
-def decode_images(vae: AutoencoderKL, latents: Tensor, precision: str, flag: str = "--precision") -> Tensor:
+def decode_images(
+    vae: AutoencoderKL, latents: Tensor, precision: str, flag: str = "--precision"
+) -> Tensor:
     """Unscaled latents ``[N, C, h, w]`` to images as bytes ``[N, 3, H, W]`` on the CPU, in parts that fit memory.
 
     Raises:
@@ -49,12 +53,12 @@ def decode_images(vae: AutoencoderKL, latents: Tensor, precision: str, flag: str
     size = part_size(latents.device, latents.shape[2] * latents.shape[3] * vae.stride**2)
     parts, limits = [], []
     for part in latents.float().split(size):
-        with misc.autocast(latents.device, precision):
+        with autocast(latents.device, precision):
             decoded = vae.decode(part.contiguous(memory_format=torch.channels_last))
             parts.append(to_uint8(decoded))
-            limits.append(misc.extremes(decoded))  # bytes do not show NaN
+            limits.append(extremes(decoded))  # bytes do not show NaN
     images = torch.cat(parts).cpu()  # the host waits once
-    misc.check_finite(torch.stack(limits), "the tokenizer's decoder", precision, flag)
+    check_finite(torch.stack(limits), "the tokenizer's decoder", precision, flag)
     return images
 
 
@@ -74,7 +78,8 @@ def own_tokenizer(path: Path, address: Any, content: Mapping[str, Any], **option
     Raises:
         UserError: there is none.
     """
-    from util.checkpoint import HUB_CONFIG, VAE_NAMES, hub
+    from util.checkpoint import hub
+    from util.checkpoint.files import HUB_CONFIG, VAE_NAMES
 
     if hub.is_address(address):
         for name in ("vae.ckpt", f"vae/{HUB_CONFIG}", *(f"vae/{name}" for name in VAE_NAMES)):
@@ -171,19 +176,32 @@ class TokenBridgePipeline:
         precision: str = "bf16",
         names: tuple[str, str] = ("the model", "the given one"),
     ):
-        from util.checkpoint.load import fingerprint
+        from util.checksums import fingerprint
 
-        self.model, self.vae, self.latent_factor, self.precision = model, vae, latent_factor, precision
+        self.model, self.vae, self.latent_factor, self.precision = (
+            model,
+            vae,
+            latent_factor,
+            precision,
+        )
         here = (vae.embed_dim, vae.stride, latent_factor)
-        there = (model.vae_embed_dim, model.config["vae_stride"], model.metadata.get("latent_factor", latent_factor))
+        there = (
+            model.vae_embed_dim,
+            model.config["vae_stride"],
+            model.metadata.get("latent_factor", latent_factor),
+        )
         if here[:2] != there[:2] or not math.isclose(here[2], there[2], rel_tol=1e-6):
             form = "{} latent channels, stride {}, latent factor {:.4g}".format
-            raise UserError(f"the tokenizer is another model's: it has {form(*here)}; the model needs {form(*there)}")
+            raise UserError(
+                f"the tokenizer is another model's: it has {form(*here)}; the model needs {form(*there)}"
+            )
         if "vae_sha256" in model.metadata:
             tokenizer = Tokenizer(vae.config, latent_factor, names[1], fingerprint(vae))
             check_tokenizer(model.metadata, tokenizer, names[0])
         #: Names of the classes; their numbers where the model knows none.
-        self.class_names = readable(model.metadata.get("class_names") or [str(i) for i in range(model.class_num)])
+        self.class_names = readable(
+            model.metadata.get("class_names") or [str(i) for i in range(model.class_num)]
+        )
         self.to(model.device)
 
     @classmethod
@@ -208,10 +226,10 @@ class TokenBridgePipeline:
         Raises:
             UserError: there are no such files, they are damaged, or the tokenizer is another model's or not named.
         """
-        from util import checkpoint
+        from util.checkpoint.runs import read_run
 
         path, address = find_pretrained(model, **options)
-        content = checkpoint.read_run(path)
+        content = read_run(path)
         if tokenizer is None:
             options.pop("revision", None)  # the address has it
             tokenizer = own_tokenizer(path, address, content, **options)
@@ -269,18 +287,32 @@ class TokenBridgePipeline:
         """
         options = self.checked_options(sampling, labeled=class_labels is not None)
         lists = {"class_labels": in_list(class_labels), "seeds": in_list(seeds)}
-        lists |= {"image": as_pictures(image, "image"), "mask_image": as_pictures(mask_image, "mask_image")}
+        lists |= {
+            "image": as_pictures(image, "image"),
+            "mask_image": as_pictures(mask_image, "mask_image"),
+        }
         count = max(map(len, lists.values()))
         for name, values in lists.items():
             if len(values) not in (1, count):
-                raise UserError(f"{len(values)} {name} for {count} pictures: pass one, or one for each")
+                raise UserError(
+                    f"{len(values)} {name} for {count} pictures: pass one, or one for each"
+                )
             lists[name] = values * count if len(values) == 1 else values
         numbers = list(range(count)) if seeds is None else lists["seeds"]
-        if not all(isinstance(number, int) and 0 <= number < 2**32 for number in numbers) or gen_seed < 0:
-            raise UserError(f"seeds are whole numbers from 0 to {2**32 - 1}, and gen_seed is not negative")
+        if (
+            not all(isinstance(number, int) and 0 <= number < 2**32 for number in numbers)
+            or gen_seed < 0
+        ):
+            raise UserError(
+                f"seeds are whole numbers from 0 to {2**32 - 1}, and gen_seed is not negative"
+            )
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size}: it must be above zero")
-        labels = None if class_labels is None else [self.class_number(each) for each in lists["class_labels"]]
+        labels = (
+            None
+            if class_labels is None
+            else [self.class_number(each) for each in lists["class_labels"]]
+        )
         edits, kept = self.edits(lists["image"], lists["mask_image"], strength, gen_seed, numbers)
         request = Request(labels, image_seeds(gen_seed, numbers), edits, kept)
         images, confidence = self.make_all(request, options, batch_size, callback)
@@ -317,7 +349,12 @@ class TokenBridgePipeline:
         return label
 
     def edits(
-        self, images: Sequence, masks: Sequence, strength: float, gen_seed: int, numbers: Sequence[int]
+        self,
+        images: Sequence,
+        masks: Sequence,
+        strength: float,
+        gen_seed: int,
+        numbers: Sequence[int],
     ) -> tuple[list[Edit] | None, Tensor | None]:
         """Images to edit, and which of their tokens ``[N, L]`` are kept; None without images."""
         if len({image is None for image in images}) > 1:
@@ -331,11 +368,15 @@ class TokenBridgePipeline:
         size, length = self.model.config["img_size"], self.model.seq_len
         edits = [edit_of(image, mask, size) for image, mask in zip(images, masks, strict=True)]
         if masks[0] is not None:
-            return edits, kept_tokens(torch.stack([edit.mask for edit in edits]), self.model.grid_size)
+            return edits, kept_tokens(
+                torch.stack([edit.mask for edit in edits]), self.model.grid_size
+            )
         if not 0 < strength <= 1:
             raise UserError(f"strength {float(strength)}: it lies above 0 and is at most 1")
         anew = max(1, round(strength * length))
-        kept = numbered_draws(gen_seed, numbers).uniform(length).argsort(dim=1).argsort(dim=1) >= anew
+        kept = (
+            numbered_draws(gen_seed, numbers).uniform(length).argsort(dim=1).argsort(dim=1) >= anew
+        )
         return edits, kept
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -347,8 +388,12 @@ class TokenBridgePipeline:
         """All pictures and their confidence ``[N, h, w]``, in batches whose images have equally many kept tokens."""
         count, length = len(request.seeds), self.model.seq_len
         known = [0] * count if request.kept is None else request.kept.sum(dim=1).tolist()
-        groups = [[row for row in range(count) if known[row] == number] for number in sorted(set(known))]
-        batches = [rows[i : i + batch_size] for rows in groups for i in range(0, len(rows), batch_size)]
+        groups = [
+            [row for row in range(count) if known[row] == number] for number in sorted(set(known))
+        ]
+        batches = [
+            rows[i : i + batch_size] for rows in groups for i in range(0, len(rows), batch_size)
+        ]
         size = self.model.config["img_size"]
         images: list[Image.Image] = [Image.new("RGB", (size, size), (UNKNOWN,) * 3)] * count
         confidence, done = torch.zeros(count, length), 0
@@ -360,18 +405,30 @@ class TokenBridgePipeline:
             rows, *rest = batches
             steps = done + sum(map(steps_of, batches))
 
-            def on_step(step: int, _: int, tokens: Tensor, unknown: Tensor, rows=rows, done=done, steps=steps) -> None:
+            def on_step(
+                step: int,
+                _: int,
+                tokens: Tensor,
+                unknown: Tensor,
+                rows=rows,
+                done=done,
+                steps=steps,
+            ) -> None:
                 so_far = self.pictures(self.model.unpatchify(tokens), request, rows, unknown)
                 for row, image in zip(rows, so_far, strict=True):
                     images[row] = image
                 callback(done + step, steps, list(images))
 
             try:
-                made, confidence[rows] = self.make(request, rows, options, on_step if callback else None)
+                made, confidence[rows] = self.make(
+                    request, rows, options, on_step if callback else None
+                )
             except torch.OutOfMemoryError as error:
                 if len(rows) == 1:
-                    raise UserError(f"{self.device} has too little memory for one picture") from error
-                misc.log.info("%d pictures at once do not fit memory: making half as many", len(rows))
+                    raise UserError(
+                        f"{self.device} has too little memory for one picture"
+                    ) from error
+                log.info("%d pictures at once do not fit memory: making half as many", len(rows))
                 half = len(rows) // 2
                 batches = [rows[:half], rows[half:], *rest]
                 continue
@@ -380,13 +437,17 @@ class TokenBridgePipeline:
             done, batches = done + steps_of(rows), rest
         return images, confidence.unflatten(1, (self.model.grid_size, -1))
 
-    def make(self, request: Request, rows: Sequence[int], options: SamplingOptions, on_step) -> tuple[list, Tensor]:
+    def make(
+        self, request: Request, rows: Sequence[int], options: SamplingOptions, on_step
+    ) -> tuple[list, Tensor]:
         """The pictures of some rows, and their tokens' confidence ``[B, L]``, as ``--evaluate`` makes them."""
         given: dict[str, Any] = {"labels": request.labels and [request.labels[row] for row in rows]}
         if request.edits is not None:
-            given["known_latents"] = self.encode(torch.stack([request.edits[row].seen for row in rows]))
+            given["known_latents"] = self.encode(
+                torch.stack([request.edits[row].seen for row in rows])
+            )
             given["known_mask"] = request.kept[rows]
-        with misc.autocast(self.device, self.precision):
+        with autocast(self.device, self.precision):
             latents, confidence = self.model.sample_tokens(
                 len(rows), **asdict(options), **given, seeds=[request.seeds[row] for row in rows],
                 return_confidence=True, on_step=on_step,
@@ -394,15 +455,18 @@ class TokenBridgePipeline:
         pictures, confidence = self.pictures(latents, request, rows), confidence.cpu()
         # Levels are finite whatever they are of; given latents and confidences show what is not.
         if "known_latents" in given:
-            misc.check_finite(given["known_latents"], "the tokenizer's encoder", "fp32")
-        misc.check_finite(confidence, "the transformer", self.precision)
+            check_finite(given["known_latents"], "the tokenizer's encoder", "fp32")
+        check_finite(confidence, "the transformer", self.precision)
         return pictures, confidence
 
     def encode(self, seen: Tensor) -> Tensor:
         """The most probable latents ``[B, C, h, w]`` of images ``[B, 3, S, S]`` in [-1, 1], scaled."""
         parts = seen.split(part_size(self.device, seen[0, 0].numel()))
-        parts = [misc.to_device(part, self.device).contiguous(memory_format=torch.channels_last) for part in parts]
-        with misc.autocast(self.device, "fp32"):
+        parts = [
+            to_device(part, self.device).contiguous(memory_format=torch.channels_last)
+            for part in parts
+        ]
+        with autocast(self.device, "fp32"):
             latents = torch.cat([self.vae.encode(part).mode() for part in parts])
         return latents.contiguous() * self.latent_factor
 
@@ -417,7 +481,13 @@ class TokenBridgePipeline:
             images = put_into(images, original, mask)
         if unknown is not None:
             grid, cell = self.model.grid_size, images.shape[-1] // self.model.grid_size
-            missing = torch.zeros(len(rows), grid * grid, dtype=torch.bool).scatter(1, unknown.cpu(), True)
-            missing = missing.unflatten(1, (grid, grid)).repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+            missing = torch.zeros(len(rows), grid * grid, dtype=torch.bool).scatter(
+                1, unknown.cpu(), True
+            )
+            missing = (
+                missing.unflatten(1, (grid, grid))
+                .repeat_interleave(cell, 1)
+                .repeat_interleave(cell, 2)
+            )
             images = images.masked_fill((missing & mask)[:, None], UNKNOWN)
         return to_pictures(images)

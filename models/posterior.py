@@ -28,5 +28,8 @@ class DiagonalGaussianDistribution:
 
     def kl(self) -> Tensor:
         """Divergence from the standard normal in nats, summed over all but the batch: ``[B]``."""
-        mean, logvar = self.mean.float(), self.logvar.float()  # sums of thousands of terms, in bf16 only near 1%
+        mean, logvar = (
+            self.mean.float(),
+            self.logvar.float(),
+        )  # sums of thousands of terms, in bf16 only near 1%
         return 0.5 * (mean**2 + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)

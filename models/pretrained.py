@@ -26,7 +26,10 @@ from util.tables import write_text
 
 
 class PretrainedTokenBridge(
-    nn.Module, PyTorchModelHubMixin, library_name="tokenbridge", tags=["image-generation", "arxiv:2503.16430"]
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="tokenbridge",
+    tags=["image-generation", "arxiv:2503.16430"],
 ):
     """``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` of :class:`models.tokenbridge.TokenBridge`.
 
@@ -73,7 +76,7 @@ class PretrainedTokenBridge(
             UserError: there is no such model; it is damaged; it does not describe itself and is no published one.
             TypeError: an argument that the model does not have.
         """
-        from util import checkpoint
+        from util.checkpoint.runs import read_run
 
         unknown = set(model_kwargs) - set(inspect.signature(cls).parameters)
         if unknown:
@@ -82,20 +85,22 @@ class PretrainedTokenBridge(
             pretrained_model_name_or_path, revision, token=token, cache_dir=cache_dir, force_download=force_download,
             local_files_only=local_files_only,
         )  # fmt: skip
-        return cls.from_content(checkpoint.read_run(path), path, ema, **model_kwargs)
+        return cls.from_content(read_run(path), path, ema, **model_kwargs)
 
     @classmethod
     def from_content(
         cls, content: Mapping[str, Any], path: str | Path, ema: bool | None = None, **model_kwargs
     ) -> "PretrainedTokenBridge":
-        """:meth:`from_pretrained` of what :func:`util.checkpoint.read_run` read from ``path``."""
+        """:meth:`from_pretrained` of what :func:`util.checkpoint.runs.read_run` read from ``path``."""
         from util.checkpoint.load import load_weights
 
         config = cls.config_of(content, path)
         try:
             model = cls.from_config({**config, **model_kwargs})
         except Exception as error:  # impossible sizes fail in many ways
-            raise UserError(f"{path} describes no model that this code can build: {reason(error)}") from error
+            raise UserError(
+                f"{path} describes no model that this code can build: {reason(error)}"
+            ) from error
         load_weights(model, content, path, ema="model_ema" in content if ema is None else ema)
         model.metadata = {name: value for name, value in config.items() if name not in model.config}
         return model.eval()
@@ -126,18 +131,24 @@ class PretrainedTokenBridge(
         Raises:
             UserError: the disk is full, or the folder cannot be written; or see :meth:`push_to_hub`.
         """
-        from util import checkpoint
+        from util.checkpoint import safetensors_io
+        from util.checkpoint.files import HUB_CONFIG, HUB_NAME
 
         folder = Path(save_directory)
-        write_json(folder / checkpoint.HUB_CONFIG, {**self.config, **self.metadata, **(config or {})})
-        checkpoint.safetensors_io.write_tensors(folder / checkpoint.HUB_NAME, to_published(self.state_dict()))
+        write_json(folder / HUB_CONFIG, {**self.config, **self.metadata, **(config or {})})
+        safetensors_io.write_tensors(folder / HUB_NAME, to_published(self.state_dict()))
         if not (folder / "README.md").exists():
-            card = self.generate_model_card(**{"repo_id": repo_id or str(folder), **(model_card_kwargs or {})})
+            card = self.generate_model_card(
+                **{"repo_id": repo_id or str(folder), **(model_card_kwargs or {})}
+            )
             write_text(folder / "README.md", str(card))
         if not push_to_hub:
             return None
         return self.push_to_hub(
-            repo_id or folder.name, config=config, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs
+            repo_id or folder.name,
+            config=config,
+            model_card_kwargs=model_card_kwargs,
+            **push_to_hub_kwargs,
         )
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
@@ -177,16 +188,22 @@ def find_pretrained(asked: str | Path, revision: str | None = None, **options) -
     Raises:
         UserError: there is no such model.
     """
-    from util import checkpoint
     from util.checkpoint import hub
+    from util.checkpoint.runs import find_checkpoint
 
     name = asked
     if not hub.is_address(name) and not Path(name).exists():
-        beside = [str(path) for path in Path(name).parent.iterdir()] if Path(name).parent.is_dir() else []
+        beside = (
+            [str(path) for path in Path(name).parent.iterdir()]
+            if Path(name).parent.is_dir()
+            else []
+        )
         if close := difflib.get_close_matches(str(Path(name)), beside, n=1):
             raise UserError(f"{name} is no file or folder here; did you mean {close[0]}?")
         if str(name).count("/") != 1:
-            raise UserError(f"{name} is no file or folder here, nor owner/repo, a repository on the Hub")
+            raise UserError(
+                f"{name} is no file or folder here, nor owner/repo, a repository on the Hub"
+            )
         name = f"hf://{name}"
     if hub.is_address(name) and revision is not None:
         place = hub.parse(name)
@@ -194,7 +211,7 @@ def find_pretrained(asked: str | Path, revision: str | None = None, **options) -
             raise UserError(f"{name} names another revision than {revision}: name one")
         name = place._replace(revision=revision)
     try:
-        return checkpoint.find(name, **options), name
+        return find_checkpoint(name, **options), name
     except UserError as error:
         if not hub.is_address(name) or hub.is_address(asked):
             raise
@@ -221,9 +238,10 @@ class PretrainedVAE:
         Raises:
             UserError: the file is missing, unreadable, or does not hold the weights of such a tokenizer.
         """
-        from util.checkpoint import VAE_NAMES, config_beside, located, read_vae
+        from util.checkpoint.files import VAE_NAMES, config_beside, locate
+        from util.checkpoint.vae_files import read_vae
 
-        path = located(path, VAE_NAMES)
+        path = locate(path, VAE_NAMES)
         check_diffusers(path)
         beside = config_beside(path)
         if isinstance(beside, dict) and "_class_name" in beside:
@@ -233,7 +251,9 @@ class PretrainedVAE:
         try:
             vae = cls(**config)
         except Exception as error:  # impossible sizes fail in many ways
-            raise UserError(f"{path} describes no tokenizer that this code can build: {reason(error)}") from error
+            raise UserError(
+                f"{path} describes no tokenizer that this code can build: {reason(error)}"
+            ) from error
         vae.load_file(path, weights)
         return vae.eval().requires_grad_(False), latent_factor
 
@@ -243,8 +263,8 @@ class PretrainedVAE:
         Raises:
             UserError: the file is missing or unreadable, or its weights do not fit.
         """
-        from util.checkpoint import read_vae
         from util.checkpoint.load import matching
+        from util.checkpoint.vae_files import read_vae
 
         weights = read_vae(path)[0] if weights is None else weights
         hint = "It holds another tokenizer; files without their own description are taken for KL-16"
@@ -256,7 +276,8 @@ class PretrainedVAE:
         Raises:
             UserError: the disk is full, or the folder cannot be written.
         """
-        from util.checkpoint import HUB_CONFIG, HUB_NAME, safetensors_io
+        from util.checkpoint import safetensors_io
+        from util.checkpoint.files import HUB_CONFIG, HUB_NAME
 
         safetensors_io.write_tensors(Path(folder) / HUB_NAME, self.state_dict())
         write_json(Path(folder) / HUB_CONFIG, {"vae": self.config, "latent_factor": latent_factor})
@@ -268,7 +289,7 @@ def check_diffusers(path: Path) -> None:
     Args:
         path: the tokenizer's file, or the one that was looked for in its folder.
     """
-    from util.checkpoint import VAE_NAMES
+    from util.checkpoint.files import VAE_NAMES
 
     whole = VAE_NAMES[-1]
     if path.name == whole or (path.is_file() and not path.name.startswith(Path(whole).stem)):
@@ -289,14 +310,18 @@ def read_diffusers(path: Path) -> nn.Module:
         UserError: diffusers is not installed, the files are damaged or do not fit each other, or the latents are scaled
             channel by channel, for which the quantizer has no levels.
     """
-    from util.checkpoint import VAE_NAMES
+    from util.checkpoint.files import VAE_NAMES
 
     if path.name != VAE_NAMES[-1]:  # diffusers would read another file of the folder
-        raise UserError(f"{path}: tokenizers of diffusers are read from {VAE_NAMES[-1]}; name their folder")
+        raise UserError(
+            f"{path}: tokenizers of diffusers are read from {VAE_NAMES[-1]}; name their folder"
+        )
     try:
         from diffusers import AutoencoderKL
     except ModuleNotFoundError as error:
-        raise UserError(f"{path} is a tokenizer of diffusers, which is missing: pip install diffusers") from error
+        raise UserError(
+            f"{path} is a tokenizer of diffusers, which is missing: pip install diffusers"
+        ) from error
     try:
         vae, loaded = AutoencoderKL.from_pretrained(
             str(path.parent), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False,
@@ -304,10 +329,18 @@ def read_diffusers(path: Path) -> nn.Module:
         )  # fmt: skip
     except Exception as error:  # damaged files and impossible sizes fail in many ways
         raise UserError(f"{path} cannot be read by diffusers ({reason(error)})") from error
-    wrong = {what: names for what in ("missing_keys", "mismatched_keys") if (names := loaded.get(what))}
-    wrong |= {"not finite": [name for name, value in vae.state_dict().items() if not value.isfinite().all()]}
+    wrong = {
+        what: names for what in ("missing_keys", "mismatched_keys") if (names := loaded.get(what))
+    }
+    wrong |= {
+        "not finite": [
+            name for name, value in vae.state_dict().items() if not value.isfinite().all()
+        ]
+    }
     if any(wrong.values()):
         raise UserError(f"{path} does not fit its config.json: {wrong}")
     if vae.config.get("latents_mean") is not None or vae.config.get("latents_std") is not None:
-        raise UserError(f"{path} scales each latent channel on its own (latents_mean, latents_std): not supported")
+        raise UserError(
+            f"{path} scales each latent channel on its own (latents_mean, latents_std): not supported"
+        )
     return vae

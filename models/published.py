@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from util.checkpoint.names import from_published, nested_name, to_published
 from util.config import KL16_CHANNEL_ORDER, KL16_LATENT_FACTOR
 from util.errors import UserError
-from util.published_names import from_published, nested_name, to_published
 
-__all__ = ["accept_published_names", "default_channel_order", "from_published", "published_config", "to_published"]
+__all__ = [
+    "accept_published_names",
+    "default_channel_order",
+    "from_published",
+    "published_config",
+    "to_published",
+]
 
 
 def default_channel_order(vae_embed_dim: int, patch_size: int) -> list[int]:
@@ -22,7 +28,9 @@ def default_channel_order(vae_embed_dim: int, patch_size: int) -> list[int]:
     return list(range(vae_embed_dim * patch_size**2))
 
 
-def accept_published_names(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def accept_published_names(
+    model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
     """Rename published entries of ``state`` before ``model`` loads it: a ``load_state_dict`` pre-hook."""
     for name in [name for name in state if name.startswith(prefix)]:
         state[prefix + nested_name(name.removeprefix(prefix))] = state.pop(name)
@@ -46,7 +54,9 @@ def published_config(model_class: Any, weights: Any, path: str | Path) -> dict[s
         UserError: no model of ``model_class.SIZES`` has such weights.
     """
     weights = to_published(weights) if isinstance(weights, Mapping) else {}
-    shapes = {name: list(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+    shapes = {
+        name: list(value.shape) for name, value in weights.items() if isinstance(value, Tensor)
+    }
     try:
         length = shapes["output_pos_embed"][1]
         kwargs = {
@@ -62,7 +72,11 @@ def published_config(model_class: Any, weights: Any, path: str | Path) -> dict[s
             if all(shapes.get(name) == list(value.shape) for name, value in expected.items()):
                 config = {**model.config, "model": size, "latent_factor": KL16_LATENT_FACTOR}
                 names = imagenet_names()
-                return config | ({"class_names": names} if len(names) == kwargs["class_num"] else {})
+                return config | (
+                    {"class_names": names} if len(names) == kwargs["class_num"] else {}
+                )
     except (KeyError, IndexError, ValueError):
         pass
-    raise UserError(f"{path} does not say of what model it is, and its weights are of no published one")
+    raise UserError(
+        f"{path} does not say of what model it is, and its weights are of no published one"
+    )

@@ -66,7 +66,9 @@ def nearest_thresholds(values: Tensor) -> Tensor:
     of an ``x`` beside it may round to the same number.
     """
     below, above = values[:-1], values[1:]
-    return bisect(below, above, lambda x: x - below <= above - x)  # monotone in x, rounding included
+    return bisect(
+        below, above, lambda x: x - below <= above - x
+    )  # monotone in x, rounding included
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -115,10 +117,17 @@ class ScalarQuantizer(nn.Module):
             raise ValueError(f"a quantizer needs at least 2 levels, got {levels}")
         if not quant_min < quant_max:
             raise ValueError(f"the quantizer's range is empty: [{quant_min}, {quant_max}]")
-        self.levels, self.quant_min, self.quant_max, self.std_range = levels, quant_min, quant_max, std_range
+        self.levels, self.quant_min, self.quant_max, self.std_range = (
+            levels,
+            quant_min,
+            quant_max,
+            std_range,
+        )
         boundaries, values = self.tables(levels, std_range)
         self.register_buffer("reconstruction_values", values)
-        self.register_buffer("boundaries", boundaries)  # for published checkpoints; Eq. 4 compares with the thresholds
+        self.register_buffer(
+            "boundaries", boundaries
+        )  # for published checkpoints; Eq. 4 compares with the thresholds
         self.register_buffer("thresholds", torch.zeros(levels - 1), persistent=False)
         self.register_buffer("latent_thresholds", torch.zeros(levels - 1), persistent=False)
         self.calibrated = channel_mean is not None or channel_std is not None
@@ -145,7 +154,11 @@ class ScalarQuantizer(nn.Module):
 
     def bounds(self) -> tuple[float | Tensor, float | Tensor]:
         """alpha_min and alpha_max: numbers, or ``[C]`` each where channels are calibrated."""
-        return (self.channel_min, self.channel_max) if self.calibrated else (self.quant_min, self.quant_max)
+        return (
+            (self.channel_min, self.channel_max)
+            if self.calibrated
+            else (self.quant_min, self.quant_max)
+        )
 
     def normalize(self, x: Tensor) -> Tensor:
         """Eq. 1: latents to ``[-std_range, std_range]``, clamped; any shape."""
@@ -155,7 +168,9 @@ class ScalarQuantizer(nn.Module):
     def dequantize(self, indices: Tensor) -> Tensor:
         """Eq. 5: indices in ``[0, K)``, any shape, to latents of that shape, float32."""
         low, high = self.bounds()
-        return (self.reconstruction_values[indices] + self.std_range) * ((high - low) / (2 * self.std_range)) + low
+        return (self.reconstruction_values[indices] + self.std_range) * (
+            (high - low) / (2 * self.std_range)
+        ) + low
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Quantizes latents of any shape (Eq. 4, 5): ``(indices, dequantized)`` of that shape, int64 and float32."""
@@ -176,7 +191,9 @@ def calibrated_bounds(
     """
     if channel_mean is None or channel_std is None or len(channel_mean) != len(channel_std):
         raise ValueError("calibration needs a mean and a deviation for each channel")
-    mean, deviation = (torch.tensor(values, dtype=torch.float32) for values in (channel_mean, channel_std))
+    mean, deviation = (
+        torch.tensor(values, dtype=torch.float32) for values in (channel_mean, channel_std)
+    )
     if not (mean.isfinite() & deviation.isfinite() & (deviation > 0)).all():
         raise ValueError("means of channels must be finite, deviations above zero")
     half = std_range * math.sqrt(3) * deviation
@@ -214,6 +231,8 @@ def build_quantizer(config: Mapping[str, Any]) -> ScalarQuantizer:
         if values is not None and len(values) != channels:
             raise ValueError(f"{len(values)} values of {name} for {channels} channels")
         # A patch's entries of one channel lie side by side in its token.
-        calibration[name] = values if values is None else np.repeat(values, config["patch_size"] ** 2)
+        calibration[name] = (
+            values if values is None else np.repeat(values, config["patch_size"] ** 2)
+        )
     ranges = config["quant_levels"], config["quant_min"], config["quant_max"], config["std_range"]
     return QUANTIZERS[kind](*ranges, **calibration)

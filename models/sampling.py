@@ -11,7 +11,7 @@ from torch import Tensor
 from models.backbone import MaskedBackbone, gather_tokens
 from models.channel_head import Head
 from models.quantizer import ScalarQuantizer
-from util.misc import to_device
+from util.devices import to_device
 from util.rng import ImageDraws
 
 #: Orders in which tokens can be generated.
@@ -53,7 +53,9 @@ class SamplingOptions:
             raise ValueError(f'cfg_schedule is "linear" or "constant", not {self.cfg_schedule!r}')
         if min(self.cfg, self.temperature, self.confidence_noise) < 0:
             numbers = f"{self.cfg}, {self.temperature}, {self.confidence_noise}"
-            raise ValueError(f"cfg, temperature and confidence_noise must not be negative, got {numbers}")
+            raise ValueError(
+                f"cfg, temperature and confidence_noise must not be negative, got {numbers}"
+            )
         if self.order not in ORDERS:
             raise ValueError(f"order is one of {ORDERS}, not {self.order!r}")
         if self.first_place not in FIRST_PLACES:
@@ -70,10 +72,17 @@ def check_head_options(head: Head, how: Any) -> None:
     """
     if "first_place" not in head.sampling_options and how.first_place != FIRST_PLACES[0]:
         raise ValueError("first_place is for models of head ar, this is none: leave it out")
-    if "head_steps" not in head.sampling_options and (how.head_steps, how.head_order) != (None, None):
-        raise ValueError("head_steps and head_order are for models of head masked, this is none: leave them out")
+    if "head_steps" not in head.sampling_options and (how.head_steps, how.head_order) != (
+        None,
+        None,
+    ):
+        raise ValueError(
+            "head_steps and head_order are for models of head masked, this is none: leave them out"
+        )
     if how.head_steps is not None and not 1 <= how.head_steps <= head.channel_steps:
-        raise ValueError(f"head_steps {how.head_steps}: the head takes 1 to {head.channel_steps}, its channel steps")
+        raise ValueError(
+            f"head_steps {how.head_steps}: the head takes 1 to {head.channel_steps}, its channel steps"
+        )
 
 
 def check_guidance(label_drop_prob: float, cfg: float, labeled: bool = True) -> None:
@@ -98,7 +107,9 @@ class Given(NamedTuple):
     orders: Tensor | None  # [B, L]; tokens are taken from the end
     seeds: Sequence[int] | None  # of each image's random numbers
     tokens: Tensor | None  # values [B, L, C]; those count that `known` marks
-    known: Tensor | None  # [B, L], true where a token is kept; counting them waits for a device that it is on
+    known: (
+        Tensor | None
+    )  # [B, L], true where a token is kept; counting them waits for a device that it is on
 
     def images(self, rows: Sequence[int]) -> "Given":
         """What is given for the images numbered ``rows``."""
@@ -128,7 +139,9 @@ def mask_schedule(num_iter: int, seq_len: int) -> list[int]:
     """
     masked, schedule = seq_len, []
     for step in range(num_iter):
-        masked = max(1, min(masked - 1, math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter))))
+        masked = max(
+            1, min(masked - 1, math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter)))
+        )
         schedule.append(masked)
     return schedule
 
@@ -145,7 +158,9 @@ def sampling_plan(options: SamplingOptions, seq_len: int, unknown: int | None = 
         linear = 1 + (options.cfg - 1) * (seq_len - masked) / seq_len
         left = 0 if step == options.num_iter - 1 else masked
         if left < before:
-            plan.append(Step(before, left, options.cfg if options.cfg_schedule == "constant" else linear))
+            plan.append(
+                Step(before, left, options.cfg if options.cfg_schedule == "constant" else linear)
+            )
             before = left
     return plan
 
@@ -164,7 +179,9 @@ def initial_orders(order: str, draws: ImageDraws, seq_len: int) -> Tensor:
     return torch.arange(seq_len - 1, -1, -1, device=draws.device).expand(draws.bsz, -1)
 
 
-def class_embeddings(backbone: MaskedBackbone, bsz: int, labels: Tensor | None, cfg: float) -> Tensor:
+def class_embeddings(
+    backbone: MaskedBackbone, bsz: int, labels: Tensor | None, cfg: float
+) -> Tensor:
     """Class embeddings ``[B, D]``; with guidance ``[2B, D]``, conditional ones, then unconditional ones."""
     unconditional = backbone.fake_latent.expand(bsz, -1)
     if labels is None:
@@ -174,7 +191,12 @@ def class_embeddings(backbone: MaskedBackbone, bsz: int, labels: Tensor | None, 
 
 
 def guided_features(
-    backbone: MaskedBackbone, tokens: Tensor, known: Tensor, classes: Tensor, wanted: Tensor, guidance: float
+    backbone: MaskedBackbone,
+    tokens: Tensor,
+    known: Tensor,
+    classes: Tensor,
+    wanted: Tensor,
+    guidance: float,
 ) -> Tensor:
     """Features ``[B, W, D]`` at the ``wanted [B, W]`` positions, guided: z_u + guidance (z_c - z_u).
 
@@ -182,7 +204,9 @@ def guided_features(
     whose two halves go through the backbone in one batch.
     """
     halves = len(classes) // len(tokens)
-    features = backbone(tokens.repeat(halves, 1, 1), known.repeat(halves, 1), classes, wanted.repeat(halves, 1))
+    features = backbone(
+        tokens.repeat(halves, 1, 1), known.repeat(halves, 1), classes, wanted.repeat(halves, 1)
+    )
     if halves == 1:
         return features
     conditional, unconditional = features.chunk(2)
@@ -221,7 +245,9 @@ def sample_tokens(
     images = {}
     for count in sorted(set(counts)):
         rows = [row for row in range(bsz) if counts[row] == count]
-        part = generate(backbone, head, quantizer, len(rows), given.images(rows), options, count, on_step)
+        part = generate(
+            backbone, head, quantizer, len(rows), given.images(rows), options, count, on_step
+        )
         images |= dict(zip(rows, zip(*part, strict=True), strict=True))
     tokens, confidence = zip(*(images[row] for row in range(bsz)), strict=True)
     return torch.stack(tokens), torch.stack(confidence)
@@ -238,15 +264,23 @@ def generate(
     on_step: OnStep | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`sample_tokens` for images that have ``known_count`` given tokens each."""
-    device, length, by_confidence = backbone.fake_latent.device, backbone.seq_len, options.order == "confidence"
+    device, length, by_confidence = (
+        backbone.fake_latent.device,
+        backbone.seq_len,
+        options.order == "confidence",
+    )
     draws = ImageDraws(bsz, device, given.seeds)
-    orders = initial_orders(options.order, draws, length)  # drawn in any case: later numbers do not depend on it
+    orders = initial_orders(
+        options.order, draws, length
+    )  # drawn in any case: later numbers do not depend on it
     orders = orders if given.orders is None else to_device(given.orders, device)
     tokens = torch.zeros(bsz, length, head.channels, device=device)
     if given.known is not None and given.tokens is not None:
         is_known = to_device(given.known, device)
         tokens = torch.where(is_known[..., None], given.tokens, tokens)
-        orders = orders.gather(1, is_known.gather(1, orders).int().argsort(dim=1, stable=True))  # known ones last
+        orders = orders.gather(
+            1, is_known.gather(1, orders).int().argsort(dim=1, stable=True)
+        )  # known ones last
     classes = class_embeddings(backbone, bsz, given.labels, options.cfg)
     confidence = torch.zeros(bsz, length, device=device)
 
@@ -257,20 +291,33 @@ def generate(
         known = orders[:, step.masked :]
         # By confidence all unknown tokens are sampled, and most of them dropped.
         wanted = orders[:, 0 if by_confidence else step.left : step.masked]
-        features = guided_features(backbone, tokens, known, classes, wanted, step.guidance).flatten(0, 1)  # [M, D]
-        uniform = gather_tokens(uniforms, wanted).flatten(0, 1)  # [M, S] or more, S steps of the head
+        features = guided_features(backbone, tokens, known, classes, wanted, step.guidance).flatten(
+            0, 1
+        )  # [M, D]
+        uniform = gather_tokens(uniforms, wanted).flatten(
+            0, 1
+        )  # [M, S] or more, S steps of the head
         levels, log_probs = head.sample(features, options.temperature, uniform, **of_head)
-        new, log_probs = quantizer.dequantize(levels).unflatten(0, (bsz, -1)), log_probs.unflatten(0, (bsz, -1))
+        new, log_probs = (
+            quantizer.dequantize(levels).unflatten(0, (bsz, -1)),
+            log_probs.unflatten(0, (bsz, -1)),
+        )
         if by_confidence:
             score = log_probs
             if options.confidence_noise:
-                noise = -torch.log(-torch.log(draws.uniform(length).clamp(1e-20, 1 - 1e-7)))  # Gumbel, [B, L]
+                noise = -torch.log(
+                    -torch.log(draws.uniform(length).clamp(1e-20, 1 - 1e-7))
+                )  # Gumbel, [B, L]
                 scale = options.confidence_noise * (1 - (number + 1) / len(plan))
                 score = score + scale * noise.gather(1, wanted)
             ranked = score.argsort(dim=1, stable=True)  # the most confident last
             orders = torch.cat([wanted.gather(1, ranked), known], dim=1)
             taken = ranked[:, step.left :]
-            wanted, log_probs, new = wanted.gather(1, taken), log_probs.gather(1, taken), gather_tokens(new, taken)
+            wanted, log_probs, new = (
+                wanted.gather(1, taken),
+                log_probs.gather(1, taken),
+                gather_tokens(new, taken),
+            )
             uniforms = draws.uniform(length, head.numbers)
         tokens = tokens.scatter(1, wanted[..., None].expand(-1, -1, head.channels), new)
         confidence = confidence.scatter(1, wanted, log_probs)

@@ -19,7 +19,7 @@ from models.pretrained import PretrainedTokenBridge
 from models.published import accept_published_names, default_channel_order
 from models.quantizer import build_quantizer
 from util.config import KL16_CHANNEL_ORDER  # noqa: F401, others import it from here
-from util.misc import to_device
+from util.devices import to_device
 
 #: Parts whose blocks can be recomputed in the backward pass.
 CHECKPOINTED = ("encoder", "decoder", "head")
@@ -28,11 +28,21 @@ CHECKPOINTED = ("encoder", "decoder", "head")
 # Sizes.
 
 
-def _size(width: int, depth: int, heads: int, head_width: int, head_depth: int, head_heads: int) -> dict[str, int]:
+def _size(
+    width: int, depth: int, heads: int, head_width: int, head_depth: int, head_heads: int
+) -> dict[str, int]:
     """Constructor arguments of a model whose encoder and decoder have the same size."""
     backbone = {"embed_dim": width, "depth": depth, "num_heads": heads}
-    head = {"channel_embed_dim": head_width, "channel_depth": head_depth, "channel_heads": head_heads}
-    return {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in backbone.items()} | head
+    head = {
+        "channel_embed_dim": head_width,
+        "channel_depth": head_depth,
+        "channel_heads": head_heads,
+    }
+    return {
+        f"{part}_{name}": value
+        for part in ("encoder", "decoder")
+        for name, value in backbone.items()
+    } | head
 
 
 SIZES = {
@@ -43,8 +53,15 @@ SIZES = {
 }
 #: With the masked head, whose blocks have 0.6 times the parameters: the head of the three larger ones has 0.92 times
 #: the autoregressive one's, the smallest 1.55 times.
-MASKED_DEPTHS = {"tokenbridge_tiny": 6, "tokenbridge_base": 6, "tokenbridge_large": 6, "tokenbridge_huge": 9}
-MASKED_SIZES = {name: {**size, "channel_depth": MASKED_DEPTHS[name]} for name, size in SIZES.items()}
+MASKED_DEPTHS = {
+    "tokenbridge_tiny": 6,
+    "tokenbridge_base": 6,
+    "tokenbridge_large": 6,
+    "tokenbridge_huge": 9,
+}
+MASKED_SIZES = {
+    name: {**size, "channel_depth": MASKED_DEPTHS[name]} for name, size in SIZES.items()
+}
 
 # --------------------------------------------------------------------------------------------------------------------
 # The model.
@@ -127,10 +144,14 @@ class TokenBridge(PretrainedTokenBridge):
     ):
         super().__init__()
         #: Everything that rebuilds this model but ``norm_layer``: plain types, stored in checkpoints.
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "norm_layer")}
+        self.config = {
+            k: v for k, v in locals().items() if k not in ("self", "__class__", "norm_layer")
+        }
         if img_size % (vae_stride * patch_size):
             stride = vae_stride * patch_size
-            raise ValueError(f"img_size {img_size} is not a multiple of vae_stride x patch_size = {stride}")
+            raise ValueError(
+                f"img_size {img_size} is not a multiple of vae_stride x patch_size = {stride}"
+            )
         if not 0 <= mask_ratio_min <= 1:
             raise ValueError(f"mask_ratio_min lies between 0 and 1, got {mask_ratio_min}")
         self.patch_size, self.vae_embed_dim, self.class_num = patch_size, vae_embed_dim, class_num
@@ -139,7 +160,11 @@ class TokenBridge(PretrainedTokenBridge):
         self.seq_len = self.grid_size**2
         self.latent_shape = (vae_embed_dim, *[self.grid_size * patch_size] * 2)  # C, h, w
         self.token_dim = vae_embed_dim * patch_size**2
-        order = default_channel_order(vae_embed_dim, patch_size) if channel_order is None else channel_order
+        order = (
+            default_channel_order(vae_embed_dim, patch_size)
+            if channel_order is None
+            else channel_order
+        )
         self.config["channel_order"] = checked_order(order, self.token_dim)
         for name in ("channel_mean", "channel_std"):
             if self.config[name] is not None:
@@ -150,7 +175,9 @@ class TokenBridge(PretrainedTokenBridge):
         self.quantizer = build_quantizer(self.config)
         parts = CHECKPOINTED if grad_checkpointing is True else tuple(grad_checkpointing or ())
         if not set(parts) <= set(CHECKPOINTED):
-            raise ValueError(f"grad_checkpointing takes {', '.join(CHECKPOINTED)}, not {grad_checkpointing}")
+            raise ValueError(
+                f"grad_checkpointing takes {', '.join(CHECKPOINTED)}, not {grad_checkpointing}"
+            )
         self.backbone.checkpointed, self.head.grad_checkpointing = parts, "head" in parts
         self.register_load_state_dict_pre_hook(accept_published_names)
         self.initialize_weights()
@@ -164,7 +191,11 @@ class TokenBridge(PretrainedTokenBridge):
                 nn.init.zeros_(module.bias)
                 if "adaLN_modulation" in name:  # every block starts as the identity
                     nn.init.zeros_(module.weight)
-        free = [parameter for part in (self.backbone, self.head) for parameter in part.parameters(recurse=False)]
+        free = [
+            parameter
+            for part in (self.backbone, self.head)
+            for parameter in part.parameters(recurse=False)
+        ]
         for parameter in [*free, self.class_emb.weight]:
             nn.init.normal_(parameter, std=0.02)
 
@@ -183,7 +214,9 @@ class TokenBridge(PretrainedTokenBridge):
 
     def patchify(self, x: Tensor) -> Tensor:
         """Latents ``[B, C, h, w]`` to tokens ``[B, L, C patch^2]``, row by row."""
-        return rearrange(x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
+        return rearrange(
+            x, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size
+        )
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`patchify`."""
@@ -230,12 +263,16 @@ class TokenBridge(PretrainedTokenBridge):
         """Positions of known and masked tokens, ``[B, L - n]`` and ``[B, n]``, ascending, from a mask ``[B, L]``."""
         counts = mask.sum(dim=1).long().tolist()
         if len(set(counts)) > 1:
-            raise ValueError(f"all samples of a batch need the same number of masked tokens, got {counts}")
+            raise ValueError(
+                f"all samples of a batch need the same number of masked tokens, got {counts}"
+            )
         positions = mask.argsort(dim=1, stable=True)
         known, masked = positions.tensor_split([mask.shape[1] - counts[0]], dim=1)
         return known, masked
 
-    def forward(self, latents: Tensor, labels: Tensor, mask: Tensor | None = None, *uniform: Tensor) -> Tensor:
+    def forward(
+        self, latents: Tensor, labels: Tensor, mask: Tensor | None = None, *uniform: Tensor
+    ) -> Tensor:
         """Mean cross-entropy in nats over masked tokens and all channels (or groups of channels).
 
         Args:
@@ -251,15 +288,23 @@ class TokenBridge(PretrainedTokenBridge):
         """
         return self.head.loss(*self.masked_tokens(latents, labels, mask, *uniform))
 
-    def masked_tokens(self, latents: Tensor, labels: Tensor, mask: Tensor | None, *others: Tensor) -> list[Tensor]:
+    def masked_tokens(
+        self, latents: Tensor, labels: Tensor, mask: Tensor | None, *others: Tensor
+    ) -> list[Tensor]:
         """Features ``[M, D]``, levels ``[M, C]``, and ``others [B, L, ...]``, of masked tokens; see :meth:`forward`."""
         if latents.shape[1:] != self.latent_shape:
-            raise ValueError(f"latents are {[*latents.shape[1:]]} (C, h, w), the model's are {[*self.latent_shape]}")
+            raise ValueError(
+                f"latents are {[*latents.shape[1:]]} (C, h, w), the model's are {[*self.latent_shape]}"
+            )
         indices, tokens = self.quantize(self.patchify(latents))  # [B, L, C] each
         if mask is None:
-            masked, known = self.sample_orders(len(latents)).tensor_split([self.draw_num_masked()], dim=1)
+            masked, known = self.sample_orders(len(latents)).tensor_split(
+                [self.draw_num_masked()], dim=1
+            )
         else:
-            known, masked = (to_device(positions, latents.device) for positions in self._split(mask))
+            known, masked = (
+                to_device(positions, latents.device) for positions in self._split(mask)
+            )
         self.check_labels(labels)
         features = self.backbone(tokens, known, self.class_emb(labels))  # [B, L, D]
         return [gather_tokens(x, masked).flatten(0, 1) for x in (features, indices, *others)]
@@ -274,11 +319,15 @@ class TokenBridge(PretrainedTokenBridge):
         if num_masked is None:
             a = (self.mask_ratio_min - 1) / 0.25
             density = (math.exp(-a * a / 2) - 1) / math.sqrt(2 * math.pi)
-            num_masked = self.seq_len * (1 + 0.25 * (density / (0.5 * math.erf(-a / math.sqrt(2))) if a else 0.0))
+            num_masked = self.seq_len * (
+                1 + 0.25 * (density / (0.5 * math.erf(-a / math.sqrt(2))) if a else 0.0)
+            )
         return 3 * (self.backbone_flops(num_masked) + num_masked * self.token_flops())
 
     def _block_flops(self, depth: int, dim: int, places: float, extra: float = 0.0) -> float:
-        return depth * (2 * places * (4 + 2 * self.config["mlp_ratio"] + extra) * dim**2 + 4 * places**2 * dim)
+        return depth * (
+            2 * places * (4 + 2 * self.config["mlp_ratio"] + extra) * dim**2 + 4 * places**2 * dim
+        )
 
     def backbone_flops(self, num_masked: float) -> float:
         """Operations of the backbone's forward pass for one image, counted as in :meth:`training_flops`."""
@@ -298,7 +347,11 @@ class TokenBridge(PretrainedTokenBridge):
             blocks = 2 * head.depth * (2 * self.config["mlp_ratio"] * passes + 3) * dim**2
         else:
             blocks = self._block_flops(head.depth, dim, steps, extra=6)
-        ends = self.config["decoder_embed_dim"] * dim + head.places * 2 * dim**2 + passes * steps * dim * head.classes
+        ends = (
+            self.config["decoder_embed_dim"] * dim
+            + head.places * 2 * dim**2
+            + passes * steps * dim * head.classes
+        )
         return blocks + 2 * ends
 
     def compile_blocks(self) -> None:
@@ -387,14 +440,18 @@ class TokenBridge(PretrainedTokenBridge):
             ValueError: labels outside the classes, or arguments outside the ranges above.
         """
         of_head = first_place, head_steps, head_order
-        how = sampling.SamplingOptions(num_iter, cfg, cfg_schedule, temperature, order, confidence_noise, *of_head)
+        how = sampling.SamplingOptions(
+            num_iter, cfg, cfg_schedule, temperature, order, confidence_noise, *of_head
+        )
         labels = None if labels is None else torch.as_tensor(labels)
         for name, value in {"labels": labels, "orders": orders, "seeds": seeds}.items():
             if value is not None and len(value) != bsz:
                 raise ValueError(f"{len(value)} {name} for {bsz} images")
         if labels is not None:
             self.check_labels(labels)
-        given = sampling.Given(labels, orders, seeds, *self._known_tokens(bsz, known_latents, known_mask))
+        given = sampling.Given(
+            labels, orders, seeds, *self._known_tokens(bsz, known_latents, known_mask)
+        )
         training = self.training
         self.eval()
         with fast.weights_cast_once(self, self.device):
@@ -404,13 +461,18 @@ class TokenBridge(PretrainedTokenBridge):
         latents = self.unpatchify(tokens)
         return (latents, confidence) if return_confidence else latents
 
-    def _known_tokens(self, bsz: int, latents: Tensor | None, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+    def _known_tokens(
+        self, bsz: int, latents: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         """Values ``[B, L, C]`` of known latents, on the model's device, and their boolean mask ``[B, L]``."""
         if (latents is None) != (mask is None):
             raise ValueError("known_latents and known_mask go together")
         if latents is None or mask is None:
             return None, None
-        given, expected = [[*x.shape] for x in (latents, mask)], [[bsz, *self.latent_shape], [bsz, self.seq_len]]
+        given, expected = (
+            [[*x.shape] for x in (latents, mask)],
+            [[bsz, *self.latent_shape], [bsz, self.seq_len]],
+        )
         if given != expected:
             shapes = "{} and {}, expected {} and {}".format(*given, *expected)
             raise ValueError(f"known_latents and known_mask are {shapes}")

@@ -55,7 +55,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (rearrange(proj(normed), "b c h w -> b 1 (h w) c") for proj in (self.q, self.k, self.v))
+        q, k, v = (
+            rearrange(proj(normed), "b c h w -> b 1 (h w) c") for proj in (self.q, self.k, self.v)
+        )
         out = F.scaled_dot_product_attention(q, k, v)  # scale c^-1/2
         return x + self.proj_out(rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
@@ -87,8 +89,12 @@ class Level(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool):
         super().__init__()
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise([in_channels] + [out_channels] * blocks))
-        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in range(blocks if attention else 0))
+        self.block = nn.ModuleList(
+            ResnetBlock(a, b) for a, b in pairwise([in_channels] + [out_channels] * blocks)
+        )
+        self.attn = nn.ModuleList(
+            AttnBlock(out_channels) for _ in range(blocks if attention else 0)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -153,7 +159,9 @@ class Decoder(nn.Module):
             if i > 0:
                 level.upsample = Upsample(width)
             levels.insert(0, level)
-        self.up = nn.ModuleList(levels)  # numbered by resolution, the highest first, and run from the last
+        self.up = nn.ModuleList(
+            levels
+        )  # numbered by resolution, the highest first, and run from the last
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
@@ -200,7 +208,11 @@ class AutoencoderKL(PretrainedVAE, nn.Module):
         self.quant_conv = nn.Conv2d(2 * embed_dim, (2 if use_variational else 1) * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         #: Arguments that rebuild this tokenizer: plain types, stored beside the weights.
-        self.config = {"embed_dim": embed_dim, "ch_mult": list(ch_mult), "use_variational": use_variational}
+        self.config = {
+            "embed_dim": embed_dim,
+            "ch_mult": list(ch_mult),
+            "use_variational": use_variational,
+        }
         self.config |= {"ch": ch, "num_res_blocks": num_res_blocks}
         if ckpt_path is not None:
             self.load_file(ckpt_path)

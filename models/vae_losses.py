@@ -13,7 +13,7 @@ from torchvision.models import VGG16_Weights
 from torchvision.models.vgg import cfgs, make_layers
 
 from models.vae import AutoencoderKL, group_norm
-from util import checkpoint
+from util.checkpoint.files import read_checkpoint
 from util.checkpoint.load import matching
 from util.errors import UserError
 
@@ -26,7 +26,10 @@ VGG_URL = VGG16_Weights.IMAGENET1K_V1.url
 #: VGG-16's layers that are compared: the last ReLU of each resolution.
 VGG_LAYERS = (3, 8, 15, 22, 29)
 #: Mean and deviation of ImageNet's colours, for images in [-1, 1].
-VGG_MEAN, VGG_STD = 2 * torch.tensor([0.485, 0.456, 0.406]) - 1, 2 * torch.tensor([0.229, 0.224, 0.225])
+VGG_MEAN, VGG_STD = (
+    2 * torch.tensor([0.485, 0.456, 0.406]) - 1,
+    2 * torch.tensor([0.229, 0.224, 0.225]),
+)
 
 
 def perceptual_distance(path: str | Path | None, device: torch.device) -> Distance:
@@ -41,15 +44,23 @@ def perceptual_distance(path: str | Path | None, device: torch.device) -> Distan
     Raises:
         UserError: there are no weights, or not VGG-16's.
     """
-    path = Path(path) if path else Path(torch.hub.get_dir()) / "checkpoints" / VGG_URL.rsplit("/", 1)[1]
+    path = (
+        Path(path)
+        if path
+        else Path(torch.hub.get_dir()) / "checkpoints" / VGG_URL.rsplit("/", 1)[1]
+    )
     if not path.is_file():
         raise UserError(
             f"no VGG-16 weights at {path}: fetch {VGG_URL} and put it there, name its place with --vgg_weights, or "
             "train without: --perceptual_weight 0"
         )
     features = make_layers(cfgs["D"])  # without the classifier, which is most of VGG-16
-    weights = checkpoint.read(path)
-    learned = {name.removeprefix("features."): value for name, value in weights.items() if name.startswith("features.")}
+    weights = read_checkpoint(path)
+    learned = {
+        name.removeprefix("features."): value
+        for name, value in weights.items()
+        if name.startswith("features.")
+    }
     hint = f"It must hold torchvision's VGG-16: {VGG_URL}"
     features.load_state_dict(matching(learned, features.state_dict(), path, hint))
     features = features.requires_grad_(False).eval().to(device)
@@ -81,7 +92,11 @@ class PatchDiscriminator(nn.Sequential):
         widths = [width, 2 * width, 4 * width]
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for before, after in pairwise(widths):
-            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), group_norm(after), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(before, after, 4, stride=2, padding=1),
+                group_norm(after),
+                nn.LeakyReLU(0.2),
+            ]
         super().__init__(*layers, nn.Conv2d(4 * width, 1, 3, padding=1))
 
 
@@ -132,7 +147,11 @@ class VAELosses(nn.Module):
         """The optimizer's groups of the tokenizer, and of the discriminator, whose gradients are clipped apart."""
         parts = [[{"params": [*self.vae.parameters()], "weight_decay": 0.0}]]
         if self.discriminator is not None:
-            group = {"params": [*self.discriminator.parameters()], "weight_decay": 0.0, "betas": (0.5, 0.9)}
+            group = {
+                "params": [*self.discriminator.parameters()],
+                "weight_decay": 0.0,
+                "betas": (0.5, 0.9),
+            }
             parts.append([group])
         return parts
 
@@ -150,14 +169,25 @@ class VAELosses(nn.Module):
             # Gradients of zero, which change nothing: all processes exchange the same gradients in all steps.
             separate = 0.0 * sum(parameter.sum() for parameter in self.discriminator.parameters())
         elif self.discriminator is not None:
-            frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
-            figures["adversarial"] = -functional_call(self.discriminator, frozen, reconstruction).float().mean()
+            frozen = {
+                name: parameter.detach()
+                for name, parameter in self.discriminator.named_parameters()
+            }
+            figures["adversarial"] = (
+                -functional_call(self.discriminator, frozen, reconstruction).float().mean()
+            )
             each = each + self.disc_weight * figures["adversarial"]
-            real, made = self.discriminator(torch.cat([images, reconstruction.detach()])).float().chunk(2)
-            separate = figures["discriminator"] = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + made).mean())
+            real, made = (
+                self.discriminator(torch.cat([images, reconstruction.detach()])).float().chunk(2)
+            )
+            separate = figures["discriminator"] = 0.5 * (
+                F.relu(1 - real).mean() + F.relu(1 + made).mean()
+            )
         if self.training:
             for name, value in figures.items():
-                self._sums[name] = torch.stack([value.detach(), torch.ones_like(value)]) + self._sums.get(name, 0.0)
+                self._sums[name] = torch.stack(
+                    [value.detach(), torch.ones_like(value)]
+                ) + self._sums.get(name, 0.0)
         return images[0].numel() * each + self.kl_weight * kl + separate
 
     def read_figures(self) -> dict[str, Tensor]:
@@ -169,5 +199,9 @@ class VAELosses(nn.Module):
     def training_flops(self) -> int:
         """Operations of a training step for one image in the tokenizer itself: its forward pass, three times."""
         with FlopCounterMode(display=False) as counter:
-            self.vae(torch.zeros(1, 3, self.img_size, self.img_size, device=next(self.parameters()).device))
+            self.vae(
+                torch.zeros(
+                    1, 3, self.img_size, self.img_size, device=next(self.parameters()).device
+                )
+            )
         return 3 * counter.get_total_flops()

@@ -29,9 +29,10 @@ from tests import processes
 from tests.fill import deterministic_fill
 from tests.hub_server import serving
 from tests.scripts.trace import Trace
-from util import checkpoint, errors, misc
-from util.misc import add_weight_decay
-from util.training_state import TrainingState
+from util import errors
+from util.checkpoint.vae_files import save_vae
+from util.precision import effective_precision
+from util.training_state import TrainingState, add_weight_decay
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"
@@ -144,12 +145,20 @@ def batch(model: TokenBridge, size: int = 4) -> tuple[torch.Tensor, ...]:
 def same_states(model: torch.nn.Module, other: torch.nn.Module) -> bool:
     """Whether two models have equal weights under equal names, in equal order."""
     states = model.state_dict(), other.state_dict()
-    return list(states[0]) == list(states[1]) and all(map(torch.equal, states[0].values(), states[1].values()))
+    return list(states[0]) == list(states[1]) and all(
+        map(torch.equal, states[0].values(), states[1].values())
+    )
 
 
 def training_state(model: TokenBridge, steps_per_epoch: int = 4, **options) -> TrainingState:
     """A training run's state; ``options`` are flags other than these."""
-    flags = {"ema_rate": 0.9, "weight_decay": 0.02, "lr": 1e-3, "grad_clip": 1.0, "precision": "fp32"}
+    flags = {
+        "ema_rate": 0.9,
+        "weight_decay": 0.02,
+        "lr": 1e-3,
+        "grad_clip": 1.0,
+        "precision": "fp32",
+    }
     flags |= {"no_ema_warmup": False, "compile": False, "start_epoch": 0, **options}
     return TrainingState(model, argparse.Namespace(**flags), steps_per_epoch)
 
@@ -166,7 +175,9 @@ def write_images(root: Path, classes: int = 4, each: int = 4, size: int = 20) ->
         folder.mkdir(parents=True)
         for number in range(each):
             pixels = random.randint(0, 255, (3, 3) if number == 0 else (3, 3, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((size, size + 4), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+            Image.fromarray(pixels).resize((size, size + 4), Image.Resampling.BICUBIC).save(
+                folder / f"{number}.png"
+            )
     return root
 
 
@@ -180,7 +191,7 @@ def images(tmp_path) -> Path:
 def vae_path(tmp_path) -> Path:
     """A small tokenizer's file: stride 4, 8 channels, factor 0.5."""
     path = tmp_path / "vae.ckpt"
-    checkpoint.save_vae(path, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
+    save_vae(path, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
     return path
 
 
@@ -205,7 +216,11 @@ def same(a, b) -> bool:
     if isinstance(a, dict):
         return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+        return (
+            type(a) is type(b)
+            and len(a) == len(b)
+            and all(same(x, y) for x, y in zip(a, b, strict=True))
+        )
     return type(a) is type(b) and a == b
 
 
@@ -221,7 +236,9 @@ def load(folder: Path, name: str = "checkpoint-last.pth") -> dict:
 
 def scalars(folder: Path, tag: str) -> dict[int, float]:
     """A run's log: values of a tag by their steps."""
-    return {event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(tag)}
+    return {
+        event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(tag)
+    }
 
 
 def write_maps(root, maps: torch.Tensor) -> str:
@@ -231,7 +248,11 @@ def write_maps(root, maps: torch.Tensor) -> str:
         path = root / str(number % 2) / f"{number}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, moments=each, moments_flip=0 * each)
-    about = {"images": len(maps), "vae": {"embed_dim": maps.shape[1], "ch_mult": [1, 1, 2]}, "latent_factor": 0.5}
+    about = {
+        "images": len(maps),
+        "vae": {"embed_dim": maps.shape[1], "ch_mult": [1, 1, 2]},
+        "latent_factor": 0.5,
+    }
     (root / "cache.json").write_text(json.dumps(about))
     return f"--cached_path {root} --num_workers 0 --batch_size 4"
 
@@ -256,7 +277,11 @@ def refused(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             run_script(monkeypatch, script, command)
         assert stop.value.code == 2
-        lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("error:")]
+        lines = [
+            line
+            for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
+            if line.startswith("error:")
+        ]
         assert len(lines) == 1
         return lines[0]
 
@@ -279,22 +304,45 @@ def run_two():
 
 def torchrun(command: str, processes: int = 2) -> subprocess.CompletedProcess:
     """A script and its flags, in several processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launcher, *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, *command.split()],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
-def two_processes(tmp_path: Path, script: str, flags: str, **variables: str) -> tuple[list[dict], list[str], list[int]]:
+def two_processes(
+    tmp_path: Path, script: str, flags: str, **variables: str
+) -> tuple[list[dict], list[str], list[int]]:
     """Runs a script in two processes, started as torchrun starts them; their traces, messages and exit statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+    }
     started = []
     for rank in ("0", "1"):
-        command = [sys.executable, ROOT / "tests/scripts/trace.py", tmp_path / f"trace{rank}.pt", script]
+        command = [
+            sys.executable,
+            ROOT / "tests/scripts/trace.py",
+            tmp_path / f"trace{rank}.pt",
+            script,
+        ]
         environment = {**os.environ, **shared, **variables, "RANK": rank, "LOCAL_RANK": rank}
         started.append(
             subprocess.Popen(
@@ -308,15 +356,17 @@ def two_processes(tmp_path: Path, script: str, flags: str, **variables: str) -> 
     said = [process.communicate(timeout=200)[1] for process in started]
     statuses = [process.returncode for process in started]
     assert all((tmp_path / f"trace{rank}.pt").exists() for rank in range(2)), said
-    return [torch.load(tmp_path / f"trace{rank}.pt", weights_only=True) for rank in range(2)], said, statuses
+    return (
+        [torch.load(tmp_path / f"trace{rank}.pt", weights_only=True) for rank in range(2)],
+        said,
+        statuses,
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Small runs.
 
-TINY = (
-    "--model tokenbridge_tiny --img_size 16 --class_num 4 --buffer_size 4 --quant_bits 3 --num_workers 0 --batch_size 4"
-)
+TINY = "--model tokenbridge_tiny --img_size 16 --class_num 4 --buffer_size 4 --quant_bits 3 --num_workers 0 --batch_size 4"
 SHORT = "--warmup_epochs 1 --save_last_freq 1 --lr 1e-3"
 
 
@@ -335,7 +385,8 @@ def cached(run, images, vae_path, tmp_path):
 def trained(run, cached, tmp_path):
     """A run of two epochs on the cache."""
     run(
-        "main_tokenbridge", f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {tmp_path}/run"
+        "main_tokenbridge",
+        f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {tmp_path}/run",
     )
     return tmp_path / "run"
 
@@ -343,7 +394,14 @@ def trained(run, cached, tmp_path):
 @pytest.fixture
 def weights(tmp_path, vae_path):
     """Flags that name a checkpoint of the tiny model, whose average is 1.1 times the weights, and its tokenizer."""
-    kwargs = {"img_size": 16, "vae_stride": 4, "vae_embed_dim": 8, "class_num": 4, "buffer_size": 4, "quant_levels": 8}
+    kwargs = {
+        "img_size": 16,
+        "vae_stride": 4,
+        "vae_embed_dim": 8,
+        "class_num": 4,
+        "buffer_size": 4,
+        "quant_levels": 8,
+    }
     model = filled(tokenbridge_tiny(**kwargs))
     config = {**model.config, "latent_factor": 0.5}
     averages = {name: 1.1 * value for name, value in published_parameters(model).items()}
@@ -359,7 +417,11 @@ def processes_of(folder) -> list[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it may have ended meanwhile
             commands[int(path.parent.name)] = path.read_bytes().decode(errors="replace")
-    return sorted(pid for pid, line in commands.items() if str(folder) in line and "torch.distributed" not in line)
+    return sorted(
+        pid
+        for pid, line in commands.items()
+        if str(folder) in line and "torch.distributed" not in line
+    )
 
 
 @pytest.fixture
@@ -367,11 +429,13 @@ def instructions(monkeypatch):
     """``instructions("bf16")``: lets the CPU seem to have the instructions for products in these precisions alone."""
 
     def pretend(*precisions: str) -> None:
-        monkeypatch.setattr(misc, "cpu_multiplies", lambda precision: precision in precisions)
-        misc.effective_precision.cache_clear()
+        monkeypatch.setattr(
+            "util.precision.cpu_multiplies", lambda precision: precision in precisions
+        )
+        effective_precision.cache_clear()
 
     yield pretend
-    misc.effective_precision.cache_clear()
+    effective_precision.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -406,7 +470,10 @@ def photographs(tmp_path_factory):
         photograph = load_sample_images().images[number % 2]
         top, left = (random.randint(0, side - 80) for side in photograph.shape[:2])
         crop = Image.fromarray(photograph[top : top + 80, left : left + 80])
-        for name, image in {"sharp": crop, "blurred": crop.filter(ImageFilter.GaussianBlur(1.5))}.items():
+        for name, image in {
+            "sharp": crop,
+            "blurred": crop.filter(ImageFilter.GaussianBlur(1.5)),
+        }.items():
             (root / name).mkdir(exist_ok=True)
             image.save(root / name / f"{number:02d}.png")
     return root
@@ -441,6 +508,8 @@ def point_to(monkeypatch, endpoint: str, home: Path) -> None:
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what less has arrived is lost with the connection
+    monkeypatch.setattr(
+        constants, "DOWNLOAD_CHUNK_SIZE", 1000
+    )  # what less has arrived is lost with the connection
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -42,8 +42,13 @@ def site() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        ours = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in ("tests", ".venv")
-        if ours and not frame.f_code.co_name.startswith("<"):  # a comprehension belongs to its function
+        ours = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in (
+            "tests",
+            ".venv",
+        )
+        if ours and not frame.f_code.co_name.startswith(
+            "<"
+        ):  # a comprehension belongs to its function
             return frame.f_code.co_name
         frame = frame.f_back
     return "the test"
@@ -67,7 +72,10 @@ class FakeCuda(TorchDispatchMode):
     def __enter__(self) -> "FakeCuda":
         enter = self.patches.enter_context
         enter(self.fake)
-        answers = {"amp.common.amp_definitely_not_available": False, "is_bf16_supported": True}  # what autocast asks
+        answers = {
+            "amp.common.amp_definitely_not_available": False,
+            "is_bf16_supported": True,
+        }  # what autocast asks
         for name, answer in answers.items():
             enter(mock.patch(f"torch.cuda.{name}", lambda *_, answer=answer, **__: answer))
         event = enter(mock.patch("torch.cuda.Event")).return_value
@@ -75,7 +83,9 @@ class FakeCuda(TorchDispatchMode):
         enter(mock.patch("torch.cuda.device", nullcontext))
         enter(mock.patch("torch.Generator", lambda device=None, kind=torch.Generator: kind()))
         enter(mock.patch.object(FakeTensor, "__deepcopy__", copied))
-        enter(mock.patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist()))  # its own reads them one by one
+        enter(
+            mock.patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist())
+        )  # its own reads them one by one
         enter(mock.patch("torch.autograd.grad", grad))
         enter(mock.patch("torch.Tensor.backward", backward))
         return super().__enter__()
@@ -99,7 +109,11 @@ class FakeCuda(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_device = [x for x in tensors if isinstance(x, FakeTensor)]
         target = kwargs.get("device")
-        if func is aten._to_copy.default and target is not None and target.type != tensors[0].device.type:
+        if (
+            func is aten._to_copy.default
+            and target is not None
+            and target.type != tensors[0].device.type
+        ):
             return self.moved(func, tensors[0], kwargs)
         if func is aten.copy_.default and 0 < len(on_device) < len(tensors):
             to, source = args[:2]
@@ -114,10 +128,14 @@ class FakeCuda(TorchDispatchMode):
         if writes and any(index is not None and index.dtype == torch.bool for index in args[1]):
             self.wait("a Boolean index to write")
         if on_device or (target is not None and target.type == "cuda"):
-            if any(x.ndim for x in tensors if not isinstance(x, FakeTensor)):  # one number is handed to the kernel
+            if any(
+                x.ndim for x in tensors if not isinstance(x, FakeTensor)
+            ):  # one number is handed to the kernel
                 raise WrongPlace(f"{func} in {site()} takes tensors of host and device")
             if len(on_device) < len(tensors):
-                args, kwargs = tree_map(lambda x: self.fake.from_tensor(x) if type(x) is Tensor else x, (args, kwargs))
+                args, kwargs = tree_map(
+                    lambda x: self.fake.from_tensor(x) if type(x) is Tensor else x, (args, kwargs)
+                )
             try:
                 return func(*args, **kwargs)
             except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -141,7 +159,9 @@ class FakeCuda(TorchDispatchMode):
         """``model``, its weights and buffers on the device."""
         for module in model.modules():
             for name, x in module._parameters.items():
-                module._parameters[name] = x if x is None else nn.Parameter(self.tensor(x), x.requires_grad)
+                module._parameters[name] = (
+                    x if x is None else nn.Parameter(self.tensor(x), x.requires_grad)
+                )
             for name, x in module._buffers.items():
                 module._buffers[name] = x if x is None else self.tensor(x)
         return model
@@ -166,7 +186,9 @@ def on_host(func, args: tuple, kwargs: dict) -> Any:
 def copied(x: FakeTensor, memo: dict) -> Tensor:
     """In place of a tensor's deep copy, which would copy the mode."""
     copy = x.detach().clone()
-    return memo.setdefault(id(x), nn.Parameter(copy, x.requires_grad) if isinstance(x, nn.Parameter) else copy)
+    return memo.setdefault(
+        id(x), nn.Parameter(copy, x.requires_grad) if isinstance(x, nn.Parameter) else copy
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -183,7 +205,10 @@ def gradients(output: Tensor) -> dict[Tensor, Tensor]:
             order.append(node)
         elif node not in seen:
             seen.add(node)
-            stack += [(node, True), *((after, False) for after, _ in node.next_functions if after is not None)]
+            stack += [
+                (node, True),
+                *((after, False) for after, _ in node.next_functions if after is not None),
+            ]
     leaves, arrived = {}, {output.grad_fn: {0: torch.ones_like(output)}}
     for node in reversed(order):
         given = arrived.pop(node, {})
@@ -192,7 +217,9 @@ def gradients(output: Tensor) -> dict[Tensor, Tensor]:
             continue
         given = [given.get(i) for i in range(len(node._input_metadata))]
         edges = node.next_functions
-        if hasattr(node, "needs_input_grad"):  # an autograd.Function: some of its inputs may be no tensors
+        if hasattr(
+            node, "needs_input_grad"
+        ):  # an autograd.Function: some of its inputs may be no tensors
             edges = iter(edge for edge in edges if edge[0] is not None)
             edges = [next(edges) if needed else (None, 0) for needed in node.needs_input_grad]
             results = node.apply(*given)

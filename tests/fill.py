@@ -46,6 +46,8 @@ def deterministic_values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 def deterministic_fill(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy of ``state_dict`` (published names) with every learned entry replaced."""
     return {
-        name: value.clone() if name in COMPUTED else deterministic_values(name, tuple(value.shape)).to(value.dtype)
+        name: value.clone()
+        if name in COMPUTED
+        else deterministic_values(name, tuple(value.shape)).to(value.dtype)
         for name, value in state_dict.items()
     }

@@ -32,7 +32,10 @@ class Hub:
 
     def add(self, repo: str, files: dict[str, bytes | Path]) -> None:
         """Puts files into a repository, which is made if there is none."""
-        content = {name: data.read_bytes() if isinstance(data, Path) else data for name, data in files.items()}
+        content = {
+            name: data.read_bytes() if isinstance(data, Path) else data
+            for name, data in files.items()
+        }
         self.repos.setdefault(repo, {}).update(content)
 
     def info(self, repo: str) -> dict:
@@ -59,7 +62,10 @@ class Hub:
         files = self.repos[repo].items()
         folders = sorted({folder for name, _ in files for folder in parents(name) if folder})
         entries = [{"type": "directory", "path": folder, "oid": "0" * 40} for folder in folders]
-        return entries + [{"type": "file", "path": n, "size": len(data), "oid": git_sha1(data)} for n, data in files]
+        return entries + [
+            {"type": "file", "path": n, "size": len(data), "oid": git_sha1(data)}
+            for n, data in files
+        ]
 
 
 def parents(path: str) -> list[str]:
@@ -96,14 +102,18 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def refuse(self, status: int, code: str | None = None) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": COMMIT} if code else {}
+        headers = (
+            {"X-Error-Code": code, "X-Error-Message": code, "X-Repo-Commit": COMMIT} if code else {}
+        )
         self.answer(status, b"", headers)
 
     def allowed(self, repo: str) -> bool:
         """Answers with a refusal unless ``repo`` is there and may be read."""
         signed_in = self.headers.get("Authorization") == "Bearer hf_right"
         if repo not in self.hub.repos or (repo in self.hub.private and not signed_in):
-            self.refuse(401 if not signed_in else 404, "RepoNotFound")  # the Hub does not tell them apart
+            self.refuse(
+                401 if not signed_in else 404, "RepoNotFound"
+            )  # the Hub does not tell them apart
         elif repo in self.hub.gated and not signed_in:
             self.refuse(403, "GatedRepo")
         else:
@@ -116,14 +126,22 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlparse(self.path).path)
         self.hub.asked.append((self.command, path, self.headers.get("Range")))
-        if found := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        if found := re.fullmatch(
+            r"/api/(?:models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path
+        ):
             repo, revision = found.groups()
             if self.allowed(repo):
                 known = revision in (None, "main", COMMIT)
                 self.tell(self.hub.info(repo)) if known else self.refuse(404, "RevisionNotFound")
         elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/tree/[^/]+/?(.*)", path):
             if self.allowed(found[1]):
-                self.tell([entry for entry in self.hub.entries(found[1]) if found[2] in parents(entry["path"])])
+                self.tell(
+                    [
+                        entry
+                        for entry in self.hub.entries(found[1])
+                        if found[2] in parents(entry["path"])
+                    ]
+                )
         elif found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(*found.groups())
         elif found := re.fullmatch(r"/large/([^/]+/[^/]+)/(.+)", path):
@@ -186,8 +204,12 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.asked.append((self.command, path, None))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/([^/]+)", path):
-            asked = parse_qs(body.decode())["paths"] if b"=" in body[:6] else json.loads(body)["paths"]
-            return self.tell([entry for entry in self.hub.entries(found[1]) if entry["path"] in asked])
+            asked = (
+                parse_qs(body.decode())["paths"] if b"=" in body[:6] else json.loads(body)["paths"]
+            )
+            return self.tell(
+                [entry for entry in self.hub.entries(found[1]) if entry["path"] in asked]
+            )
         if self.headers.get("Authorization") != "Bearer hf_right":
             return self.refuse(401)
         if path == "/api/repos/create":
@@ -202,7 +224,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.tell({"errors": [], "warnings": []})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", path):
             given = json.loads(body)["files"]
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in given]
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in given
+            ]
             return self.tell({"files": files})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", path):
             for line in map(json.loads, body.splitlines()):

@@ -56,7 +56,9 @@ def forked(world: int, work: Callable[[int], Any]) -> tuple[list[Any], list[int]
     finally:
         for process in processes:
             process.kill()
-    answers = [pipe.recv() if pipe.poll() else None for pipe, _ in pipes]  # small enough to lie in the pipe
+    answers = [
+        pipe.recv() if pipe.poll() else None for pipe, _ in pipes
+    ]  # small enough to lie in the pipe
     return answers, [process.exitcode for process in processes]
 
 

@@ -55,11 +55,23 @@ def every_source(images: Path, folder: Path, served, monkeypatch) -> dict[str, s
     (folder / "split" / "train").mkdir(parents=True)
     rows.to_parquet(folder / "split" / "train" / "0000.parquet")
     half = write_bare(folder / "half.parquet", rows.select(range(8)))
-    configured = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("all", "half"))
+    configured = "".join(
+        f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("all", "half")
+    )
     card = f"---\nconfigs:\n{configured}---\n".encode()
-    served.add("owner/two", {"README.md": card, "all.parquet": images / "about.parquet", "half.parquet": half})
+    served.add(
+        "owner/two",
+        {"README.md": card, "all.parquet": images / "about.parquet", "half.parquet": half},
+    )
     for name, root in (("owner/rows", parquet), ("owner/files", images)):
-        served.add(name, {str(path.relative_to(root)): path for path in root.rglob("*.p*") if path.parent != images})
+        served.add(
+            name,
+            {
+                str(path.relative_to(root)): path
+                for path in root.rglob("*.p*")
+                if path.parent != images
+            },
+        )
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", served.endpoint)
     return {
         "splits": str(images),

@@ -27,7 +27,10 @@ def test_the_head_that_recomputes_gives_the_same(head):
 
 def test_the_argmin_over_all_levels_gives_the_same():
     quantizer, x = GaussianQuantizer(64), 3 * torch.randn(4, 256, 16)
-    assert all(torch.equal(a, b) for a, b in zip(argmin_over_levels(quantizer, x), quantizer(x), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(argmin_over_levels(quantizer, x), quantizer(x), strict=True)
+    )
 
 
 def test_the_releases_way_trains_the_same():
@@ -78,9 +81,13 @@ def test_benchmarks_run(name, flags, tmp_path):
 def test_curves_run(tmp_path):
     write_cache(tmp_path / "cache", 128, side=1)  # one token an image
     flags = f"--cached_path {tmp_path}/cache --epochs 2 --seeds 2 --json {tmp_path}/curves.json"
-    subprocess.run([sys.executable, "-m", "benchmarks.curves", *flags.split()], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.curves", *flags.split()], cwd=ROOT, check=True
+    )
     rows = json.loads((tmp_path / "curves.json").read_text())["rows"]
-    assert [row["seed"] for row in rows] == [1, 2, 1, 1, 1, 1] and (tmp_path / "curves.png").exists()
+    assert [row["seed"] for row in rows] == [1, 2, 1, 1, 1, 1] and (
+        tmp_path / "curves.png"
+    ).exists()
     assert sum(row["off_the_mean"] for row in rows[:2]) == pytest.approx(0, abs=1e-6)
     ends = [row["loss_at_end"] for row in rows]
     assert min(ends) > 1 and max(ends) < 1.3 * math.log(32)  # of 32 levels, hardly trained

@@ -21,7 +21,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 #: Flags in running text that are other programs'.
 FOREIGN_FLAGS = {"--max_restarts", "--nnodes", "--local_addr", "--signal"}
 #: Programs before they moved, which CHANGELOG.md names.
-FORMER = {"figures", "channel_order", "util.download", "util.packed", "util.checkpoint"}
+FORMER = {"figures", "channel_order", "util.download", "util.data.packed", "util.checkpoint"}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reading Markdown.
@@ -59,7 +59,11 @@ def commands(text: str) -> list[list[str]]:
     """The commands in a page's code blocks, in words: programs of this project and what is passed to them."""
     blocks = [block.replace("\\\n", " ") for language, block in split(text)[1] if not language]
     lines = "\n".join(blocks).splitlines()
-    calls = [shlex.split(line, comments=True) for line in lines if re.match(r"(\w+=\S+ )*(python|torchrun) ", line)]
+    calls = [
+        shlex.split(line, comments=True)
+        for line in lines
+        if re.match(r"(\w+=\S+ )*(python|torchrun) ", line)
+    ]
     return [call for words in calls if (call := program(words))]
 
 
@@ -85,7 +89,9 @@ def parser_of(module: str) -> argparse.ArgumentParser:
     imported = importlib.import_module(module)
     if hasattr(imported, "get_args_parser"):
         return imported.get_args_parser()
-    stop = mock.patch.object(argparse.ArgumentParser, "parse_args", autospec=True, side_effect=InterruptedError)
+    stop = mock.patch.object(
+        argparse.ArgumentParser, "parse_args", autospec=True, side_effect=InterruptedError
+    )
     with stop as parse, pytest.raises(InterruptedError):
         imported.main()
     return parse.call_args.args[0]
@@ -94,16 +100,24 @@ def parser_of(module: str) -> argparse.ArgumentParser:
 def all_parsers() -> list[argparse.ArgumentParser]:
     """Every parser of the project's programs, those of subcommands included."""
     modules = [path.stem for path in [*ROOT.glob("main_*.py"), ROOT / "reconstruction.py"]]
-    modules += ["demo.generate", "demo.web"]
-    modules += [f"experiments.{name}" for name in ("run", "data", "features", "measures", "unequal")]
-    modules += [f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"]
+    modules += ["generate", "demo.web"]
+    modules += [
+        f"experiments.{name}" for name in ("run", "data", "features", "measures", "unequal")
+    ]
+    modules += [
+        f"tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"
+    ]
     modules += [
         f"benchmarks.{name}"
         for name in ("quantizer", "head_speed", "sampling", "training", "loader", "ranks", "curves")
     ]
     parsers = [parser_of(module) for module in modules]
     actions = [action for parser in parsers for action in parser._actions]
-    nested = [action.choices.values() for action in actions if isinstance(action, argparse._SubParsersAction)]
+    nested = [
+        action.choices.values()
+        for action in actions
+        if isinstance(action, argparse._SubParsersAction)
+    ]
     return parsers + [parser for choices in nested for parser in choices]
 
 
@@ -134,7 +148,11 @@ def test_commands_are_accepted(page, capsys, monkeypatch, tmp_path):
     for language, block in split(page.read_text())[1]:
         if language == "yaml":  # its first line names the file
             Path(block.split()[1]).write_text(block)
-    refused = {shlex.join(call): why for call in commands(page.read_text()) if (why := refusal(call, capsys))}
+    refused = {
+        shlex.join(call): why
+        for call in commands(page.read_text())
+        if (why := refusal(call, capsys))
+    }
     assert refused == {}
 
 
@@ -143,18 +161,28 @@ def test_commands_build_models_of_the_sizes_that_pages_tell():
     for call in commands((ROOT / "README.md").read_text()):
         if call[0] == "main_tokenbridge":
             model = model_of(call)
-            counts.setdefault(f"-{call[call.index('--model') + 1].split('_')[1][0].upper()}", set()).add(
-                sum(parameter.numel() for parameter in model.parameters()) // 10**6
-            )
-    told = re.findall(r"^\| TokenBridge(-\w) \(paper\) \| (\d+)M", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+            counts.setdefault(
+                f"-{call[call.index('--model') + 1].split('_')[1][0].upper()}", set()
+            ).add(sum(parameter.numel() for parameter in model.parameters()) // 10**6)
+    told = re.findall(
+        r"^\| TokenBridge(-\w) \(paper\) \| (\d+)M",
+        (ROOT / "README.md").read_text(),
+        flags=re.MULTILINE,
+    )
     assert counts == {name: {int(count)} for name, count in told} and len(told) == 2
 
 
 def test_the_parallel_head_of_the_documentation_is_that_of_table_2a():
     page = (ROOT / "docs/variants.md").read_text()
-    (call,) = [call for call in commands(page) if "parallel" in call and call[0] == "main_tokenbridge"]
-    row = plan(Experiments(DEFAULT, "imagenet"), ["table2a"], [0], "", "", "cuda")["seed0/parallel/training"].words
-    documented, planned = (vars(parser_of("main_tokenbridge").parse_args(words[1:])) for words in (call, row))
+    (call,) = [
+        call for call in commands(page) if "parallel" in call and call[0] == "main_tokenbridge"
+    ]
+    row = plan(Experiments(DEFAULT, "imagenet"), ["table2a"], [0], "", "", "cuda")[
+        "seed0/parallel/training"
+    ].words
+    documented, planned = (
+        vars(parser_of("main_tokenbridge").parse_args(words[1:])) for words in (call, row)
+    )
     of_the_folder = {"cached_path", "output_dir", "resume", "seed"}
     assert {name for name in planned if documented[name] != planned[name]} <= of_the_folder
 
@@ -167,7 +195,9 @@ def test_commands_of_slurm_scripts_are_accepted(script, capsys):
 
 
 def test_flags_in_running_text_exist():
-    known = {flag for parser in all_parsers() for flag in parser._option_string_actions} | FOREIGN_FLAGS
+    known = {
+        flag for parser in all_parsers() for flag in parser._option_string_actions
+    } | FOREIGN_FLAGS
     known |= {f"--{name}" for name in NOT_NEEDED}
     for page in PAGES:
         spans = re.findall(r"`([^`]+)`", split(page.read_text())[0])
@@ -177,7 +207,11 @@ def test_flags_in_running_text_exist():
 
 def test_every_flag_has_help():
     actions = [action for parser in all_parsers() for action in parser._actions]
-    bare = [action for action in actions if not action.help and not isinstance(action, argparse._SubParsersAction)]
+    bare = [
+        action
+        for action in actions
+        if not action.help and not isinstance(action, argparse._SubParsersAction)
+    ]
     assert [action.option_strings or action.dest for action in bare] == []
 
 
@@ -197,7 +231,9 @@ def test_targets_of_make_exist():
 
 def test_what_is_wrong_is_found(tmp_path, capsys):
     page = tmp_path / "page.md"
-    page.write_text("# A `page`, with words\n\n[a](#a-page-with-words) [b](#b) [c](c.md) [d](https://example.com/x)\n")
+    page.write_text(
+        "# A `page`, with words\n\n[a](#a-page-with-words) [b](#b) [c](c.md) [d](https://example.com/x)\n"
+    )
     assert broken_links(page.read_text(), page) == ["#b", "c.md"]
     text = "```\n# a comment\nX=1 torchrun --nnodes=2 \\\nmain_cache.py --split val --no_flag ${X}  # why\n```\n"
     (call,) = commands(text)

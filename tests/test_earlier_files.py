@@ -38,9 +38,13 @@ def test_a_run_resumes_to_the_same_weights(run, tmp_path, monkeypatch, expected)
     run("main_tokenbridge", f"{TRAIN} --epochs 4 {folders}")
     weights = load(tmp_path / "run")["model"]
     names = [name for name in weights if name != "channel_mask"]
-    assert {f"model.{name}" for name in names} == {name for name in expected if name.startswith("model.")}
+    assert {f"model.{name}" for name in names} == {
+        name for name in expected if name.startswith("model.")
+    }
     for name in names:
-        if name.endswith("qkv.bias"):  # keys' biases have no gradient but rounding, which Adam scales up
+        if name.endswith(
+            "qkv.bias"
+        ):  # keys' biases have no gradient but rounding, which Adam scales up
             continue
         torch.testing.assert_close(weights[name], expected[f"model.{name}"], rtol=0, atol=1e-4)
 
@@ -48,7 +52,11 @@ def test_a_run_resumes_to_the_same_weights(run, tmp_path, monkeypatch, expected)
 @pytest.mark.parametrize("folder", ["run", "pretrained"])
 def test_a_model_samples_the_same_images(folder, expected):
     pipeline = TokenBridgePipeline.from_pretrained(EARLIER / folder, tokenizer=EARLIER / "vae.ckpt")
-    latents = pipeline.model.sample_tokens(4, num_iter=4, cfg=2.0, labels=torch.arange(4), seeds=[0, 1, 2, 3])
+    latents = pipeline.model.sample_tokens(
+        4, num_iter=4, cfg=2.0, labels=torch.arange(4), seeds=[0, 1, 2, 3]
+    )
     torch.testing.assert_close(latents, expected["sampled"])
-    images = np.stack([np.array(image) for image in pipeline([0, 1, 2, 3], num_iter=4, cfg=2.0).images])
+    images = np.stack(
+        [np.array(image) for image in pipeline([0, 1, 2, 3], num_iter=4, cfg=2.0).images]
+    )
     assert np.abs(images.astype(int) - expected["images"].numpy()).max() <= 1

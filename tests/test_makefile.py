@@ -42,10 +42,18 @@ class Checkout:
     def make(self, *words: str) -> tuple[int, str, list[str]]:
         """Status, what was printed on standard error, and what Python was asked to do."""
         (self.folder / "calls").write_text("")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("MAKE")
+        }
         command = ["make", *words]
-        done = subprocess.run(command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, text=True)
-        return done.returncode, done.stderr.strip(), (self.folder / "calls").read_text().splitlines()
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        return (
+            done.returncode,
+            done.stderr.strip(),
+            (self.folder / "calls").read_text().splitlines(),
+        )
 
 
 @pytest.fixture
@@ -86,7 +94,9 @@ def test_a_half_installed_environment_is_made_anew(checkout):
     assert status == 2 and checkout.venv.exists()
     (checkout.venv / "left").touch()
     status, _, calls = checkout.make("demo", f"PYTHON={checkout.python('3.12')}")
-    assert status == 0 and "-m venv --clear .venv" in calls and not (checkout.venv / "left").exists()
+    assert (
+        status == 0 and "-m venv --clear .venv" in calls and not (checkout.venv / "left").exists()
+    )
 
 
 def test_an_environment_whose_python_is_gone_is_made_anew(checkout):
@@ -113,7 +123,9 @@ def test_new_pins_are_installed_into_the_environment_that_is_there(checkout):
 
 def test_the_page_needs_the_demos_model(checkout):
     status, said, _ = checkout.make("web", f"PYTHON={checkout.python('3.12')}")
-    assert status == 2 and said.splitlines()[0] == "error: no model of digits yet: make demo trains it"
+    assert (
+        status == 2 and said.splitlines()[0] == "error: no model of digits yet: make demo trains it"
+    )
     (checkout.folder / "output" / "demo").mkdir(parents=True)
     (checkout.folder / "output" / "demo" / "checkpoint-last.pth").touch()
     status, _, calls = checkout.make("web")
@@ -133,7 +145,10 @@ def test_conda_installs_the_project_in_the_versions_that_make_lock_wrote(checkou
     assert (checkout.folder / "constraints.txt").read_text() == constraints
     pinned = {line.partition("==")[0] for line in constraints.splitlines()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = {dependency.partition(">=")[0].replace("_", "-").lower() for dependency in project["dependencies"]}
+    needed = {
+        dependency.partition(">=")[0].replace("_", "-").lower()
+        for dependency in project["dependencies"]
+    }
     assert needed <= pinned
     conda = yaml.safe_load((ROOT / "environment.yaml").read_text())["dependencies"]
     assert conda[-1] == {"pip": ["-c constraints.txt", "-e ."]}

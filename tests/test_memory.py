@@ -44,7 +44,9 @@ def test_a_steps_peak_is_that_of_cudas_kernels(monkeypatch):
         with run_without_content("tokenbridge_tiny", precision, **OPTIONS) as (state, memory):
             held = memory.live / BYTES
 
-            def peak(batch: int, parts=(), state=state, memory=memory, precision=precision, held=held) -> float:
+            def peak(
+                batch: int, parts=(), state=state, memory=memory, precision=precision, held=held
+            ) -> float:
                 return step_memory(state, memory, None, batch, precision, parts) - held
 
             peaks[precision] = peak(64)
@@ -57,7 +59,11 @@ def test_a_steps_peak_is_that_of_cudas_kernels(monkeypatch):
             monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 2**17)  # 256 of 768 tokens at once
             peaks[precision, "parts"] = peak(64)
             monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 2**30)
-    assert calls and peaks["fp16"] == pytest.approx(peaks["bf16"], rel=0.01) and peaks["fp32"] > 1.3 * peaks["bf16"]
+    assert (
+        calls
+        and peaks["fp16"] == pytest.approx(peaks["bf16"], rel=0.01)
+        and peaks["fp32"] > 1.3 * peaks["bf16"]
+    )
     for precision in ("bf16", "fp16"):
         assert peaks[precision, "parts"] < 0.6 * peaks[precision]
 

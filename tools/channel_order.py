@@ -9,14 +9,16 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.vae import DiagonalGaussianDistribution
-from util import errors, misc
+from util import distributed, errors
 from util.args import add_run_args, check_positive, check_range, new_parser
-from util.checkpoint import tokenizer_of
-from util.datasets import loader_of_all
+from util.checkpoint.vae_files import tokenizer_config
+from util.data.loaders import evenly_spaced, loader_of_all
+from util.data.packed import open_cache
 from util.files import write_json
-from util.loader import evenly_spaced
-from util.packed import open_cache
-from util.plots import save_figure
+from util.log import log, progress_bar
+from util.metrics.plots import save_figure
+from util.precision import double
+from util.process_group import process_group
 from util.provenance import provenance
 from util.tables import markdown
 
@@ -25,18 +27,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__, "tools.channel_order")
     parser.add_argument("--cached_path", default="", help="a cache of main_cache.py or tools.pack")
-    parser.add_argument("--patch_size", type=int, default=1, help="side of a token in latent positions")
+    parser.add_argument(
+        "--patch_size", type=int, default=1, help="side of a token in latent positions"
+    )
     text = "up to which share of the highest (Nyquist's) frequency one counts as low"
     parser.add_argument("--cutoff", type=float, default=0.5, help=text)
     parser.add_argument("--num_images", type=int, default=10000, help="at most, evenly spaced")
-    parser.add_argument("--output_dir", default="./output_dir", help="for channel_order.json and channel_order.png")
+    parser.add_argument(
+        "--output_dir", default="./output_dir", help="for channel_order.json and channel_order.png"
+    )
     add_run_args(parser, batch_size=64, seed=0, precision="fp32")
     return parser
 
 
 def low_frequencies(height: int, width: int, cutoff: float) -> Tensor:
     """Which coefficients of ``fft2`` have a frequency of at most ``cutoff`` times Nyquist's: bool ``[h, w]``."""
-    rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)  # in cycles a position, Nyquist's is 1/2
+    rows, columns = (
+        torch.fft.fftfreq(height),
+        torch.fft.fftfreq(width),
+    )  # in cycles a position, Nyquist's is 1/2
     return (rows[:, None] ** 2 + columns**2).sqrt() <= cutoff / 2
 
 
@@ -46,13 +55,15 @@ def energies(maps: Tensor, low: Tensor) -> Tensor:
     These are the energy at the ``low [h, w]`` frequencies without zero, that at all frequencies without zero, and the
     sum and the sum of squares of the coefficients at frequency zero.
     """
-    maps = misc.double(maps)
+    maps = double(maps)
     spectrum = torch.fft.fft2(maps)
     zero = spectrum[..., 0, 0].real
     energy = spectrum.abs() ** 2
     energy[..., 0, 0] = 0
     low_energy = (energy * low.to(maps.device)).sum(dim=(0, 2, 3))
-    return torch.stack([low_energy, energy.sum(dim=(0, 2, 3)), zero.sum(dim=0), (zero**2).sum(dim=0)])
+    return torch.stack(
+        [low_energy, energy.sum(dim=(0, 2, 3)), zero.sum(dim=0), (zero**2).sum(dim=0)]
+    )
 
 
 def low_shares(sums: Tensor, images: int) -> Tensor:
@@ -76,7 +87,11 @@ def plot(shares: Tensor, order: list[int], cutoff: float) -> Figure:
     axes = figure.subplots()
     axes.bar(range(len(order)), shares[order].tolist())
     axes.set_xticks(range(len(order)), order)
-    axes.set(xlabel="channel, in generation order", ylabel=f"energy below {cutoff:g} of Nyquist", ylim=(0, 1))
+    axes.set(
+        xlabel="channel, in generation order",
+        ylabel=f"energy below {cutoff:g} of Nyquist",
+        ylim=(0, 1),
+    )
     axes.grid(axis="y", alpha=0.3)
     return figure
 
@@ -84,14 +99,16 @@ def plot(shares: Tensor, order: list[int], cutoff: float) -> Figure:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic, args.precision) as device:
+    with process_group(args.device, args.deterministic, args.precision) as device:
         check_positive(args, "patch_size", "num_images", "batch_size", "cutoff")
         check_range(args, 0, 1, "cutoff")
         check_range(args, 0, math.inf, "num_workers", "seed")
         if not args.cached_path:
-            raise errors.UserError("--cached_path is missing: name the folder that main_cache.py wrote")
+            raise errors.UserError(
+                "--cached_path is missing: name the folder that main_cache.py wrote"
+            )
         cache = open_cache(args.cached_path, mirror=False)
-        tokenizer_of(cache.metadata, args.cached_path)
+        tokenizer_config(cache.metadata, args.cached_path)
         cache.shape = tuple(cache[0][0].shape)
         channels, height, width = cache.shape
         p = args.patch_size
@@ -101,24 +118,36 @@ def main() -> None:
         chosen = evenly_spaced(cache, args.num_images)
         loader = loader_of_all(chosen, device, args)
         low = low_frequencies(height // p, width // p, args.cutoff)
-        sums = misc.double(torch.zeros(4, channels // 2 * p * p, device=device))
-        with misc.progress(loader, unit="batch", desc="measuring") as batches:
+        sums = double(torch.zeros(4, channels // 2 * p * p, device=device))
+        with progress_bar(loader, unit="batch", desc="measuring") as batches:
             for moments, _ in batches:
                 latents = DiagonalGaussianDistribution(moments.to(device)).mode()
                 # A map for each channel of a token; pixel_unshuffle orders them as the model's patchify does.
                 sums += energies(torch.nn.functional.pixel_unshuffle(latents, p), low)
-        shares = low_shares(misc.all_reduce_mean(sums).cpu() * misc.get_world_size(), len(chosen))
+        shares = low_shares(
+            distributed.all_reduce_mean(sums).cpu() * distributed.get_world_size(), len(chosen)
+        )
         order = frequency_order(shares)
-        if misc.is_main_process():
-            misc.log.info("%s", markdown(["channel", "low-frequency share"], [[c, shares[c].item()] for c in order]))
-            misc.log.info("--channel_order %s", ",".join(map(str, order)))
+        if distributed.is_main_process():
+            log.info(
+                "%s",
+                markdown(
+                    ["channel", "low-frequency share"], [[c, shares[c].item()] for c in order]
+                ),
+            )
+            log.info("--channel_order %s", ",".join(map(str, order)))
             out = Path(args.output_dir)
-            settings = {"images": len(chosen), "cutoff": args.cutoff, "patch_size": p, "cached_path": args.cached_path}
+            settings = {
+                "images": len(chosen),
+                "cutoff": args.cutoff,
+                "patch_size": p,
+                "cached_path": args.cached_path,
+            }
             content = {"order": order, "shares": shares.tolist(), **settings, **provenance()}
             write_json(out / "channel_order.json", content)
             save_figure(plot(shares, order, args.cutoff), out / "channel_order.png")
-            misc.log.info("wrote %s/channel_order.json and channel_order.png", out)
-        misc.barrier()
+            log.info("wrote %s/channel_order.json and channel_order.png", out)
+        distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -11,16 +11,25 @@ from torch import Tensor
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from util import checkpoint, errors
+from util import errors
 from util.args import new_parser
-from util.checkpoint import as_run, config_beside, hub, located, read, safetensors_io
+from util.checkpoint import hub, safetensors_io
+from util.checkpoint.files import (
+    CHECKPOINT_NAME,
+    SAFE_NAME,
+    VAE_NAMES,
+    config_beside,
+    locate,
+    read_checkpoint,
+)
+from util.checkpoint.runs import check_run
 from util.errors import UserError
 from util.files import read_json, written_whole
-from util.metrics import TITLES
-from util.misc import log, start_log
+from util.log import log, start_log
+from util.metrics.compute import METRIC_TITLES
 
 #: Files to look for in a folder of a model or tokenizer, in this order.
-CONTENT_NAMES = (checkpoint.CHECKPOINT_NAME, checkpoint.SAFE_NAME, *checkpoint.VAE_NAMES)
+CONTENT_NAMES = (CHECKPOINT_NAME, SAFE_NAME, *VAE_NAMES)
 
 
 def convert(source: str | Path, target: str | Path, weights: str | None = None) -> None:
@@ -29,14 +38,14 @@ def convert(source: str | Path, target: str | Path, weights: str | None = None) 
     With ``weights``, ``"model"`` or ``"model_ema"``, only those and the quantizer's tables are written.
 
     Raises:
-        UserError: see :func:`util.checkpoint.read`; ``target`` has another suffix or exists; there are no such weights.
+        UserError: see :func:`util.checkpoint.files.read_checkpoint`; ``target`` has another suffix or exists; there are no such weights.
     """
     target = Path(target)
     if target.suffix not in (safetensors_io.SUFFIX, ".pth", ".ckpt"):
         raise UserError(f"{target}: choose a name that ends in {safetensors_io.SUFFIX} or .pth")
     if target.exists():
         raise UserError(f"{target} is there already; choose another name")
-    content = read(source)
+    content = read_checkpoint(source)
     if weights is not None:
         if not isinstance(content.get(weights), Mapping):
             raise UserError(f"{source} has no weights under '{weights}'")
@@ -58,22 +67,35 @@ def convert(source: str | Path, target: str | Path, weights: str | None = None) 
 
 def summary(path: str | Path, tensors: bool = False) -> list[str]:
     """Lines that describe what is in a checkpoint; with ``tensors`` one for every tensor, too."""
-    path = located(path, CONTENT_NAMES)
-    content = read(path)
+    path = locate(path, CONTENT_NAMES)
+    content = read_checkpoint(path)
     if "config" not in content and (config := config_beside(path)):
         content["config"] = config
     lines = [f"{path}: {path.stat().st_size / 2**20:,.1f} MiB"]
     for name, value in content.items():
-        if isinstance(value, Mapping) and value and all(isinstance(each, Tensor) for each in value.values()):
+        if (
+            isinstance(value, Mapping)
+            and value
+            and all(isinstance(each, Tensor) for each in value.values())
+        ):
             count = sum(each.numel() for each in value.values())
-            kinds = ", ".join(sorted({str(each.dtype).removeprefix("torch.") for each in value.values()}))
+            kinds = ", ".join(
+                sorted({str(each.dtype).removeprefix("torch.") for each in value.values()})
+            )
             lines.append(f"{name}: {len(value)} tensors, {count / 1e6:,.2f}M values, {kinds}")
-            lines += [f"    {each} {list(tensor.shape)} {tensor.dtype}" for each, tensor in value.items() if tensors]
+            lines += [
+                f"    {each} {list(tensor.shape)} {tensor.dtype}"
+                for each, tensor in value.items()
+                if tensors
+            ]
         elif name == "optimizer" and isinstance(value, Mapping):
             lines.append(f"{name}: moments of {len(value.get('state', {}))} parameters")
         elif isinstance(value, Mapping | argparse.Namespace):
             entries = value if isinstance(value, Mapping) else vars(value)
-            lines += [f"{name}:", *(f"    {key}: {shortened(each)}" for key, each in entries.items())]
+            lines += [
+                f"{name}:",
+                *(f"    {key}: {shortened(each)}" for key, each in entries.items()),
+            ]
         else:
             lines.append(f"{name}: {shortened(value)}")
     return lines
@@ -90,27 +112,36 @@ def export(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already; choose another folder")
-    source = located(args.source, CONTENT_NAMES)
+    source = locate(args.source, CONTENT_NAMES)
     if "_class_name" in (config_beside(source) or {}):
-        raise UserError(f"{source} is a tokenizer of diffusers already, which from_pretrained reads as it is")
-    content = read(source)
+        raise UserError(
+            f"{source} is a tokenizer of diffusers already, which from_pretrained reads as it is"
+        )
+    content = read_checkpoint(source)
     place = hub.Address(args.push_to_hub or "", None, "")
     if args.push_to_hub:  # first, so that nothing is written if it fails
         with hub.explained(place, "write to"):
             hub.make_repo(args.push_to_hub, args.private)
-    if any("post_quant_conv.weight" in (content.get(name) or content) for name in ("model", "state_dict")):
+    if any(
+        "post_quant_conv.weight" in (content.get(name) or content)
+        for name in ("model", "state_dict")
+    ):
         vae, latent_factor = AutoencoderKL.from_pretrained(source)
         if args.figures or args.licence or args.tokenizer:
-            raise UserError(f"{source} is a tokenizer: --figures, --licence and --tokenizer are for a model's card")
+            raise UserError(
+                f"{source} is a tokenizer: --figures, --licence and --tokenizer are for a model's card"
+            )
         vae.save_pretrained(folder, latent_factor)
     else:
         figures = read_json(args.figures) if args.figures else None
-        if args.figures and not (isinstance(figures, dict) and set(TITLES) & set(figures)):
+        if args.figures and not (isinstance(figures, dict) and set(METRIC_TITLES) & set(figures)):
             hint = "name the samples.json of an evaluation that measured some"
             raise UserError(f"{args.figures} holds no metrics: {hint}")
         card = {"figures": figures, "licence": args.licence, "tokenizer": args.tokenizer}
         card["repo_id"] = args.push_to_hub or str(folder)
-        model = TokenBridge.from_content(as_run(content, source), source, False if args.no_ema else None)
+        model = TokenBridge.from_content(
+            check_run(content, source), source, False if args.no_ema else None
+        )
         model.save_pretrained(folder, model_card_kwargs=card)
     log.info("wrote %s, of %s", folder, source)
     if args.push_to_hub:
@@ -129,16 +160,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     change = commands.add_parser("convert", help="from .pth to .safetensors, or back")
     change.add_argument("source", help="file to read")
     change.add_argument("target", help="file to write; its ending says in which format")
-    change.add_argument("--weights", choices=["model", "model_ema"], help="these alone; by default everything")
+    change.add_argument(
+        "--weights", choices=["model", "model_ema"], help="these alone; by default everything"
+    )
     text = "a model or tokenizer to a folder that from_pretrained reads, or the Hub"
     export = commands.add_parser("export", help=text)
-    export.add_argument("source", help="a checkpoint, its folder, a tokenizer, or an address on the Hub")
-    export.add_argument("folder", help="where to write model.safetensors, config.json and a model card")
-    export.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
+    export.add_argument(
+        "source", help="a checkpoint, its folder, a tokenizer, or an address on the Hub"
+    )
+    export.add_argument(
+        "folder", help="where to write model.safetensors, config.json and a model card"
+    )
+    export.add_argument(
+        "--no_ema", action="store_true", help="the weights themselves, not their average"
+    )
     export.add_argument("--figures", help="samples.json of an evaluation, for the model card")
     export.add_argument("--licence", help="of the weights, for the model card, such as mit")
     export.add_argument("--tokenizer", help="where its tokenizer lies, for the model card")
-    export.add_argument("--push_to_hub", metavar="OWNER/REPO", help="also upload it there; made if there is none")
+    export.add_argument(
+        "--push_to_hub", metavar="OWNER/REPO", help="also upload it there; made if there is none"
+    )
     export.add_argument("--private", action="store_true", help="make that repository a private one")
     return parser
 

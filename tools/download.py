@@ -21,8 +21,9 @@ from util.args import new_parser
 from util.checkpoint import hub
 from util.errors import UserError
 from util.files import read_arrays
-from util.metrics import ADM_STATS, INCEPTION_SHA256, URL_INCEPTION_V3, inception_place
-from util.misc import log, start_log
+from util.log import log, start_log
+from util.metrics.compute import ADM_STATS
+from util.metrics.inception import INCEPTION_SHA256, URL_INCEPTION_V3, inception_path
 
 #: The repositories that may have a file, and the end of its path there.
 ON_THE_HUB = {
@@ -51,9 +52,15 @@ NAMES = (*ON_THE_HUB, *ELSEWHERE)
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser(__doc__.splitlines()[0], "tools.download")
-    parser.add_argument("what", nargs="*", help=f"{', '.join(NAMES)}; by default all but reference (2 GB of images)")
-    parser.add_argument("--output_dir", default=".", help="holds pretrained_models/ and fid_stats/, not inception")
-    parser.add_argument("--revision", help=f"branch, tag or commit of {hub.MODELS_REPO}; by default the newest")
+    parser.add_argument(
+        "what", nargs="*", help=f"{', '.join(NAMES)}; by default all but reference (2 GB of images)"
+    )
+    parser.add_argument(
+        "--output_dir", default=".", help="holds pretrained_models/ and fid_stats/, not inception"
+    )
+    parser.add_argument(
+        "--revision", help=f"branch, tag or commit of {hub.MODELS_REPO}; by default the newest"
+    )
     return parser
 
 
@@ -83,7 +90,9 @@ def fetch_published(name: str, target: Path, revision: str | None) -> None:
     info, file = find_published(name, revision)
     tags = [tag.removeprefix("license:") for tag in info.tags or () if tag.startswith("license:")]
     licence = (
-        f"its licence: {', '.join(tags)}" if tags else "it names no licence: ask its authors before you pass it on"
+        f"its licence: {', '.join(tags)}"
+        if tags
+        else "it names no licence: ask its authors before you pass it on"
     )
     log.info("%s/%s at %s; %s", info.id, file.rfilename, info.sha, licence)
 
@@ -109,7 +118,9 @@ def readable(path: Path) -> bool:
         return False
 
 
-def fetch(what: hub.Address | str, url: str, target: Path, whole: Callable[[Path], bool], **options) -> None:
+def fetch(
+    what: hub.Address | str, url: str, target: Path, whole: Callable[[Path], bool], **options
+) -> None:
     """Fetches a file to ``target``, unless a whole one is there; continues an interrupted download.
 
     The Hub's own ``hf_hub_download`` starts from the beginning if its process was ended. ``whole`` tells whether a file
@@ -138,9 +149,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     start_log()
     unknown = [name for name in args.what if name not in NAMES]
     if unknown:
-        raise UserError(f"nothing published is called {', '.join(unknown)}: choose from {', '.join(NAMES)}")
+        raise UserError(
+            f"nothing published is called {', '.join(unknown)}: choose from {', '.join(NAMES)}"
+        )
     for name in args.what or [name for name in NAMES if name != "reference"]:
-        target = inception_place() if name == "inception" else Path(args.output_dir) / TARGETS[name]
+        target = inception_path() if name == "inception" else Path(args.output_dir) / TARGETS[name]
         if name in ON_THE_HUB:
             fetch_published(name, target, args.revision)
         elif name == "inception":

@@ -14,10 +14,17 @@ from torch import Tensor
 from engine_tokenbridge import channel_statistics
 from models.pipeline import decode_images
 from models.quantizer import QUANTIZERS, ScalarQuantizer
-from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions, check_guidance, check_head_options
+from models.sampling import (
+    FIRST_PLACES,
+    HEAD_ORDERS,
+    ORDERS,
+    SamplingOptions,
+    check_guidance,
+    check_head_options,
+)
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
-from util import checkpoint, errors, misc
+from util import errors
 from util.args import (
     add_quantizer_args,
     add_run_args,
@@ -28,13 +35,19 @@ from util.args import (
     check_range,
     new_parser,
 )
-from util.checkpoint.load import fingerprint
-from util.classes import find_classes, readable
+from util.checkpoint.files import CHECKPOINT_NAME
+from util.checkpoint.runs import find_checkpoint, read_run
+from util.checkpoint.vae_files import tokenizer_config
+from util.checksums import fingerprint
 from util.config import Tokenizer, check_config, check_tokenizer
-from util.images import confidence_maps, save_grid
-from util.loader import evenly_spaced, make_loader
-from util.packed import open_cache
-from util.plots import save_figure
+from util.data.classes import find_classes, readable
+from util.data.images import confidence_maps, save_grid
+from util.data.loaders import evenly_spaced, make_loader
+from util.data.packed import open_cache
+from util.log import log
+from util.metrics.plots import save_figure
+from util.precision import autocast, check_finite
+from util.process_group import process_group
 from util.rng import image_seeds, seed_everything
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -46,7 +59,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, "tools.figures", config=False)
     figures = parser.add_subparsers(dest="figure", required=True)
 
-    levels = figures.add_parser("levels", help="Figure 3: latents, their levels, and what quantizing leaves")
+    levels = figures.add_parser(
+        "levels", help="Figure 3: latents, their levels, and what quantizing leaves"
+    )
     levels.add_argument("--cached_path", default="", help="a cache of main_cache.py or tools.pack")
     levels.add_argument("--quant_bits", type=int, default=6, help="2^bits levels a channel")
     levels.add_argument("--quant_min", type=float, default=-5.0, help="lower bound of the latents")
@@ -56,18 +71,30 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     samples = figures.add_parser("samples", help="Figures 2 and 9: samples by class")
     samples.add_argument("--per_class", type=int, default=4, help="samples of each class")
-    parallel = figures.add_parser("parallel", help="Figure 7: a parallel head above an autoregressive one")
-    parallel.add_argument("--resume_parallel", default="", help="folder of the checkpoint trained with --head parallel")
+    parallel = figures.add_parser(
+        "parallel", help="Figure 7: a parallel head above an autoregressive one"
+    )
+    parallel.add_argument(
+        "--resume_parallel",
+        default="",
+        help="folder of the checkpoint trained with --head parallel",
+    )
     text = "Figure 8: random order, order by confidence, and a map of the confidence"
     confidence = figures.add_parser("confidence", help=text)
     for command in (samples, parallel, confidence):
-        command.add_argument("--resume", default="", help=f"folder that holds {checkpoint.CHECKPOINT_NAME}")
+        command.add_argument("--resume", default="", help=f"folder that holds {CHECKPOINT_NAME}")
         text = "names of class folders, ImageNet's names, or numbers; by default eight classes"
         command.add_argument("--classes", nargs="+", help=text)
         command.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
-        command.add_argument("--temperature", type=float, default=1.0, help="of every channel's distribution")
-        command.add_argument("--gen_seed", type=int, default=0, help="gives sample n its seed, together with n")
-        command.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
+        command.add_argument(
+            "--temperature", type=float, default=1.0, help="of every channel's distribution"
+        )
+        command.add_argument(
+            "--gen_seed", type=int, default=0, help="gives sample n its seed, together with n"
+        )
+        command.add_argument(
+            "--no_ema", action="store_true", help="the weights themselves, not their average"
+        )
         add_sampling_args(command, ORDERS, FIRST_PLACES, HEAD_ORDERS)
         add_vae_arg(command)
     for command in (levels, samples, parallel, confidence):
@@ -99,10 +126,23 @@ def plot_levels(latents: Tensor, levels: ScalarQuantizer, unit: str) -> Figure:
     axes = figure.add_subplot(grid[0, :])
     span = float(latents.abs().quantile(0.9995) if latents.numel() < 10**7 else latents.abs().max())
     x = np.linspace(-span, span, 400)
-    axes.hist(latents.flatten().numpy(), bins=x[::2], density=True, color="tab:gray", alpha=0.4, label="latents")
+    axes.hist(
+        latents.flatten().numpy(),
+        bins=x[::2],
+        density=True,
+        color="tab:gray",
+        alpha=0.4,
+        label="latents",
+    )
     edges, density = level_density(latents, levels)
     axes.stairs(density, edges, color="tab:purple", label=f"quantized to {levels.levels} levels")
-    axes.plot(x, norm.pdf(x, float(latents.mean()), float(latents.std())), color="black", lw=1, label="normal")
+    axes.plot(
+        x,
+        norm.pdf(x, float(latents.mean()), float(latents.std())),
+        color="black",
+        lw=1,
+        label="normal",
+    )
     centres = levels.dequantize(torch.arange(levels.levels)).numpy()
     axes.plot(centres, np.full(len(centres), -0.012), "|", color="tab:purple", ms=8, label="levels")
     axes.set(xlim=(-span, span), xlabel=f"latent ({unit})", ylabel="density")
@@ -124,15 +164,19 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
     if not args.cached_path:
         raise errors.UserError("--cached_path is missing: name the folder that main_cache.py wrote")
     cache = open_cache(args.cached_path, mirror=False)
-    _, latent_factor = checkpoint.tokenizer_of(cache.metadata, args.cached_path)
+    _, latent_factor = tokenizer_config(cache.metadata, args.cached_path)
     cache.shape = tuple(cache[0][0].shape)
     loader = make_loader(evenly_spaced(cache, args.num_images), args, device)
     seed_everything(args.seed)
-    latents = [DiagonalGaussianDistribution(moments).sample() * latent_factor for moments, _ in loader]
+    latents = [
+        DiagonalGaussianDistribution(moments).sample() * latent_factor for moments, _ in loader
+    ]
     latents = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, N]
     bounds, unit = (args.quant_min, args.quant_max), "scaled by the latent factor"
     if args.quant_calibrate:  # in units of its own deviation, each channel has the same levels
-        mean, deviation = channel_statistics(None, loader, len(latents), latent_factor, torch.device("cpu"), "fp32")
+        mean, deviation = channel_statistics(
+            None, loader, len(latents), latent_factor, torch.device("cpu"), "fp32"
+        )
         latents = (latents - torch.tensor(mean)[:, None]) / torch.tensor(deviation)[:, None]
         bounds, unit = (-3 * math.sqrt(3), 3 * math.sqrt(3)), "in each channel's deviations"
     try:
@@ -146,12 +190,14 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
 # Figures 2, 7, 8 and 9.
 
 
-def load_model(resume: str, flag: str, tokenizer: Tokenizer, args: argparse.Namespace) -> TokenBridge:
+def load_model(
+    resume: str, flag: str, tokenizer: Tokenizer, args: argparse.Namespace
+) -> TokenBridge:
     """The model in folder ``resume``, which ``flag`` named; UserError if tokenizer or flags do not fit it."""
     if not resume:
-        raise errors.UserError(f"{flag} is missing: name the folder that holds {checkpoint.CHECKPOINT_NAME}")
-    path = checkpoint.find(resume)
-    content = checkpoint.read_run(path)
+        raise errors.UserError(f"{flag} is missing: name the folder that holds {CHECKPOINT_NAME}")
+    path = find_checkpoint(resume)
+    content = read_run(path)
     model = TokenBridge.from_content(content, path, ema=not args.no_ema)
     stored = content.get("config", {})
     check_config(stored, {**model.config, "latent_factor": tokenizer.latent_factor}, path)
@@ -175,15 +221,19 @@ def sample(
     """Images as bytes ``[N, 3, H, W]``, and maps of the confidence of their tokens as pictures of the same size."""
     (vae, latent_factor), images, maps = tokenizer, [], []
     seeds = image_seeds(args.gen_seed, range(len(labels)))
-    options = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__} | {"order": order}
+    options = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__} | {
+        "order": order
+    }
     for start in range(0, len(labels), args.batch_size):
         part = slice(start, start + args.batch_size)
         given = {"labels": torch.tensor(labels[part]), "seeds": seeds[part]}
-        with misc.autocast(model.device, args.precision):
-            latents, confidence = model.sample_tokens(len(labels[part]), **given, **options, return_confidence=True)
+        with autocast(model.device, args.precision):
+            latents, confidence = model.sample_tokens(
+                len(labels[part]), **given, **options, return_confidence=True
+            )
         images.append(decode_images(vae, latents / latent_factor, args.precision))
         grids = confidence.unflatten(1, (model.grid_size, -1)).cpu()
-        misc.check_finite(grids, "the transformer", args.precision)
+        check_finite(grids, "the transformer", args.precision)
         maps.append(confidence_maps(grids, images[-1].shape[-1]))
     return torch.cat(images), torch.cat(maps)
 
@@ -196,16 +246,23 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     about = Tokenizer(vae.config, latent_factor, args.vae_path, fingerprint(vae))
     tokenizer = vae.to(device, memory_format=torch.channels_last), latent_factor
     model = load_model(args.resume, "--resume", about, args).to(device)
-    names = readable(model.metadata.get("class_names") or [str(label) for label in range(model.class_num)])
+    names = readable(
+        model.metadata.get("class_names") or [str(label) for label in range(model.class_num)]
+    )
     labels = find_classes(args.classes, names)
     if args.figure == "samples":
         check_positive(args, "per_class")
         rows = [sample(model, tokenizer, labels * args.per_class, args.order, args)[0]]
     elif args.figure == "parallel":
         other = load_model(args.resume_parallel, "--resume_parallel", about, args).to(device)
-        for each, head, flag in ((model, "ar", "--resume"), (other, "parallel", "--resume_parallel")):
+        for each, head, flag in (
+            (model, "ar", "--resume"),
+            (other, "parallel", "--resume_parallel"),
+        ):
             if each.config["head"] != head:
-                raise errors.UserError(f"{flag} needs a model of --head {head}; this one's is {each.config['head']}")
+                raise errors.UserError(
+                    f"{flag} needs a model of --head {head}; this one's is {each.config['head']}"
+                )
         rows = [sample(each, tokenizer, labels, args.order, args)[0] for each in (other, model)]
     else:
         random_order, _ = sample(model, tokenizer, labels, "random", args)
@@ -217,13 +274,13 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device, args.deterministic, args.precision) as device:
+    with process_group(args.device, args.deterministic, args.precision) as device:
         check_range(args, 0, math.inf, "num_workers", "seed")
         args.output = args.output or f"{args.figure}.png"
         if Path(args.output).suffix.lower() != ".png":
             raise errors.UserError(f"--output {args.output}: the picture is a .png")
         draw_levels(args, device) if args.figure == "levels" else draw_samples(args, device)
-        misc.log.info("wrote %s", args.output)
+        log.info("wrote %s", args.output)
 
 
 if __name__ == "__main__":

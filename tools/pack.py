@@ -5,11 +5,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from util import errors, misc
+from util import errors
 from util.args import WORKERS, check_positive, check_range, new_parser
+from util.data.caches import CACHE_METADATA, PACKED_METADATA
+from util.data.packed import DTYPES, PackedCache, open_cache, pack, unpack
 from util.errors import UserError
-from util.loader import CACHE_METADATA, PACKED_METADATA
-from util.packed import DTYPES, PackedCache, open_cache, pack, unpack
+from util.log import log
+from util.process_group import process_group
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -17,8 +19,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, "tools.pack")
     parser.add_argument("--cached_path", default="", help="folder of the cache to convert")
     parser.add_argument("--output_dir", default="", help="folder to write the converted cache to")
-    parser.add_argument("--cache_dtype", choices=DTYPES, default="fp32", help="type of the packed values")
-    parser.add_argument("--shard_images", type=int, default=20000, help="images in each file of the packed cache")
+    parser.add_argument(
+        "--cache_dtype", choices=DTYPES, default="fp32", help="type of the packed values"
+    )
+    parser.add_argument(
+        "--shard_images", type=int, default=20000, help="images in each file of the packed cache"
+    )
     parser.add_argument("--num_workers", type=int, default=WORKERS, help="reading processes")
     parser.add_argument("--unpack", action="store_true", help="from packed to one file an image")
     return parser
@@ -27,23 +33,27 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args(argv)
-    with misc.processes("cpu"):
+    with process_group("cpu"):
         check_positive(args, "shard_images")
         check_range(args, 0, math.inf, "num_workers")
         if not args.cached_path or not args.output_dir:
-            raise UserError("--cached_path and --output_dir are needed: the cache to read, the folder to write to")
+            raise UserError(
+                "--cached_path and --output_dir are needed: the cache to read, the folder to write to"
+            )
         cache = open_cache(args.cached_path, mirror=False)
         if args.unpack != isinstance(cache, PackedCache):
             state = "is packed already" if isinstance(cache, PackedCache) else "is not packed"
             raise UserError(f"{args.cached_path} {state}; see --unpack")
         for name in (PACKED_METADATA, CACHE_METADATA):
             if (Path(args.output_dir) / name).exists():
-                raise UserError(f"{args.output_dir} holds a cache already ({name}); choose another folder")
+                raise UserError(
+                    f"{args.output_dir} holds a cache already ({name}); choose another folder"
+                )
         if args.unpack:
             unpack(cache, args.output_dir, args.num_workers)
         else:
             pack(cache, args.output_dir, args.cache_dtype, args.shard_images, args.num_workers)
-        misc.log.info("wrote %d images to %s", len(cache), args.output_dir)
+        log.info("wrote %d images to %s", len(cache), args.output_dir)
 
 
 if __name__ == "__main__":

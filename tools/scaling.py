@@ -61,7 +61,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__, "tools.scaling")
     for name, (default, what) in ASSUMED.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=what)
-    parser.add_argument("--write", action="store_true", help="write the tables into docs/scaling.md and README.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write the tables into docs/scaling.md and README.md"
+    )
     return parser
 
 
@@ -89,8 +91,14 @@ class Counts(NamedTuple):
     def make(cls) -> "Counts":
         """Builds and counts everything; takes seconds."""
         with torch.device("meta"):
-            models = {name: MODELS[f"tokenbridge_{name}"](quant_levels=64).eval() for name in ("large", "huge")}
-            vae, inception = AutoencoderKL(**KL16_CONFIG).eval(), inception_v3(init_weights=False).eval()
+            models = {
+                name: MODELS[f"tokenbridge_{name}"](quant_levels=64).eval()
+                for name in ("large", "huge")
+            }
+            vae, inception = (
+                AutoencoderKL(**KL16_CONFIG).eval(),
+                inception_v3(init_weights=False).eval(),
+            )
         sizes = counted(vae.encode, 1, 3, 256, 256), counted(vae.decode, 1, 16, 16, 16)
         return cls(models, *sizes, counted(inception, 1, 3, 299, 299))
 
@@ -109,12 +117,16 @@ def seconds_an_image(flops: float, gpu: Gpu, a: argparse.Namespace, encode: floa
     return (flops / gpu.bf16 + encode / gpu.tf32) / a.utilization
 
 
-def gpu_hours(flops: float, gpu: Gpu, a: argparse.Namespace, epochs: int, encode: float = 0.0) -> float:
+def gpu_hours(
+    flops: float, gpu: Gpu, a: argparse.Namespace, epochs: int, encode: float = 0.0
+) -> float:
     """Of a training."""
     return epochs * a.images * seconds_an_image(flops, gpu, a, encode) / 3600
 
 
-def all_reduce_seconds(size: float, count: int, gpu: Gpu, a: argparse.Namespace, ports: int) -> float:
+def all_reduce_seconds(
+    size: float, count: int, gpu: Gpu, a: argparse.Namespace, ports: int
+) -> float:
     """Of a ring over ``count`` GPUs: each link carries 2 (n - 1) / n times the bytes; the slowest one decides."""
     rate = gpu.nvlink if count <= a.node else min(gpu.nvlink, ports * gpu.port)
     return 2 * (count - 1) / count * size / rate
@@ -131,7 +143,9 @@ def sampling_seconds(model: TokenBridge, gpu: Gpu, a: argparse.Namespace) -> tup
     rate, backbone, head = gpu.bf16 * a.utilization / a.eval_bsz, 0.0, 0.0
     waits = [1e-6 * a.launch * count for count in launches(model, a)]
     for step in sampling_plan(SamplingOptions(a.num_iter), model.seq_len):
-        backbone += max(2 * model.backbone_flops(step.masked) / rate, waits[0])  # guidance doubles the batch
+        backbone += max(
+            2 * model.backbone_flops(step.masked) / rate, waits[0]
+        )  # guidance doubles the batch
         head += max((step.masked - step.left) * model.token_flops() / rate, waits[1])
     return backbone, head
 
@@ -146,7 +160,14 @@ def operations(c: Counts, a: argparse.Namespace) -> str:
         + [epochs * a.images * m.training_flops() / 1e18 for epochs in (400, 800)]
         for name, m in c.models.items()
     ]
-    header = ["model", "parameters", "training, an image", "VAE, an image", "400 epochs (10^18)", "800 epochs (10^18)"]
+    header = [
+        "model",
+        "parameters",
+        "training, an image",
+        "VAE, an image",
+        "400 epochs (10^18)",
+        "800 epochs (10^18)",
+    ]
     return markdown(header, rows)
 
 
@@ -159,7 +180,9 @@ def hours(c: Counts, a: argparse.Namespace) -> str:
                     total = gpu_hours(model.training_flops(), gpu, a, epochs, encode)
                     each = [f"{total / count:,.1f}" for count in COUNTS]
                     rows.append([name, epochs, data, kind, f"{total:,.0f}", *each])
-    return markdown(["model", "epochs", "data", "GPU", "GPU-hours", *(f"hours on {n}" for n in COUNTS)], rows)
+    return markdown(
+        ["model", "epochs", "data", "GPU", "GPU-hours", *(f"hours on {n}" for n in COUNTS)], rows
+    )
 
 
 def communication(c: Counts, a: argparse.Namespace) -> str:
@@ -168,7 +191,9 @@ def communication(c: Counts, a: argparse.Namespace) -> str:
         size = 4 * parameters(model)
         for kind, gpu in GPUS.items():
             for count in COUNTS:
-                backward = 2 / 3 * a.batch / count * seconds_an_image(model.training_flops(), gpu, a)
+                backward = (
+                    2 / 3 * a.batch / count * seconds_an_image(model.training_flops(), gpu, a)
+                )
                 times = [all_reduce_seconds(size, count, gpu, a, ports) for ports in (a.ports, 1)]
                 shares = [f"{1e3 * time:.1f} ms, {time / backward:.1%}" for time in times]
                 row = [
@@ -180,7 +205,16 @@ def communication(c: Counts, a: argparse.Namespace) -> str:
                     f"{1e3 * backward:,.0f} ms",
                 ]
                 rows.append([*row, shares[0], shares[1] if count > a.node else None])
-    header = ["model", "gradients", "GPU", "GPUs", "images a GPU", "backward pass", "all-reduce", "with one port"]
+    header = [
+        "model",
+        "gradients",
+        "GPU",
+        "GPUs",
+        "images a GPU",
+        "backward pass",
+        "all-reduce",
+        "with one port",
+    ]
     return markdown(header, rows)
 
 
@@ -188,8 +222,13 @@ def binding(c: Counts, a: argparse.Namespace) -> str:
     rows = []
     for name, model in c.models.items():
         for kind, gpu in GPUS.items():
-            backward = 2 / 3 * a.batch * seconds_an_image(model.training_flops(), gpu, a)  # of one GPU
-            rates = [min(gpu.nvlink, ports * gpu.port) / (2 * 4 * parameters(model)) for ports in (a.ports, 1)]
+            backward = (
+                2 / 3 * a.batch * seconds_an_image(model.training_flops(), gpu, a)
+            )  # of one GPU
+            rates = [
+                min(gpu.nvlink, ports * gpu.port) / (2 * 4 * parameters(model))
+                for ports in (a.ports, 1)
+            ]
             rows.append([name, kind, *(f"{backward * rate:,.0f}" for rate in rates)])
     return markdown(["model", "GPU", "communication binds from, GPUs", "with one port"], rows)
 
@@ -201,7 +240,9 @@ def loading(c: Counts, a: argparse.Namespace) -> str:
     for name, model in c.models.items():
         for kind, gpu in GPUS.items():
             rate = 1 / seconds_an_image(model.training_flops(), gpu, a)
-            feeds = [f"{measured[way] / rate:,.0f}" for way in ("one file an image", "packed, fp32")]
+            feeds = [
+                f"{measured[way] / rate:,.0f}" for way in ("one file an image", "packed, fp32")
+            ]
             workers = 1 / seconds_an_image(model.training_flops(), gpu, a, c.encode) / a.decoded
             read = f"{COUNTS[-1] * rate * 2**15 / 1e9:.2f} GB/s"
             rows.append([name, kind, f"{rate:.0f}", *feeds, read, f"{workers:.1f}"])
@@ -210,17 +251,26 @@ def loading(c: Counts, a: argparse.Namespace) -> str:
 
 
 def files(c: Counts, a: argparse.Namespace) -> str:
-    views = 2 * 2 * 16 * 16 * 16  # moments, mean and log-variance of 16 channels on 16 x 16 places, of two views
-    rows = [[f"cache, {dtype}", a.images * views * size / 2**30] for dtype, size in (("fp32", 4), ("fp16, bf16", 2))]
+    views = (
+        2 * 2 * 16 * 16 * 16
+    )  # moments, mean and log-variance of 16 channels on 16 x 16 places, of two views
+    rows = [
+        [f"cache, {dtype}", a.images * views * size / 2**30]
+        for dtype, size in (("fp32", 4), ("fp16, bf16", 2))
+    ]
     rows = [[*row, None, *[None] * len(COUNTS)] for row in rows]
     gpu = GPUS["H100, H200"]
     for name, model in c.models.items():
-        size = 16 * parameters(model)  # weights, their average, and the optimizer's two moments, in fp32
+        size = 16 * parameters(
+            model
+        )  # weights, their average, and the optimizer's two moments, in fp32
         seconds = size / (1e9 * a.disk)
         between = gpu_hours(model.training_flops(), gpu, a, a.save_last_freq) * 3600
         shares = [f"{seconds / (between / count):.1%}" for count in COUNTS]
         rows.append([f"checkpoint, {name}", size / 2**30, f"{seconds:.1f} s", *shares])
-    return markdown(["file", "GiB", "written in", *(f"share of the time, {n} H100" for n in COUNTS)], rows)
+    return markdown(
+        ["file", "GiB", "written in", *(f"share of the time, {n} H100" for n in COUNTS)], rows
+    )
 
 
 def fid(c: Counts, a: argparse.Namespace) -> str:
@@ -232,17 +282,36 @@ def fid(c: Counts, a: argparse.Namespace) -> str:
             parts.append(images * c.decode / gpu.bf16 / a.utilization / a.node)
             parts.append(images * c.inception / gpu.tf32 / a.utilization / a.node)
             minutes = [f"{seconds / 60:.1f}" for seconds in (*parts, sum(parts))]
-            rows.append([name, kind, " + ".join(f"{count:,}" for count in launches(model, a)), *minutes])
-    header = ["model", "GPU", "launches a step", "backbone", "head", "VAE", "Inception", f"minutes on {a.node}"]
+            rows.append(
+                [name, kind, " + ".join(f"{count:,}" for count in launches(model, a)), *minutes]
+            )
+    header = [
+        "model",
+        "GPU",
+        "launches a step",
+        "backbone",
+        "head",
+        "VAE",
+        "Inception",
+        f"minutes on {a.node}",
+    ]
     return markdown(header, rows)
 
 
 def sentences(c: Counts, a: argparse.Namespace) -> dict[str, str]:
     """The figures that stand in running text, by the name of their place."""
-    cpu, cuda = (read_json(ROOT / "benchmarks" / "results" / f"{device}-training.json") for device in ("cpu", "cuda"))
-    of_cpu, of_h200 = ({row["way"]: row["utilization"] for row in file["rows"]} for file in (cpu, cuda))
+    cpu, cuda = (
+        read_json(ROOT / "benchmarks" / "results" / f"{device}-training.json")
+        for device in ("cpu", "cuda")
+    )
+    of_cpu, of_h200 = (
+        {row["way"]: row["utilization"] for row in file["rows"]} for file in (cpu, cuda)
+    )
     large, a100, h100 = c.models["large"], *GPUS.values()
-    days = {epochs: gpu_hours(large.training_flops(), a100, a, epochs) / 32 / 24 for epochs in (400, 800)}
+    days = {
+        epochs: gpu_hours(large.training_flops(), a100, a, epochs) / 32 / 24
+        for epochs in (400, 800)
+    }
     # 1 day and 11 hours on 16 H100s, cached, 400 epochs; MAR's own head is not counted.
     masked = large.num_masked_at(0.5)
     mar = 3 * large.backbone_flops(masked) * 400 * a.images / (35 * 3600 * 16 * h100.bf16)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from util.args import add_quantizer_args, add_vae_arg
 from util.errors import UserError
-from util.misc import log, warn
+from util.log import log, warn
 
 # --------------------------------------------------------------------------------------------------------------------
 # The published tokenizer, KL-16: assumed for files that do not describe theirs.
@@ -31,7 +31,9 @@ class Tokenizer(NamedTuple):
     config: Mapping[str, Any]  # arguments of the tokenizer; `embed_dim` and `ch_mult` at least
     latent_factor: float  # what its latents are multiplied by
     source: str | Path  # the tokenizer's file or the cache's folder, for messages
-    sha256: str | None = None  # of its weights (util.checkpoint.load.fingerprint); None for caches that store none
+    sha256: str | None = (
+        None  # of its weights (util.checksums.fingerprint); None for caches that store none
+    )
 
     @property
     def stride(self) -> int:
@@ -67,10 +69,16 @@ class Fact(NamedTuple):
 
     name: str  # the entry of a checkpoint's `config`, and the argument of TokenBridge
     flags: str  # the flags that set it, the first one directly; empty if none does
-    adopted_in: Sequence[str] = ()  # uses of a checkpoint in which its value replaces a flag's default
+    adopted_in: Sequence[
+        str
+    ] = ()  # uses of a checkpoint in which its value replaces a flag's default
     published: Any = None  # the value of published checkpoints, which store none; None where weights' shapes tell it
-    unlike_published: str = ""  # "refuse" or "warn" where a run uses such a checkpoint with another value
-    compared: bool = True  # whether a run that resumes or evaluates a checkpoint must have its value
+    unlike_published: str = (
+        ""  # "refuse" or "warn" where a run uses such a checkpoint with another value
+    )
+    compared: bool = (
+        True  # whether a run that resumes or evaluates a checkpoint must have its value
+    )
 
 
 FACTS = (
@@ -106,24 +114,45 @@ FACTS = (
 
 
 def add_model_args(
-    parser: argparse.ArgumentParser, models: Sequence[str], quantizers: Sequence[str], checkpointed: Sequence[str]
+    parser: argparse.ArgumentParser,
+    models: Sequence[str],
+    quantizers: Sequence[str],
+    checkpointed: Sequence[str],
 ) -> None:
     """Adds the model's flags, with the values of ``--model``, ``--quantizer`` and ``--checkpoint_blocks``."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", choices=models, default="tokenbridge_large", help="size of the transformer")
-    model.add_argument("--img_size", type=int, default=256, help="height and width of the images in pixels")
+    model.add_argument(
+        "--model", choices=models, default="tokenbridge_large", help="size of the transformer"
+    )
+    model.add_argument(
+        "--img_size", type=int, default=256, help="height and width of the images in pixels"
+    )
     add_vae_arg(model)
     told = "a file that tells its own wins"
     model.add_argument("--vae_embed_dim", type=int, default=16, help=f"latent channels; {told}")
     model.add_argument("--vae_stride", type=int, default=16, help=f"pixels a latent covers; {told}")
-    model.add_argument("--patch_size", type=int, default=1, help="latent positions a token covers, each way")
-    model.add_argument("--buffer_size", type=int, default=64, help="positions that hold the class embedding")
+    model.add_argument(
+        "--patch_size", type=int, default=1, help="latent positions a token covers, each way"
+    )
+    model.add_argument(
+        "--buffer_size", type=int, default=64, help="positions that hold the class embedding"
+    )
     model.add_argument("--class_num", type=int, default=1000, help="classes of the data")
-    model.add_argument("--attn_dropout", type=float, default=0.1, help="of attention weights, 0 to 1")
-    model.add_argument("--proj_dropout", type=float, default=0.1, help="of the blocks' outputs, 0 to 1")
-    model.add_argument("--label_drop_prob", type=float, default=0.1, help="for classifier-free guidance")
-    model.add_argument("--mask_ratio_min", type=float, default=0.7, help="lower end of the mask ratios")
-    model.add_argument("--grad_checkpointing", action="store_true", help="recompute blocks to save memory")
+    model.add_argument(
+        "--attn_dropout", type=float, default=0.1, help="of attention weights, 0 to 1"
+    )
+    model.add_argument(
+        "--proj_dropout", type=float, default=0.1, help="of the blocks' outputs, 0 to 1"
+    )
+    model.add_argument(
+        "--label_drop_prob", type=float, default=0.1, help="for classifier-free guidance"
+    )
+    model.add_argument(
+        "--mask_ratio_min", type=float, default=0.7, help="lower end of the mask ratios"
+    )
+    model.add_argument(
+        "--grad_checkpointing", action="store_true", help="recompute blocks to save memory"
+    )
     model.add_argument(
         "--checkpoint_blocks",
         nargs="+",
@@ -141,11 +170,15 @@ def add_model_args(
         "--channel_order",
         help="order of predictions: frequency (KL-16's), sequential, 8,1,10,..., or a file of tools.channel_order",
     )
-    model.add_argument("--channels_per_group", type=int, help="channels predicted jointly, levels^group classes")
+    model.add_argument(
+        "--channels_per_group", type=int, help="channels predicted jointly, levels^group classes"
+    )
     model.add_argument("--head_dim", type=int, help="width of the head; by default the model's")
     model.add_argument("--head_depth", type=int, help="blocks of the head; by default the model's")
     model.add_argument(
-        "--head_heads", type=int, help="attention heads of the head (the masked one has none); by default the model's"
+        "--head_heads",
+        type=int,
+        help="attention heads of the head (the masked one has none); by default the model's",
     )
 
 
@@ -193,10 +226,17 @@ def resolve(
     # KL-16's order of channels is for KL-16's latents, and for those of a checkpoint that the run goes on with: if it
     # stores no order, it is taken for a published one.
     same_latents = tokenizer.is_kl16 or start.use in (RESUME, EVALUATE) or "channel_order" in told
-    known_order = same_latents and (args.vae_embed_dim, args.patch_size) == (len(KL16_CHANNEL_ORDER), 1)
+    known_order = same_latents and (args.vae_embed_dim, args.patch_size) == (
+        len(KL16_CHANNEL_ORDER),
+        1,
+    )
     config: dict[str, Any] = dict(size)
     for fact in FACTS[1:]:
-        values = (typed_value(args, fact, known_order), told.get(fact.name), size.get(fact.name, fact.published))
+        values = (
+            typed_value(args, fact, known_order),
+            told.get(fact.name),
+            size.get(fact.name, fact.published),
+        )
         config[fact.name] = next((value for value in values if value is not None), None)
     if config["channel_order"] is KL16_CHANNEL_ORDER and not known_order:
         config["channel_order"] = range(args.vae_embed_dim * args.patch_size**2)
@@ -209,7 +249,9 @@ def resolve(
     return {name: value for name, value in config.items() if name != "latent_factor"}
 
 
-def set_flags(args: argparse.Namespace, defaults: argparse.Namespace, sizes: Mapping[str, Any], start: Start) -> None:
+def set_flags(
+    args: argparse.Namespace, defaults: argparse.Namespace, sizes: Mapping[str, Any], start: Start
+) -> None:
     """Sets flags at their defaults to the checkpoint's values, where :data:`FACTS` says that these are adopted."""
     # A fine-tuned run that is restarted by its own command keeps what it adopted at first.
     uses = (start.use, FINETUNE) if start.use == RESUME and args.finetune else (start.use,)
@@ -218,19 +260,32 @@ def set_flags(args: argparse.Namespace, defaults: argparse.Namespace, sizes: Map
         if fact.name == "quant_levels" and isinstance(told, int):
             told = told.bit_length() - 1
         default = getattr(defaults, flag, None)
-        open_flag = default is not None and set(uses) & set(fact.adopted_in) and isinstance(told, type(default))
-        if open_flag and getattr(args, flag) == default != told and (fact.name != "model" or told in sizes):
+        open_flag = (
+            default is not None
+            and set(uses) & set(fact.adopted_in)
+            and isinstance(told, type(default))
+        )
+        if (
+            open_flag
+            and getattr(args, flag) == default != told
+            and (fact.name != "model" or told in sizes)
+        ):
             setattr(args, flag, told)
             log.info("--%s %s, as the weights tell", flag, told)
 
 
-def follow_tokenizer(args: argparse.Namespace, defaults: argparse.Namespace, tokenizer: Tokenizer) -> None:
+def follow_tokenizer(
+    args: argparse.Namespace, defaults: argparse.Namespace, tokenizer: Tokenizer
+) -> None:
     """Sets ``--vae_embed_dim`` and ``--vae_stride`` to the tokenizer's.
 
     Raises:
         UserError: one of these flags was set to something else, or the image is no multiple of the stride.
     """
-    for name, told in {"vae_embed_dim": tokenizer.config["embed_dim"], "vae_stride": tokenizer.stride}.items():
+    for name, told in {
+        "vae_embed_dim": tokenizer.config["embed_dim"],
+        "vae_stride": tokenizer.stride,
+    }.items():
         if getattr(args, name, told) not in (getattr(defaults, name, told), told):
             wrong = f"--{name} {getattr(args, name)}, but {tokenizer.source} has {told}"
             raise UserError(f"{wrong}; leave the flag out or pass {told}")
@@ -241,23 +296,33 @@ def follow_tokenizer(args: argparse.Namespace, defaults: argparse.Namespace, tok
 def check_stride(img_size: int, stride: int) -> None:
     """Raises UserError unless ``stride`` divides the image size."""
     if img_size % stride:
-        raise UserError(f"--img_size {img_size} is not a multiple of the tokenizer's stride, {stride}")
+        raise UserError(
+            f"--img_size {img_size} is not a multiple of the tokenizer's stride, {stride}"
+        )
 
 
-def checkpoint_values(args: argparse.Namespace, tokenizer: Tokenizer, start: Start) -> dict[str, Any]:
+def checkpoint_values(
+    args: argparse.Namespace, tokenizer: Tokenizer, start: Start
+) -> dict[str, Any]:
     """Arguments of the model that the run takes from its checkpoint where flags leave them open.
 
     In fine-tuning, the order of channels is taken only where a token has the same channels, the quantizer's calibration
     only for the same tokenizer, unless it is to be measured, and the number of the head's blocks only for such blocks.
     """
     stored = start.config
-    told = {fact.name: stored[fact.name] for fact in FACTS if start.use in fact.adopted_in and fact.name in stored}
+    told = {
+        fact.name: stored[fact.name]
+        for fact in FACTS
+        if start.use in fact.adopted_in and fact.name in stored
+    }
     if start.use != FINETUNE:
         return told
     sizes = {name: getattr(args, name) for name in ("vae_embed_dim", "patch_size")}
     same_channels = len(told.get("channel_order", ())) == args.vae_embed_dim * args.patch_size**2
     same_channels &= all(stored.get(name, size) == size for name, size in sizes.items())
-    same_latents = same_channels and tokenizer.same_factor(stored.get("latent_factor", tokenizer.latent_factor))
+    same_latents = same_channels and tokenizer.same_factor(
+        stored.get("latent_factor", tokenizer.latent_factor)
+    )
     same_latents &= tokenizer.same_weights(stored.get("vae_sha256"))
     unfit = [] if same_channels else ["channel_order"]
     there = told.get("head", "ar")
@@ -302,7 +367,11 @@ def read_channel_order(args: argparse.Namespace, known_order: bool) -> list[int]
             )
         return list(KL16_CHANNEL_ORDER)
     try:
-        order = json.loads(Path(text).read_text())["order"] if text.endswith(".json") else text.split(",")
+        order = (
+            json.loads(Path(text).read_text())["order"]
+            if text.endswith(".json")
+            else text.split(",")
+        )
         order = [int(channel) for channel in order]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
@@ -319,7 +388,10 @@ def read_channel_order(args: argparse.Namespace, known_order: bool) -> list[int]
 
 
 def check_config(
-    stored: Mapping[str, Any], here: Mapping[str, Any], path: str | Path | None, calibrate: bool = False
+    stored: Mapping[str, Any],
+    here: Mapping[str, Any],
+    path: str | Path | None,
+    calibrate: bool = False,
 ) -> None:
     """Compares a checkpoint with the model at hand; warns where a published one is used otherwise than published.
 
@@ -348,7 +420,10 @@ def check_config(
     differences = [
         f"{fact.name} is {told[fact.name]} there, {here[fact.name]} here ({fact.flags or 'no flag sets it'})"
         for fact in FACTS
-        if fact.compared and fact.name in told and fact.name in here and differ(told[fact.name], here[fact.name])
+        if fact.compared
+        and fact.name in told
+        and fact.name in here
+        and differ(told[fact.name], here[fact.name])
     ]
     if calibrate and stored.get("channel_mean") is None:
         differences.append("without calibration there, with --quant_calibrate here")
@@ -356,7 +431,9 @@ def check_config(
         raise UserError(f"{path} was trained differently: {'; '.join(differences)}")
 
 
-def check_tokenizer(stored: Mapping[str, Any], tokenizer: Tokenizer, path: str | Path | None) -> None:
+def check_tokenizer(
+    stored: Mapping[str, Any], tokenizer: Tokenizer, path: str | Path | None
+) -> None:
     """Raise UserError if the checkpoint ``path``, of config ``stored``, was trained with a tokenizer of other weights.
 
     Published and older checkpoints, and caches that store no hash of their tokenizer's weights, cannot be compared.

@@ -18,7 +18,9 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> Image.Image:
     scale = image_size / min(pil_image.size)
     width, height = (round(side * scale) for side in pil_image.size)
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{pil_image.size[0]}x{pil_image.size[1]} pixels are too narrow for {image_size}")
+        raise ValueError(
+            f"{pil_image.size[0]}x{pil_image.size[1]} pixels are too narrow for {image_size}"
+        )
     pil_image = pil_image.resize((width, height), resample=Image.Resampling.BICUBIC)
     left, top = (width - image_size) // 2, (height - image_size) // 2
     return pil_image.crop((left, top, left + image_size, top + image_size))

@@ -42,7 +42,9 @@ def reason(error: BaseException) -> str:
 
 def some(names: Sequence[str], limit: int = 4) -> str:
     """Return the first ``limit`` of ``names``, and the number of the others, as text."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )
 
 
 def one_line(error: BaseException) -> str:
@@ -146,7 +148,10 @@ def run(main: Callable[[], None]) -> None:
         if not lost_process(error):
             raise
         traceback.print_exc()
-        print(f"{where()}error: another process of this run is gone; what it said last tells why", file=sys.stderr)
+        print(
+            f"{where()}error: another process of this run is gone; what it said last tells why",
+            file=sys.stderr,
+        )
         sys.stderr.flush()
         os._exit(1)  # without taking down the process group, which would wait for the lost process
 

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from util import misc
+from util import distributed
 from util.errors import UserError, reason
 
 
@@ -29,7 +29,11 @@ def written_whole(path: str | Path, flush: bool = True) -> Iterator[BinaryIO]:
         UserError: the disk is full or the folder cannot be written; ``path`` is as it was.
     """
     path = Path(path)
-    name = path.name if len(os.fsencode(path.name)) <= 200 else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    name = (
+        path.name
+        if len(os.fsencode(path.name)) <= 200
+        else hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    )
     beside = path.with_name(f".{name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +53,9 @@ def written_whole(path: str | Path, flush: bool = True) -> Iterator[BinaryIO]:
         if not isinstance(cause, OSError):
             raise
         what = cause.strerror or cause
-        raise UserError(f"cannot write {path}: {what}; free space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {what}; free space or choose another folder"
+        ) from error
     finally:
         with suppress(OSError):
             beside.unlink()
@@ -71,7 +77,9 @@ def remove_parts(paths: Iterable[Path]) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # Folders that all processes share.
 
-PATIENCE = 60.0  # seconds for which network file systems may show what was there before (NFS: acdirmax)
+PATIENCE = (
+    60.0  # seconds for which network file systems may show what was there before (NFS: acdirmax)
+)
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:
@@ -88,9 +96,11 @@ def check_shared(folder: str | Path) -> None:
     Raises:
         UserError: some do not, after :data:`PATIENCE` seconds, or it cannot be written; all processes end with it.
     """
-    if misc.get_world_size() == 1:
+    if distributed.get_world_size() == 1:
         return
-    token = Path(folder) / misc.from_main_process(f".{socket.gethostname()}.{time.time_ns()}.part")
+    token = Path(folder) / distributed.broadcast_object(
+        f".{socket.gethostname()}.{time.time_ns()}.part"
+    )
 
     def write() -> None:
         with written_whole(token):
@@ -102,11 +112,11 @@ def check_shared(folder: str | Path) -> None:
                 f"{folder} must be on a disk that all machines share: what the main process writes is missing"
             )
 
-    misc.by_main_process(write)
+    distributed.on_rank_0(write)
     try:
-        misc.in_all_processes(look)
+        distributed.on_all_ranks(look)
     finally:
-        if misc.is_main_process():
+        if distributed.is_main_process():
             token.unlink(missing_ok=True)
 
 
@@ -137,11 +147,15 @@ def inside(folder: str | Path, name: str) -> Path:
     if parts.is_absolute() or ".." in parts.parts or not parts.parts:
         raise UserError(f"the name {name!r} leads out of {folder}; nothing was written there")
     if longest := [part for part in parts.parts if len(os.fsencode(part)) > LONGEST_NAME]:
-        raise UserError(f"{longest[0]!r} is longer than the {LONGEST_NAME} bytes of a file's name; rename the image")
+        raise UserError(
+            f"{longest[0]!r} is longer than the {LONGEST_NAME} bytes of a file's name; rename the image"
+        )
     return Path(folder) / parts
 
 
-def read_arrays(path: str | Path, *names: str, optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def read_arrays(
+    path: str | Path, *names: str, optional: Sequence[str] = ()
+) -> dict[str, np.ndarray]:
     """Arrays of an ``.npz``, their checksums compared; no code of the file is run.
 
     Args:

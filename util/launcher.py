@@ -59,3 +59,8 @@ def note_saved(path: str | Path) -> None:
 def saved_before() -> str | None:
     """Return the path that :func:`note_saved` noted on this machine."""
     return _read(SAVED_NAME)
+
+
+def launched() -> bool:
+    """Whether torchrun started this process, or what sets its variables."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

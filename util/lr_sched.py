@@ -5,7 +5,7 @@ from argparse import Namespace
 
 from torch.optim import Optimizer
 
-from util.misc import log, warn
+from util.log import log, warn
 
 #: The least that rates add up to if a run is to learn: Adam moves a weight by about the rate in each step, and weights
 #: are drawn with a deviation of 0.02.
@@ -26,7 +26,9 @@ def learning_rate(epoch: float, args: Namespace) -> float:
     if args.lr_schedule != "cosine":
         raise ValueError(f'lr_schedule is "cosine" or "constant", not {args.lr_schedule!r}')
     progress = (epoch - args.warmup_epochs) / max(args.epochs - args.warmup_epochs, 1e-8)
-    return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return args.min_lr + (args.lr - args.min_lr) * 0.5 * (
+        1 + math.cos(math.pi * min(progress, 1.0))
+    )
 
 
 def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) -> float:
@@ -42,10 +44,22 @@ def tell_rates(args: Namespace, steps_per_epoch: int) -> None:
     steps, looks = args.epochs * steps_per_epoch, 1000
     rates = [learning_rate(args.epochs * look / looks, args) for look in range(looks)]
     peak, total = max(rates), sum(rates) / looks * steps
-    log.info("%d steps, %d in each of %d epochs, learning rate up to %.3g", steps, steps_per_epoch, args.epochs, peak)
+    log.info(
+        "%d steps, %d in each of %d epochs, learning rate up to %.3g",
+        steps,
+        steps_per_epoch,
+        args.epochs,
+        peak,
+    )
     if args.epochs < args.warmup_epochs:
         text = "this run of %d epochs never leaves its warm-up of %g: its learning rate ends at %.2g, not %.2g; lower "
-        warn(text + "--warmup_epochs, to a tenth of the epochs, say", args.epochs, args.warmup_epochs, peak, args.lr)
+        warn(
+            text + "--warmup_epochs, to a tenth of the epochs, say",
+            args.epochs,
+            args.warmup_epochs,
+            peak,
+            args.lr,
+        )
     if 0 < total < LEAST_MOVE:
         text = "the learning rates of all steps add up to %.2g: Adam moves no weight further than that, and %g is the "
         text += "least that shows; raise --lr (1e-3 for a small model, 2e-4 for a large one) or --epochs"

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from util import misc
+from util import distributed
+from util.devices import memory_in_use
 from util.errors import reason
+from util.log import log, warn
 from util.training_state import Step
 
 
@@ -41,17 +43,19 @@ class Meter:
         """Means since the last reading by TensorBoard tag; empty if no step was taken."""
         if not self.losses:
             return {}
-        loss = misc.all_reduce_mean(torch.stack(self.losses).mean()).item()
+        loss = distributed.all_reduce_mean(torch.stack(self.losses).mean()).item()
         norms = torch.stack(self.norms)
         seconds = (time.perf_counter() - self.started) / len(self.losses)
         self.losses, self.norms, self.started = [], [], time.perf_counter()
-        norm = norms.where(norms.isfinite(), math.nan).nanmean().item()  # fp16 skips steps whose gradients overflow
+        norm = (
+            norms.where(norms.isfinite(), math.nan).nanmean().item()
+        )  # fp16 skips steps whose gradients overflow
         return {
             "train/loss": loss,
             "train/grad_norm": norm,
             "speed/images_per_second": self.images / seconds,
             "speed/model_flops_utilization": self.flops / seconds / self.peak_flops,
-            "speed/memory_gib": misc.memory_in_use(self.device),
+            "speed/memory_gib": memory_in_use(self.device),
         }
 
 
@@ -64,7 +68,7 @@ class BadSteps:
     """
 
     def __init__(self, limit: int, folder: str | Path):
-        self.limit, self.count, self.rank = limit, 0, misc.get_rank()
+        self.limit, self.count, self.rank = limit, 0, distributed.get_rank()
         self.path = Path(folder) / f"bad_steps-rank{self.rank}.jsonl"
 
     def add(self, step: Step, files: list[str]) -> None:
@@ -75,21 +79,32 @@ class BadSteps:
         """
         self.count += 1
         loss, norm = step.loss.item(), step.norm.item()
-        figures = {"loss": loss, "grad_norm": norm, "lr": step.lr, "epoch": step.epoch, "step": step.step}
+        figures = {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": step.lr,
+            "epoch": step.epoch,
+            "step": step.step,
+        }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
                 file.write(json.dumps({**figures, "rank": self.rank, "files": files}) + "\n")
         except OSError as error:
-            misc.log.warning("cannot write %s (%s); the images are %s", self.path, reason(error), ", ".join(files))
+            log.warning(
+                "cannot write %s (%s); the images are %s",
+                self.path,
+                reason(error),
+                ", ".join(files),
+            )
         what = f"loss {loss:.4g}, gradient norm {norm:.4g} at epoch {step.epoch}, step {step.step}: not finite"
         if self.count > self.limit:
-            misc.end_all(
+            distributed.raise_on_all_ranks(
                 f"{what}, the step was not taken (learning rate {step.lr:.3g}, process {self.rank}, bad steps so far "
                 f"{self.count}); its images are listed in {self.path}; lower the learning rate, check the data, or "
                 "allow more with --max_bad_steps"
             )
-        misc.warn("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)
+        warn("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)
 
 
 class RunLog(SummaryWriter):
@@ -115,10 +130,12 @@ class RunLog(SummaryWriter):
             return
         try:
             call(*args, **options)
-        except Exception as error:  # the thread's, too, raised by a later call; the log is no reason to end a run
+        except (
+            Exception
+        ) as error:  # the thread's, too, raised by a later call; the log is no reason to end a run
             if not self.warned:
                 text = "cannot write TensorBoard's log in %s (%s); training goes on without it, and tries again"
-                misc.log.warning(text, self.folder, reason(error))
+                log.warning(text, self.folder, reason(error))
             self.warned, self.closed_until = True, time.monotonic() + self.PAUSE
             self.file_writer = self.all_writers = None  # the next call makes a new one
 

@@ -23,12 +23,19 @@ def provenance() -> dict[str, str]:
     root = Path(__file__).resolve().parent.parent
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # not a checkout, or on a disk that does not answer
+        commit = subprocess.run(
+            git, capture_output=True, text=True, check=True, timeout=60
+        ).stdout.strip()
+    except (
+        OSError,
+        subprocess.SubprocessError,
+    ):  # not a checkout, or on a disk that does not answer
         commit = "unknown"
     return {**versions, "commit": commit}
 
 
 def write_args(output_dir: str | Path, args: argparse.Namespace) -> None:
     """Writes the flags of a training, its command line and :func:`provenance` to ``output_dir/args.json``."""
-    write_json(Path(output_dir) / ARGS_NAME, {"args": vars(args), "command": sys.argv, **provenance()})
+    write_json(
+        Path(output_dir) / ARGS_NAME, {"args": vars(args), "command": sys.argv, **provenance()}
+    )

@@ -4,8 +4,8 @@
 |---|---|---|
 | initial weights | ``--seed`` + rank (DDP takes rank 0's) | the scripts |
 | a training step: posterior samples, masks, dropout, dropped labels | ``--seed``, rank, epoch, step | the engine |
-| the order of an epoch's images | ``--seed``, epoch | :class:`util.loader.ShuffledRankSampler` |
-| which images are mirrored | ``--seed``, epoch, index of the image | :class:`util.loader.TrainingItems` |
+| the order of an epoch's images | ``--seed``, epoch | :class:`util.data.loaders.ShuffledRankSampler` |
+| which images are mirrored | ``--seed``, epoch, index of the image | :class:`util.data.datasets.TrainingItems` |
 | a generated image | ``--gen_seed``, number of the image | :func:`image_seeds`, :class:`ImageDraws` |
 | posterior samples and masks of likelihood and reconstruction | seed, number of the image | :func:`numbered_draws` |
 
@@ -19,12 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.misc import to_device
+from util.devices import to_device
 
 
 def seed_everything(*seeds: int) -> None:
     """Seeds torch's global generators from one or more numbers."""
-    state = np.random.SeedSequence(seeds).generate_state(1, dtype=np.uint64)[0] if len(seeds) > 1 else seeds[0]
+    state = (
+        np.random.SeedSequence(seeds).generate_state(1, dtype=np.uint64)[0]
+        if len(seeds) > 1
+        else seeds[0]
+    )
     torch.manual_seed(int(state) % 2**63)
 
 
@@ -41,9 +45,13 @@ class ImageDraws:
     on the rest of the batch nor on the device. Without seeds all numbers come from the device's global generator.
     """
 
-    def __init__(self, bsz: int, device: torch.device | str = "cpu", seeds: Sequence[int] | None = None):
+    def __init__(
+        self, bsz: int, device: torch.device | str = "cpu", seeds: Sequence[int] | None = None
+    ):
         self.bsz, self.device = bsz, device
-        self.generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = (
+            None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+        )
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), ``[B, *shape]``."""
@@ -56,7 +64,9 @@ class ImageDraws:
     def _draw(self, draw: Callable[..., Tensor], shape: Sequence[int]) -> Tensor:
         if self.generators is None:
             return draw(self.bsz, *shape, device=self.device)
-        return to_device(torch.stack([draw(*shape, generator=each) for each in self.generators]), self.device)
+        return to_device(
+            torch.stack([draw(*shape, generator=each) for each in self.generators]), self.device
+        )
 
 
 def numbered_draws(seed: int, numbers: Sequence[int]) -> ImageDraws:

@@ -22,7 +22,9 @@ def files(folder) -> set[str]:
 def test_the_first_images_of_each_class_are_linked_and_held_out_ones_all(run, source, tmp_path):
     run("experiments.data", f"--source {source} --images_per_class 3 --output_dir {tmp_path}/out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    run("experiments.data", f"--source {source} --images_per_class 2 --output_dir {tmp_path}/out")  # made anew
+    run(
+        "experiments.data", f"--source {source} --images_per_class 2 --output_dir {tmp_path}/out"
+    )  # made anew
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
     train = {f"train/{name}/{number}.png" for name in "ab" for number in (0, 1)}
     assert files(tmp_path / "out") == train | {"val/a/0.png", "val/b/0.png"}

@@ -17,7 +17,13 @@ from models.quantizer import build_quantizer
 from models.vae import AutoencoderKL
 from tests.conftest import filled
 
-QUANTIZER = {"quant_levels": 8, "quant_min": -5.0, "quant_max": 5.0, "std_range": 3.0, "patch_size": 1}
+QUANTIZER = {
+    "quant_levels": 8,
+    "quant_min": -5.0,
+    "quant_max": 5.0,
+    "std_range": 3.0,
+    "patch_size": 1,
+}
 QUANTIZER |= {"channel_mean": None, "channel_std": None}
 
 
@@ -25,10 +31,15 @@ def brute_force(made: np.ndarray, real: np.ndarray) -> dict[str, float]:
     """Precision, recall, density and coverage by their definitions, one pair of points after the other."""
 
     def radius(points: np.ndarray, k: int, n: int) -> float:
-        return sorted(np.linalg.norm(points[n] - other) for m, other in enumerate(points) if m != n)[k - 1]
+        return sorted(
+            np.linalg.norm(points[n] - other) for m, other in enumerate(points) if m != n
+        )[k - 1]
 
     def inside(point: np.ndarray, points: np.ndarray, k: int) -> list[bool]:
-        return [bool(np.linalg.norm(point - center) < radius(points, k, n)) for n, center in enumerate(points)]
+        return [
+            bool(np.linalg.norm(point - center) < radius(points, k, n))
+            for n, center in enumerate(points)
+        ]
 
     return {
         "precision": np.mean([any(inside(point, real, 3)) for point in made]),
@@ -51,7 +62,9 @@ def test_the_frechet_distance_of_gaussians_is_known():
     white = (points - points.mean(0)) @ vectors / values.sqrt()
     one, two = torch.tensor([1.0, 2, 3, 4]).double(), torch.tensor([2.0, 2, 1, 5]).double()
     made, real = white * one + 3, white * two
-    assert compare(made, real)["frechet"] == pytest.approx(4 * 9 + ((one - two) ** 2).sum().item(), rel=1e-6)
+    assert compare(made, real)["frechet"] == pytest.approx(
+        4 * 9 + ((one - two) ** 2).sum().item(), rel=1e-6
+    )
     assert compare(made, made)["frechet"] == pytest.approx(0, abs=1e-6)
 
 
@@ -73,7 +86,11 @@ def test_some_of_many_images_are_spaced_evenly(tmp_path):
     for number in range(10):
         Image.new("L", (2, 2), number).convert("RGB").save(tmp_path / f"{number}.png")
     assert all_images(tmp_path, 4)[:, 0, 0, 0].tolist() == [0, 2, 5, 7]
-    assert all_images(tmp_path)[:, 0, 0, 0].tolist() == all_images(tmp_path, 11)[:, 0, 0, 0].tolist() == [*range(10)]
+    assert (
+        all_images(tmp_path)[:, 0, 0, 0].tolist()
+        == all_images(tmp_path, 11)[:, 0, 0, 0].tolist()
+        == [*range(10)]
+    )
 
 
 def test_pixels_are_averages_of_squares():
@@ -93,7 +110,9 @@ def test_levels_have_the_density_of_their_probability(quantizer, calibrated):
     index = levels(latents.float())[0]
     for channel in range(2):
         density = 2 ** -level_bits(levels, latents)[:, channel]
-        mass = torch.zeros(8, dtype=torch.float64).index_add(0, index[:, channel], density * (x[1] - x[0]))
+        mass = torch.zeros(8, dtype=torch.float64).index_add(
+            0, index[:, channel], density * (x[1] - x[0])
+        )
         assert torch.allclose(mass, torch.ones(8).double(), atol=5e-3)  # a grid's ends
 
 
@@ -102,7 +121,9 @@ def test_bits_do_not_depend_on_the_scale_of_a_calibrated_channel():
     of = {}
     for scale in (1.0, 7.0):
         calibration = {"channel_mean": [0.0], "channel_std": [scale]}
-        levels = build_quantizer({**QUANTIZER, "quantizer": "gaussian", "vae_embed_dim": 1, **calibration})
+        levels = build_quantizer(
+            {**QUANTIZER, "quantizer": "gaussian", "vae_embed_dim": 1, **calibration}
+        )
         of[scale] = level_bits(levels, scale * latents).mean().item() - math.log2(scale)
     assert of[1.0] == pytest.approx(of[7.0], abs=1e-4)
 
@@ -126,16 +147,22 @@ def test_features_are_standardized_and_none_of_them_is_rare():
     raw = net.features(images)
     net.mean, net.std = raw.mean(0), raw.std(0)
     features = net.features(images)
-    assert features.mean(0).abs().max() < 1e-4 and torch.allclose(features.std(0), torch.ones(64), atol=1e-4)
+    assert features.mean(0).abs().max() < 1e-4 and torch.allclose(
+        features.std(0), torch.ones(64), atol=1e-4
+    )
     assert ((features < 0).double().mean(0) > 0.05).all()  # before the ReLU
 
 
 def test_intervals_are_students():
     values = [3.0, 5.0, 4.0, 8.0]
-    assert interval(values, 0) == pytest.approx(stats.ttest_1samp(values, 0).confidence_interval(0.95))
+    assert interval(values, 0) == pytest.approx(
+        stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    )
     # One more value is in it in 95 of 100 cases.
     draws = np.random.RandomState(0).standard_normal((4000, 4))
-    hits = [low < value < high for *few, value in draws.tolist() for low, high in [interval(few, 1)]]
+    hits = [
+        low < value < high for *few, value in draws.tolist() for low, high in [interval(few, 1)]
+    ]
     assert np.mean(hits) == pytest.approx(0.95, abs=0.01)
     assert interval([1.0], 0) is None and interval([1.0, 2.0], 1) is None
 

@@ -10,7 +10,7 @@ from PIL import Image
 from experiments import report
 from experiments.plan import DEFAULT, Experiments
 from experiments.results import FLOOR_ROW, RESULTS, Results, beside, finding_table, row_table
-from util.plots import save_figure
+from util.metrics.plots import save_figure
 
 
 def test_pages_are_what_the_report_writes():
@@ -31,10 +31,15 @@ def test_plots_are_what_the_report_writes(tmp_path):
     plots = report.plots()
     assert {*plots} == {*RESULTS.glob("*/*.png")}
     for path, figure in plots.items():
-        if Image.open(path).info["Software"].split(",")[0] != f"Matplotlib version{matplotlib.__version__}":
+        if (
+            Image.open(path).info["Software"].split(",")[0]
+            != f"Matplotlib version{matplotlib.__version__}"
+        ):
             pytest.skip("another version of matplotlib drew them")
         save_figure(figure, tmp_path / "plot.png")
-        drawn, committed = (Image.open(BytesIO(file.read_bytes())) for file in (tmp_path / "plot.png", path))
+        drawn, committed = (
+            Image.open(BytesIO(file.read_bytes())) for file in (tmp_path / "plot.png", path)
+        )
         assert drawn.tobytes() == committed.tobytes(), f"{path}: run python -m experiments.report"
 
 
@@ -48,7 +53,13 @@ def test_every_result_has_its_own_commands_and_device():
 def write(folder, result: str, seed: int, **figures) -> None:
     """A result's file at the scale ``digits``."""
     images = {cfg: {"pixels": {"frechet": value}} for cfg, value in figures.pop("frechet").items()}
-    content = {"result": result, "seed": seed, "images": images, "device": "CPU, AVX2", "training_seconds": 5.0}
+    content = {
+        "result": result,
+        "seed": seed,
+        "images": images,
+        "device": "CPU, AVX2",
+        "training_seconds": 5.0,
+    }
     path = folder / "digits" / f"{result.replace('/', '-')}-seed{seed}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**content, **figures}))
@@ -70,7 +81,9 @@ def test_tables_show_mean_deviation_and_interval(written):
     assert table[2] == "| training images, the floor | - | 1 CPU | 3.0 | - | - |"
     assert table[3] == "| parallel | 1 | 1 CPU: 5 | 30.0 | - | 15.7, 158.5 |"
     # 4.303 * 2 * sqrt(4 / 3) = 9.94
-    assert table[4].startswith("| autoregressive | 1 | 3 CPU: 5 | 12.0 ± 2.0 (2.1 to 21.9) | 3.000 ± 1.000 (")
+    assert table[4].startswith(
+        "| autoregressive | 1 | 3 CPU: 5 | 12.0 ± 2.0 (2.1 to 21.9) | 3.000 ± 1.000 ("
+    )
     assert table[5].startswith("| autoregressive | 2 | 3 CPU: 5 | 22.0 ± 2.0 (12.1 to 31.9) |")
 
 
@@ -89,18 +102,25 @@ def test_intervals_stay_within_what_is_possible_and_cells_tell_of_fewer_seeds(tm
 
 def test_a_seed_is_shown_beside_what_the_others_expect(written):
     write(written, "ar/plain", 3, frechet={"1": 15.0})
-    rows, results = Experiments(DEFAULT, "digits").rows("table2a"), Results(written, "digits", seeds=[3])
+    rows, results = (
+        Experiments(DEFAULT, "digits").rows("table2a"),
+        Results(written, "digits", seeds=[3]),
+    )
     table = beside(results, Results(written, "digits", without=[3]), rows).splitlines()
-    assert table[2].startswith("| autoregressive | 1 | 3 | 15.0 (2.1 to 21.9) |") and len(table) == 3
+    assert (
+        table[2].startswith("| autoregressive | 1 | 3 | 15.0 (2.1 to 21.9) |") and len(table) == 3
+    )
 
 
 def test_findings_compare_seeds_that_both_rows_have(written):
     experiments = Experiments(DEFAULT, "digits")
     table = finding_table(Results(written, "digits"), experiments).splitlines()
-    cells = (
-        "1.94 and 15.7 | Frechet distance, guidance 1 | 10.0 and 30.0 | -20.0 (-) | 1 | cannot be told; so in 1 of 1"
-    )
+    cells = "1.94 and 15.7 | Frechet distance, guidance 1 | 10.0 and 30.0 | -20.0 (-) | 1 | cannot be told; so in 1 of 1"
     assert len(table) == 3 and cells in table[2]
     for seed in (1, 2):
         write(written, "parallel/plain", seed, frechet={"1": 32.0})
-    assert finding_table(Results(written, "digits"), experiments).splitlines()[2].endswith("| 3 | holds |")
+    assert (
+        finding_table(Results(written, "digits"), experiments)
+        .splitlines()[2]
+        .endswith("| 3 | holds |")
+    )

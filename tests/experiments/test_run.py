@@ -19,7 +19,14 @@ TINY = Path(__file__).with_name("tiny.yaml")
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:
     """``experiments/run.py`` on the images of ``folder``, in a session of its own."""
-    names = ["--data_path", folder / "images", "--output_dir", folder / "out", "--results", folder / "results"]
+    names = [
+        "--data_path",
+        folder / "images",
+        "--output_dir",
+        folder / "out",
+        "--results",
+        folder / "results",
+    ]
     command = ["small", "--scale", "tiny", "--experiments", TINY, "--device", "cpu", *names, *flags]
     return subprocess.Popen(
         [sys.executable, "experiments/run.py", *map(str, command)],
@@ -34,7 +41,10 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
 
 def results(folder: Path) -> dict[str, dict]:
     """The results that there are, by name."""
-    return {path.stem: json.loads(path.read_text()) for path in (folder / "results" / "tiny").glob("*.json")}
+    return {
+        path.stem: json.loads(path.read_text())
+        for path in (folder / "results" / "tiny").glob("*.json")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +84,20 @@ def test_results_hold_figures_and_how_they_came_about(whole):
     folder, _, out, _ = whole
     result = results(folder)["ar-plain-seed0"]
     assert [*result["images"]] == ["1", "2"] and result["images"]["1"]["count"] == 12
-    assert {"frechet", "precision", "recall", "density", "coverage"} == {*result["images"]["2"]["features"]}
+    assert {"frechet", "precision", "recall", "density", "coverage"} == {
+        *result["images"]["2"]["features"]
+    }
     assert result["nats"] > 0 and result["training_seconds"] > 0 and "psnr_db" not in result
-    assert result["commands"][-1].startswith("python -m experiments.measures") and result["device"].startswith("CPU")
+    assert result["commands"][-1].startswith("python -m experiments.measures") and result[
+        "device"
+    ].startswith("CPU")
     assert results(folder)["reconstruction-continuous-seed0"]["psnr_db"] > 0
     assert not [*(folder / "out").rglob("samples*/*.png")]  # a grid stays
     (line,) = [line for line in out.splitlines() if line.startswith("| autoregressive again")]
-    assert line.split(" | ")[1:3] == ["2", "0"] and f"{result['images']['2']['pixels']['frechet']:.1f} (-)" in line
+    assert (
+        line.split(" | ")[1:3] == ["2", "0"]
+        and f"{result['images']['2']['pixels']['frechet']:.1f} (-)" in line
+    )
 
 
 @pytest.mark.slow
@@ -118,10 +135,18 @@ def test_an_interrupted_run_goes_on_to_the_same_results(sent, whole, tmp_path):
 @pytest.mark.slow
 def test_what_is_there_is_not_run_again(whole):
     folder = whole[0]
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json") if "broken" not in path.name}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in folder.rglob("*.json")
+        if "broken" not in path.name
+    }
     again = start(folder)
     out, err = again.communicate()
-    assert again.returncode == 1 and err.count("failed: ") == 3 and "/" not in out.split("A small table")[0]
+    assert (
+        again.returncode == 1
+        and err.count("failed: ") == 3
+        and "/" not in out.split("A small table")[0]
+    )
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -140,5 +165,7 @@ def test_commands_compare_but_for_folder_source_and_device():
 
     expected = comparable([line("output/experiments", "data", "cpu")], "output/experiments", "data")
     for folder in ("output", str(ROOT / "x"), "o"):
-        assert comparable([line(folder, "images/cifar", "cuda:1")], folder, "images/cifar") == expected
+        assert (
+            comparable([line(folder, "images/cifar", "cuda:1")], folder, "images/cifar") == expected
+        )
     assert comparable([line("o", "data", "cpu", more="0")], "o", "data") != expected

@@ -14,7 +14,9 @@ def test_masked_tokens_do_not_reach_the_features(small_model):
     classes = small_model.class_emb(torch.tensor([0, 1]))
 
     def features(x):
-        return small_model.forward_mae_decoder(small_model.forward_mae_encoder(x, mask, classes), mask)
+        return small_model.forward_mae_decoder(
+            small_model.forward_mae_encoder(x, mask, classes), mask
+        )
 
     changed = tokens.clone()
     changed[:, 5:] += 1

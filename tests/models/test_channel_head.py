@@ -29,16 +29,22 @@ def test_the_joint_distribution_sums_to_one():
     model = filled(TokenBridge(**{**SMALL, "vae_embed_dim": 3, "quant_levels": 5}))
     every = torch.cartesian_prod(*[torch.arange(5)] * 3)
     logp = F.log_softmax(model.head(torch.randn(1, 32).expand(125, -1), every), dim=-1)
-    assert logp.gather(-1, every[..., None]).sum(dim=(1, 2)).exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert logp.gather(-1, every[..., None]).sum(dim=(1, 2)).exp().sum().item() == pytest.approx(
+        1, abs=1e-5
+    )
 
 
 @torch.no_grad()
 def test_a_parallel_head_does_not_look_at_the_targets():
     model = variant(head="parallel")
     features, mask = torch.randn(2, 16, 32), torch.ones(2, 16)
-    a, b = (model.forward_channel_ar(features, torch.randint(16, (2, 16, 16)), mask) for _ in range(2))
+    a, b = (
+        model.forward_channel_ar(features, torch.randint(16, (2, 16, 16)), mask) for _ in range(2)
+    )
     assert torch.equal(a, b) and a.shape == (32, 16, 16)
-    assert not any("token_embeddings" in name or "channel_mask" in name for name in model.state_dict())
+    assert not any(
+        "token_embeddings" in name or "channel_mask" in name for name in model.state_dict()
+    )
     # Steps differ, and sampling is of these logits.
     assert not torch.allclose(a[:, 0], a[:, 1], atol=1e-2)
     levels, _ = model.head.sample(features.flatten(0, 1), 0.0, torch.rand(32, 16))
@@ -56,7 +62,11 @@ def test_the_joint_likelihood_of_every_head_sums_to_one(head, group):
     features = torch.randn(1, 1, 32).expand(81, 16, 32)
     logits = model.forward_channel_ar(features, every[:, None].expand(-1, 16, -1), mask)
     assert logits.shape == (81, 4 // group, 3**group)
-    log_probs = F.log_softmax(logits, dim=-1).gather(-1, model.head.to_classes(every)[..., None]).sum(dim=(1, 2))
+    log_probs = (
+        F.log_softmax(logits, dim=-1)
+        .gather(-1, model.head.to_classes(every)[..., None])
+        .sum(dim=(1, 2))
+    )
     assert log_probs.exp().sum().item() == pytest.approx(1, abs=1e-5)
     # What sampling reports is the same number.
     uniform = torch.rand(200, model.head.channel_steps)
@@ -75,7 +85,9 @@ def test_a_grouped_step_sees_only_the_groups_before_it():
     for channel in (0, 5, 15):
         changed = targets.clone()
         changed[..., channel] = (changed[..., channel] + 1) % 4
-        same = (model.forward_channel_ar(features, changed, mask) - logits).abs().amax(dim=(0, 2)) < 1e-6
+        same = (model.forward_channel_ar(features, changed, mask) - logits).abs().amax(
+            dim=(0, 2)
+        ) < 1e-6
         step = channel // 2
         assert same[: step + 1].all() and not same[step + 1 :].any()
 
@@ -93,13 +105,19 @@ def test_levels_and_classes_are_one_to_one():
     ("options", "message"),
     [
         ({"channels_per_group": 3}, "groups of 3 do not divide the 16 channels"),
-        ({"channels_per_group": 4, "quant_levels": 64}, r"16,777,216 joint classes.*3,758,096,384 parameters.*14 GiB"),
+        (
+            {"channels_per_group": 4, "quant_levels": 64},
+            r"16,777,216 joint classes.*3,758,096,384 parameters.*14 GiB",
+        ),
         ({"channel_order": [0] * 16}, "each of 0 to 15 once"),
         ({"channel_order": ["a"] * 16}, "each of 0 to 15 once"),
         ({"head": "diffusion"}, '"ar", "parallel" or "masked"'),
         ({"quantizer": "vq"}, "quantizer one of"),
         ({"channel_mean": [0.0] * 16}, "mean and a deviation"),
-        ({"channel_mean": [0.0] * 3, "channel_std": [1.0] * 3}, "3 values of channel_mean for 16 channels"),
+        (
+            {"channel_mean": [0.0] * 3, "channel_std": [1.0] * 3},
+            "3 values of channel_mean for 16 channels",
+        ),
         ({"channel_mean": [0.0] * 16, "channel_std": [0.0] * 16}, "above zero"),
         ({"channel_embed_dim": 30, "channel_heads": 4}, "30 is not a multiple of its 4"),
     ],
@@ -141,16 +159,24 @@ def test_sampled_confidences_are_teacher_forcings(head):
     features = torch.randn(20, 32)
     levels, confidence = model.head.sample(features, 1.0, torch.rand(20, model.head.channel_steps))
     chosen = model.head.to_classes(levels[:, model.head.generation_order])
-    forced = F.log_softmax(model.head(features, chosen), dim=-1).gather(-1, chosen[..., None]).sum(dim=(1, 2))
+    forced = (
+        F.log_softmax(model.head(features, chosen), dim=-1)
+        .gather(-1, chosen[..., None])
+        .sum(dim=(1, 2))
+    )
     assert torch.allclose(forced, confidence, atol=1e-4 * model.head.channel_steps)
     # Given levels in the latents' own order, the loss is the mean of these.
-    assert torch.allclose(model.head.loss(features, levels), -confidence.mean() / model.head.channel_steps, atol=1e-4)
+    assert torch.allclose(
+        model.head.loss(features, levels), -confidence.mean() / model.head.channel_steps, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_levels_are_drawn_from_the_tempered_softmax(temperature):
     logits = torch.tensor([1.0, -2.0, 0.5, 3.0, -50.0])
-    levels = channel_head.sample_categorical(logits.expand(200_000, -1), temperature, torch.rand(200_000))
+    levels = channel_head.sample_categorical(
+        logits.expand(200_000, -1), temperature, torch.rand(200_000)
+    )
     share = torch.bincount(levels, minlength=5) / len(levels)
     assert torch.allclose(share, (logits / temperature).softmax(0), atol=5e-3)
 
@@ -160,6 +186,8 @@ def test_the_ends_of_the_uniform_are_levels():
     for u in (0.0, 1 - 2**-24):
         levels = channel_head.sample_categorical(logits, 1.0, torch.full((100,), u))
         assert levels.min() >= 0 and levels.max() < 64
-    assert torch.equal(channel_head.sample_categorical(logits, 0, torch.rand(100)), logits.argmax(-1))
+    assert torch.equal(
+        channel_head.sample_categorical(logits, 0, torch.rand(100)), logits.argmax(-1)
+    )
     never_first = torch.tensor([[-torch.inf, 0.0]])
     assert channel_head.sample_categorical(never_first, 1.0, torch.zeros(1)).item() == 1

@@ -8,7 +8,7 @@ import torch
 from models.vae import AutoencoderKL
 from tests.conftest import TINY
 from tools import checkpoint as commands
-from util.checkpoint.load import fingerprint
+from util.checksums import fingerprint
 from util.errors import UserError
 
 diffusers = pytest.importorskip("diffusers", reason="an optional extra: pip install diffusers")
@@ -37,20 +37,27 @@ def test_a_tokenizer_of_diffusers_encodes_and_decodes_as_there(folder):
         posterior, expected = vae.encode(images), theirs.encode(images).latent_dist
         assert torch.allclose(posterior.mode(), expected.mode() - 0.5, atol=1e-6)
         assert torch.allclose(posterior.std, expected.std, atol=1e-6)
-        assert torch.allclose(vae.decode(posterior.mode()), theirs.decode(expected.mode()).sample, atol=1e-5)
+        assert torch.allclose(
+            vae.decode(posterior.mode()), theirs.decode(expected.mode()).sample, atol=1e-5
+        )
 
 
 def test_commands_take_tokenizers_of_diffusers(run, refused, folder, vae_path, images, tmp_path):
     cache = f"--img_size 16 --data_path {images} --cached_path {tmp_path}/cache --num_workers 0 --batch_size 8"
     run("main_cache", f"{cache} --vae_path {folder}")
     metadata = json.loads((tmp_path / "cache" / "cache.json").read_text())
-    assert metadata["vae"] == {"embed_dim": 4, "ch_mult": [1, 2, 2]} and metadata["latent_factor"] == 0.25
+    assert (
+        metadata["vae"] == {"embed_dim": 4, "ch_mult": [1, 2, 2]}
+        and metadata["latent_factor"] == 0.25
+    )
     common = f"{TINY} --use_cached --cached_path {tmp_path}/cache --device cpu --output_dir {tmp_path}/run"
     run("main_tokenbridge", f"{common} --epochs 1 --warmup_epochs 0 --lr 1e-3")
     sampling = "--evaluate --no_metrics --num_images 4 --num_iter 2 --keep_images"
     run("main_tokenbridge", f"{common} {sampling} --vae_path {folder} --resume {tmp_path}/run")
     assert (tmp_path / "run" / "samples" / "00003.png").exists()
-    other = refused("main_tokenbridge", f"{common} {sampling} --vae_path {vae_path} --resume {tmp_path}/run")
+    other = refused(
+        "main_tokenbridge", f"{common} {sampling} --vae_path {vae_path} --resume {tmp_path}/run"
+    )
     assert "was trained differently" in other
     with pytest.raises(UserError, match="is a tokenizer of diffusers already"):
         commands.main(["export", str(folder), f"{tmp_path}/again"])
@@ -78,7 +85,11 @@ def test_tokenizers_of_diffusers_that_cannot_be_used_say_why(folder, monkeypatch
 @pytest.mark.parametrize("kind", ["bin", "fp16", "shards"])
 def test_weights_in_another_form_are_named_with_what_to_do(folder, tmp_path, kind):
     vae = diffusers.AutoencoderKL.from_pretrained(folder)
-    options = {"bin": {"safe_serialization": False}, "fp16": {"variant": "fp16"}, "shards": {"max_shard_size": "50KB"}}
+    options = {
+        "bin": {"safe_serialization": False},
+        "fp16": {"variant": "fp16"},
+        "shards": {"max_shard_size": "50KB"},
+    }
     vae.save_pretrained(tmp_path / kind, **options[kind])
     files = sorted(path.name for path in (tmp_path / kind).glob("diffusion_pytorch_model*"))
     assert "diffusion_pytorch_model.safetensors" not in files
@@ -88,6 +99,8 @@ def test_weights_in_another_form_are_named_with_what_to_do(folder, tmp_path, kin
         assert files[0] in str(error.value) and "save_pretrained" in str(error.value)
     # What the message says helps.
     variant = {"variant": "fp16"} if 'variant="fp16"' in str(error.value) else {}
-    diffusers.AutoencoderKL.from_pretrained(tmp_path / kind, **variant).save_pretrained(tmp_path / "whole")
+    diffusers.AutoencoderKL.from_pretrained(tmp_path / kind, **variant).save_pretrained(
+        tmp_path / "whole"
+    )
     found, _ = AutoencoderKL.from_pretrained(tmp_path / "whole")
     assert fingerprint(found) == fingerprint(AutoencoderKL.from_pretrained(folder)[0])

@@ -23,8 +23,9 @@ from models.vae import AutoencoderKL
 from tests.conftest import HEADS, batch, training_state, variant
 from tests.fake_cuda import DEVICE, FakeCuda, HiddenWait, WrongPlace, gradients, site
 from tests.models.test_fast import rerun
-from util import misc
 from util.meters import BadSteps
+from util.precision import autocast, double
+from util.signals import StopSignals
 
 pytestmark = pytest.mark.skipif(
     not (torch.backends.cuda.is_built() and hasattr(torch._C, "_ensureCUDADeviceGuardSet")),
@@ -74,7 +75,10 @@ FAULTS = {
     "levels counted": (HiddenWait, lambda x: torch.bincount(x.long())),
     "a copy to the host": (HiddenWait, lambda x: x.cpu()),
     "a copy to the device": (HiddenWait, lambda x: torch.ones(4).to(x.device)),
-    "a copy from pageable memory": (HiddenWait, lambda x: torch.ones(4).to(x.device, non_blocking=True)),
+    "a copy from pageable memory": (
+        HiddenWait,
+        lambda x: torch.ones(4).to(x.device, non_blocking=True),
+    ),
     "a copy into the device": (HiddenWait, lambda x: x.copy_(torch.ones(4))),
     "numbers made on the device": (HiddenWait, lambda x: torch.tensor([1.0, 2.0], device=x.device)),
 }
@@ -98,7 +102,9 @@ def test_what_does_not_wait_passes_and_announced_waits_must_come():
 
 
 def test_gradients_are_those_of_the_engine(monkeypatch):
-    model = model_of("ar", attn_dropout=0.0, proj_dropout=0.0, grad_checkpointing=["decoder"]).train()
+    model = model_of(
+        "ar", attn_dropout=0.0, proj_dropout=0.0, grad_checkpointing=["decoder"]
+    ).train()
     monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 7 * 4 * 32)
     loss = model(*batch(model))
     found = gradients(loss)
@@ -117,7 +123,7 @@ def test_loss_in_parts_and_gradients(kind, monkeypatch):
     monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 13 * model.head.places * model.head.dim)
     with FakeCuda() as cuda:
         latents, labels, mask = batch(cuda.put(model), 2)
-        with misc.autocast(DEVICE, "bf16"):
+        with autocast(DEVICE, "bf16"):
             loss = model(cuda.tensor(latents), cuda.tensor(labels), mask)
         loss.backward()
         assert loss.device == DEVICE and loss.dtype == torch.float32
@@ -126,14 +132,22 @@ def test_loss_in_parts_and_gradients(kind, monkeypatch):
 
 @pytest.mark.parametrize(("precision", "images"), [("bf16", False), ("fp16", True)])
 def test_an_epoch_waits_for_a_flag_a_step_and_for_figures_at_its_end(precision, images, tmp_path):
-    args = {"seed": 0, "accum_iter": 2, "precision": precision, "batch_size": 2, "save_every_steps": 0}
+    args = {
+        "seed": 0,
+        "accum_iter": 2,
+        "precision": precision,
+        "batch_size": 2,
+        "save_every_steps": 0,
+    }
     args |= {"lr": 1e-3, "min_lr": 0.0, "lr_schedule": "constant", "warmup_epochs": 0, "epochs": 1}
     with FakeCuda(*["read"] * 4) as cuda:  # Arriving.read after each step, and Meter.read
         model = cuda.put(model_of("ar"))
         state = training_state(model, steps_per_epoch=2, precision=precision)
         loader, vae = [loaded(model, images) for _ in range(4)], tokenizer(cuda) if images else None
-        options = misc.StopSignals(DEVICE), BadSteps(0, tmp_path), tqdm(disable=True)
-        figures = engine.train_one_epoch(state, loader, vae, 0.5, argparse.Namespace(**args), *options)
+        options = StopSignals(DEVICE), BadSteps(0, tmp_path), tqdm(disable=True)
+        figures = engine.train_one_epoch(
+            state, loader, vae, 0.5, argparse.Namespace(**args), *options
+        )
         assert state.epoch == 1 and figures["train/loss"] == 1  # what comes from this device is 1
         moments = [x for slot in state.optimizer.state.values() for x in slot.values()]
         assert {x.device for x in [*moments, *state.average.module.parameters()]} == {DEVICE}
@@ -153,8 +167,14 @@ def test_held_out_likelihood_waits_once(kind):
 
 def sampled(model: TokenBridge, **options) -> None:
     """Samples in two steps from labels and seeds on the host, under guidance and bf16."""
-    options = {"cfg": 2.0, "labels": torch.arange(2), "seeds": [1, 2], "return_confidence": True, **options}
-    with misc.autocast(DEVICE, "bf16"):
+    options = {
+        "cfg": 2.0,
+        "labels": torch.arange(2),
+        "seeds": [1, 2],
+        "return_confidence": True,
+        **options,
+    }
+    with autocast(DEVICE, "bf16"):
         found = model.sample_tokens(2, 2, **options)
     assert {x.device for x in found} == {DEVICE}
 
@@ -171,7 +191,10 @@ OPTIONS = {
     "raster": {"order": "raster"},
     "confidence": {"order": "confidence", "confidence_noise": 1.0},
     "orders": {"orders": torch.arange(16).expand(2, -1)},
-    "known": {"known_latents": torch.ones(2, 4, 4, 4), "known_mask": torch.arange(16) < torch.tensor([[8], [5]])},
+    "known": {
+        "known_latents": torch.ones(2, 4, 4, 4),
+        "known_mask": torch.arange(16) < torch.tensor([[8], [5]]),
+    },
 }
 
 
@@ -189,7 +212,10 @@ def test_sampling_never_waits_whatever_is_asked_and_given(option):
 
 def test_known_tokens_on_the_device_are_counted_once():
     with FakeCuda("sample_tokens") as cuda:
-        sampled(cuda.put(model_of("ar")), **{name: cuda.tensor(x) for name, x in OPTIONS["known"].items()})
+        sampled(
+            cuda.put(model_of("ar")),
+            **{name: cuda.tensor(x) for name, x in OPTIONS["known"].items()},
+        )
 
 
 @pytest.mark.parametrize("kind", ["ar", "parallel", "masked"])
@@ -199,7 +225,9 @@ def test_recorded_sampling_never_waits(kind):
         recordings = model.head.recordings = Recordings(rerun)
         for _ in range(2):
             sampled(model)
-        buffers = [x for inputs, _, outputs in recordings.kept.values() for x in (*inputs, *outputs)]
+        buffers = [
+            x for inputs, _, outputs in recordings.kept.values() for x in (*inputs, *outputs)
+        ]
         assert buffers and {x.device for x in buffers} == {DEVICE}
 
 
@@ -209,19 +237,36 @@ def test_recorded_sampling_never_waits(kind):
 
 def test_a_chunk_of_images_is_waited_for_at_its_end(monkeypatch):
     monkeypatch.setitem(pipeline.PIXEL_BUDGET, "cuda", 2 * 16**2)  # three images in two parts
-    options = {"num_iter": 2, "cfg": 2.0, "cfg_schedule": "linear", "temperature": 1.0, "gen_seed": 0}
-    settings = engine.SampleSettings(num_images=4, eval_bsz=3, precision="bf16", vae_precision="fp16", **options)
+    options = {
+        "num_iter": 2,
+        "cfg": 2.0,
+        "cfg_schedule": "linear",
+        "temperature": 1.0,
+        "gen_seed": 0,
+    }
+    settings = engine.SampleSettings(
+        num_images=4, eval_bsz=3, precision="bf16", vae_precision="fp16", **options
+    )
     # The check reads a number that is there: it was computed before the images, which the host has waited for.
     with FakeCuda("decode_images", "check_finite", "sample_chunk") as cuda:
         model, vae = cuda.put(model_of("ar")), tokenizer(cuda)
         images, confidence = engine.sample_chunk(model, vae, 0.5, range(3), settings, DEVICE)
-    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8 and confidence.shape == (3, 4, 4)
+    assert (
+        images.shape == (3, 3, 16, 16)
+        and images.dtype == torch.uint8
+        and confidence.shape == (3, 4, 4)
+    )
 
 
 def test_edited_pictures_are_waited_for_at_their_end():
     image, mask = Image.new("RGB", (20, 16)), Image.new("L", (20, 16))
     mask.paste(255, (0, 0, 9, 9))
-    waits = "decode_images", "check_finite", "make", "check_finite"  # the checks read what is computed by then
+    waits = (
+        "decode_images",
+        "check_finite",
+        "make",
+        "check_finite",
+    )  # the checks read what is computed by then
     with FakeCuda(*waits) as cuda, mock.patch.object(TokenBridgePipeline, "to"):  # fakes stay
         model = cuda.put(model_of("ar", img_size=16, vae_stride=4))
         pipe = TokenBridgePipeline(model, tokenizer(cuda), 0.5)
@@ -232,7 +277,10 @@ def test_edited_pictures_are_waited_for_at_their_end():
 def test_caching_waits_for_the_moments_of_each_view_and_once_to_count(tmp_path):
     with FakeCuda(*["cache_latents"] * 6) as cuda, mock.patch("numpy.savez"):
         hashes = torch.zeros(2, 32, dtype=torch.uint8)
-        loader = [(torch.randn(2, 3, 16, 16).pin_memory(), None, [f"a/{n}", f"a/{n + 1}"], hashes) for n in (0, 2)]
+        loader = [
+            (torch.randn(2, 3, 16, 16).pin_memory(), None, [f"a/{n}", f"a/{n + 1}"], hashes)
+            for n in (0, 2)
+        ]
         engine.cache_latents(tokenizer(cuda), loader, tmp_path, DEVICE, "bf16")
 
 
@@ -244,7 +292,7 @@ class WithoutFloat64(FakeCuda):
     """A device that has no float64; the host may wait for it."""
 
     def __enter__(self) -> "WithoutFloat64":
-        self.patches.enter_context(mock.patch.object(misc, "NO_FLOAT64", {"cuda"}))
+        self.patches.enter_context(mock.patch("util.precision.NO_FLOAT64", {"cuda"}))
         return super().__enter__()
 
     def wait(self, what: str) -> None:
@@ -270,7 +318,9 @@ def test_training_sampling_and_likelihood_without_float64(kind):
         state, batches = training_state(model.train()), [loaded(model, images=True)]
         state.take_step(engine.backward(state, batches, vae, 0.5, "bf16"), 1e-3)
         state.settle()
-        engine.held_out_likelihood(model, vae, 0.5, batches, DEVICE, "bf16", one_order=kind == "masked")
+        engine.held_out_likelihood(
+            model, vae, 0.5, batches, DEVICE, "bf16", one_order=kind == "masked"
+        )
         sampled(model)
 
 
@@ -283,5 +333,5 @@ def test_measures_of_images_and_latents_without_float64():
         main_vae.measure_latents(vae, loader, 2, 8, DEVICE)
         x, real = device.tensor(torch.randn(2, 4, 8, 8)), device.tensor(images)
         stats = reconstruction.ReconstructionStats(reconstruction.Setting(-1, 5.0), 4, DEVICE)
-        stats.add(real, real, None, misc.double(x), x > 1)
+        stats.add(real, real, None, double(x), x > 1)
         assert stats.figures(2)["images"] == 2

@@ -42,7 +42,9 @@ def test_the_loss_in_parts_is_the_loss(head, monkeypatch):
     (whole, expected), (parts, found) = results
     assert torch.allclose(whole, parts, atol=1e-5)
     for name, grad in expected.items():
-        assert torch.allclose(grad, found[name], atol=1e-4 * max(1.0, grad.abs().max().item())), name
+        assert torch.allclose(grad, found[name], atol=1e-4 * max(1.0, grad.abs().max().item())), (
+            name
+        )
 
 
 @pytest.mark.parametrize("frozen", ["head", "backbone", "head.channel_blocks"])
@@ -51,7 +53,9 @@ def test_frozen_parts_get_no_gradients_and_the_rest_the_same_ones(monkeypatch, f
     model.get_submodule(frozen).requires_grad_(False)
     given, results, parts = batch(model), [], []
     forward = fast.LossInParts.forward
-    monkeypatch.setattr(fast.LossInParts, "forward", lambda ctx, *rest: (parts.append(1), forward(ctx, *rest))[1])
+    monkeypatch.setattr(
+        fast.LossInParts, "forward", lambda ctx, *rest: (parts.append(1), forward(ctx, *rest))[1]
+    )
     for budget in (2**30, 7 * 16 * 32):
         monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", budget)
         model.zero_grad()
@@ -61,7 +65,9 @@ def test_frozen_parts_get_no_gradients_and_the_rest_the_same_ones(monkeypatch, f
     expected = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(parts) == 1 and set(whole) == set(found) <= set(expected) and whole
     for name, grad in whole.items():
-        assert torch.allclose(grad, found[name], atol=1e-4 * max(1.0, grad.abs().max().item())), name
+        assert torch.allclose(grad, found[name], atol=1e-4 * max(1.0, grad.abs().max().item())), (
+            name
+        )
 
 
 @pytest.mark.parametrize("budget", [2**30, 7 * 16 * 32])
@@ -75,16 +81,25 @@ def test_bf16_gradients_stay_as_near_to_fp32_whatever_the_parts(monkeypatch, bud
             loss = model(*given)
         loss.backward()
         grads[precision] = torch.cat([p.grad.flatten() for p in model.parameters()])
-    assert distance(grads["fast"], grads["fp32"]) < 1.2 * distance(grads["plain"], grads["fp32"]) < 0.1
+    assert (
+        distance(grads["fast"], grads["fp32"]) < 1.2 * distance(grads["plain"], grads["fp32"]) < 0.1
+    )
 
 
-def gradients(model: TokenBridge, given: tuple, scale: float, precision: torch.dtype) -> torch.Tensor:
+def gradients(
+    model: TokenBridge, given: tuple, scale: float, precision: torch.dtype
+) -> torch.Tensor:
     """Gradients of ``scale`` times the loss, divided by it again, as a scaler does."""
     model.zero_grad()
     with torch.autocast("cpu", precision, enabled=precision != torch.float32):
         loss = scale * model(*given)
     loss.backward()
-    return torch.cat([p.grad.flatten() for part in (model.backbone, model.head) for p in part.parameters()]) / scale
+    return (
+        torch.cat(
+            [p.grad.flatten() for part in (model.backbone, model.head) for p in part.parameters()]
+        )
+        / scale
+    )
 
 
 @pytest.fixture
@@ -92,7 +107,9 @@ def in_parts(monkeypatch) -> list:
     """Lets a small model's head train 7 tokens at a time; a list that grows with each loss in parts."""
     monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 7 * 16 * 32)
     calls, forward = [], fast.LossInParts.forward
-    monkeypatch.setattr(fast.LossInParts, "forward", lambda ctx, *rest: (calls.append(1), forward(ctx, *rest))[1])
+    monkeypatch.setattr(
+        fast.LossInParts, "forward", lambda ctx, *rest: (calls.append(1), forward(ctx, *rest))[1]
+    )
     return calls
 
 
@@ -103,17 +120,23 @@ def test_fp16_gradients_in_parts_are_as_near_to_fp32_and_do_not_underflow(monkey
     found = [gradients(model, given, scale, torch.float16) for scale in (2.0**8, 2.0**-14)]
     assert len(in_parts) == 3
     monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 2**30)
-    plain, underflown = (gradients(model, given, scale, torch.float16) for scale in (2.0**8, 2.0**-14))
+    plain, underflown = (
+        gradients(model, given, scale, torch.float16) for scale in (2.0**8, 2.0**-14)
+    )
     assert distance(found[0], exact) < 1.2 * distance(plain, exact) < 0.01
     # The head's gradients do not depend on the scale: only those of the backbone do.
     head = slice(-sum(p.numel() for p in model.head.parameters()), None)
-    assert distance(found[1][head], exact[head]) < 0.01 < 0.1 < distance(underflown[head], exact[head])
+    assert (
+        distance(found[1][head], exact[head]) < 0.01 < 0.1 < distance(underflown[head], exact[head])
+    )
 
 
 def test_fp16_gradients_that_overflow_in_a_part_are_not_finite(in_parts):
     model = small("ar", **NO_DROPOUT).train()
     given = batch(model)
-    with torch.no_grad():  # features so large that their products with gradients overflow, but no activation does
+    with (
+        torch.no_grad()
+    ):  # features so large that their products with gradients overflow, but no activation does
         model.backbone.output_pos_embed.fill_(3e4)
         model.head.condition_proj.weight.mul_(1e-5)
     assert not gradients(model, given, 1.0, torch.float16).isfinite().all() and in_parts
@@ -182,11 +205,18 @@ def test_fast_models_have_the_losses_and_gradients_of_plain_ones(head, monkeypat
         with kernels:
             loss = model(*given)
             loss.backward()
-        results.append((loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+        results.append(
+            (
+                loss.detach(),
+                {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+            )
+        )
     (loss, expected), (quick, found) = results
     assert torch.allclose(loss, quick, atol=1e-5) and set(expected) <= set(found)
     for name, grad in expected.items():
-        assert torch.allclose(grad, found[name], atol=1e-4 * max(1.0, grad.abs().max().item())), name
+        assert torch.allclose(grad, found[name], atol=1e-4 * max(1.0, grad.abs().max().item())), (
+            name
+        )
 
 
 @torch.no_grad()
@@ -212,9 +242,15 @@ def test_the_fused_kernel_gets_no_more_rows_than_a_launch_may_have(monkeypatch, 
     results = []
     for limit in (layers.LAUNCH_ROWS, 63):  # 15 rows of 4 heads
         monkeypatch.setattr(layers, "LAUNCH_ROWS", limit)
-        results.append(torch.autograd.grad((out := layers.fused(q, k, v, causal, 0.0)).square().sum(), (q, k, v)))
+        results.append(
+            torch.autograd.grad(
+                (out := layers.fused(q, k, v, causal, 0.0)).square().sum(), (q, k, v)
+            )
+        )
         assert torch.allclose(
-            out, layers.attend(q, k, v, torch.full((16, 16), -torch.inf).triu(1) if causal else None), atol=1e-5
+            out,
+            layers.attend(q, k, v, torch.full((16, 16), -torch.inf).triu(1) if causal else None),
+            atol=1e-5,
         )
     assert sizes == [200, 60, 60, 60, 20] and layers.LAUNCH_ROWS < 2**16
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results, strict=True))
@@ -232,7 +268,9 @@ def test_checkpointed_blocks_give_the_same_gradients_dropout_included(parts):
     for checkpointing in (False, parts):
         model = small("ar", grad_checkpointing=checkpointing).train()
         torch.manual_seed(3)
-        model(*[torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(1)), torch.arange(4)]).backward()
+        model(
+            *[torch.randn(4, 16, 4, 4, generator=torch.Generator().manual_seed(1)), torch.arange(4)]
+        ).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.allclose(grads[0], grads[1], atol=1e-5)
     with pytest.raises(ValueError, match="grad_checkpointing takes encoder, decoder, head"):
@@ -242,7 +280,9 @@ def test_checkpointed_blocks_give_the_same_gradients_dropout_included(parts):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("head", ["ar", "parallel", "masked"])
-def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_tokens(head, monkeypatch):
+def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_tokens(
+    head, monkeypatch
+):
     model = small(head, **NO_DROPOUT).train()
     given = [batch(model)[:2] for _ in range(3)]
     masks = [(torch.rand(4, 16).argsort(dim=1) < count).float() for count in (12, 14, 16)]
@@ -256,7 +296,9 @@ def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_
             model.zero_grad()
             model(latents, labels, mask).backward()
             results.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        sampled.append(model.sample_tokens(2, num_iter=5, cfg=2.0, labels=torch.arange(2), seeds=[1, 2]))
+        sampled.append(
+            model.sample_tokens(2, num_iter=5, cfg=2.0, labels=torch.arange(2), seeds=[1, 2])
+        )
     assert torch.equal(*sampled)
     # A copy computes with its own weights.
     changed = copy.deepcopy(model)
@@ -279,13 +321,21 @@ def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_
 @pytest.mark.parametrize("order", ["random", "confidence"])
 def test_fast_models_sample_what_plain_ones_do(head, order, monkeypatch):
     model = small(head)
-    options = {"num_iter": 5, "cfg": 2.0, "labels": torch.arange(3), "seeds": [1, 2, 3], "return_confidence": True}
+    options = {
+        "num_iter": 5,
+        "cfg": 2.0,
+        "labels": torch.arange(3),
+        "seeds": [1, 2, 3],
+        "return_confidence": True,
+    }
     with plain_kernels():
         expected = model.sample_tokens(3, **options, order=order)
     for budget in (2**28, 20000):  # all tokens at once, and in parts
         monkeypatch.setattr(fast, "MODULATION_BUDGET", budget)
         found = model.sample_tokens(3, **options, order=order)
-        assert torch.allclose(found[0], expected[0], atol=1e-5) and torch.allclose(found[1], expected[1], atol=1e-3)
+        assert torch.allclose(found[0], expected[0], atol=1e-5) and torch.allclose(
+            found[1], expected[1], atol=1e-3
+        )
 
 
 @torch.no_grad()
@@ -302,7 +352,11 @@ def test_features_of_wanted_positions_are_those_of_all(head):
     for positions in (None, wanted):
         with torch.autocast("cpu", torch.bfloat16):
             found = model.backbone(tokens, known, classes, positions)
-        bf16.append(found if positions is not None else found.gather(1, wanted[..., None].expand(-1, -1, 32)))
+        bf16.append(
+            found
+            if positions is not None
+            else found.gather(1, wanted[..., None].expand(-1, -1, 32))
+        )
     assert distance(bf16[1], some) < 1.2 * distance(bf16[0], some) < 0.05
 
 
@@ -321,8 +375,16 @@ def rerun(work, pool):
 @pytest.mark.parametrize("head", HEADS)
 def test_recorded_sampling_is_sampling(head):
     model = small(head)
-    options = {"num_iter": 5, "cfg": 2.0, "labels": torch.arange(3), "seeds": [1, 2, 3], "return_confidence": True}
-    plain = [model.sample_tokens(3, **options, temperature=temperature) for temperature in (1.0, 0.7)]
+    options = {
+        "num_iter": 5,
+        "cfg": 2.0,
+        "labels": torch.arange(3),
+        "seeds": [1, 2, 3],
+        "return_confidence": True,
+    }
+    plain = [
+        model.sample_tokens(3, **options, temperature=temperature) for temperature in (1.0, 0.7)
+    ]
     recordings = model.head.recordings = Recordings(rerun)
     for temperature, (latents, confidence) in zip((1.0, 0.7, 1.0), [*plain, plain[0]], strict=True):
         found = model.sample_tokens(3, **options, temperature=temperature)
@@ -341,13 +403,21 @@ def test_recorded_sampling_is_sampling(head):
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_graphs_on_cuda_sample_what_kernels_do(head, precision):
     model = small(head).cuda().requires_grad_(False)
-    options = {"num_iter": 5, "cfg": 2.0, "labels": torch.arange(3), "seeds": [1, 2, 3], "return_confidence": True}
+    options = {
+        "num_iter": 5,
+        "cfg": 2.0,
+        "labels": torch.arange(3),
+        "seeds": [1, 2, 3],
+        "return_confidence": True,
+    }
     with torch.autocast("cuda", torch.bfloat16, enabled=precision == torch.bfloat16):
         latents, confidence = model.sample_tokens(3, **options)
         model.head.recordings = Recordings()
         for _ in range(2):
             found = model.sample_tokens(3, **options)
-            assert (found[0] != latents).float().mean() < 0.01 and distance(found[1], confidence) < 0.05
+            assert (found[0] != latents).float().mean() < 0.01 and distance(
+                found[1], confidence
+            ) < 0.05
 
 
 def test_autocast_keeps_copies_of_frozen_weights_for_the_length_of_a_call():

@@ -16,7 +16,14 @@ from tests.conftest import OWN, TINY, filled
 from util.crop import center_crop_arr
 from util.errors import UserError
 
-SIZES = {"img_size": 16, "vae_stride": 4, "vae_embed_dim": 8, "class_num": 4, "buffer_size": 4, "quant_levels": 8}
+SIZES = {
+    "img_size": 16,
+    "vae_stride": 4,
+    "vae_embed_dim": 8,
+    "class_num": 4,
+    "buffer_size": 4,
+    "quant_levels": 8,
+}
 
 
 @pytest.fixture
@@ -24,12 +31,16 @@ def pipe() -> TokenBridgePipeline:
     """A tiny model of 16 tokens, 4 pixels wide, and its tokenizer."""
     model = filled(tokenbridge_tiny(**SIZES))
     model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
-    return TokenBridgePipeline(model, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5, "fp32")
+    return TokenBridgePipeline(
+        model, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5, "fp32"
+    )
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     """A picture of random pixels."""
-    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def box(width: int, height: int, *covered: int) -> Image.Image:
@@ -71,7 +82,13 @@ def most_differ(a: list[Image.Image], b: list[Image.Image]) -> int:
     [
         ({"num_iter": 5, "cfg": 2.0, "temperature": 0.9}, 0, None),
         (
-            {"num_iter": 3, "cfg": 2, "cfg_schedule": "constant", "order": "confidence", "confidence_noise": 0.5},
+            {
+                "num_iter": 3,
+                "cfg": 2,
+                "cfg_schedule": "constant",
+                "order": "confidence",
+                "confidence_noise": 0.5,
+            },
             7,
             False,
         ),
@@ -80,14 +97,18 @@ def most_differ(a: list[Image.Image], b: list[Image.Image]) -> int:
     ids=["random", "confidence", "raster"],
 )
 def test_pictures_are_those_of_an_evaluation(run, weights, vae_path, tmp_path, how, gen_seed, ema):
-    flags = " ".join(f"--{name} {value}" for name, value in how.items()) + (" --no_ema" if ema is False else "")
+    flags = " ".join(f"--{name} {value}" for name, value in how.items()) + (
+        " --no_ema" if ema is False else ""
+    )
     common = f"{weights} --evaluate --no_metrics --num_images 8 --gen_seed {gen_seed} --output_dir {tmp_path}/out"
     run("main_tokenbridge", f"{common} {flags}")
     shutil.copy(vae_path, tmp_path / "weights" / "vae.ckpt")  # named by its place alone
     pipe = TokenBridgePipeline.from_pretrained(tmp_path / "weights", ema=ema)
     calls = []
     how["gen_seed"] = gen_seed
-    made = pipe([n // 2 for n in range(8)], seeds=range(8), callback=lambda *call: calls.append(call), **how)
+    made = pipe(
+        [n // 2 for n in range(8)], seeds=range(8), callback=lambda *call: calls.append(call), **how
+    )
     for number, image in enumerate(made.images):
         assert png(image) == (tmp_path / "out" / "samples" / f"{number:05d}.png").read_bytes()
     steps = min(how["num_iter"], 16)
@@ -115,7 +136,9 @@ def test_a_picture_depends_on_its_class_and_seed_alone(pipe, monkeypatch):
     scores = eight.log_likelihoods
     ranked = eight.ranked()
     assert ranked.log_likelihoods == sorted(scores, reverse=True) and len(set(scores)) == 8
-    assert all(image is eight.images[seed] for seed, image in zip(ranked.seeds, ranked.images, strict=True))
+    assert all(
+        image is eight.images[seed] for seed, image in zip(ranked.seeds, ranked.images, strict=True)
+    )
     # Where memory is not enough, in smaller batches.
     sample, sizes = TokenBridge.sample_tokens, []
 
@@ -127,7 +150,9 @@ def test_a_picture_depends_on_its_class_and_seed_alone(pipe, monkeypatch):
 
     monkeypatch.setattr(TokenBridge, "sample_tokens", sample_tokens)
     limit, calls = 3, []
-    halved = pipe([0, 1, 2, 3] * 2, seeds=range(8), callback=lambda *a: calls.append(a[:2]), **common)
+    halved = pipe(
+        [0, 1, 2, 3] * 2, seeds=range(8), callback=lambda *a: calls.append(a[:2]), **common
+    )
     assert sizes == [8, 4, 2, 2, 4, 2, 2] and most_differ(halved.images, eight.images) <= 1
     assert calls[-1] == (16, 16) and [step for step, _ in calls] == list(range(1, 17))
     limit = 0
@@ -135,21 +160,34 @@ def test_a_picture_depends_on_its_class_and_seed_alone(pipe, monkeypatch):
         pipe(0)
 
 
-def test_models_and_tokenizers_come_from_folders_files_and_the_hub(run, served, trained, vae_path, tmp_path):
+def test_models_and_tokenizers_come_from_folders_files_and_the_hub(
+    run, served, trained, vae_path, tmp_path
+):
     own = AutoencoderKL.from_pretrained(vae_path)
     expected = TokenBridgePipeline.from_pretrained(trained, vae_path)("class2", num_iter=3).images
     model = TokenBridge.from_pretrained(trained)
     model.save_pretrained(tmp_path / "exported")
     own[0].save_pretrained(tmp_path / "exported" / "vae", own[1])
-    files = [f"{folder}{name}" for folder in ("", "vae/") for name in ("model.safetensors", "config.json")]
+    files = [
+        f"{folder}{name}"
+        for folder in ("", "vae/")
+        for name in ("model.safetensors", "config.json")
+    ]
     served.add(OWN, {name: tmp_path / "exported" / name for name in files})
-    served.add(OWN, {"run/checkpoint-last.pth": trained / "checkpoint-last.pth", "run/vae.ckpt": vae_path})
+    served.add(
+        OWN, {"run/checkpoint-last.pth": trained / "checkpoint-last.pth", "run/vae.ckpt": vae_path}
+    )
     for place in (tmp_path / "exported", f"hf://{OWN}", OWN, f"hf://{OWN}/run"):
-        assert same(TokenBridgePipeline.from_pretrained(place)("class2", num_iter=3).images, expected), place
+        assert same(
+            TokenBridgePipeline.from_pretrained(place)("class2", num_iter=3).images, expected
+        ), place
     found = TokenBridgePipeline.from_pretrained(trained / "checkpoint-last.pth", f"hf://{OWN}/vae")
     assert same(found("class2", num_iter=3).images, expected)
     # What the run names.
-    with pytest.raises(UserError, match=r"no tokenizer beside it \(vae or vae.ckpt\), and pretrained_models.*name it"):
+    with pytest.raises(
+        UserError,
+        match=r"no tokenizer beside it \(vae or vae.ckpt\), and pretrained_models.*name it",
+    ):
         TokenBridgePipeline.from_pretrained(trained)
     data = f"--vae_path {vae_path} --data_path {tmp_path}/data --output_dir {tmp_path}/b"
     run("main_tokenbridge", f"{TINY} {data} --epochs 1")
@@ -204,11 +242,21 @@ def test_seams_are_evened_out_within_the_mask():
 
 
 def test_edited_pictures_fill_in_one_batch_after_another(pipe):
-    image, masks = noise(16, 16), [box(16, 16, 0, 0, 4, 4), box(16, 16, 0, 8, 16, 16), box(16, 16, 12, 12, 16, 16)]
+    image, masks = (
+        noise(16, 16),
+        [box(16, 16, 0, 0, 4, 4), box(16, 16, 0, 8, 16, 16), box(16, 16, 12, 12, 16, 16)],
+    )
     calls = []
-    made = pipe(1, image=image, mask_image=masks, num_iter=3, callback=lambda *call: calls.append(call))
-    assert [call[:2] for call in calls] == [(step, 6) for step in range(1, 7)] and same(calls[-1][2], made.images)
-    alone = [pipe(1, seeds=n, image=image, mask_image=mask, num_iter=3).images[0] for n, mask in enumerate(masks)]
+    made = pipe(
+        1, image=image, mask_image=masks, num_iter=3, callback=lambda *call: calls.append(call)
+    )
+    assert [call[:2] for call in calls] == [(step, 6) for step in range(1, 7)] and same(
+        calls[-1][2], made.images
+    )
+    alone = [
+        pipe(1, seeds=n, image=image, mask_image=mask, num_iter=3).images[0]
+        for n, mask in enumerate(masks)
+    ]
     assert most_differ(made.images, alone) <= 1
     half_way = np.asarray(calls[-2][2][0])
     assert np.array_equal(half_way[4:], np.asarray(image)[4:])
@@ -218,7 +266,9 @@ def test_edited_pictures_fill_in_one_batch_after_another(pipe):
 
 def test_variations_keep_some_tokens(pipe):
     image = noise(20, 30)
-    few, many = (pipe(1, seeds=range(4), image=image, strength=share, num_iter=4) for share in (0.25, 0.75))
+    few, many = (
+        pipe(1, seeds=range(4), image=image, strength=share, num_iter=4) for share in (0.25, 0.75)
+    )
     assert (few.confidence != 0).sum(dim=(1, 2)).tolist() == [4] * 4
     assert (many.confidence != 0).sum(dim=(1, 2)).tolist() == [12] * 4
     assert len({png(picture) for picture in few.images}) == 4
@@ -242,9 +292,15 @@ def test_a_canvas_for_outpainting(pipe, tmp_path):
 def test_images_and_masks_of_any_mode(pipe, tmp_path, mode):
     image, mask = noise(24, 24), box(24, 24, 0, 0, 12, 24)
     if mode == "I;16":
-        image, mask = (Image.fromarray(np.asarray(x.convert("L")).astype(np.uint16) * 257) for x in (image, mask))
+        image, mask = (
+            Image.fromarray(np.asarray(x.convert("L")).astype(np.uint16) * 257)
+            for x in (image, mask)
+        )
     else:
-        image, mask = image.convert(mode), mask.convert("RGB").convert(mode) if mode == "CMYK" else mask.convert(mode)
+        image, mask = (
+            image.convert(mode),
+            mask.convert("RGB").convert(mode) if mode == "CMYK" else mask.convert(mode),
+        )
     how = {"num_iter": 2, "seeds": 1}
     (made,) = pipe(0, image=image, mask_image=mask, **how).images
     for name, x in {"image.tif": image, "mask.tif": mask}.items():
@@ -263,14 +319,20 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
     "kind", ["tensor", "floats", "batch", "half", "array", "float array", "arrays", "list", "bool"]
 )
 def test_images_and_masks_may_be_tensors_and_arrays(pipe, kind):
-    images, masks = [noise(20, 24, seed) for seed in (0, 1)], [box(20, 24, 0, 0, 8 * n, 24) for n in (1, 2)]
+    images, masks = (
+        [noise(20, 24, seed) for seed in (0, 1)],
+        [box(20, 24, 0, 0, 8 * n, 24) for n in (1, 2)],
+    )
     expected = pipe(1, image=images, mask_image=masks, num_iter=2)
     bytes_, covered = ([as_tensor(picture) for picture in pictures] for pictures in (images, masks))
     arrays = [np.array(image) for image in images], [np.array(mask) for mask in masks]
     given = {
         "tensor": (bytes_, covered),
         "floats": ([x / 255 for x in bytes_], [x[None] / 255 for x in covered]),
-        "half": ((torch.stack(bytes_) / 255).half(), (torch.stack(covered)[:, None] / 255).bfloat16()),
+        "half": (
+            (torch.stack(bytes_) / 255).half(),
+            (torch.stack(covered)[:, None] / 255).bfloat16(),
+        ),
         "batch": (torch.stack(bytes_), torch.stack(covered)[:, None]),
         "array": arrays,
         "float array": ([x / 255 for x in arrays[0]], [x[..., None] / 255 for x in arrays[1]]),
@@ -296,7 +358,9 @@ def strokes(color: tuple[int, ...], background: tuple[int, ...]) -> Image.Image:
 
 
 def test_what_is_erased_from_a_photograph_is_made_anew(pipe, tmp_path):
-    bright = noise(3, 3).resize((16, 16), Image.Resampling.BICUBIC).point(lambda value: 100 + value // 2)
+    bright = (
+        noise(3, 3).resize((16, 16), Image.Resampling.BICUBIC).point(lambda value: 100 + value // 2)
+    )
     white = Image.new("RGB", (16, 16), "white")
     white.putpixel((12, 4), (0, 0, 0))
     expected = edit_of(bright, box(16, 16, 0, 0, 8, 16), 16)
@@ -317,7 +381,9 @@ def test_what_is_erased_from_a_photograph_is_made_anew(pipe, tmp_path):
         assert torch.equal(edit_of(bright, layer, 16).mask, expected.mask)
 
 
-@pytest.mark.parametrize("image", [noise(16, 16), Image.new("RGB", (16, 16), "white")], ids=["noise", "white"])
+@pytest.mark.parametrize(
+    "image", [noise(16, 16), Image.new("RGB", (16, 16), "white")], ids=["noise", "white"]
+)
 @pytest.mark.parametrize(
     "mask",
     [
@@ -329,7 +395,9 @@ def test_what_is_erased_from_a_photograph_is_made_anew(pipe, tmp_path):
     ids=["white strokes", "yellow strokes", "a hole in white", "black and white, and a hole"],
 )
 def test_masks_of_two_readings_are_refused(mask, image):
-    with pytest.raises(UserError, match=r"the mask is ambiguous: by its brightness, .* by its transparency") as error:
+    with pytest.raises(
+        UserError, match=r"the mask is ambiguous: by its brightness, .* by its transparency"
+    ) as error:
         edit_of(image, mask, 16)
     assert "\n" not in str(error.value)
 
@@ -390,12 +458,22 @@ def test_masks_of_two_readings_are_refused(mask, image):
 def test_what_cannot_be_made_is_told(pipe, given, says):
     with pytest.raises(UserError, match=says) as error:
         pipe(**{"class_labels": 0, "num_iter": 2, **given})
-    assert "\n" not in str(error.value) and "tensor(" not in str(error.value) and "array(" not in str(error.value)
+    assert (
+        "\n" not in str(error.value)
+        and "tensor(" not in str(error.value)
+        and "array(" not in str(error.value)
+    )
 
 
 def test_a_tokenizer_of_another_model_is_refused(pipe):
-    for vae, factor in ((pipe.vae, 0.6), (filled(AutoencoderKL(4, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)):
-        with pytest.raises(UserError, match=r"the tokenizer is another model's: it has \d latent channels, stride 4"):
+    for vae, factor in (
+        (pipe.vae, 0.6),
+        (filled(AutoencoderKL(4, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5),
+    ):
+        with pytest.raises(
+            UserError,
+            match=r"the tokenizer is another model's: it has \d latent channels, stride 4",
+        ):
             TokenBridgePipeline(pipe.model, vae, factor)
 
 
@@ -404,5 +482,8 @@ def test_a_tokenizer_of_other_weights_is_refused_by_name(trained, vae_path, tmp_
     content["model"]["post_quant_conv.bias"] += 1
     torch.save(content, tmp_path / "other.ckpt")
     TokenBridgePipeline.from_pretrained(trained, vae_path)
-    with pytest.raises(UserError, match=r"/run/.* was trained with another tokenizer than .*/other.ckpt: .*--vae_path"):
+    with pytest.raises(
+        UserError,
+        match=r"/run/.* was trained with another tokenizer than .*/other.ckpt: .*--vae_path",
+    ):
         TokenBridgePipeline.from_pretrained(trained, tmp_path / "other.ckpt")

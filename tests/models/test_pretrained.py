@@ -27,7 +27,11 @@ from util.errors import UserError
 def test_a_model_travels_through_a_folder(tmp_path, options):
     model = described(**options)
     model.save_pretrained(tmp_path / "saved", config={"note": "kept"})
-    assert {path.name for path in (tmp_path / "saved").iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+    }
     again = TokenBridge.from_pretrained(tmp_path / "saved")
     assert same_states(model, again) and again.config == model.config and not again.training
     assert again.metadata == {**model.metadata, "note": "kept"}
@@ -36,12 +40,21 @@ def test_a_model_travels_through_a_folder(tmp_path, options):
     # Under the published names, as every program reads them.
     assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(published_state(model))
     again.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "saved" / "config.json").read_bytes()
-    assert TokenBridge.from_pretrained(tmp_path / "saved", attn_dropout=0.3).config["attn_dropout"] == 0.3
+    assert (tmp_path / "again" / "config.json").read_bytes() == (
+        tmp_path / "saved" / "config.json"
+    ).read_bytes()
+    assert (
+        TokenBridge.from_pretrained(tmp_path / "saved", attn_dropout=0.3).config["attn_dropout"]
+        == 0.3
+    )
 
 
 def test_the_model_card_has_figures_usage_and_licence(tmp_path):
-    figures = {"frechet_inception_distance": 1.5512, "recall": 0.63, "settings": {"cfg": 3.1, "num_iter": 256}}
+    figures = {
+        "frechet_inception_distance": 1.5512,
+        "recall": 0.63,
+        "settings": {"cfg": 3.1, "num_iter": 256},
+    }
     card = {"figures": figures, "licence": "mit", "repo_id": "owner/repo"}
     described().save_pretrained(tmp_path, model_card_kwargs=card)
     text = (tmp_path / "README.md").read_text()
@@ -63,15 +76,28 @@ def test_the_model_card_has_figures_usage_and_licence(tmp_path):
 def test_published_weights_tell_by_their_shapes_what_they_are(tmp_path, factory):
     model = filled(factory(quant_levels=64))
     averages = {name: value + 1 for name, value in published_parameters(model).items()}
-    torch.save({"model": published_state(model), "model_ema": averages, "epoch": 399}, tmp_path / "checkpoint-last.pth")
-    commands.main(["convert", f"{tmp_path}/checkpoint-last.pth", f"{tmp_path}/only.safetensors", "--weights", "model"])
+    torch.save(
+        {"model": published_state(model), "model_ema": averages, "epoch": 399},
+        tmp_path / "checkpoint-last.pth",
+    )
+    commands.main(
+        [
+            "convert",
+            f"{tmp_path}/checkpoint-last.pth",
+            f"{tmp_path}/only.safetensors",
+            "--weights",
+            "model",
+        ]
+    )
     assert same_states(TokenBridge.from_pretrained(tmp_path / "only.safetensors"), model)
     found = TokenBridge.from_pretrained(tmp_path)
     assert found.config == model.config
     names = {"class_names": ImageNetInfo("imagenet-1k").label_names()}
     assert found.metadata == {"latent_factor": 0.2325, "model": factory.__name__, **names}
     assert torch.equal(found.class_emb.weight, averages["class_emb.weight"])
-    assert torch.equal(TokenBridge.from_pretrained(tmp_path, ema=False).class_emb.weight, model.class_emb.weight)
+    assert torch.equal(
+        TokenBridge.from_pretrained(tmp_path, ema=False).class_emb.weight, model.class_emb.weight
+    )
 
 
 def test_models_and_tokenizers_are_told_apart(trained, vae_path):

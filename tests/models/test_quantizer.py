@@ -23,7 +23,9 @@ def test_tables_are_the_published_ones(levels):
 def test_inner_bins_are_equiprobable_and_values_are_their_means():
     boundaries, values = gaussian_tables(64)
     mass = norm.cdf(boundaries.double()[1:-1])
-    assert torch.allclose(torch.from_numpy(mass).diff(), torch.full((62,), 1 / 64, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(
+        torch.from_numpy(mass).diff(), torch.full((62,), 1 / 64, dtype=torch.float64), atol=1e-6
+    )
     draws = torch.randn(2_000_000, dtype=torch.float64)
     for i in (5, 31, 50):
         inside = draws[(draws >= boundaries[i]) & (draws < boundaries[i + 1])]
@@ -36,8 +38,12 @@ def test_bucketized_indices_are_the_argmin(levels, bound):
     quantizer = GaussianQuantizer(levels, -bound, bound)
     values = quantizer.reconstruction_values
     # Everywhere, around zero where float32 is finest, and on and beside every threshold.
-    x = torch.cat([3 * torch.randn(20000), torch.linspace(-1e-7, 1e-7, 1001), torch.linspace(-9, 9, 5001)])
-    beside = torch.cat([torch.nextafter(quantizer.thresholds, torch.tensor(s)) for s in (-9.0, 9.0)])
+    x = torch.cat(
+        [3 * torch.randn(20000), torch.linspace(-1e-7, 1e-7, 1001), torch.linspace(-9, 9, 5001)]
+    )
+    beside = torch.cat(
+        [torch.nextafter(quantizer.thresholds, torch.tensor(s)) for s in (-9.0, 9.0)]
+    )
     x = torch.cat([x, quantizer.thresholds * bound / 3, beside * bound / 3])
     distances = (quantizer.normalize(x)[:, None] - values).abs()
     indices, dequantized = quantizer(x)
@@ -49,11 +55,17 @@ def test_bucketized_indices_are_the_argmin(levels, bound):
 def test_comparing_latents_is_comparing_normalized_ones(bounds):
     quantizer = GaussianQuantizer(64, *bounds)
     edges = quantizer.latent_thresholds
-    beside = [torch.nextafter(edges, torch.full_like(edges, side)) for side in (-torch.inf, torch.inf)]
-    x = torch.cat([edges, *beside, torch.tensor([-100.0, 100.0, *bounds]), 3 * torch.randn(100_000)])
+    beside = [
+        torch.nextafter(edges, torch.full_like(edges, side)) for side in (-torch.inf, torch.inf)
+    ]
+    x = torch.cat(
+        [edges, *beside, torch.tensor([-100.0, 100.0, *bounds]), 3 * torch.randn(100_000)]
+    )
     distance = (quantizer.normalize(x)[:, None] - quantizer.reconstruction_values).abs()
     indices, values = quantizer(x)
-    assert torch.equal(indices, distance.argmin(dim=1)) and torch.equal(values, quantizer.dequantize(indices))
+    assert torch.equal(indices, distance.argmin(dim=1)) and torch.equal(
+        values, quantizer.dequantize(indices)
+    )
 
 
 def test_ties_go_to_the_lower_level():
@@ -100,7 +112,9 @@ def test_quantizing_is_monotone_idempotent_and_stays_in_range(values, bits, widt
     x = torch.tensor(sorted(values))
     indices, dequantized = quantizer(x)
     assert (indices.diff() >= 0).all() and indices.min() >= 0 and indices.max() < 2**bits
-    assert (dequantized >= shift - width - 1e-4).all() and (dequantized <= shift + width + 1e-4).all()
+    assert (dequantized >= shift - width - 1e-4).all() and (
+        dequantized <= shift + width + 1e-4
+    ).all()
     assert torch.equal(quantizer(dequantized)[0], indices)
 
 
@@ -126,13 +140,21 @@ def test_linear_levels_are_the_centres_of_equal_bins():
 
 def test_linear_levels_on_a_normal_have_the_known_error():
     x = torch.randn(500_000)
-    error = post_training_quantize(x, 6, -5.0, 5.0, quantizer="linear")[1].sub(x).square().mean().item()
+    error = (
+        post_training_quantize(x, 6, -5.0, 5.0, quantizer="linear")[1].sub(x).square().mean().item()
+    )
     assert error == pytest.approx((10 / 64) ** 2 / 12, rel=0.02)
     assert GaussianQuantizer(64)(x)[1].sub(x).square().mean().item() < 0.5 * error
 
 
 def error_of(latents: torch.Tensor, **options) -> float:
-    return post_training_quantize(latents, 6, -5.0, 5.0, **options)[1].sub(latents).square().mean().item()
+    return (
+        post_training_quantize(latents, 6, -5.0, 5.0, **options)[1]
+        .sub(latents)
+        .square()
+        .mean()
+        .item()
+    )
 
 
 def test_calibrated_levels_beat_plain_ones_where_deviations_differ_and_equal_them_where_not():
@@ -149,7 +171,9 @@ def test_calibrated_levels_beat_plain_ones_where_deviations_differ_and_equal_the
         if latents is equal:
             assert error_of(latents) < 1.05 * error_of(latents, **calibration)
     # A channel's error grows with its variance and nothing else: the relative error is that of unit latents.
-    quantized = post_training_quantize(unequal, 6, 0.0, 1.0, channel_mean=means, channel_std=deviations)[1]
+    quantized = post_training_quantize(
+        unequal, 6, 0.0, 1.0, channel_mean=means, channel_std=deviations
+    )[1]
     relative = (quantized - unequal).square().mean(dim=(0, 2, 3)) / deviations**2
     assert torch.allclose(relative, torch.full((8,), 0.00067), atol=5e-5)
 
@@ -158,7 +182,8 @@ def test_calibration_of_patches_repeats_each_channels():
     calibration = {"channel_mean": [0.0, 10.0], "channel_std": [1.0, 2.0]}
     model = variant(vae_embed_dim=2, vae_stride=8, patch_size=2, **calibration)
     latents = (
-        torch.randn(3, 2, 8, 8) * torch.tensor([1.0, 2.0])[:, None, None] + torch.tensor([0.0, 10.0])[:, None, None]
+        torch.randn(3, 2, 8, 8) * torch.tensor([1.0, 2.0])[:, None, None]
+        + torch.tensor([0.0, 10.0])[:, None, None]
     )
     quantized = model.unpatchify(model.quantize(model.patchify(latents))[1])
     expected = post_training_quantize(latents, 4, 0.0, 1.0, **calibration)[1]

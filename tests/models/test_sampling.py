@@ -33,12 +33,16 @@ def plain_sampler(model, labels, orders, num_iter, cfg):
     order = model.head.generation_order
     left = seq_len
     for step in range(num_iter):
-        left_after = max(1, min(left - 1, math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter))))
+        left_after = max(
+            1, min(left - 1, math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter)))
+        )
         guidance = 1 + (cfg - 1) * (seq_len - left_after) / seq_len
         left_after = 0 if step == num_iter - 1 else left_after
         halves = []
         for classes in (model.class_emb(labels), model.backbone.fake_latent.expand(bsz, -1)):
-            halves.append(model.forward_mae_decoder(model.forward_mae_encoder(tokens, mask, classes), mask))
+            halves.append(
+                model.forward_mae_decoder(model.forward_mae_encoder(tokens, mask, classes), mask)
+            )
         z = halves[1] + guidance * (halves[0] - halves[1])
         wanted = torch.zeros(bsz, seq_len).scatter(1, orders[:, left_after:left], 1.0)
         targets = torch.zeros(bsz, seq_len, model.token_dim, dtype=torch.long)
@@ -81,7 +85,10 @@ def test_images_follow_their_seeds_alone(small_model):
     together = small_model.sample_tokens(4, 5, 2.0, labels=labels, seeds=seeds)
     torch.manual_seed(2)
     alone = torch.cat(
-        [small_model.sample_tokens(1, 5, 2.0, labels=labels[i : i + 1], seeds=seeds[i : i + 1]) for i in range(4)]
+        [
+            small_model.sample_tokens(1, 5, 2.0, labels=labels[i : i + 1], seeds=seeds[i : i + 1])
+            for i in range(4)
+        ]
     )
     assert torch.allclose(together, alone, atol=1e-5)
     other = small_model.sample_tokens(4, 5, 2.0, labels=labels, seeds=[9, 10, 11, 12])
@@ -104,7 +111,9 @@ def test_guidance_labels_and_modes(small_model):
     # At scale 0 only the unconditional half counts.
     zero = small_model.sample_tokens(**common, labels=labels, cfg=0.0, cfg_schedule="constant")
     assert torch.allclose(zero, unconditional, atol=1e-5)
-    assert not torch.allclose(small_model.sample_tokens(**common, labels=labels), unconditional, atol=1e-2)
+    assert not torch.allclose(
+        small_model.sample_tokens(**common, labels=labels), unconditional, atol=1e-2
+    )
     small_model.train()
     assert torch.equal(small_model.sample_tokens(**common), unconditional) and small_model.training
 
@@ -114,7 +123,9 @@ def test_the_head_in_parts_changes_nothing(small_model, monkeypatch):
     whole = small_model.sample_tokens(2, 3, 2.0, labels=labels, seeds=seeds)
     monkeypatch.setattr("models.fast.MODULATION_BUDGET", 20000)
     assert 20000 // small_model.head.elements_per_token() == 2
-    assert torch.allclose(small_model.sample_tokens(2, 3, 2.0, labels=labels, seeds=seeds), whole, atol=1e-5)
+    assert torch.allclose(
+        small_model.sample_tokens(2, 3, 2.0, labels=labels, seeds=seeds), whole, atol=1e-5
+    )
 
 
 def test_bad_arguments_are_named(small_model):
@@ -140,7 +151,9 @@ def test_patches_sample_too():
 
 
 @torch.no_grad()
-def plain_confidence(model: TokenBridge, labels: torch.Tensor, num_iter: int, cfg: float) -> tuple[torch.Tensor, list]:
+def plain_confidence(
+    model: TokenBridge, labels: torch.Tensor, num_iter: int, cfg: float
+) -> tuple[torch.Tensor, list]:
     """Order by confidence at temperature 0, one image after the other, without cache, gathers or sorting."""
     latents, order = [], []
     for label in labels:
@@ -160,7 +173,9 @@ def plain_confidence(model: TokenBridge, labels: torch.Tensor, num_iter: int, cf
                     chosen[0, place] = logits.argmax()
                     log_prob += logits.max().item()
                 found[position] = (log_prob, chosen)
-            best = sorted(found, key=lambda position: found[position][0], reverse=True)[: len(unknown) - left]
+            best = sorted(found, key=lambda position: found[position][0], reverse=True)[
+                : len(unknown) - left
+            ]
             for position in best:
                 levels = found[position][1][0, model.head.from_generation_order]
                 tokens[0, position] = model.quantizer.dequantize(levels)
@@ -180,22 +195,40 @@ def test_order_by_confidence_takes_the_most_confident_tokens(small_model):
 
 
 def test_confidence_is_what_the_head_says(small_model):
-    latents, confidence = small_model.sample_tokens(1, 1, temperature=0, seeds=[1], return_confidence=True)
-    features = small_model.backbone(
-        torch.zeros(1, 16, 16), torch.zeros(1, 0, dtype=torch.long), small_model.backbone.fake_latent
+    latents, confidence = small_model.sample_tokens(
+        1, 1, temperature=0, seeds=[1], return_confidence=True
     )
-    levels = small_model.quantize(small_model.patchify(latents))[0][..., small_model.head.generation_order]
+    features = small_model.backbone(
+        torch.zeros(1, 16, 16),
+        torch.zeros(1, 0, dtype=torch.long),
+        small_model.backbone.fake_latent,
+    )
+    levels = small_model.quantize(small_model.patchify(latents))[0][
+        ..., small_model.head.generation_order
+    ]
     logits = small_model.forward_channel_ar(features, levels, torch.ones(1, 16)).log_softmax(-1)
-    assert torch.allclose(logits.gather(-1, levels[0][..., None]).sum(dim=(1, 2)), confidence[0], atol=1e-4)
+    assert torch.allclose(
+        logits.gather(-1, levels[0][..., None]).sum(dim=(1, 2)), confidence[0], atol=1e-4
+    )
 
 
 def test_noise_makes_orders_by_confidence_differ(small_model):
-    options = {"bsz": 3, "num_iter": 6, "order": "confidence", "temperature": 0, "return_confidence": True}
+    options = {
+        "bsz": 3,
+        "num_iter": 6,
+        "order": "confidence",
+        "temperature": 0,
+        "return_confidence": True,
+    }
     plain = small_model.sample_tokens(**options, seeds=[1, 2, 3])[1]
-    assert torch.allclose(plain[:1].expand(3, -1), plain, atol=1e-5)  # at temperature 0 nothing is drawn
+    assert torch.allclose(
+        plain[:1].expand(3, -1), plain, atol=1e-5
+    )  # at temperature 0 nothing is drawn
     noisy = small_model.sample_tokens(**options, seeds=[1, 2, 3], confidence_noise=50.0)[1]
     assert not torch.allclose(noisy[0], noisy[1], atol=1e-2)
-    assert torch.equal(noisy, small_model.sample_tokens(**options, seeds=[1, 2, 3], confidence_noise=50.0)[1])
+    assert torch.equal(
+        noisy, small_model.sample_tokens(**options, seeds=[1, 2, 3], confidence_noise=50.0)[1]
+    )
 
 
 def test_raster_order_goes_row_by_row(small_model):
@@ -212,7 +245,13 @@ def test_known_tokens_stay_a_different_number_in_each_image(small_model, order):
     options = {"num_iter": 4, "cfg": 2.0, "order": order}
     labels, seeds = torch.tensor([0, 1, 2, 3]), [4, 5, 6, 7]
     together, confidence = small_model.sample_tokens(
-        4, **options, labels=labels, seeds=seeds, known_latents=known, known_mask=mask, return_confidence=True
+        4,
+        **options,
+        labels=labels,
+        seeds=seeds,
+        known_latents=known,
+        known_mask=mask,
+        return_confidence=True,
     )
     alone = [
         small_model.sample_tokens(
@@ -222,7 +261,10 @@ def test_known_tokens_stay_a_different_number_in_each_image(small_model, order):
         for i in range(4)
     ]  # fmt: skip
     assert torch.allclose(together, torch.cat(alone), atol=1e-4)
-    tokens, kept = small_model.patchify(together), small_model.quantize(small_model.patchify(known))[1]
+    tokens, kept = (
+        small_model.patchify(together),
+        small_model.quantize(small_model.patchify(known))[1],
+    )
     assert torch.allclose(tokens[mask], kept[mask], atol=1e-6)
     assert ((tokens - kept)[~mask].abs() > 1e-3).any(dim=-1).float().mean() > 0.9
     assert (confidence[mask] == 0).all() and (confidence[~mask] < 0).all()
@@ -236,7 +278,12 @@ def test_each_step_is_told(small_model, order):
     steps = []
     mask = torch.zeros(2, 16, dtype=torch.bool)
     mask[:, 3:6] = True
-    options = {"seeds": [1, 2], "order": order, "known_latents": torch.randn(2, 16, 4, 4), "known_mask": mask}
+    options = {
+        "seeds": [1, 2],
+        "order": order,
+        "known_latents": torch.randn(2, 16, 4, 4),
+        "known_mask": mask,
+    }
     latents = small_model.sample_tokens(2, 5, **options, on_step=lambda *step: steps.append(step))
     assert torch.equal(latents, small_model.sample_tokens(2, 5, **options))
     assert [step[:2] for step in steps] == [(number, 5) for number in range(1, 6)]
@@ -258,7 +305,10 @@ def test_bad_orders_and_known_tokens_are_named(small_model):
         "leave orders out": {"order": "confidence", "orders": small_model.sample_orders(2)},
         "must not be negative": {"confidence_noise": -1.0},
         "go together": {"known_mask": mask},
-        r"expected \[2, 16, 4, 4\] and \[2, 16\]": {"known_latents": latents[:1], "known_mask": mask},
+        r"expected \[2, 16, 4, 4\] and \[2, 16\]": {
+            "known_latents": latents[:1],
+            "known_mask": mask,
+        },
     }.items():
         with pytest.raises(ValueError, match=message):
             small_model.sample_tokens(2, **options)

@@ -29,7 +29,7 @@ from tests.conftest import (
     small,
     variant,
 )
-from util.misc import add_weight_decay
+from util.training_state import add_weight_decay
 
 # --------------------------------------------------------------------------------------------------------------------
 # The published model.
@@ -51,7 +51,9 @@ def test_tokens_features_logits_and_loss_are_the_published_models(published):
     features = model.forward_mae_decoder(encoded, v["mask"])
     assert torch.allclose(features, v["features"], atol=1e-4)
     targets = indices[..., list(KL16_CHANNEL_ORDER)]
-    assert torch.allclose(model.forward_channel_ar(features, targets, v["mask"]), v["logits"], atol=1e-4)
+    assert torch.allclose(
+        model.forward_channel_ar(features, targets, v["mask"]), v["logits"], atol=1e-4
+    )
     assert torch.allclose(model(v["latents"], v["labels"], v["mask"]), v["loss"], atol=1e-4)
 
 
@@ -60,14 +62,18 @@ def test_loss_is_the_mean_over_masked_tokens_and_channels(published):
     model, v = published
     logits, targets = v["logits"], v["indices"][..., list(KL16_CHANNEL_ORDER)][v["mask"].bool()]
     logp = F.log_softmax(logits.double(), dim=-1).gather(-1, targets[..., None])
-    assert model(v["latents"], v["labels"], v["mask"]).item() == pytest.approx(-logp.mean().item(), abs=1e-5)
+    assert model(v["latents"], v["labels"], v["mask"]).item() == pytest.approx(
+        -logp.mean().item(), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
 def test_names_shapes_order_and_count_are_the_published_ones(size):
     expected = manifest(size)
     model = MODELS[f"tokenbridge_{size}"](quant_levels=64)
-    assert {name: list(value.shape) for name, value in published_state(model).items()} == expected["shapes"]
+    assert {name: list(value.shape) for name, value in published_state(model).items()} == expected[
+        "shapes"
+    ]
     assert list(published_parameters(model)) == expected["parameter_order"]
     assert sum(p.numel() for p in model.parameters()) == expected["parameters"]
 
@@ -80,7 +86,9 @@ def test_state_dicts_go_both_ways(small_model):
         other.load_state_dict(names)
         assert same_states(small_model, other)
     wrapper = torch.nn.ModuleDict({"module": other})  # as inside DDP
-    wrapper.load_state_dict({f"module.{name}": value for name, value in published_state(small_model).items()})
+    wrapper.load_state_dict(
+        {f"module.{name}": value for name, value in published_state(small_model).items()}
+    )
     missing = {name: value for name, value in state.items() if name != "backbone.z_proj.weight"}
     with pytest.raises(RuntimeError, match=r"z_proj\.weight"):
         other.load_state_dict(missing)
@@ -144,7 +152,13 @@ def test_optimizer_groups_are_in_published_order():
 def test_initial_weights():
     model = tokenbridge_tiny(img_size=64)
     state = published_state(model)
-    for name in ("fake_latent", "mask_token", "encoder_pos_embed_learned", "channel_embed", "class_emb.weight"):
+    for name in (
+        "fake_latent",
+        "mask_token",
+        "encoder_pos_embed_learned",
+        "channel_embed",
+        "class_emb.weight",
+    ):
         assert state[name].std().item() == pytest.approx(0.02, rel=0.3), name
     assert state["token_embeddings.0.weight"].std().item() == pytest.approx(1, rel=0.1)
     for name, value in state.items():
@@ -166,7 +180,9 @@ def test_patchify_is_row_major_and_inverted(patch_size):
     tokens = model.patchify(x)
     assert tokens.shape == (2, 16 // patch_size**2, 3 * patch_size**2)
     assert torch.equal(model.unpatchify(tokens), x)
-    assert torch.equal(tokens[:, 1, 0], x[:, 0, 0, patch_size])  # the second token is the first one's right neighbour
+    assert torch.equal(
+        tokens[:, 1, 0], x[:, 0, 0, patch_size]
+    )  # the second token is the first one's right neighbour
 
 
 def test_masks_follow_the_truncated_normal():
@@ -196,7 +212,11 @@ def test_orders_are_permutations_and_masks_their_heads(bsz, side, ratio, seed):
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 3), st.integers(1, 4))
 def test_patches_come_back_from_every_size(bsz, channels, patch_size, side):
-    sizes = {"img_size": 16 * patch_size * side, "patch_size": patch_size, "vae_embed_dim": channels}
+    sizes = {
+        "img_size": 16 * patch_size * side,
+        "patch_size": patch_size,
+        "vae_embed_dim": channels,
+    }
     model = TokenBridge(**{**SMALL, **sizes})
     size = patch_size * side
     x = torch.arange(bsz * channels * size**2).view(bsz, channels, size, size)
@@ -204,7 +224,9 @@ def test_patches_come_back_from_every_size(bsz, channels, patch_size, side):
     assert torch.equal(model.unpatchify(tokens), x)
     for row in range(side):
         for column in range(side):
-            patch = x[:, :, row * patch_size :, column * patch_size :][:, :, :patch_size, :patch_size]
+            patch = x[:, :, row * patch_size :, column * patch_size :][
+                :, :, :patch_size, :patch_size
+            ]
             assert torch.equal(tokens[:, row * side + column], patch.flatten(1))
 
 
@@ -239,7 +261,9 @@ def test_bad_input_is_named(small_model):
 def test_channel_orders():
     assert TokenBridge(**SMALL).config["channel_order"] == list(KL16_CHANNEL_ORDER)
     assert TokenBridge(**SMALL, vae_embed_dim=4).config["channel_order"] == [0, 1, 2, 3]
-    assert TokenBridge(**{**SMALL, "vae_embed_dim": 4, "patch_size": 2}).config["channel_order"] == list(range(16))
+    assert TokenBridge(**{**SMALL, "vae_embed_dim": 4, "patch_size": 2}).config[
+        "channel_order"
+    ] == list(range(16))
     model = filled(TokenBridge(**{**SMALL, "vae_embed_dim": 3, "channel_order": [2, 0, 1]}))
     latents = model.sample_tokens(2, num_iter=2, seeds=[1, 2])
     assert torch.equal(model.unpatchify(model.quantize(model.patchify(latents))[1]), latents)
@@ -268,7 +292,9 @@ def test_checkpointing_changes_memory_not_gradients(small_model):
         loss.backward()
         saved[name] = count
     assert saved["checkpointed"] < saved["plain"] / 2
-    for (name, a), (_, b) in zip(small_model.named_parameters(), other.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(
+        small_model.named_parameters(), other.named_parameters(), strict=True
+    ):
         if name != "backbone.fake_latent":  # used in training mode only
             assert torch.allclose(a.grad, b.grad, atol=1e-6), name
 
@@ -297,7 +323,9 @@ def test_flops_are_those_a_counter_counts():
     mask[:, :12] = 1
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]), mask)
-    assert 3 * counter.get_total_flops() / 2 == pytest.approx(model.training_flops(num_masked=12), rel=0.01)
+    assert 3 * counter.get_total_flops() / 2 == pytest.approx(
+        model.training_flops(num_masked=12), rel=0.01
+    )
     assert model.training_flops(12) < model.training_flops() < model.training_flops(16)
 
 

@@ -31,7 +31,10 @@ def close(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 @pytest.fixture
 def vgg_weights(tmp_path):
     """A file of VGG-16's features, drawn at random."""
-    torch.save(vgg.VGG(vgg.make_layers(vgg.cfgs["D"])).features.state_dict(prefix="features."), tmp_path / "vgg.pth")
+    torch.save(
+        vgg.VGG(vgg.make_layers(vgg.cfgs["D"])).features.state_dict(prefix="features."),
+        tmp_path / "vgg.pth",
+    )
     return tmp_path / "vgg.pth"
 
 
@@ -43,7 +46,9 @@ def test_an_image_counts_by_its_absolute_error_and_divergence():
     loss = losses(images)
     torch.manual_seed(1)
     reconstruction, posterior = vae(images)
-    kl = 0.5 * (posterior.mean**2 + posterior.std**2 - 1 - 2 * posterior.std.log()).sum(dim=(1, 2, 3))
+    kl = 0.5 * (posterior.mean**2 + posterior.std**2 - 1 - 2 * posterior.std.log()).sum(
+        dim=(1, 2, 3)
+    )
     expected = (reconstruction - images).abs().sum(dim=(1, 2, 3)) + 0.5 * kl
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
     losses(2 * images)
@@ -80,7 +85,13 @@ def test_before_its_start_a_discriminator_changes_nothing_and_learns_nothing():
 def test_tokenizer_and_discriminator_have_their_gradients_clipped_apart():
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     losses = VAELosses(tokenizer(), 16, kl_weight=0.0, disc_weight=1.0)
-    flags = {"ema_rate": 0.5, "weight_decay": 0.0, "lr": 1e-3, "grad_clip": 1e-2, "precision": "fp32"}
+    flags = {
+        "ema_rate": 0.5,
+        "weight_decay": 0.0,
+        "lr": 1e-3,
+        "grad_clip": 1e-2,
+        "precision": "fp32",
+    }
     state = TrainingState(
         losses,
         argparse.Namespace(**flags, no_ema_warmup=False, compile=False, start_epoch=0),
@@ -90,7 +101,9 @@ def test_tokenizer_and_discriminator_have_their_gradients_clipped_apart():
     losses(images).backward()
     state.take_step(torch.zeros(()), 1e-3)
     for module, decay in ((losses.vae, 0.9), (losses.discriminator, 0.5)):
-        moments = [state.optimizer.state[parameter]["exp_avg"].norm() for parameter in module.parameters()]
+        moments = [
+            state.optimizer.state[parameter]["exp_avg"].norm() for parameter in module.parameters()
+        ]
         assert (torch.stack(moments).norm() / (1 - decay)).item() == pytest.approx(1e-2, rel=1e-3)
 
 
@@ -114,7 +127,10 @@ def test_the_perceptual_distance_compares_directions_of_vggs_features(vgg_weight
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
     with torch.no_grad():
         features = [model.eval()(((image + 1) / 2 - mean) / std) for image in (a, b)]
-    similar = [F.cosine_similarity(features[0][name], features[1][name], dim=1, eps=1e-12) for name in features[0]]
+    similar = [
+        F.cosine_similarity(features[0][name], features[1][name], dim=1, eps=1e-12)
+        for name in features[0]
+    ]
     expected = sum((2 - 2 * each).mean() for each in similar)
     assert distance(a, b).item() == pytest.approx(expected.item(), rel=1e-3)
     assert distance(a, a) == 0
@@ -126,14 +142,19 @@ def test_the_perceptual_distance_compares_directions_of_vggs_features(vgg_weight
 def test_a_run_with_all_losses_shares_no_feature_weights(run, images, vgg_weights, tmp_path):
     flags = f"--ch 8 --ch_mult 1 2 --num_res_blocks 1 --vae_embed_dim 4 --num_workers 0 --data_path {images}"
     losses = f"--perceptual_weight 1 --vgg_weights {vgg_weights} --disc_weight 0.5"
-    run("main_vae", f"{flags} {losses} --img_size 32 --batch_size 8 --epochs 1 --output_dir {tmp_path}/run")
+    run(
+        "main_vae",
+        f"{flags} {losses} --img_size 32 --batch_size 8 --epochs 1 --output_dir {tmp_path}/run",
+    )
     state = torch.load(tmp_path / "run" / "vae-last.pth", weights_only=True)
     assert {name.split(".")[0] for name in state["model"]} == {"vae", "discriminator"}
 
 
 def test_weights_that_are_not_there_or_not_vggs_are_told(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match=r"hub/hub/checkpoints/vgg16-.*fetch https://.*--vgg_weights"):
+    with pytest.raises(
+        UserError, match=r"hub/hub/checkpoints/vgg16-.*fetch https://.*--vgg_weights"
+    ):
         perceptual_distance(None, torch.device("cpu"))
     torch.save({"features.0.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"does not fit: missing: .*torchvision's VGG-16"):

@@ -16,7 +16,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.conftest import FID, IS, TINY
 from tests.scripts.trace import Trace
-from util import misc
+from util.process_group import process_group
 
 # --------------------------------------------------------------------------------------------------------------------
 # What the scripts call, watched.
@@ -33,7 +33,9 @@ class Watched:
         """One call's arguments, defaults included."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        dtype = (
+            torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        )
         self.calls.append({**bound.arguments, "autocast": dtype})
         return bound.arguments
 
@@ -59,7 +61,9 @@ def sampler(monkeypatch):
         given = watched.note(model, *args, **kwargs)
         watched.calls[-1]["mask_token"] = model.backbone.mask_token.detach().clone()
         side = model.grid_size * model.patch_size
-        latents = given["labels"].float()[:, None, None, None].expand(-1, model.vae_embed_dim, side, side)
+        latents = (
+            given["labels"].float()[:, None, None, None].expand(-1, model.vae_embed_dim, side, side)
+        )
         confidence = torch.arange(model.seq_len).float().expand(len(latents), -1) - 20
         return (latents, confidence) if given["return_confidence"] else latents
 
@@ -92,7 +96,9 @@ def quick_inception(monkeypatch, tmp_path):
     def forward(self, *args, **kwargs):
         image = watched.note(self, *args, **kwargs)["x"].float()
         colours = image.mean(dim=(2, 3)) / 255
-        return torch.nn.functional.pad(colours, (0, 2045)), torch.nn.functional.pad(10 * colours, (0, 1005))
+        return torch.nn.functional.pad(colours, (0, 2045)), torch.nn.functional.pad(
+            10 * colours, (0, 1005)
+        )
 
     monkeypatch.setattr(FeatureExtractorInceptionV3, "__init__", init)
     monkeypatch.setattr(FeatureExtractorInceptionV3, "forward", forward)
@@ -105,7 +111,7 @@ def quick_inception(monkeypatch, tmp_path):
 def measured(monkeypatch):
     """compute_metrics, in no time, whose FID counts the calls."""
     counted = mock.Mock(side_effect=lambda *_: {FID: float(counted.call_count), IS: 2.0})
-    monkeypatch.setattr("util.metrics.compute_metrics", counted)
+    monkeypatch.setattr("util.metrics.compute.compute_metrics", counted)
     return counted
 
 
@@ -127,7 +133,7 @@ def two_hosts(run_two, monkeypatch, tmp_path, capfd):
 
     Each process works in ``tmp_path/host0`` or ``host1``: what a relative path names is not shared. None waits long.
     """
-    processes = misc.processes
+    processes = process_group
     hosts = [tmp_path / f"host{rank}" for rank in (0, 1)]
     for host in hosts:
         host.mkdir()
@@ -142,7 +148,7 @@ def two_hosts(run_two, monkeypatch, tmp_path, capfd):
 
     def run(script: str, command: str, status: int = 0) -> list[str]:
         capfd.readouterr()
-        with mock.patch.object(misc, "processes", on_own_host):
+        with mock.patch(f"{script}.process_group", on_own_host):
             run_two(script, command, status)
         return capfd.readouterr().err.replace("\r", "\n").splitlines()
 
@@ -162,7 +168,7 @@ BASE = f"{QUICK} --warmup_epochs 0 --lr 1e-3"
 @pytest.fixture
 def known_peak(monkeypatch):
     """Nothing is measured, and the peak that utilization is told against is known."""
-    monkeypatch.setattr(misc, "matmul_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr("training.matmul_flops", lambda device, precision: 1e9)
 
 
 @pytest.fixture
@@ -170,7 +176,10 @@ def train(run, cached, tmp_path, known_peak):
     """``train("name", "--flag value")`` trains on the cache into a folder of that name, which it returns."""
 
     def train(name: str, flags: str = "--epochs 1") -> Path:
-        run("main_tokenbridge", f"{BASE} --use_cached --cached_path {cached} --output_dir {tmp_path}/{name} {flags}")
+        run(
+            "main_tokenbridge",
+            f"{BASE} --use_cached --cached_path {cached} --output_dir {tmp_path}/{name} {flags}",
+        )
         return tmp_path / name
 
     return train
@@ -184,7 +193,10 @@ class Views:
         for path in sorted(cache.glob("*/*.npz")):
             with np.load(path) as arrays:
                 for name in ("moments", "moments_flip"):
-                    self.known[arrays[name].tobytes()] = (f"{path.parent.name}/{path.stem}", name == "moments_flip")
+                    self.known[arrays[name].tobytes()] = (
+                        f"{path.parent.name}/{path.stem}",
+                        name == "moments_flip",
+                    )
 
     def of(self, rows: torch.Tensor) -> list[tuple[str, bool]]:
         """Name of each, and whether it is the mirror image."""

@@ -21,7 +21,16 @@ class Host:
 
     def __init__(self, name: str):
         self.name = name
-        unshare = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        unshare = [
+            "unshare",
+            "--net",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
         wait = f"hostname {name} && ip link set lo up && echo ready && read _"
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.first = subprocess.Popen([*unshare, "sh", "-c", wait], **pipes)
@@ -46,7 +55,10 @@ class Host:
 
     def link(self, command: str) -> None:
         """Runs ``ip link`` in its network alone: numbers of processes are those that this process sees."""
-        subprocess.run(["nsenter", f"--net=/proc/{self.first.pid}/ns/net", "ip", "link", *command.split()], check=True)
+        subprocess.run(
+            ["nsenter", f"--net=/proc/{self.first.pid}/ns/net", "ip", "link", *command.split()],
+            check=True,
+        )
 
     def kill(self) -> None:
         """Kills all processes but the first at once."""
@@ -74,7 +86,9 @@ class Cluster:
         names = [f"node{number}" for number in range(count)]
         self.switch, *self.nodes = (stack.enter_context(Host(name)) for name in ("switch", *names))
         lines = [
-            f"{prefix}10.77.0.{number} {name}\n" for number, name in enumerate(names, 1) for prefix in ("", "::ffff:")
+            f"{prefix}10.77.0.{number} {name}\n"
+            for number, name in enumerate(names, 1)
+            for prefix in ("", "::ffff:")
         ]
         (folder / "hosts").write_text("".join(["127.0.0.1 localhost\n", *lines]))
         local.mkdir()
@@ -99,16 +113,28 @@ class Cluster:
 
     def start(self, node: Host, command: str, restarts: int = 3) -> subprocess.Popen:
         """Starts a command on one node as docs/training.md says."""
-        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(self.nodes)}", "--nproc_per_node=1"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={len(self.nodes)}",
+            "--nproc_per_node=1",
+        ]
         launcher += [
             f"--max_restarts={restarts}",
             "--rdzv_backend=c10d",
             "--rdzv_endpoint=node0:29400",
             "--rdzv_id=test",
         ]
-        variables = ["OMP_NUM_THREADS=1", f"PYTHONPATH={ROOT}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]
+        variables = [
+            "OMP_NUM_THREADS=1",
+            f"PYTHONPATH={ROOT}",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ]
         with self.log(node).open("a") as log:
-            return subprocess.Popen(node.inside("env", *variables, *launcher, *command.split()), stdout=log, stderr=log)
+            return subprocess.Popen(
+                node.inside("env", *variables, *launcher, *command.split()), stdout=log, stderr=log
+            )
 
     def start_all(self, command: str, restarts: int = 3) -> list[subprocess.Popen]:
         """Starts a command on all nodes, whose logs begin anew."""

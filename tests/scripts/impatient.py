@@ -4,10 +4,10 @@ import runpy
 import sys
 from datetime import timedelta
 
-from util import files, misc
+from util import distributed, files
 
 _, seconds, *sys.argv = sys.argv
 files.PATIENCE = float(seconds)
-misc.STEP_PATIENCE = timedelta(seconds=files.PATIENCE)
-misc.PATIENCE = 2 * misc.STEP_PATIENCE
+distributed.STEP_TIMEOUT = timedelta(seconds=files.PATIENCE)
+distributed.TIMEOUT = 2 * distributed.STEP_TIMEOUT
 runpy.run_path(sys.argv[0], run_name="__main__")

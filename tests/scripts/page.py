@@ -24,7 +24,14 @@ from models.vae import AutoencoderKL
 from tests.conftest import ROOT, filled
 from tests.scripts.conftest import pixels
 
-SIZES = {"img_size": 16, "vae_stride": 4, "vae_embed_dim": 8, "class_num": 4, "buffer_size": 4, "quant_levels": 8}
+SIZES = {
+    "img_size": 16,
+    "vae_stride": 4,
+    "vae_embed_dim": 8,
+    "class_num": 4,
+    "buffer_size": 4,
+    "quant_levels": 8,
+}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SECONDS = 20  # that the page may take to show something
 
@@ -41,8 +48,12 @@ class Site:
     def __init__(self, folder: Path):
         model = filled(tokenbridge_tiny(**SIZES))
         model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
-        self.pipe = TokenBridgePipeline(model, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5, "fp32")
-        self.alone = TokenBridgePipeline(filled(tokenbridge_tiny(**SIZES)), self.pipe.vae, 0.5, "fp32")
+        self.pipe = TokenBridgePipeline(
+            model, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5, "fp32"
+        )
+        self.alone = TokenBridgePipeline(
+            filled(tokenbridge_tiny(**SIZES)), self.pipe.vae, 0.5, "fp32"
+        )
         self.steps, self.leave, self.waits = 0, threading.Semaphore(0), False
         sample = model.sample_tokens
 
@@ -91,7 +102,9 @@ def chromium() -> Iterator:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has none
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox"]
+        )  # root has none
         yield browser
         browser.close()
 
@@ -105,7 +118,10 @@ class Visitor:
         self.page.set_default_timeout(1000 * SECONDS)
         self.requested, self.complaints = [], []
         self.page.on("request", lambda request: self.requested.append(request.url))
-        self.page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
+        self.page.on(
+            "console",
+            lambda said: self.complaints.append(said.text) if said.type == "error" else None,
+        )
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.goto(url)
         self.page.wait_for_selector("#generate")

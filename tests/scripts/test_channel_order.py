@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import SHORT, TINY, write_maps
 from tools import channel_order
-from util import checkpoint
+from util.checkpoint.files import read_checkpoint
 
 
 def maps_with_share(shares: list[float], images: int = 40, side: int = 16) -> torch.Tensor:
@@ -21,7 +21,9 @@ def maps_with_share(shares: list[float], images: int = 40, side: int = 16) -> to
     high[0, 0] = False
     spectrum = torch.fft.fft2(torch.randn(images, len(shares), side, side))
     for channel, share in enumerate(shares):
-        spectrum[:, channel] *= low * math.sqrt(share / low.sum()) + high * math.sqrt((1 - share) / high.sum())
+        spectrum[:, channel] *= low * math.sqrt(share / low.sum()) + high * math.sqrt(
+            (1 - share) / high.sum()
+        )
     return torch.fft.ifft2(spectrum).real
 
 
@@ -44,13 +46,19 @@ def write_moments(root, maps: torch.Tensor, metadata: dict) -> None:
         path = root / str(number % 4) / f"{number}.npz"
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path, moments=each, moments_flip=each[..., ::-1])
-    (root / "cache.json").write_text(json.dumps({"images": len(maps), "complete": True, **metadata}))
+    (root / "cache.json").write_text(
+        json.dumps({"images": len(maps), "complete": True, **metadata})
+    )
 
 
 def test_the_order_is_measured_drawn_and_trained_with(run, refused, tmp_path):
     shares = [0.1, 0.8, 0.5, 0.3]
     vae = {"embed_dim": 4, "ch_mult": [1, 1, 2]}
-    write_moments(tmp_path / "cache", maps_with_share(shares), {"vae": vae, "latent_factor": 0.5, "img_size": 64})
+    write_moments(
+        tmp_path / "cache",
+        maps_with_share(shares),
+        {"vae": vae, "latent_factor": 0.5, "img_size": 64},
+    )
     cache = f"--cached_path {tmp_path}/cache --num_workers 0"
     run("tools.channel_order", f"{cache} --output_dir {tmp_path}/order")
     written = json.loads((tmp_path / "order" / "channel_order.json").read_text())
@@ -59,17 +67,32 @@ def test_the_order_is_measured_drawn_and_trained_with(run, refused, tmp_path):
     with Image.open(tmp_path / "order" / "channel_order.png") as picture:
         assert min(picture.size) > 100
 
-    tiny = TINY.replace("--img_size 16", "--img_size 64") + f" {SHORT} --epochs 1 --use_cached {cache}"
+    tiny = (
+        TINY.replace("--img_size 16", "--img_size 64") + f" {SHORT} --epochs 1 --use_cached {cache}"
+    )
     by_file = f"--channel_order {tmp_path}/order/channel_order.json"
     run("main_tokenbridge", f"{tiny} --output_dir {tmp_path}/run {by_file}")
-    assert checkpoint.read(tmp_path / "run" / "checkpoint-last.pth")["config"]["channel_order"] == [1, 2, 3, 0]
-    assert "neither frequency" in refused("main_tokenbridge", f"{tiny} --output_dir {tmp_path}/x --channel_order best")
-    assert "0 to 3 once" in refused("main_tokenbridge", f"{tiny} --output_dir {tmp_path}/x --channel_order 0,1,2,2")
-    line = refused("main_tokenbridge", f"{tiny} --output_dir {tmp_path}/x --channel_order frequency")
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-last.pth")["config"]["channel_order"] == [
+        1,
+        2,
+        3,
+        0,
+    ]
+    assert "neither frequency" in refused(
+        "main_tokenbridge", f"{tiny} --output_dir {tmp_path}/x --channel_order best"
+    )
+    assert "0 to 3 once" in refused(
+        "main_tokenbridge", f"{tiny} --output_dir {tmp_path}/x --channel_order 0,1,2,2"
+    )
+    line = refused(
+        "main_tokenbridge", f"{tiny} --output_dir {tmp_path}/x --channel_order frequency"
+    )
     assert "tools.channel_order" in line
 
     run("tools.channel_order", f"{cache} --output_dir {tmp_path}/patches --patch_size 2")
-    assert sorted(json.loads((tmp_path / "patches" / "channel_order.json").read_text())["order"]) == list(range(16))
+    assert sorted(
+        json.loads((tmp_path / "patches" / "channel_order.json").read_text())["order"]
+    ) == list(range(16))
     assert "too few" in refused("tools.channel_order", f"{cache} --patch_size 8")
     assert "--cached_path" in refused("tools.channel_order", "--num_workers 0")
 
@@ -82,14 +105,18 @@ def test_channels_are_ordered_alike_by_two_processes_and_by_patches(run, run_two
     cache = write_maps(tmp_path / "cache", maps)
     run("tools.channel_order", f"{cache} --output_dir {tmp_path}/one")
     run_two("tools.channel_order", f"{cache} --output_dir {tmp_path}/two")
-    one, two = (json.loads((tmp_path / n / "channel_order.json").read_text()) for n in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / n / "channel_order.json").read_text()) for n in ("one", "two")
+    )
     assert one["order"] == [1, 2, 0] and one["images"] == 13 and one["cutoff"] == 0.5
     assert two["order"] == one["order"] and two["shares"] == pytest.approx(one["shares"], rel=1e-9)
     assert one["shares"][0] < 0.2 < 0.9 < one["shares"][1]
     run("tools.channel_order", f"{cache} --output_dir {tmp_path}/wide --cutoff 0.2")
     assert json.loads((tmp_path / "wide" / "channel_order.json").read_text())["shares"][2] < 0.2
     run("tools.channel_order", f"{cache} --output_dir {tmp_path}/few --num_images 5")
-    assert json.loads((tmp_path / "few" / "channel_order.json").read_text())["images"] == 5  # every third
+    assert (
+        json.loads((tmp_path / "few" / "channel_order.json").read_text())["images"] == 5
+    )  # every third
 
     # In patches of 2, channel 0's corners: constant at the upper left, noise elsewhere.
     maps = torch.randn(13, 1, 16, 16)

@@ -12,8 +12,9 @@ from models.vae import AutoencoderKL
 from tests.conftest import OWN, SMALL, TINY, described, published_state, released, same, same_states
 from tests.hub_server import COMMIT
 from tools import checkpoint as commands
-from util import checkpoint
+from util.checkpoint.files import read_checkpoint
 from util.checkpoint.load import load_weights
+from util.checkpoint.runs import find_checkpoint, read_run
 from util.errors import UserError
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -27,18 +28,27 @@ def test_checkpoints_become_safetensors_and_come_back_without_loss(tmp_path, sma
         "config": {**small_model.config, "latent_factor": 0.2325},
         "more": (1, [2.5, None], {"a.b": True, 3: "x"}),
     }
-    content |= {"half": torch.ones(3, dtype=torch.bfloat16), "a": {"b.c": torch.ones(1)}, "a.b": {"c": torch.zeros(1)}}
+    content |= {
+        "half": torch.ones(3, dtype=torch.bfloat16),
+        "a": {"b.c": torch.ones(1)},
+        "a.b": {"c": torch.zeros(1)},
+    }
     content["shared"] = [content["half"], content["half"][1:]]
     torch.save(content, paths[0])
     for source, target in pairwise(paths):
         commands.main(["convert", str(source), str(target)])
-    before, after = (checkpoint.read(paths[i]) for i in (0, 2))
+    before, after = (read_checkpoint(paths[i]) for i in (0, 2))
     assert same({**before, "args": vars(before["args"])}, {**after, "args": vars(after["args"])})
     assert list(after["model"]) == list(published_state(small_model))
 
     commands.main(["show", str(paths[1])])
     shown = capsys.readouterr().out
-    assert "model: " in shown and "epoch: 3" in shown and "quant_levels: 16" in shown and "0.2325" in shown
+    assert (
+        "model: " in shown
+        and "epoch: 3" in shown
+        and "quant_levels: 16" in shown
+        and "0.2325" in shown
+    )
     commands.main(["show", str(paths[1]), "--tensors"])
     assert "mask_token [1, 1, 32] torch.float32" in capsys.readouterr().out
 
@@ -49,8 +59,8 @@ def test_averages_alone_take_the_weights_place(tmp_path, small_model, suffix):
     folder = tmp_path / "alone"
     folder.mkdir()
     commands.convert(tmp_path / "a.pth", folder / f"checkpoint-last.{suffix}", "model_ema")
-    path = checkpoint.find(folder)
-    content = checkpoint.read_run(path)
+    path = find_checkpoint(folder)
+    content = read_run(path)
     model = TokenBridge(**SMALL)
     load_weights(model, content, path, ema=True)
     for name, value in small_model.named_parameters():
@@ -76,19 +86,37 @@ def test_what_cannot_be_converted_is_named(tmp_path, small_model):
 # Export.
 
 
-def test_a_run_exports_and_its_export_is_a_checkpoint_again(run, trained, vae_path, images, tmp_path):
+def test_a_run_exports_and_its_export_is_a_checkpoint_again(
+    run, trained, vae_path, images, tmp_path
+):
     figures = tmp_path / "samples.json"
     figures.write_text(json.dumps({"frechet_inception_distance": 12.5}))
-    commands.main(["export", str(trained), f"{tmp_path}/model", "--figures", str(figures), "--licence", "cc0-1.0"])
+    commands.main(
+        [
+            "export",
+            str(trained),
+            f"{tmp_path}/model",
+            "--figures",
+            str(figures),
+            "--licence",
+            "cc0-1.0",
+        ]
+    )
     content = torch.load(trained / "checkpoint-last.pth", weights_only=True)
     saved = load_file(tmp_path / "model" / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in content["model_ema"].items())
     assert json.loads((tmp_path / "model" / "config.json").read_text()) == content["config"]
     assert "12.5" in (tmp_path / "model" / "README.md").read_text()
     commands.main(["export", str(vae_path), f"{tmp_path}/vae"])
-    assert AutoencoderKL.from_pretrained(tmp_path / "vae")[1] == AutoencoderKL.from_pretrained(vae_path)[1]
+    assert (
+        AutoencoderKL.from_pretrained(tmp_path / "vae")[1]
+        == AutoencoderKL.from_pretrained(vae_path)[1]
+    )
     common = f"{TINY} --evaluate --no_metrics --num_images 4 --num_iter 3 --eval_bsz 4 --device cpu --keep_images"
-    run("main_tokenbridge", f"{common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/a")
+    run(
+        "main_tokenbridge",
+        f"{common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/a",
+    )
     exported = f"--resume {tmp_path}/model --vae_path {tmp_path}/vae"
     run("main_tokenbridge", f"{common} {exported} --output_dir {tmp_path}/b")
     for number in range(4):
@@ -101,25 +129,36 @@ def test_a_run_exports_and_its_export_is_a_checkpoint_again(run, trained, vae_pa
     assert len(set(modes.values())) == 1 and modes["config.json"] == figures.stat().st_mode & 0o777
 
 
-def test_evaluation_and_show_know_sizes_from_the_export_alone(run, trained, vae_path, tmp_path, capsys, caplog):
+def test_evaluation_and_show_know_sizes_from_the_export_alone(
+    run, trained, vae_path, tmp_path, capsys, caplog
+):
     commands.main(["export", str(trained), f"{tmp_path}/model"])
     capsys.readouterr()
     commands.main(["show", f"{tmp_path}/model"])
     assert "class_num: 4" in capsys.readouterr().out
-    common = (
-        "--evaluate --no_metrics --num_images 4 --num_iter 3 --eval_bsz 4 --device cpu --num_workers 0 --keep_images"
+    common = "--evaluate --no_metrics --num_images 4 --num_iter 3 --eval_bsz 4 --device cpu --num_workers 0 --keep_images"
+    run(
+        "main_tokenbridge",
+        f"{common} --resume {tmp_path}/model --vae_path {vae_path} --output_dir {tmp_path}/a",
     )
-    run("main_tokenbridge", f"{common} --resume {tmp_path}/model --vae_path {vae_path} --output_dir {tmp_path}/a")
     assert "--model tokenbridge_tiny, as the weights tell" in caplog.text
-    run("main_tokenbridge", f"{TINY} {common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/b")
-    assert (tmp_path / "a/samples/00002.png").read_bytes() == (tmp_path / "b/samples/00002.png").read_bytes()
+    run(
+        "main_tokenbridge",
+        f"{TINY} {common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/b",
+    )
+    assert (tmp_path / "a/samples/00002.png").read_bytes() == (
+        tmp_path / "b/samples/00002.png"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(
     "arguments, says",
     [
         ("{run} {tmp}/x --figures {tmp}/empty.json", "holds no metrics"),
-        ("{vae} {tmp}/x --licence mit", "is a tokenizer: --figures, --licence and --tokenizer are for a model's card"),
+        (
+            "{vae} {tmp}/x --licence mit",
+            "is a tokenizer: --figures, --licence and --tokenizer are for a model's card",
+        ),
         ("{tmp}/nowhere {tmp}/x", "no checkpoint at"),
     ],
 )
@@ -131,7 +170,9 @@ def test_exports_that_cannot_be_say_why(trained, vae_path, tmp_path, arguments, 
     assert not (tmp_path / "x").exists()
 
 
-def test_a_tokenizer_goes_to_the_hub_by_the_export_command(served, vae_path, monkeypatch, tmp_path, capsys):
+def test_a_tokenizer_goes_to_the_hub_by_the_export_command(
+    served, vae_path, monkeypatch, tmp_path, capsys
+):
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     commands.main(["export", str(vae_path), f"{tmp_path}/vae", "--push_to_hub", OWN])
     assert COMMIT in capsys.readouterr().out
@@ -144,7 +185,9 @@ def test_a_public_repository_is_not_taken_for_a_private_one(served, trained, mon
     served.add(OWN, {"README.md": b"mine"})
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     with pytest.raises(UserError, match="is there already, and not private"):
-        commands.main(["export", str(trained), f"{tmp_path}/model", "--push_to_hub", OWN, "--private"])
+        commands.main(
+            ["export", str(trained), f"{tmp_path}/model", "--push_to_hub", OWN, "--private"]
+        )
     with pytest.raises(UserError, match="is there already, and not private"):
         described().push_to_hub(OWN, private=True)
     assert set(served.repos[OWN]) == {"README.md"} and not (tmp_path / "model").exists()

@@ -6,14 +6,14 @@ import torch
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.conftest import HEADS, filled, load, reference, scalars, small
-from util import misc
+from util.precision import autocast, exact_convolutions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 @pytest.fixture(autouse=True)
-def exact_convolutions():
-    with misc.exact_convolutions():
+def in_float32():
+    with exact_convolutions():
         yield
 
 
@@ -37,7 +37,9 @@ def test_the_releases_way_gives_the_published_latents(name):
     config, vectors = reference(f"sample_{name}")
     how = {key: config.pop(key) for key in ("cfg", "cfg_schedule", "num_iter", "temperature")}
     model, v = filled(TokenBridge(**config)).cuda(), on_gpu(vectors)
-    latents = model.sample_tokens(2, labels=v["labels"], orders=v["orders"], **how, first_place="released")
+    latents = model.sample_tokens(
+        2, labels=v["labels"], orders=v["orders"], **how, first_place="released"
+    )
     assert torch.allclose(latents, v["latents"], atol=1e-5)
 
 
@@ -55,7 +57,7 @@ def test_convolutions_of_fp32_are_as_exact_as_the_cpus():
     torch.backends.cudnn.allow_tf32 = True  # torch's default
     x, weight = torch.randn(8, 256, 32, 32), torch.randn(256, 256, 3, 3) / 48
     expected = torch.nn.functional.conv2d(x.double(), weight.double())
-    with misc.autocast(torch.device("cuda"), "fp32"):
+    with autocast(torch.device("cuda"), "fp32"):
         found = torch.nn.functional.conv2d(x.cuda(), weight.cuda()).cpu()
     assert (found - expected).abs().max() < 1e-5  # TF32: about 1e-3
 
@@ -67,7 +69,9 @@ def test_seeds_give_the_cpus_samples(head):
     expected = model.sample_tokens(4, **options)
     model.cuda()
     found = model.sample_tokens(4, **{**options, "labels": torch.arange(4).cuda()}).cpu()
-    assert (found - expected).abs().gt(1e-3).float().mean() < 0.05  # where a draw lies on a border, another level
+    assert (found - expected).abs().gt(
+        1e-3
+    ).float().mean() < 0.05  # where a draw lies on a border, another level
 
 
 @pytest.mark.parametrize("head", ["ar", "masked"])
@@ -83,5 +87,8 @@ def test_trainings_learn_go_on_and_sample(train, run, vae_path, tmp_path, head, 
     ends = [load(folder)["model_ema"] for folder in (whole, parts)]
     assert all((value - ends[1][name]).abs().mean() < 0.01 for name, value in ends[0].items())
     flags = f"--evaluate --resume {parts} --vae_path {vae_path} --device cuda --precision {precision} --no_metrics"
-    run("main_tokenbridge", f"{flags} --num_images 8 --num_iter 4 --cfg 2 --output_dir {tmp_path}/samples")
+    run(
+        "main_tokenbridge",
+        f"{flags} --num_images 8 --num_iter 4 --cfg 2 --output_dir {tmp_path}/samples",
+    )
     assert len(list((tmp_path / "samples" / "samples").glob("*.png"))) == 8

@@ -17,7 +17,7 @@ from models.pipeline import TokenBridgePipeline
 from models.vae import DiagonalGaussianDistribution
 from reconstruction import post_training_quantize
 from tests.conftest import ROOT
-from util.loader import CachedFolder
+from util.data.caches import CachedFolder
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,13 @@ def demo():
 
 
 def test_a_new_demo_leaves_what_the_one_before_did_not_make(tmp_path):
-    for name in ("data/train/0/1.png", "samples/00000.png", "samples.png", "vae-last.1.pth", "events.out.tfevents.1.x"):
+    for name in (
+        "data/train/0/1.png",
+        "samples/00000.png",
+        "samples.png",
+        "vae-last.1.pth",
+        "events.out.tfevents.1.x",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "generated.png").touch()
@@ -51,7 +57,9 @@ def test_the_demo_makes_digits(demo):
     for path, original, digit in zip(paths, digits.images, digits.target, strict=True):
         with Image.open(path) as image:
             reduced = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float)
-        assert path.parent.name == str(digit) and np.array_equal(np.round(reduced * 16 / 255), original)
+        assert path.parent.name == str(digit) and np.array_equal(
+            np.round(reduced * 16 / 255), original
+        )
 
 
 @pytest.mark.slow
@@ -65,11 +73,15 @@ def test_covered_halves_of_held_out_digits_are_completed(demo, tmp_path):
     def completed(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pixels of the completed digits, and what the classifier takes them for."""
         how = {"num_iter": 16, "cfg": 2.0, "temperature": 0.95}  # as the demo samples
-        images = pipe(labels.tolist(), image=paths, mask_image=lower, seeds=range(len(paths)), **how).images
+        images = pipe(
+            labels.tolist(), image=paths, mask_image=lower, seeds=range(len(paths)), **how
+        ).images
         files = [tmp_path / f"{number:03d}.png" for number in range(len(images))]
         for image, file in zip(images, files, strict=True):
             image.save(file)
-        return np.stack([np.asarray(image) for image in images]), classifier.predict(read_digits(files))
+        return np.stack([np.asarray(image) for image in images]), classifier.predict(
+            read_digits(files)
+        )
 
     right, recognized = completed(digits)
     assert (recognized == digits).mean() >= 0.9
@@ -89,7 +101,9 @@ def test_covered_halves_of_held_out_digits_are_completed(demo, tmp_path):
 def test_the_tour_runs_from_top_to_bottom(demo):
     notebook = nbformat.read(ROOT / "demo" / "tour.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # none are kept in the file
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "demo")}}).execute()
+    NotebookClient(
+        notebook, timeout=600, resources={"metadata": {"path": str(ROOT / "demo")}}
+    ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 7
     assert "upper half unchanged: True" in "".join(output.get("text", "") for output in outputs)
@@ -102,7 +116,8 @@ def lloyd_max_error(values: torch.Tensor, levels: int) -> float:
     for _ in range(1000):
         nearest = torch.bucketize(values, (centres[1:] + centres[:-1]) / 2)
         sums, counts = (
-            torch.zeros(levels).double().index_add(0, nearest, v) for v in (values, torch.ones_like(values))
+            torch.zeros(levels).double().index_add(0, nearest, v)
+            for v in (values, torch.ones_like(values))
         )
         centres = torch.where(counts > 0, sums / counts, centres)
     return (values - centres[nearest]).square().mean().item()

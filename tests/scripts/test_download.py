@@ -12,7 +12,7 @@ from tests.hub_server import COMMIT
 from tools import download
 from util.checkpoint import hub
 from util.errors import UserError
-from util.metrics import find_inception_weights, inception_place
+from util.metrics.inception import find_inception_weights, inception_path
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def published(served, monkeypatch, tmp_path):
 
 
 def target_of(name: str, tmp_path):
-    return inception_place() if name == "inception" else tmp_path / download.TARGETS[name]
+    return inception_path() if name == "inception" else tmp_path / download.TARGETS[name]
 
 
 def make_statistics() -> bytes:
@@ -58,16 +58,32 @@ def test_download_fills_the_folders_that_the_commands_expect(published, tmp_path
         path = tmp_path / f"pretrained_models/tokenbridge/tokenbridge_{name}/checkpoint-last.pth"
         assert path.read_bytes() == ending * 1000
     assert (tmp_path / "pretrained_models/vae/kl16.ckpt").read_bytes() == b"tokenizer" * 1000
-    assert (tmp_path / "fid_stats/adm_in256_stats.npz").read_bytes() == published.elsewhere["/stats.npz"]
+    assert (tmp_path / "fid_stats/adm_in256_stats.npz").read_bytes() == published.elsewhere[
+        "/stats.npz"
+    ]
     # Where the metrics look for it by default.
     inception = tmp_path / "torch/hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
-    assert find_inception_weights(None) == inception and inception.read_bytes() == b"inception" * 1000
+    assert (
+        find_inception_weights(None) == inception and inception.read_bytes() == b"inception" * 1000
+    )
     assert not (tmp_path / "fid_stats/VIRTUAL_imagenet256_labeled.npz").exists()
     assert "its licence: mit" in caplog.text and COMMIT in caplog.text
     caplog.clear()
-    before = len([path for method, path, _ in published.asked if method == "GET" and path.startswith("/large")])
+    before = len(
+        [
+            path
+            for method, path, _ in published.asked
+            if method == "GET" and path.startswith("/large")
+        ]
+    )
     download.main(["--output_dir", str(tmp_path), "--revision", "main"])
-    after = len([path for method, path, _ in published.asked if method == "GET" and path.startswith("/large")])
+    after = len(
+        [
+            path
+            for method, path, _ in published.asked
+            if method == "GET" and path.startswith("/large")
+        ]
+    )
     assert caplog.text.count("is there already, and whole") == 5 and before == after
     # What is there but not whole is fetched again.
     (tmp_path / "pretrained_models/vae/kl16.ckpt").write_bytes(b"tokenizes" * 1000)
@@ -93,7 +109,10 @@ def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published
     # Also what another process left, in the middle or at its end; or of another file.
     beside = target.with_name(f".{target.name}.incomplete")
     assert not beside.exists()
-    for left, ranges in ((len(expected) // 3, [f"bytes={len(expected) // 3}-"]), (len(expected), [])):
+    for left, ranges in (
+        (len(expected) // 3, [f"bytes={len(expected) // 3}-"]),
+        (len(expected), []),
+    ):
         target.unlink()
         beside.write_bytes(expected[:left])
         published.asked.clear()
@@ -113,7 +132,10 @@ def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published
     [
         ("nothing", "nothing published is called nothing: choose from tokenbridge_large"),
         ("tokenbridge_large --revision v9", "Epiphqny/TokenBridge has no revision v9"),
-        ("tokenbridge_huge", r"no file .../tokenbridge_huge/checkpoint-last.pth in Epiphqny/TokenBridge: see .*save"),
+        (
+            "tokenbridge_huge",
+            r"no file .../tokenbridge_huge/checkpoint-last.pth in Epiphqny/TokenBridge: see .*save",
+        ),
         ("fid_stats", "cannot fetch"),
     ],
 )
@@ -126,7 +148,9 @@ def test_download_says_what_it_cannot_find(published, tmp_path, arguments, says)
 
 def test_download_without_a_network(monkeypatch, tmp_path):
     point_to(monkeypatch, "http://127.0.0.1:9", tmp_path / "hf")
-    with pytest.raises(UserError, match=r"cannot look into hf://Epiphqny/TokenBridge/.*start again"):
+    with pytest.raises(
+        UserError, match=r"cannot look into hf://Epiphqny/TokenBridge/.*start again"
+    ):
         download.main(["--output_dir", str(tmp_path)])
 
 
@@ -139,7 +163,13 @@ def test_download_onto_a_full_disk(published, tmp_path):
         f"errors.run(lambda: download.main(['vae', '--output_dir', {str(tmp_path)!r}]))"
     )
     # What Python compiled would be cut off, too.
-    environment = {"HF_ENDPOINT": published.endpoint, "HF_HOME": str(tmp_path / "hf"), "PYTHONDONTWRITEBYTECODE": "1"}
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    environment = {
+        "HF_ENDPOINT": published.endpoint,
+        "HF_HOME": str(tmp_path / "hf"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert ended.returncode == 2 and "the disk is full; free space" in ended.stderr, ended.stderr
     assert not (tmp_path / "pretrained_models/vae/kl16.ckpt").exists()

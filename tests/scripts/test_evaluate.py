@@ -18,8 +18,8 @@ from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.vae import AutoencoderKL
 from tests.conftest import FID, IS, ROOT, TINY, filled, load, torchrun, write_images
 from tests.scripts.conftest import BASE, FACTOR, all_pixels, averaged, grey, pictures, pixels
-from util import metrics
-from util.images import confidence_maps, to_uint8
+from util import distributed
+from util.data.images import confidence_maps, to_uint8
 from util.rng import image_seeds
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -33,7 +33,10 @@ def test_every_flag_of_sampling_reaches_the_sampler(run, weights, tmp_path, samp
     }  # fmt: skip
     typed = " ".join(f"--{name} {value}" for name, value in flags.items())
     common = f"{weights} --evaluate --no_metrics --num_images 8 {typed}"
-    run("main_tokenbridge", f"{common} --eval_bsz 3 --output_dir {tmp_path}/a --precision fp16 --vae_precision fp32")
+    run(
+        "main_tokenbridge",
+        f"{common} --eval_bsz 3 --output_dir {tmp_path}/a --precision fp16 --vae_precision fp32",
+    )
     for call in sampler.calls:
         assert {name: call[name] for name in flags} == flags and call["autocast"] == torch.float16
         assert torch.equal(call["mask_token"], averaged(tmp_path / "weights"))
@@ -44,16 +47,26 @@ def test_every_flag_of_sampling_reaches_the_sampler(run, weights, tmp_path, samp
     assert len(set(seeds)) == 8
 
     sampler.calls.clear()
-    run("main_tokenbridge", f"{common} --eval_bsz 8 --output_dir {tmp_path}/b --no_ema --precision fp32")
+    run(
+        "main_tokenbridge",
+        f"{common} --eval_bsz 8 --output_dir {tmp_path}/b --no_ema --precision fp32",
+    )
     (call,) = sampler.calls
     assert call["seeds"] == seeds and call["autocast"] == torch.float32
     assert torch.equal(call["mask_token"], averaged(tmp_path / "weights", part="model"))
-    run("main_tokenbridge", f"{common} --eval_bsz 8 --output_dir {tmp_path}/c --gen_seed 9 --precision fp16")
+    run(
+        "main_tokenbridge",
+        f"{common} --eval_bsz 8 --output_dir {tmp_path}/c --gen_seed 9 --precision fp16",
+    )
     assert not set(sampler.calls[-1]["seeds"]) & set(seeds)
-    assert decoder.calls[-1]["autocast"] == torch.float16  # as sampled, where nothing else is asked for
+    assert (
+        decoder.calls[-1]["autocast"] == torch.float16
+    )  # as sampled, where nothing else is asked for
 
 
-def test_pictures_are_of_the_unscaled_latents_each_under_its_number(run, weights, tmp_path, sampler, decoder):
+def test_pictures_are_of_the_unscaled_latents_each_under_its_number(
+    run, weights, tmp_path, sampler, decoder
+):
     common = f"{weights} --evaluate --no_metrics --num_images 120 --eval_bsz 50 --output_dir {tmp_path}/out"
     run("main_tokenbridge", f"{common} --precision fp32 --save_npz")
     folder = tmp_path / "out" / "samples"
@@ -95,7 +108,9 @@ def test_images_are_of_the_weights_whatever_the_files_name_size_and_time(
     run("main_tokenbridge", common)
     assert len(sampler.calls) == 1
     state, name = (
-        (content["model"], "post_quant_conv.bias") if part == "tokenizer" else (content["model_ema"], "mask_token")
+        (content["model"], "post_quant_conv.bias")
+        if part == "tokenizer"
+        else (content["model_ema"], "mask_token")
     )
     state[name] += 1
     torch.save(content, path)
@@ -125,7 +140,13 @@ def test_images_of_another_run_go_and_what_else_lies_there_stays_and_is_not_meas
 
 
 @pytest.mark.parametrize(
-    "name", ["samples-cfg2-t1/00003.png", "samples-cfg2-t1-confidence/00000.png", "samples-cfg2-t1.json", "after"]
+    "name",
+    [
+        "samples-cfg2-t1/00003.png",
+        "samples-cfg2-t1-confidence/00000.png",
+        "samples-cfg2-t1.json",
+        "after",
+    ],
 )
 def test_what_this_project_has_not_made_is_neither_removed_nor_replaced(
     run, refused, weights, tmp_path, sampler, decoder, name
@@ -149,17 +170,26 @@ def test_confidence_is_pictured_where_its_token_lies(run, weights, tmp_path, sam
         "main_tokenbridge",
         f"{weights} --evaluate --no_metrics --num_images 4 --save_confidence --output_dir {tmp_path}/out",
     )
-    brightness = pixels(tmp_path / "out" / "samples-confidence" / "00003.png").astype(int).sum(axis=2)
+    brightness = (
+        pixels(tmp_path / "out" / "samples-confidence" / "00003.png").astype(int).sum(axis=2)
+    )
     cells = brightness[2::4, 2::4]  # 16 tokens, 4 pixels wide each
     assert (np.diff(cells.flatten()) > 0).all() and len(np.unique(brightness)) == 16
     # Every map from its own lowest value to its own highest.
     maps = confidence_maps(torch.tensor([[[-4.0, -2.0]], [[-400.0, -200.0]]]), 2)
-    assert torch.equal(maps[0], maps[1]) and maps[0, :, 0, 0].tolist() == [68, 1, 84] and maps[0, 1, 0, 1] == 231
+    assert (
+        torch.equal(maps[0], maps[1])
+        and maps[0, :, 0, 0].tolist() == [68, 1, 84]
+        and maps[0, 1, 0, 1] == 231
+    )
 
 
 def test_numbers_of_images_that_would_fit_are_told(refused, weights, tmp_path):
     for asked, fitting in {10: 8, 11: 12, 1: 4}.items():
-        line = refused("main_tokenbridge", f"{weights} --evaluate --num_images {asked} --output_dir {tmp_path}/out")
+        line = refused(
+            "main_tokenbridge",
+            f"{weights} --evaluate --num_images {asked} --output_dir {tmp_path}/out",
+        )
         assert f"such as {fitting}" in line
 
 
@@ -167,13 +197,16 @@ def test_two_processes_share_the_work_and_measure_once(
     run, run_two, weights, tmp_path, sampler, decoder, quick_inception, monkeypatch
 ):
     """One run by both: what is sampled, measured, written and removed."""
-    monkeypatch.setattr(metrics, "fid_statistics_to_metric", lambda a, b, **_: {FID: abs(a["mu"] - b["mu"]).sum()})
+    monkeypatch.setattr(
+        "util.metrics.compute.fid_statistics_to_metric",
+        lambda a, b, **_: {FID: abs(a["mu"] - b["mu"]).sum()},
+    )
     note = sampler.note
 
     def noted(*args, **kwargs):  # a file hears of the other process, too
         given = note(*args, **kwargs)
         with open(tmp_path / "chunks", "a") as file:
-            file.write(f"{metrics.misc.get_rank()} {given['labels'].tolist()}\n")
+            file.write(f"{distributed.get_rank()} {given['labels'].tolist()}\n")
         return given
 
     monkeypatch.setattr(sampler, "note", noted)
@@ -186,9 +219,13 @@ def test_two_processes_share_the_work_and_measure_once(
     chunks = sorted((tmp_path / "chunks").read_text().splitlines())
     once = ["0 [0, 0]", "0 [1, 1]", "0 [2, 3]", "1 [0, 1]", "1 [2, 2]", "1 [3, 3]"]
     assert chunks == sorted(2 * once)
-    assert sorted(path.name for path in (tmp_path / "two").iterdir() if path.is_dir()) == []  # measured, and removed
+    assert (
+        sorted(path.name for path in (tmp_path / "two").iterdir() if path.is_dir()) == []
+    )  # measured, and removed
     run("main_tokenbridge", f"{common} --output_dir {tmp_path}/one")
-    one, two = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "search.json").read_text()) for name in ("one", "two")
+    )
     assert len(one) == 2 and one[0]["images"] == 12 and {"precision", "recall"} <= set(one[0])
     for row, other in zip(one, two, strict=True):
         assert row == pytest.approx(other, rel=1e-5)
@@ -215,7 +252,11 @@ def test_images_depend_neither_on_processes_nor_on_interruption(run, weights, tm
     assert pictures(tmp_path / "two" / "samples") == pictures(tmp_path / "serial" / "samples")
 
     # Killed half-way, then continued: images that were there stay, the others are the same.
-    command = [sys.executable, "main_tokenbridge.py", *f"{common} --eval_bsz 2 --output_dir {tmp_path}/cut".split()]
+    command = [
+        sys.executable,
+        "main_tokenbridge.py",
+        *f"{common} --eval_bsz 2 --output_dir {tmp_path}/cut".split(),
+    ]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     folder = tmp_path / "cut" / "samples"
     while not (folder.is_dir() and len(list(folder.glob("*.png"))) >= 6) and process.poll() is None:
@@ -250,19 +291,25 @@ def test_images_of_other_settings_or_weights_are_replaced(run, weights, tmp_path
         run("main_tokenbridge", f"{common} {flags}")
         seen.append(pictures(folder))
     assert seen[0] != seen[1] != seen[2] == seen[3]
-    assert caplog.text.count("replacing the images of another run") == 2 and "gen_seed 0 then, 1 now" in caplog.text
+    assert (
+        caplog.text.count("replacing the images of another run") == 2
+        and "gen_seed 0 then, 1 now" in caplog.text
+    )
 
 
 def test_evaluation_writes_the_same_pictures_every_time(run, trained, vae_path, tmp_path):
-    common = (
-        f"{TINY} --vae_path {vae_path} --evaluate --no_metrics --resume {trained} --num_images 8 --num_iter 4 --cfg 2.0"
-    )
+    common = f"{TINY} --vae_path {vae_path} --evaluate --no_metrics --resume {trained} --num_images 8 --num_iter 4 --cfg 2.0"
     pictures = []
     for chunk, seed in ((8, 0), (3, 0), (8, 1)):
         out = tmp_path / f"eval{chunk}-{seed}"
-        run("main_tokenbridge", f"{common} --eval_bsz {chunk} --gen_seed {seed} --output_dir {out} --precision fp32")
+        run(
+            "main_tokenbridge",
+            f"{common} --eval_bsz {chunk} --gen_seed {seed} --output_dir {out} --precision fp32",
+        )
         assert sorted(os.listdir(out / "samples")) == [f"{i:05d}.png" for i in range(8)]
-        pictures.append([np.array(Image.open(out / "samples" / f"{i:05d}.png"), dtype=int) for i in range(8)])
+        pictures.append(
+            [np.array(Image.open(out / "samples" / f"{i:05d}.png"), dtype=int) for i in range(8)]
+        )
         with Image.open(out / "samples.png") as grid:
             assert grid.size == (8 * 66 + 2, 66 + 2)
     assert max(np.abs(a - b).max() for a, b in zip(pictures[0], pictures[1], strict=True)) <= 1
@@ -292,7 +339,16 @@ def test_evaluation_samples_from_averages_or_weights_and_divides_by_the_factor(
     for sampled in trace.sampled:
         assert {name: sampled[name] for name in expected} == expected
         assert torch.equal(sampled["class_emb"], content[key]["class_emb.weight"])
-    assert torch.cat([sampled["labels"] for sampled in trace.sampled]).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert torch.cat([sampled["labels"] for sampled in trace.sampled]).tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
     assert len({seed for sampled in trace.sampled for seed in sampled["seeds"]}) == 8
     latents = torch.cat([sampled["latents"] for sampled in trace.sampled])
     assert torch.allclose(torch.cat(trace.decoded), latents / FACTOR)
@@ -316,59 +372,91 @@ def test_guidance_of_a_model_trained_without_it_is_refused(
         f"main_tokenbridge {weights} --evaluate --no_metrics --num_images 4 --output_dir {tmp_path}/out --cfg 1 3": 3,
         f"main_tokenbridge {tiny} --online_eval --no_metrics --num_images 4 --label_drop_prob 0 --cfg 2": 2,
         f"tools.figures samples {model} --vae_path {vae_path} --output {tmp_path}/out.png --classes 0": 3,
-        f"demo.generate {model} --classes 0 --output {tmp_path}/out.png": 3,
-        f"demo.generate {model} --cfg 1 --output {tmp_path}/out.png": "a class",
+        f"generate {model} --classes 0 --output {tmp_path}/out.png": 3,
+        f"generate {model} --cfg 1 --output {tmp_path}/out.png": "a class",
     }
     for command, asked in cases.items():
         line = refused(*command.split(" ", 1))
         assert f"{asked} needs the embedding of no class" in line and "--cfg 1" in line, command
     assert not sampler.calls and not (tmp_path / "run").exists() and not list(tmp_path.glob("out*"))
-    run("main_tokenbridge", f"{weights} --evaluate --no_metrics --num_images 4 --output_dir {tmp_path}/out --cfg 1")
+    run(
+        "main_tokenbridge",
+        f"{weights} --evaluate --no_metrics --num_images 4 --output_dir {tmp_path}/out --cfg 1",
+    )
 
 
-def test_everything_is_checked_before_the_first_image(refused, weights, inception, stats, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=OSError("no network")))
+def test_everything_is_checked_before_the_first_image(
+    refused, weights, inception, stats, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", mock.Mock(side_effect=OSError("no network"))
+    )
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     common = f"{weights} --evaluate --num_images 4 --output_dir {tmp_path}/out"
-    assert "no FID statistics at no.npz" in refused("main_tokenbridge", f"{common} --fid_stats no.npz")
+    assert "no FID statistics at no.npz" in refused(
+        "main_tokenbridge", f"{common} --fid_stats no.npz"
+    )
     assert "no Inception weights" in refused("main_tokenbridge", f"{common} --fid_stats {stats}")
     missing = f"--fid_stats {stats} --inception_weights {inception} --reference {tmp_path}/nowhere"
     assert "nowhere" in refused("main_tokenbridge", f"{common} {missing}")
     assert not (tmp_path / "out").exists()
     np.savez(tmp_path / "nan.npz", mu=np.zeros(2048), sigma=np.full((2048, 2048), np.nan))
-    assert "sigma holds NaN" in refused("main_tokenbridge", f"{common} --fid_stats {tmp_path}/nan.npz")
-    online = common.replace("--evaluate", "--online_eval").replace(f"--resume {tmp_path}/weights", "")
+    assert "sigma holds NaN" in refused(
+        "main_tokenbridge", f"{common} --fid_stats {tmp_path}/nan.npz"
+    )
+    online = common.replace("--evaluate", "--online_eval").replace(
+        f"--resume {tmp_path}/weights", ""
+    )
     online = f"{online} --data_path {tmp_path} --fid_stats {tmp_path}/nan.npz"
     write_images(tmp_path)
     assert "sigma holds NaN" in refused("main_tokenbridge", online)  # before the first step
 
 
 def test_a_model_of_imagenet_256_needs_its_statistics(refused, weights, vae_path, tmp_path):
-    sizes = {"img_size": 256, "vae_stride": 4, "vae_embed_dim": 8, "class_num": 1000, "buffer_size": 4}
+    sizes = {
+        "img_size": 256,
+        "vae_stride": 4,
+        "vae_embed_dim": 8,
+        "class_num": 1000,
+        "buffer_size": 4,
+    }
     model = filled(tokenbridge_tiny(**sizes, quant_levels=8))
     path = tmp_path / "weights" / "checkpoint-last.pth"
     config = {**model.config, "model": "tokenbridge_tiny", "latent_factor": 0.5}
     torch.save({"model": model.state_dict(), "config": config}, path)
     flags = f"--vae_path {vae_path} --resume {path} --evaluate --no_ema --num_images 1000 --output_dir {tmp_path}/out"
-    assert "no FID statistics at fid_stats/adm_in256_stats.npz" in refused("main_tokenbridge", flags)
+    assert "no FID statistics at fid_stats/adm_in256_stats.npz" in refused(
+        "main_tokenbridge", flags
+    )
 
 
 def test_another_model_is_not_compared_with_imagenet(
     run, weights, tmp_path, sampler, decoder, quick_inception, fid_stats, monkeypatch, caplog
 ):
-    monkeypatch.setattr(metrics, "fid_statistics_to_metric", lambda *_, **__: {FID: 7.0})
+    monkeypatch.setattr(
+        "util.metrics.compute.fid_statistics_to_metric", lambda *_, **__: {FID: 7.0}
+    )
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fid_stats").mkdir()
     shutil.copy(fid_stats[0], tmp_path / "fid_stats" / "adm_in256_stats.npz")
     common = f"{weights} --evaluate --num_images 4 {quick_inception.flag} --num_workers 0"
     run("main_tokenbridge", f"{common} --output_dir {tmp_path}/out")
     figures = json.loads((tmp_path / "out" / "samples.json").read_text())
-    assert IS in figures and FID not in figures and "without FID: name what to compare with" in caplog.text
-    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/named --fid_stats fid_stats/adm_in256_stats.npz")
+    assert (
+        IS in figures
+        and FID not in figures
+        and "without FID: name what to compare with" in caplog.text
+    )
+    run(
+        "main_tokenbridge",
+        f"{common} --output_dir {tmp_path}/named --fid_stats fid_stats/adm_in256_stats.npz",
+    )
     assert json.loads((tmp_path / "named" / "samples.json").read_text())[FID] == 7.0
 
 
-def test_another_tokenizer_than_the_checkpoints_is_refused(refused, run, trained, vae_path, tmp_path):
+def test_another_tokenizer_than_the_checkpoints_is_refused(
+    refused, run, trained, vae_path, tmp_path
+):
     content = torch.load(vae_path, weights_only=True)
     content["config"]["latent_factor"] = 0.6
     torch.save(content, tmp_path / "other.ckpt")
@@ -379,5 +467,7 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(refused, run, trained
 def test_evaluation_never_takes_an_older_checkpoint_for_the_newest(refused, train, vae_path):
     folder = train("run", "--epochs 2 --save_last_freq 1")
     (folder / "checkpoint-last.pth").write_bytes(b"damaged")
-    measure = f"{BASE} --evaluate --no_metrics --num_images 4 --resume {folder} --output_dir {folder}"
+    measure = (
+        f"{BASE} --evaluate --no_metrics --num_images 4 --resume {folder} --output_dir {folder}"
+    )
     assert "checkpoint-last.pth" in refused("main_tokenbridge", f"{measure} --vae_path {vae_path}")

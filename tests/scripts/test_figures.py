@@ -19,11 +19,20 @@ def test_figures_are_commands(run, refused, cached, trained, vae_path, tmp_path)
     train = f"{TINY} {SHORT} --use_cached --cached_path {cached} --epochs 1 --head parallel"
     run("main_tokenbridge", f"{train} --output_dir {tmp_path}/parallel")
     common = f"--vae_path {vae_path} --num_iter 2 --resume {trained}"
-    run("tools.figures", f"samples {common} --classes class2 1 --per_class 3 --output {tmp_path}/samples.png")
-    run("tools.figures", f"parallel {common} --resume_parallel {tmp_path}/parallel --output {tmp_path}/parallel.png")
+    run(
+        "tools.figures",
+        f"samples {common} --classes class2 1 --per_class 3 --output {tmp_path}/samples.png",
+    )
+    run(
+        "tools.figures",
+        f"parallel {common} --resume_parallel {tmp_path}/parallel --output {tmp_path}/parallel.png",
+    )
     run("tools.figures", f"confidence {common} --output {tmp_path}/confidence.png")
     for flags in ("", "--quant_calibrate", "--quantizer linear --quant_bits 3"):
-        run("tools.figures", f"levels --cached_path {cached} --num_workers 0 --output {tmp_path}/levels.png {flags}")
+        run(
+            "tools.figures",
+            f"levels --cached_path {cached} --num_workers 0 --output {tmp_path}/levels.png {flags}",
+        )
         assert pixels(tmp_path / "levels.png").shape[0] > 300
     # Cells of 128 pixels with 2 between them, 16 above for titles: 2 classes by 3, 4 classes by 2, 4 classes by 3.
     sizes = {"samples": (2, 3), "parallel": (4, 2), "confidence": (4, 3)}
@@ -59,7 +68,9 @@ def cell(path, row: int, column: int) -> int:
     return int(part[0, 0, 0])
 
 
-def test_figures_sample_as_asked_and_place_what_they_sample(run, weights, vae_path, tmp_path, sampler, decoder):
+def test_figures_sample_as_asked_and_place_what_they_sample(
+    run, weights, vae_path, tmp_path, sampler, decoder
+):
     greys = [grey(label) for label in range(4)]
     flags = {
         "num_iter": 3, "cfg": 2.5, "cfg_schedule": "constant", "temperature": 0.7, "order": "raster",
@@ -73,9 +84,9 @@ def test_figures_sample_as_asked_and_place_what_they_sample(run, weights, vae_pa
         assert {name: call[name] for name in flags} == flags and call["autocast"] == torch.float16
     assert sampler.all("bsz") == [4, 2] and len(set(sampler.joined("seeds"))) == 6
     average = sampler.calls[0]["mask_token"]
-    assert [[cell(tmp_path / "s.png", row, column) for column in (0, 1)] for row in range(3)] == 3 * [
-        [greys[2], greys[1]]
-    ]
+    assert [
+        [cell(tmp_path / "s.png", row, column) for column in (0, 1)] for row in range(3)
+    ] == 3 * [[greys[2], greys[1]]]
     sampler.calls.clear()
     run("tools.figures", f"confidence {common} --no_ema --gen_seed 5 --output {tmp_path}/c.png")
     random, confident = sampler.calls
@@ -89,7 +100,9 @@ def test_figures_sample_as_asked_and_place_what_they_sample(run, weights, vae_pa
     assert (np.diff(brightness.flatten()) > 0).all()
 
 
-def test_figure_7_has_the_parallel_head_above(run, weights, vae_path, tmp_path, sampler, decoder, monkeypatch):
+def test_figure_7_has_the_parallel_head_above(
+    run, weights, vae_path, tmp_path, sampler, decoder, monkeypatch
+):
     content = torch.load(tmp_path / "weights" / "checkpoint-last.pth", weights_only=True)
 
     config = {name: value for name, value in content["config"].items() if name != "latent_factor"}
@@ -103,22 +116,35 @@ def test_figure_7_has_the_parallel_head_above(run, weights, vae_path, tmp_path, 
 
     def by_head(model, *args, **kwargs):  # classes in the opposite order from the parallel head
         given = note(model, *args, **kwargs)
-        return {**given, "labels": 3 - given["labels"]} if model.config["head"] == "parallel" else given
+        return (
+            {**given, "labels": 3 - given["labels"]}
+            if model.config["head"] == "parallel"
+            else given
+        )
 
     monkeypatch.setattr(sampler, "note", by_head)
     common = f"--vae_path {vae_path} --resume {tmp_path}/weights --resume_parallel {tmp_path}/parallel --no_ema"
     run("tools.figures", f"parallel {common} --device cpu --output {tmp_path}/p.png")
-    above, below = ([cell(tmp_path / "p.png", row, column) for column in range(4)] for row in (0, 1))
+    above, below = (
+        [cell(tmp_path / "p.png", row, column) for column in range(4)] for row in (0, 1)
+    )
     assert above == below[::-1] and below == sorted(below) and below[0] < below[3]
     assert sampler.calls[0]["seeds"] == sampler.calls[1]["seeds"]
 
 
 @pytest.mark.parametrize("calibrate", [False, True])
-def test_figure_3_is_of_scaled_posterior_samples_channel_by_channel(run, tmp_path, monkeypatch, calibrate):
+def test_figure_3_is_of_scaled_posterior_samples_channel_by_channel(
+    run, tmp_path, monkeypatch, calibrate
+):
     shown = []
-    monkeypatch.setattr("matplotlib.axes.Axes.hist", lambda axes, values, **_: shown.append(torch.as_tensor(values)))
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.hist", lambda axes, values, **_: shown.append(torch.as_tensor(values))
+    )
     stairs = []
-    monkeypatch.setattr("matplotlib.axes.Axes.stairs", lambda axes, values, edges, **_: stairs.append((values, edges)))
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.stairs",
+        lambda axes, values, edges, **_: stairs.append((values, edges)),
+    )
     monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda *_, **__: None)
     offsets = torch.tensor([-3.0, 0.0, 3.0])[:, None, None]
     write_maps(tmp_path / "cache", offsets.expand(20, 3, 16, 16))  # of deviation e

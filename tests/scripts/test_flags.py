@@ -39,6 +39,9 @@ def test_flags_have_the_releases_names_and_defaults():
 
 def test_a_run_of_a_file_of_flags_is_that_of_typed_ones(train, tmp_path):
     (tmp_path / "run.yaml").write_text("{epochs: 2, lr: 5e-4, mirror: false, blr: 1}")
-    typed, read = train("typed", "--epochs 2 --no_mirror"), train("read", f"--config {tmp_path}/run.yaml")
+    typed, read = (
+        train("typed", "--epochs 2 --no_mirror"),
+        train("read", f"--config {tmp_path}/run.yaml"),
+    )
     assert same(load(typed)["model"], load(read)["model"])
     assert load(read)["epoch"] == 1

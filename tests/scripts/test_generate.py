@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from demo.generate import side_by_side
+from generate import side_by_side
 from models.pipeline import TokenBridgePipeline
 from tests.scripts.conftest import pixels
+from util.data.images import read_settings
 from util.errors import UserError
-from util.images import read_settings
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def generate(run, weights, vae_path, tmp_path):
 
     def generate(flags: str) -> np.ndarray:
         model = f"--resume {tmp_path}/weights --vae_path {vae_path} --device cpu --precision fp32 --num_iter 4"
-        run("demo.generate", f"{model} --output {tmp_path}/out.png {flags}")
+        run("generate", f"{model} --output {tmp_path}/out.png {flags}")
         return pixels(tmp_path / "out.png")
 
     return generate
@@ -29,7 +29,9 @@ def generate(run, weights, vae_path, tmp_path):
 
 def test_pictures_of_classes_are_those_of_an_evaluation(run, weights, generate, tmp_path):
     sampling = "--num_iter 4 --cfg 2.0 --temperature 0.9 --gen_seed 3 --precision bf16"
-    common = f"{weights} --evaluate --no_metrics --num_images 4 --output_dir {tmp_path}/out --eval_bsz 1"
+    common = (
+        f"{weights} --evaluate --no_metrics --num_images 4 --output_dir {tmp_path}/out --eval_bsz 1"
+    )
     run("main_tokenbridge", f"{common} {sampling}")
     generate(f"--classes 2 --seed 2 {sampling}")
     sample = pixels(tmp_path / "out" / "samples" / "00002.png")
@@ -45,7 +47,9 @@ def test_a_picture_holds_what_makes_it_again(generate, weights, vae_path, tmp_pa
     pipe = TokenBridgePipeline.from_pretrained(tmp_path / "weights", vae_path, precision="fp32")
     again = side_by_side(pipe(**settings).images, 2)
     assert np.abs(np.asarray(again).astype(int) - made).max() <= 1
-    Image.open(tmp_path / "out.png").save(tmp_path / "saved.png")  # by a program that drops what it does not know
+    Image.open(tmp_path / "out.png").save(
+        tmp_path / "saved.png"
+    )  # by a program that drops what it does not know
     for name in ("saved.png", "weights/checkpoint-last.pth", "nowhere.png"):
         with pytest.raises(UserError, match="holds no settings: choose a PNG"):
             read_settings(tmp_path / name)
@@ -58,7 +62,9 @@ def test_candidates_are_ranked_and_a_gif_fills_in(generate, tmp_path, caplog):
     lines = [line.split() for line in caplog.messages if "log-likelihood" in line]
     assert [line[0] for line in lines] == ["0,"] * 3 + ["3,"] * 3
     scores = [float(line[-2]) for line in lines]
-    assert scores[:3] == sorted(scores[:3], reverse=True) and scores[3:] == sorted(scores[3:], reverse=True)
+    assert scores[:3] == sorted(scores[:3], reverse=True) and scores[3:] == sorted(
+        scores[3:], reverse=True
+    )
     for place, line in enumerate(lines):
         top, left = 16 * (place // 3), 16 * (place % 3)
         alone = generate(f"--classes {line[0][:-1]} --seed {line[2][:-1]}").astype(int)
@@ -75,7 +81,10 @@ def test_candidates_are_ranked_and_a_gif_fills_in(generate, tmp_path, caplog):
 
 
 def test_pictures_are_edited(generate, tmp_path):
-    image, mask = np.random.RandomState(0).randint(0, 256, (16, 16, 3), dtype=np.uint8), np.zeros((16, 16), np.uint8)
+    image, mask = (
+        np.random.RandomState(0).randint(0, 256, (16, 16, 3), dtype=np.uint8),
+        np.zeros((16, 16), np.uint8),
+    )
     mask[8:] = 255
     Image.fromarray(image).save(tmp_path / "in.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
@@ -88,7 +97,9 @@ def test_pictures_are_edited(generate, tmp_path):
     Image.fromarray(image).save(tmp_path / "in.png")
     assert np.array_equal(made, generate(f"{edit} --classes 1"))
     around = generate(f"--image {tmp_path}/in.png --outpaint 4 --classes 1")
-    assert np.array_equal(around[4:12, 4:12], np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BOX)))
+    assert np.array_equal(
+        around[4:12, 4:12], np.asarray(Image.fromarray(image).resize((8, 8), Image.Resampling.BOX))
+    )
     varied = [generate(f"--image {tmp_path}/in.png --strength {share}") for share in (0.2, 0.8)]
     assert not np.array_equal(*varied)
 
@@ -130,9 +141,9 @@ def test_what_cannot_be_made_is_told_in_one_line(refused, weights, vae_path, tmp
         "--output out.jpg": "--output out.jpg: the picture is a .png",
         "--resume nowhere": "nowhere is no file or folder here",
     }.items():
-        assert says in refused("demo.generate", f"{model} {flags}"), flags
+        assert says in refused("generate", f"{model} {flags}"), flags
     assert "has no tokenizer beside it (vae or vae.ckpt): name it (--vae_path, or" in refused(
-        "demo.generate", f"--resume {tmp_path}/weights --device cpu"
+        "generate", f"--resume {tmp_path}/weights --device cpu"
     )
-    assert "--resume is missing" in refused("demo.generate", "--classes 1")
+    assert "--resume is missing" in refused("generate", "--classes 1")
     assert not (tmp_path / "out.png").exists()

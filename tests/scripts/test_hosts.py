@@ -15,7 +15,8 @@ from models.vae import AutoencoderKL
 from tests.conftest import filled, load, write_images
 from tests.scripts.conftest import BASE
 from tests.scripts.hosts import Cluster
-from util import checkpoint, misc
+from util import distributed
+from util.checkpoint.vae_files import save_vae
 from util.training_state import TrainingState
 
 LOST = "another process of this run is gone"
@@ -46,7 +47,7 @@ def cluster(site):
 def training(cluster, site) -> str:
     """A training's command, on a cache that the nodes have made; 24 steps."""
     write_images(site / "data")
-    checkpoint.save_vae(site / "vae.ckpt", filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
+    save_vae(site / "vae.ckpt", filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
     command = f"main_cache.py --img_size 16 --vae_path {site}/vae.ckpt --data_path {site}/data --device cpu"
     command += f" --cached_path {site}/cache --batch_size 3 --num_workers 0"
     assert cluster.finish(cluster.start_all(command)) == [0, 0, 0]
@@ -57,7 +58,11 @@ def training(cluster, site) -> str:
 @pytest.fixture(scope="module")
 def unbroken(cluster, site, training) -> Path:
     """The folder of a run that nothing happened to."""
-    assert cluster.finish(cluster.start_all(f"{training} --output_dir {site}/unbroken")) == [0, 0, 0]
+    assert cluster.finish(cluster.start_all(f"{training} --output_dir {site}/unbroken")) == [
+        0,
+        0,
+        0,
+    ]
     return site / "unbroken"
 
 
@@ -75,11 +80,16 @@ def assert_same_end(ours: Path, unbroken: Path) -> None:
     for part in ("model", "model_ema"):
         assert all(torch.equal(value, unbroken[part][name]) for name, value in ours[part].items())
     for number, entry in ours["optimizer"]["state"].items():
-        assert all(torch.equal(value, unbroken["optimizer"]["state"][number][name]) for name, value in entry.items())
+        assert all(
+            torch.equal(value, unbroken["optimizer"]["state"][number][name])
+            for name, value in entry.items()
+        )
 
 
 @pytest.mark.slow
-def test_three_machines_sample_and_measure_what_they_trained(cluster, site, unbroken, inception, fid_stats):
+def test_three_machines_sample_and_measure_what_they_trained(
+    cluster, site, unbroken, inception, fid_stats
+):
     command = f"main_tokenbridge.py {BASE} --vae_path {site}/vae.ckpt --resume {unbroken} --output_dir {site}/out"
     command += " --evaluate --num_images 12 --eval_bsz 4 --num_iter 2 --no_metrics"
     assert cluster.finish(cluster.start_all(command)) == [0, 0, 0]
@@ -93,7 +103,10 @@ def test_three_machines_sample_and_measure_what_they_trained(cluster, site, unbr
 @pytest.mark.slow
 def test_a_slow_machine_is_waited_for_and_a_dead_one_joins_again(cluster, site, training, unbroken):
     # Each node has a folder of its own: the main process alone has checkpoints.
-    command, here = f"{training} --output_dir {site}/local --resume {site}/local", cluster.folder / "node0"
+    command, here = (
+        f"{training} --output_dir {site}/local --resume {site}/local",
+        cluster.folder / "node0",
+    )
     slow, dead = cluster.nodes[1:]
     slow.slow_down()
     launchers = cluster.start_all(command)
@@ -109,7 +122,9 @@ def test_a_slow_machine_is_waited_for_and_a_dead_one_joins_again(cluster, site, 
 
 
 @pytest.mark.slow
-def test_the_loss_of_a_machine_that_is_cut_off_is_noticed_and_it_comes_back(cluster, site, training, unbroken):
+def test_the_loss_of_a_machine_that_is_cut_off_is_noticed_and_it_comes_back(
+    cluster, site, training, unbroken
+):
     slow, lost = cluster.nodes[1:]
     slow.slow_down()
     launchers = cluster.start_all(
@@ -135,20 +150,22 @@ def test_folders_of_samples_that_are_not_shared_end_the_run_at_once(cluster, sit
     assert not list(site.glob("nodes/*/samples/0*.png"))
 
 
-def test_a_step_waits_less_for_others_than_a_checkpoint(run_two, cached, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(misc, "STEP_PATIENCE", timedelta(seconds=2))
+def test_a_step_waits_less_for_others_than_a_checkpoint(
+    run_two, cached, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(distributed, "STEP_TIMEOUT", timedelta(seconds=2))
     command = f"{BASE} --epochs 1 --batch_size 2 --use_cached --cached_path {cached} --output_dir"
     save, take_step = TrainingState.save, TrainingState.take_step
 
     def save_slowly(state, args):
-        time.sleep(5 * misc.is_main_process())
+        time.sleep(5 * distributed.is_main_process())
         save(state, args)
 
     monkeypatch.setattr(TrainingState, "save", save_slowly)
     run_two("main_tokenbridge", f"{command} {tmp_path}/saved --save_every_steps 2")  # of 4 steps
 
     def step_slowly(state, loss, lr):
-        time.sleep(5 * (misc.get_rank() == 1 and state.step == 2))
+        time.sleep(5 * (distributed.get_rank() == 1 and state.step == 2))
         take_step(state, loss, lr)
 
     monkeypatch.setattr(TrainingState, "take_step", step_slowly)

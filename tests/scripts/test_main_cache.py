@@ -12,10 +12,11 @@ from models.vae import AutoencoderKL
 from tests.conftest import TINY, damaged, write_images
 from tests.rows import in_rows, write_rows
 from tests.scripts.conftest import Watched
-from util import checkpoint
+from util.checkpoint.vae_files import save_vae
+from util.data.caches import VIEWS, CachedFolder
+from util.data.datasets import image_transform
+from util.data.sources import read_image
 from util.files import read_arrays
-from util.loader import VIEWS, CachedFolder, image_transform
-from util.sources import read_image
 
 
 def test_an_interrupted_cache_is_refused_and_goes_on_where_it_stopped(
@@ -39,12 +40,16 @@ def test_an_interrupted_cache_is_refused_and_goes_on_where_it_stopped(
     line = refused("main_tokenbridge", f"{train} --cached_path {tmp_path}/cache")
     assert "incomplete: 6 of 16 files" in line
     watched.calls.clear()
-    monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: encode(vae, watched.note(vae, x)["x"]))
+    monkeypatch.setattr(
+        AutoencoderKL, "encode", lambda vae, x: encode(vae, watched.note(vae, x)["x"])
+    )
     run("main_cache", f"{command} --num_workers 0")
     assert sum(map(len, watched.all("x"))) == 2 * 10 and len(CachedFolder(tmp_path / "cache")) == 16
 
 
-def test_a_cache_whose_files_are_all_there_but_was_not_finished_is_refused(refused, cached, tmp_path):
+def test_a_cache_whose_files_are_all_there_but_was_not_finished_is_refused(
+    refused, cached, tmp_path
+):
     about = json.loads((cached / "cache.json").read_text())
     assert about["complete"] is True
     (cached / "cache.json").write_text(json.dumps({**about, "complete": False}))
@@ -55,14 +60,21 @@ def test_a_cache_whose_files_are_all_there_but_was_not_finished_is_refused(refus
 
 def test_precision_and_split_are_those_asked_for(run, images, vae_path, tmp_path, monkeypatch):
     watched, encode = Watched(AutoencoderKL.encode), AutoencoderKL.encode
-    monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x: encode(vae, watched.note(vae, x)["x"]))
+    monkeypatch.setattr(
+        AutoencoderKL, "encode", lambda vae, x: encode(vae, watched.note(vae, x)["x"])
+    )
     write_images(tmp_path / "other", each=1)
     (tmp_path / "other" / "train").rename(images / "val")
-    command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --split val"
+    command = (
+        f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --split val"
+    )
     run("main_cache", f"{command} --precision fp16 --cached_path {tmp_path}/fp16")
     run("main_cache", f"{command} --cached_path {tmp_path}/fp32")
     assert watched.all("autocast") == 2 * [torch.float16] + 2 * [torch.float32]
-    low, high = CachedFolder(tmp_path / "fp16", mirror=False), CachedFolder(tmp_path / "fp32", mirror=False)
+    low, high = (
+        CachedFolder(tmp_path / "fp16", mirror=False),
+        CachedFolder(tmp_path / "fp32", mirror=False),
+    )
     assert len(low) == 4 and low.metadata["split"] == "val" and low.metadata["precision"] == "fp16"
     for (moments, _), (exact, _) in zip(low, high, strict=True):
         assert torch.allclose(moments, exact, atol=0.05) and not torch.equal(moments, exact)
@@ -94,7 +106,9 @@ def test_a_cache_is_flushed_at_once_and_then_called_complete(
     if made_by == "tools.pack":
         run("tools.pack", f"--cached_path {cached} --output_dir {tmp_path}/packed --num_workers 0")
         command = f"--unpack --cached_path {tmp_path}/packed --output_dir {folder} --num_workers 0"
-    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(json.loads(os.pread(file, 9999, 0))["complete"]))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: flushed.append(json.loads(os.pread(file, 9999, 0))["complete"])
+    )
     monkeypatch.setattr(os, "sync", lambda: flushed.append(len(list(folder.rglob("*.npz")))))
     run(made_by, command)
     assert flushed == [False, 16, True]
@@ -131,17 +145,24 @@ def test_the_cache_of_a_split_is_of_its_images(run, refused, images, vae_path, t
 # Names.
 
 
-@pytest.mark.parametrize("name", ["a b.png", "ümläut.png", "#%[x]'.png", "-dash.png", "new\nline.png"])
+@pytest.mark.parametrize(
+    "name", ["a b.png", "ümläut.png", "#%[x]'.png", "-dash.png", "new\nline.png"]
+)
 def test_names_are_only_names(run, images, vae_path, tmp_path, name):
     (images / "train" / "class0" / "0.png").rename(images / "train" / "class0" / name)
     (images / "train" / "class1").rename(images / "train" / "class 1")
     (images / "train" / "class2").rename(tmp_path / "elsewhere")
     (images / "train" / "class2").symlink_to(tmp_path / "elsewhere")
     cache = f"{tmp_path}/cache"
-    run("main_cache", f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cache} --num_workers 0")
+    run(
+        "main_cache",
+        f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cache} --num_workers 0",
+    )
     assert len(CachedFolder(cache)) == 16
     assert (tmp_path / "cache" / "class0" / f"{name}.npz").exists()
-    assert (tmp_path / "cache" / "class2").is_dir() and not list((tmp_path / "elsewhere").glob("*.npz"))
+    assert (tmp_path / "cache" / "class2").is_dir() and not list(
+        (tmp_path / "elsewhere").glob("*.npz")
+    )
 
 
 def test_names_that_are_not_utf8(run, images, vae_path, tmp_path):
@@ -159,13 +180,16 @@ def test_names_that_are_not_utf8(run, images, vae_path, tmp_path):
 # Made in several goes.
 
 
-def test_caching_again_makes_only_what_is_missing_or_damaged(run, images, cached, vae_path, tmp_path, caplog):
+def test_caching_again_makes_only_what_is_missing_or_damaged(
+    run, images, cached, vae_path, tmp_path, caplog
+):
     command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in cached.rglob("*.npz")}
     (cached / "class0" / "1.png.npz").unlink()
     damaged(cached / "class1" / "2.png.npz")
     np.savez(
-        cached / "class2" / "0.png.npz", **{n: np.zeros((16, 2, 2), np.float32) for n in ("moments", "moments_flip")}
+        cached / "class2" / "0.png.npz",
+        **{n: np.zeros((16, 2, 2), np.float32) for n in ("moments", "moments_flip")},
     )
     (cached / "class3" / ".3.png.npz.123.part").write_bytes(b"left by a killed process")
     caplog.set_level("INFO")
@@ -184,11 +208,15 @@ def test_caching_again_makes_only_what_is_missing_or_damaged(run, images, cached
 def test_two_caches_are_never_mixed(refused, images, cached, vae_path, tmp_path):
     command = f"--vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
     assert "img_size 16 there, 32 here" in refused("main_cache", f"{command} --img_size 32")
-    assert "precision fp32 there, bf16 here" in refused("main_cache", f"{command} --img_size 16 --precision bf16")
+    assert "precision fp32 there, bf16 here" in refused(
+        "main_cache", f"{command} --img_size 16 --precision bf16"
+    )
     (images / "val").symlink_to(images / "train")
-    assert "split train there, val here" in refused("main_cache", f"{command} --img_size 16 --split val")
+    assert "split train there, val here" in refused(
+        "main_cache", f"{command} --img_size 16 --split val"
+    )
     torch.manual_seed(5)
-    checkpoint.save_vae(vae_path, AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1), 0.5)
+    save_vae(vae_path, AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1), 0.5)
     assert "vae_sha256" in refused("main_cache", f"{command} --img_size 16")
     (cached / "packed.json").write_text("{}")
     assert "holds a packed cache" in refused("main_cache", f"{command} --img_size 16")
@@ -211,9 +239,16 @@ def test_moments_of_images_that_are_gone_are_named_and_nothing_is_encoded(
 
 @pytest.mark.parametrize("kind", ["folder", "rows"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_moments_follow_the_images_of_their_names(run, images, vae_path, tmp_path, monkeypatch, caplog, kind, workers):
-    path, image = tmp_path / "rows" if kind == "rows" else images, images / "train" / "class1" / "1.png"
-    command = f"--img_size 16 --vae_path {vae_path} --data_path {path} --cached_path {tmp_path}/cache"
+def test_moments_follow_the_images_of_their_names(
+    run, images, vae_path, tmp_path, monkeypatch, caplog, kind, workers
+):
+    path, image = (
+        tmp_path / "rows" if kind == "rows" else images,
+        images / "train" / "class1" / "1.png",
+    )
+    command = (
+        f"--img_size 16 --vae_path {vae_path} --data_path {path} --cached_path {tmp_path}/cache"
+    )
     command += f" --num_workers {workers} --batch_size 3"
     caplog.set_level("INFO")
     for replaced in (False, True):
@@ -224,11 +259,14 @@ def test_moments_follow_the_images_of_their_names(run, images, vae_path, tmp_pat
         run("main_cache", command)
     assert "15 were there, 0 are new, 1 replaced" in caplog.text
     names = ("1.png", "3.png") if kind == "folder" else ("train-00000005", "train-00000011")
-    files = [tmp_path / "cache" / f"class{label}" / f"{name}.npz" for label, name in zip((1, 2), names, strict=True)]
+    files = [
+        tmp_path / "cache" / f"class{label}" / f"{name}.npz"
+        for label, name in zip((1, 2), names, strict=True)
+    ]
     new, same = (read_arrays(file, *VIEWS) for file in files)
     assert all(np.allclose(new[view], same[view], atol=1e-5) for view in VIEWS)
     # What is there is not decoded again.
-    monkeypatch.setattr("util.sources.read_image", None)
+    monkeypatch.setattr("util.data.sources.read_image", None)
     run("main_cache", command)
     assert "16 were there, 0 are new, 0 replaced" in caplog.text
 
@@ -255,13 +293,17 @@ def test_an_image_replaced_by_a_damaged_one_leaves_no_moments(run, images, cache
 
 
 @pytest.mark.parametrize("character", ["x", "ä"])
-def test_long_names_are_cached_or_refused_in_one_line(run, refused, images, vae_path, tmp_path, character):
+def test_long_names_are_cached_or_refused_in_one_line(
+    run, refused, images, vae_path, tmp_path, character
+):
     folder, size = images / "train" / "class0", len(character.encode())
     name = character * ((251 - len(".png")) // size) + ".png"
     (folder / "0.png").rename(folder / name)
     command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/cache --num_workers 0"
     run("main_cache", command)
-    assert (tmp_path / "cache" / "class0" / f"{name}.npz").exists() and len(CachedFolder(tmp_path / "cache")) == 16
+    assert (tmp_path / "cache" / "class0" / f"{name}.npz").exists() and len(
+        CachedFolder(tmp_path / "cache")
+    ) == 16
     (folder / name).rename(folder / f"xx{name}")
     line = refused("main_cache", command.replace("/cache", "/other"))
     assert "is longer than the 255 bytes" in line and "rename the image" in line

@@ -10,17 +10,26 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from tests.conftest import FID, torchrun
-from util import metrics
 
 
-def test_measuring_reads_images_and_reference_where_the_flags_say(run, tmp_path, quick_inception, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "fid_statistics_to_metric", lambda a, b, **_: {FID: 7.0})
+def test_measuring_reads_images_and_reference_where_the_flags_say(
+    run, tmp_path, quick_inception, monkeypatch, capsys
+):
+    monkeypatch.setattr(
+        "util.metrics.compute.fid_statistics_to_metric", lambda a, b, **_: {FID: 7.0}
+    )
     random = np.random.RandomState(0)
     for name, spread_of in {"images": 4, "reference": 250}.items():
         (tmp_path / name).mkdir()
         for number in range(20):
-            colour = (120 + random.randint(-spread_of // 2, spread_of // 2, 3)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(np.broadcast_to(colour, (24, 24, 3))).save(tmp_path / name / f"{number}.png")
+            colour = (
+                (120 + random.randint(-spread_of // 2, spread_of // 2, 3))
+                .clip(0, 255)
+                .astype(np.uint8)
+            )
+            Image.fromarray(np.broadcast_to(colour, (24, 24, 3))).save(
+                tmp_path / name / f"{number}.png"
+            )
     common = f"--images {tmp_path}/images {quick_inception.flag} --num_workers 0 --batch_size 8 --device cpu"
     run("main_metrics", f"{common} --reference {tmp_path}/reference --json {tmp_path}/m.json")
     figures = json.loads((tmp_path / "m.json").read_text())
@@ -32,18 +41,31 @@ def test_measuring_reads_images_and_reference_where_the_flags_say(run, tmp_path,
     quick_inception.calls.clear()
     run("main_metrics", f"{common} --img_size 12 --save_stats {tmp_path}/s.npz")
     assert {x.shape[-1] for x in quick_inception.all("x")} == {12} and capsys.readouterr().out == ""
-    run("main_metrics", f"{common} --img_size 12 --save_stats {tmp_path}/s.npz --fid_stats {tmp_path}/s.npz")
-    assert {x.shape[-1] for x in quick_inception.all("x")[-3:]} == {24} and "FID" in capsys.readouterr().out
+    run(
+        "main_metrics",
+        f"{common} --img_size 12 --save_stats {tmp_path}/s.npz --fid_stats {tmp_path}/s.npz",
+    )
+    assert {x.shape[-1] for x in quick_inception.all("x")[-3:]} == {
+        24
+    } and "FID" in capsys.readouterr().out
     with np.load(tmp_path / "s.npz") as stats:
-        assert 0.4 < stats["mu"][0] < 0.6 and 0 < stats["sigma"][0, 0] < 0.001 and not stats["mu"][3:].any()
+        assert (
+            0.4 < stats["mu"][0] < 0.6
+            and 0 < stats["sigma"][0, 0] < 0.001
+            and not stats["mu"][3:].any()
+        )
 
 
-def test_statistics_read_back_give_zero_whatever_the_processes(inception, photographs, stats, tmp_path):
+def test_statistics_read_back_give_zero_whatever_the_processes(
+    inception, photographs, stats, tmp_path
+):
     # An npz in ADM's layout holds the same images.
     arrays = [np.array(Image.open(path)) for path in sorted((photographs / "sharp").iterdir())]
     np.savez(tmp_path / "sharp.npz", arr_0=np.stack(arrays))
     common = f"--fid_stats {stats} --inception_weights {inception} --device cpu --num_workers 0"
-    result = torchrun(f"main_metrics.py --images {tmp_path}/sharp.npz {common} --json {tmp_path}/two.json")
+    result = torchrun(
+        f"main_metrics.py --images {tmp_path}/sharp.npz {common} --json {tmp_path}/two.json"
+    )
     assert result.returncode == 0, result.stderr
     assert abs(json.loads((tmp_path / "two.json").read_text())["frechet_inception_distance"]) < 1e-3
 
@@ -55,7 +77,9 @@ def test_statistics_are_of_the_training_crop(inception, tmp_path, run):
     from util.crop import center_crop_arr
 
     for number in range(4):
-        image = Image.fromarray(load_sample_images().images[0][: 100 + 30 * number, 40 * number : 40 * number + 150])
+        image = Image.fromarray(
+            load_sample_images().images[0][: 100 + 30 * number, 40 * number : 40 * number + 150]
+        )
         image.save(large / f"{number}.png")
         center_crop_arr(image, 32).save(small / f"{number}.png")
     common = f"--inception_weights {inception} --device cpu --num_workers 0"
@@ -66,7 +90,9 @@ def test_statistics_are_of_the_training_crop(inception, tmp_path, run):
             assert np.allclose(a[name], b[name], atol=1e-5) and a[name].dtype == np.float64
 
 
-def test_too_few_images_are_refused_before_inception_runs(run, refused, tmp_path, quick_inception, fid_stats):
+def test_too_few_images_are_refused_before_inception_runs(
+    run, refused, tmp_path, quick_inception, fid_stats
+):
     for name, count in {"one": 1, "three": 3, "four": 4}.items():
         (tmp_path / name).mkdir()
         for number in range(count):
@@ -86,11 +112,20 @@ def test_too_few_images_are_refused_before_inception_runs(run, refused, tmp_path
 
 
 def test_what_cannot_be_measured_is_named(refused, inception, photographs, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "download_url_to_file", mock.Mock(side_effect=OSError("no network")))
+    monkeypatch.setattr(
+        torch.hub, "download_url_to_file", mock.Mock(side_effect=OSError("no network"))
+    )
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    weights, sharp = f"--inception_weights {inception} --device cpu --num_workers 0", photographs / "sharp"
+    weights, sharp = (
+        f"--inception_weights {inception} --device cpu --num_workers 0",
+        photographs / "sharp",
+    )
     line = refused("main_metrics", f"--images {sharp} --device cpu")
-    assert "weights-inception-2015-12-05-6726825d.pth" in line and "https://" in line and str(tmp_path / "hub") in line
+    assert (
+        "weights-inception-2015-12-05-6726825d.pth" in line
+        and "https://" in line
+        and str(tmp_path / "hub") in line
+    )
     np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.zeros((64, 64)))
     np.savez(tmp_path / "none.npz", images=np.zeros(3))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((3, 8, 8, 3)))
@@ -99,7 +134,9 @@ def test_what_cannot_be_measured_is_named(refused, inception, photographs, tmp_p
     unreadable = shutil.copytree(sharp, tmp_path / "unreadable")
     (unreadable / "07.png").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "trap.pth").write_bytes(b"cos\nmkdir\n(S'" + str(tmp_path / "trace").encode() + b"'\ntR.")
+    (tmp_path / "trap.pth").write_bytes(
+        b"cos\nmkdir\n(S'" + str(tmp_path / "trace").encode() + b"'\ntR."
+    )
     torch.save({"weight": torch.zeros(1)}, tmp_path / "wrong.pth")
     cases = {
         f"{weights}": "--images is missing",

@@ -19,36 +19,52 @@ def test_a_resumed_run_ends_as_one_never_interrupted(train, tmp_path):
     flags = "--lr_schedule constant --head masked --epochs"
     whole = load(train("whole", f"{flags} 2"))
     train("part", f"{flags} 1")
-    again = load(train("part", f"--lr_schedule constant --epochs 2 --resume {tmp_path}/part"))  # it tells its head
+    again = load(
+        train("part", f"--lr_schedule constant --epochs 2 --resume {tmp_path}/part")
+    )  # it tells its head
     assert again["config"]["head"] == "masked"
     for part in ("model", "model_ema", "optimizer"):
         assert same(again[part], whole[part]), part
 
 
-def test_flags_of_the_head_reach_the_sampler_and_change_the_images(run, masked, vae_path, tmp_path, sampler):
-    common = f"{BASE} --resume {masked} --evaluate --no_metrics --num_images 4 --vae_path {vae_path}"
-    run("main_tokenbridge", f"{common} --head_steps 3 --head_order confidence --output_dir {tmp_path}/a")
+def test_flags_of_the_head_reach_the_sampler_and_change_the_images(
+    run, masked, vae_path, tmp_path, sampler
+):
+    common = (
+        f"{BASE} --resume {masked} --evaluate --no_metrics --num_images 4 --vae_path {vae_path}"
+    )
+    run(
+        "main_tokenbridge",
+        f"{common} --head_steps 3 --head_order confidence --output_dir {tmp_path}/a",
+    )
     run("main_tokenbridge", f"{common} --output_dir {tmp_path}/b")
-    assert [(call["head_steps"], call["head_order"]) for call in sampler.calls] == [(3, "confidence"), (None, None)]
+    assert [(call["head_steps"], call["head_order"]) for call in sampler.calls] == [
+        (3, "confidence"),
+        (None, None),
+    ]
     settings = json.loads((tmp_path / "a" / "samples.json").read_text())["settings"]
     assert (settings["head_steps"], settings["head_order"]) == (3, "confidence")
-    figure = f"samples --vae_path {vae_path} --resume {masked} --device cpu --output {tmp_path}/s.png"
+    figure = (
+        f"samples --vae_path {vae_path} --resume {masked} --device cpu --output {tmp_path}/s.png"
+    )
     run("tools.figures", f"{figure} --head_steps 2 --head_order frequency")
     assert (sampler.calls[-1]["head_steps"], sampler.calls[-1]["head_order"]) == (2, "frequency")
 
 
 def test_images_do_not_depend_on_the_batch(run, masked, vae_path, tmp_path):
     common = f"{BASE} --resume {masked} --evaluate --no_metrics --num_images 8 --num_iter 3 --vae_path {vae_path}"
-    for name, flags in {"a": "--eval_bsz 3", "b": "--eval_bsz 8", "c": "--eval_bsz 8 --head_steps 8"}.items():
+    for name, flags in {
+        "a": "--eval_bsz 3",
+        "b": "--eval_bsz 8",
+        "c": "--eval_bsz 8 --head_steps 8",
+    }.items():
         run("main_tokenbridge", f"{common} {flags} --no_ema --output_dir {tmp_path}/{name}")
     a, b, c = (pictures(tmp_path / name / "samples") for name in "abc")
     assert a == b and len(a) == 8 and b != c
 
 
 def test_held_out_likelihood(run, masked, cached, tmp_path):
-    measure = (
-        f"{BASE} --resume {masked} --evaluate_nll --use_cached --cached_val_path {cached} --output_dir {tmp_path}/"
-    )
+    measure = f"{BASE} --resume {masked} --evaluate_nll --use_cached --cached_val_path {cached} --output_dir {tmp_path}/"
     found = []
     for name, size in (("a", 3), ("b", 16)):
         run("main_tokenbridge", f"{measure}{name} --batch_size {size}")
@@ -61,25 +77,35 @@ def test_held_out_likelihood(run, masked, cached, tmp_path):
 
 def test_a_masked_head_starts_on_a_trained_backbone(run, cached, trained, tmp_path, caplog):
     common = f"{TINY} {SHORT} --epochs 1 --use_cached --cached_path {cached} --lr 0"
-    run("main_tokenbridge", f"{common} --head masked --finetune {trained} --output_dir {tmp_path}/tuned")
+    run(
+        "main_tokenbridge",
+        f"{common} --head masked --finetune {trained} --output_dir {tmp_path}/tuned",
+    )
     before, after = load(trained), load(tmp_path / "tuned")
     assert after["config"]["channel_depth"] == 6  # the size's, not that of the head before
     for name, value in after["model"].items():
         if name.startswith(("encoder", "decoder", "class_emb", "condition_proj")):
             assert torch.equal(value, before["model_ema"][name]), name
     assert "drawn anew: token_embeddings.weight, masked_blocks" in caplog.text
-    run("main_tokenbridge", f"{common} --head ar --finetune {tmp_path}/tuned --output_dir {tmp_path}/back")
+    run(
+        "main_tokenbridge",
+        f"{common} --head ar --finetune {tmp_path}/tuned --output_dir {tmp_path}/back",
+    )
     assert load(tmp_path / "back")["config"]["channel_depth"] == 2
     # Frozen, the rest trains alone.
     frozen = f"{common} --finetune {tmp_path}/tuned --lr 1e-3 --warmup_epochs 0 --output_dir {tmp_path}/frozen --freeze"
     run("main_tokenbridge", f"{frozen} masked_blocks.* class_emb.*")
     moved = load(tmp_path / "frozen")["model"]
     for name, value in after["model_ema"].items():
-        assert torch.equal(moved[name], value) == name.startswith(("masked_blocks", "class_emb")), name
+        assert torch.equal(moved[name], value) == name.startswith(("masked_blocks", "class_emb")), (
+            name
+        )
 
 
 def test_what_does_not_fit_is_refused(refused, masked, trained, cached, vae_path, tmp_path):
-    evaluate = f"--evaluate --no_metrics --num_images 4 --vae_path {vae_path} --output_dir {tmp_path}/x"
+    evaluate = (
+        f"--evaluate --no_metrics --num_images 4 --vae_path {vae_path} --output_dir {tmp_path}/x"
+    )
     resume = f"--use_cached --cached_path {cached} --epochs 3 --output_dir {tmp_path}/x"
     for flags in ("--head_steps 2", "--head_order random"):
         other = "head_steps and head_order are for models of head masked"
@@ -87,10 +113,14 @@ def test_what_does_not_fit_is_refused(refused, masked, trained, cached, vae_path
         assert other in refused("main_tokenbridge", f"{TINY} {resume} {flags}")
         figure = f"--resume {trained} --vae_path {vae_path} --device cpu --output {tmp_path}/x.png"
         assert other in refused("tools.figures", f"samples {figure} {flags}")
-    line = refused("main_tokenbridge", f"{BASE} {evaluate} --resume {masked} --first_place released")
+    line = refused(
+        "main_tokenbridge", f"{BASE} {evaluate} --resume {masked} --first_place released"
+    )
     assert "first_place is for models of head ar" in line
     for steps in (0, -1, 9):
-        line = refused("main_tokenbridge", f"{BASE} {evaluate} --resume {masked} --head_steps {steps}")
+        line = refused(
+            "main_tokenbridge", f"{BASE} {evaluate} --resume {masked} --head_steps {steps}"
+        )
         assert f"head_steps {steps}: the head takes 1 to 8" in line
     assert "invalid choice: 'spiral'" in refused(
         "main_tokenbridge", f"{BASE} {evaluate} --resume {masked} --head_order spiral"

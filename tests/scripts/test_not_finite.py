@@ -16,7 +16,10 @@ from tests.scripts.conftest import BASE
 from tests.scripts.test_main_vae import SMALL_VAE
 from util.errors import NotFinite
 
-STAGES = {"the tokenizer's encoder": "encoder.conv_in.weight", "the tokenizer's decoder": "decoder.conv_in.weight"}
+STAGES = {
+    "the tokenizer's encoder": "encoder.conv_in.weight",
+    "the tokenizer's decoder": "decoder.conv_in.weight",
+}
 TRANSFORMER = "decoder_embed.weight"
 
 
@@ -48,9 +51,12 @@ def overflow(vae_path, tmp_path):
 
 @pytest.mark.parametrize("how", ["", "--temperature 0", "--order confidence"])
 @pytest.mark.parametrize(
-    "stage, remedy", [("the transformer", "--precision fp32"), ("the tokenizer's decoder", "--vae_precision fp32")]
+    "stage, remedy",
+    [("the transformer", "--precision fp32"), ("the tokenizer's decoder", "--vae_precision fp32")],
 )
-def test_an_evaluation_stops_at_what_overflows(run, refused, weights, overflow, tmp_path, stage, remedy, how):
+def test_an_evaluation_stops_at_what_overflows(
+    run, refused, weights, overflow, tmp_path, stage, remedy, how
+):
     overflow(stage)
     common = f"{weights} --evaluate --no_metrics --num_images 4 --num_iter 2 --output_dir {tmp_path}/out {how}"
     line = refused("main_tokenbridge", f"{common} --precision fp16")
@@ -60,7 +66,9 @@ def test_an_evaluation_stops_at_what_overflows(run, refused, weights, overflow, 
     assert (tmp_path / "out" / "samples.png").exists()
 
 
-def test_all_processes_end_after_the_chunk_in_which_one_overflows(run_two, weights, tmp_path, monkeypatch, capfd):
+def test_all_processes_end_after_the_chunk_in_which_one_overflows(
+    run_two, weights, tmp_path, monkeypatch, capfd
+):
     decode, chunks = AutoencoderKL.decode, tmp_path / "chunks"
     chunks.mkdir()
 
@@ -72,13 +80,22 @@ def test_all_processes_end_after_the_chunk_in_which_one_overflows(run_two, weigh
     common = f"{weights} --evaluate --no_metrics --num_images 40 --eval_bsz 4 --num_iter 2 --precision fp32"
     run_two("main_tokenbridge", f"{common} --output_dir {tmp_path}/out", status=2)
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1 and lines[0].startswith("error: the tokenizer's decoder") and "1 of 2 processes" in lines[0]
-    assert len(list(chunks.iterdir())) <= 2 and len(list((tmp_path / "out" / "samples").iterdir())) == 4
+    assert (
+        len(lines) == 1
+        and lines[0].startswith("error: the tokenizer's decoder")
+        and "1 of 2 processes" in lines[0]
+    )
+    assert (
+        len(list(chunks.iterdir())) <= 2
+        and len(list((tmp_path / "out" / "samples").iterdir())) == 4
+    )
 
 
 @pytest.mark.parametrize("stage", ["the transformer", "the tokenizer's decoder"])
-@pytest.mark.parametrize("script", ["demo.generate", "tools.figures samples"])
-def test_pictures_are_not_written_of_what_overflows(refused, weights, overflow, vae_path, tmp_path, script, stage):
+@pytest.mark.parametrize("script", ["generate", "tools.figures samples"])
+def test_pictures_are_not_written_of_what_overflows(
+    refused, weights, overflow, vae_path, tmp_path, script, stage
+):
     overflow(stage)
     script, *figure = script.split()
     how = f"--resume {tmp_path}/weights --vae_path {vae_path} --classes 0 --num_iter 2 --precision fp16 --device cpu"
@@ -88,7 +105,9 @@ def test_pictures_are_not_written_of_what_overflows(refused, weights, overflow, 
 
 
 @pytest.mark.parametrize("stage", ["the transformer", "the tokenizer's decoder"])
-def test_training_goes_on_where_its_evaluation_overflows(train, vae_path, tmp_path, monkeypatch, caplog, stage):
+def test_training_goes_on_where_its_evaluation_overflows(
+    train, vae_path, tmp_path, monkeypatch, caplog, stage
+):
     train("run", "--epochs 1")
     sample, decode = TokenBridge.sample_tokens, AutoencoderKL.decode
     if stage == "the transformer":  # its levels are finite whatever its logits are
@@ -115,7 +134,9 @@ def test_training_goes_on_where_its_evaluation_overflows(train, vae_path, tmp_pa
 
 
 @pytest.mark.parametrize("stage", ["the transformer's likelihood", "the tokenizer's encoder"])
-def test_no_likelihood_is_written_that_is_not_finite(refused, weights, overflow, images, tmp_path, monkeypatch, stage):
+def test_no_likelihood_is_written_that_is_not_finite(
+    refused, weights, overflow, images, tmp_path, monkeypatch, stage
+):
     shutil.copytree(images / "train", images / "val")
     if stage == "the tokenizer's encoder":  # which computes in fp32 here
         monkeypatch.setattr(AutoencoderKL, "encode", scaled(AutoencoderKL.encode, torch.inf))
@@ -131,10 +152,14 @@ def scaled(encode, factor: float):
     return lambda vae, x: encode(vae, x * factor)
 
 
-def test_moments_that_are_not_finite_are_not_cached(run, refused, vae_path, overflow, images, tmp_path):
+def test_moments_that_are_not_finite_are_not_cached(
+    run, refused, vae_path, overflow, images, tmp_path
+):
     stage = "the tokenizer's encoder"
     overflow(stage)
-    common = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --device cpu"
+    common = (
+        f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --device cpu"
+    )
     line = refused("main_cache", f"{common} --cached_path {tmp_path}/cache --precision fp16")
     assert f"{stage} computed NaN or infinity in fp16: pass --precision fp32 or bf16" in line
     assert not list((tmp_path / "cache").rglob("*.npz"))
@@ -147,13 +172,22 @@ def test_moments_that_are_not_finite_are_not_cached(run, refused, vae_path, over
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("flags", ["", "--sweep", "--quant_calibrate"])
-def test_no_reconstruction_is_measured_that_is_not_finite(refused, vae_path, overflow, images, tmp_path, stage, flags):
+def test_no_reconstruction_is_measured_that_is_not_finite(
+    refused, vae_path, overflow, images, tmp_path, stage, flags
+):
     overflow(stage)
     common = f"--img_size 16 --vae_path {vae_path} --image_dir {images} --num_workers 0 --device cpu --no_metrics"
-    line = refused("reconstruction", f"{common} --output_dir {tmp_path}/out --precision fp16 {flags}")
+    line = refused(
+        "reconstruction", f"{common} --output_dir {tmp_path}/out --precision fp16 {flags}"
+    )
     assert f"{stage} computed NaN or infinity in fp16: pass --precision fp32 or bf16" in line
-    assert not list((tmp_path / "out").rglob("table1*")) and not list((tmp_path / "out").rglob("reconstruction.png"))
-    assert not any("psnr_db" in json.loads(path.read_text()) for path in (tmp_path / "out").rglob("results.json"))
+    assert not list((tmp_path / "out").rglob("table1*")) and not list(
+        (tmp_path / "out").rglob("reconstruction.png")
+    )
+    assert not any(
+        "psnr_db" in json.loads(path.read_text())
+        for path in (tmp_path / "out").rglob("results.json")
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,11 +203,15 @@ def test_a_tokenizer_that_is_not_finite_is_trained_on_but_not_exported(
 
     monkeypatch.setattr(AutoencoderKL, method, measured)
     out = tmp_path / "vae"
-    line = refused("main_vae", f"{SMALL_VAE} --data_path {images} --batch_size 8 --epochs 2 --output_dir {out}")
+    line = refused(
+        "main_vae", f"{SMALL_VAE} --data_path {images} --batch_size 8 --epochs 2 --output_dir {out}"
+    )
     assert f"{stage} computed NaN" in line
     assert sum(f"NOT MEASURED after epoch {epoch}: {stage}" in caplog.text for epoch in (0, 1)) == 2
     assert (
-        load(out, "vae-last.pth")["epoch"] == 1 and not (out / "vae.ckpt").exists() and not (out / "vae.json").exists()
+        load(out, "vae-last.pth")["epoch"] == 1
+        and not (out / "vae.ckpt").exists()
+        and not (out / "vae.json").exists()
     )
     with pytest.raises(KeyError):
         scalars(out / "tokenizer_log", "tokenizer/psnr")

@@ -12,7 +12,9 @@ from models.vae import AutoencoderKL
 from tests.conftest import load, same
 from tests.processes import run_two
 from tests.scripts.conftest import BASE
-from util import checkpoint
+from util import distributed
+from util.checkpoint import read_json, runs
+from util.checkpoint.files import locate
 from util.training_state import TrainingState
 
 
@@ -32,7 +34,11 @@ def error(capfd):
 
     def error(command: str, script: str = "main_tokenbridge") -> str:
         run_two(script, command, status=2)
-        lines = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "error:" in line]
+        lines = [
+            line
+            for line in capfd.readouterr().err.replace("\r", "\n").splitlines()
+            if "error:" in line
+        ]
         assert len(lines) == 1 and lines[0].startswith("error:")
         return lines[0]
 
@@ -45,8 +51,12 @@ def hidden(*names: str):
     return lambda path: is_file(path) and not (elsewhere() and path.name in names)
 
 
-@pytest.mark.parametrize("flag", ["--resume", "--finetune", "--evaluate_nll --cached_val_path {cached} --resume"])
-def test_a_checkpoint_on_the_main_process_machine_is_everyones(command, train, cached, tmp_path, monkeypatch, flag):
+@pytest.mark.parametrize(
+    "flag", ["--resume", "--finetune", "--evaluate_nll --cached_val_path {cached} --resume"]
+)
+def test_a_checkpoint_on_the_main_process_machine_is_everyones(
+    command, train, cached, tmp_path, monkeypatch, flag
+):
     weights, ends = train("weights"), []
     for name in ("shared", "local"):
         shutil.copytree(weights, tmp_path / name)
@@ -55,24 +65,37 @@ def test_a_checkpoint_on_the_main_process_machine_is_everyones(command, train, c
         flags = f"{flag.format(cached=cached)} {tmp_path}/{name} --output_dir {tmp_path}/{name}-end"
         run_two("main_tokenbridge", f"{command} {flags} --epochs 2")
         end = tmp_path / f"{name}-end"
-        content = load(end) if "nll" not in flag else checkpoint.read_json(end / "likelihood.json")
-        ends.append({name: content.get(name) for name in ("model", "model_ema", "optimizer", "epoch", "nats_per_dim")})
+        content = load(end) if "nll" not in flag else read_json(end / "likelihood.json")
+        ends.append(
+            {
+                name: content.get(name)
+                for name in ("model", "model_ema", "optimizer", "epoch", "nats_per_dim")
+            }
+        )
     assert same(*ends)
 
 
-def test_a_newer_checkpoint_elsewhere_is_not_passed_over(command, error, train, tmp_path, monkeypatch):
+def test_a_newer_checkpoint_elsewhere_is_not_passed_over(
+    command, error, train, tmp_path, monkeypatch
+):
     folder = train("run")
-    located, asked = checkpoint.located, []
+    located, asked = locate, []
 
     def lagging(path: str, names: tuple[str, ...]) -> Path:
         asked.append(path)
-        return tmp_path / "nowhere" if not elsewhere() and len(asked) <= behind else located(path, names)
+        return (
+            tmp_path / "nowhere"
+            if not elsewhere() and len(asked) <= behind
+            else located(path, names)
+        )
 
-    monkeypatch.setattr(checkpoint, "located", lagging)
-    monkeypatch.setattr(checkpoint, "is_local_main_process", lambda: True)
-    monkeypatch.setattr(checkpoint, "PAUSE", 0.0)
+    monkeypatch.setattr(runs, "locate", lagging)
+    monkeypatch.setattr(distributed, "is_local_main_process", lambda: True)
+    monkeypatch.setattr(runs, "PAUSE", 0.0)
     behind = 100
-    assert f"holds a newer checkpoint in {folder}" in error(f"{command} --epochs 2 --resume {folder}")
+    assert f"holds a newer checkpoint in {folder}" in error(
+        f"{command} --epochs 2 --resume {folder}"
+    )
     assert load(folder)["epoch"] == 0
     behind = 2  # a network's disk that shows it later
     run_two("main_tokenbridge", f"{command} --epochs 2 --resume {folder}")
@@ -83,7 +106,10 @@ def test_flags_that_differ_end_the_run(command, error, monkeypatch):
     check_same_flags = main_tokenbridge.check_same_flags
 
     def typed(args, device) -> None:
-        args.lr, args.num_workers = 0.5 + elsewhere(), int(elsewhere())  # the latter is the machine's own business
+        args.lr, args.num_workers = (
+            0.5 + elsewhere(),
+            int(elsewhere()),
+        )  # the latter is the machine's own business
         check_same_flags(args, device)
 
     monkeypatch.setattr(main_tokenbridge, "check_same_flags", typed)
@@ -111,7 +137,9 @@ def test_images_that_differ_end_the_run(command, error, monkeypatch):
         ("reconstruction", "--img_size 16 --image_dir {data} --output_dir {out} --no_metrics"),
     ],
 )
-def test_tokenizers_that_differ_end_the_run(error, images, vae_path, tmp_path, monkeypatch, script, flags):
+def test_tokenizers_that_differ_end_the_run(
+    error, images, vae_path, tmp_path, monkeypatch, script, flags
+):
     from_pretrained = AutoencoderKL.from_pretrained
 
     def read(path: str):
@@ -123,7 +151,9 @@ def test_tokenizers_that_differ_end_the_run(error, images, vae_path, tmp_path, m
 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", read)
     command = flags.format(data=images, out=tmp_path / "run")
-    assert "the tokenizer's checksum is" in error(f"{command} --vae_path {vae_path} --num_workers 0", script)
+    assert "the tokenizer's checksum is" in error(
+        f"{command} --vae_path {vae_path} --num_workers 0", script
+    )
 
 
 def test_a_checkpoint_that_cannot_be_read_ends_all_with_one_line(command, error, train):
@@ -132,8 +162,12 @@ def test_a_checkpoint_that_cannot_be_read_ends_all_with_one_line(command, error,
     assert "checkpoint-last.pth is damaged" in error(f"{command} --epochs 2 --resume {folder}")
 
 
-@pytest.mark.parametrize("flags, saved", [("--save_every_steps 1", 2), ("", 0)], ids=["during a run", "at its end"])
-def test_weights_that_differ_end_the_run_and_are_not_saved(command, error, tmp_path, monkeypatch, flags, saved):
+@pytest.mark.parametrize(
+    "flags, saved", [("--save_every_steps 1", 2), ("", 0)], ids=["during a run", "at its end"]
+)
+def test_weights_that_differ_end_the_run_and_are_not_saved(
+    command, error, tmp_path, monkeypatch, flags, saved
+):
     take_step = TrainingState.take_step
 
     def diverging(state, *args):

@@ -16,9 +16,9 @@ from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import FID
 from tests.scripts.conftest import FACTOR, Watched
-from util.images import psnr, ssim
-from util.loader import image_transform
-from util.sources import read_image
+from util.data.datasets import image_transform
+from util.data.images import psnr, ssim
+from util.data.sources import read_image
 
 
 def pixels(path) -> torch.Tensor:
@@ -43,7 +43,9 @@ def posteriors(monkeypatch):
 def decoded(monkeypatch):
     """AutoencoderKL.decode, watched."""
     watched, decode = Watched(AutoencoderKL.decode), AutoencoderKL.decode
-    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, z: decode(vae, watched.note(vae, z)["z"]))
+    monkeypatch.setattr(
+        AutoencoderKL, "decode", lambda vae, z: decode(vae, watched.note(vae, z)["z"])
+    )
     return watched
 
 
@@ -60,35 +62,55 @@ def results(folder) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
-def test_figures_are_those_of_scaled_posterior_samples(run, common, posteriors, decoded, tmp_path, images):
+def test_figures_are_those_of_scaled_posterior_samples(
+    run, common, posteriors, decoded, tmp_path, images
+):
     run("reconstruction", f"{common} --bits 3 --range 0.8")
     folder = tmp_path / "out" / "quant_b3_r0.8_n3"
     latents = FACTOR * torch.cat([sample for _, _, sample in posteriors])
     assert latents.shape == (12, 8, 4, 4) and all(noise is not None for _, noise, _ in posteriors)
-    spread = torch.cat([(sample - posterior.mean) / posterior.std for posterior, _, sample in posteriors])
+    spread = torch.cat(
+        [(sample - posterior.mean) / posterior.std for posterior, _, sample in posteriors]
+    )
     assert spread.std().item() == pytest.approx(1, abs=0.1)
     indices, quantized = GaussianQuantizer(8, -0.8, 0.8)(latents)
     # What is decoded of each batch: some continuous latents to show, then the quantized ones.
     expected = quantized / FACTOR
-    given = [z for z in decoded.all("z") if torch.isclose(z[:, None], expected, atol=1e-5).flatten(2).all(2).any()]
+    given = [
+        z
+        for z in decoded.all("z")
+        if torch.isclose(z[:, None], expected, atol=1e-5).flatten(2).all(2).any()
+    ]
     assert torch.allclose(torch.cat(given), quantized / FACTOR, atol=1e-5)
 
     figures = results(folder)
     below, above = (latents < -0.8).sum().item(), (latents > 0.8).sum().item()
     assert min(below, above) > 5
-    assert figures["out_of_range_share"] == pytest.approx((below + above) / latents.numel(), rel=1e-6)
-    assert figures["latent_mse"] == pytest.approx((latents - quantized).square().mean().item(), rel=1e-4)
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=8) for channel in indices.transpose(0, 1)])
+    assert figures["out_of_range_share"] == pytest.approx(
+        (below + above) / latents.numel(), rel=1e-6
+    )
+    assert figures["latent_mse"] == pytest.approx(
+        (latents - quantized).square().mean().item(), rel=1e-4
+    )
+    counts = torch.stack(
+        [torch.bincount(channel.flatten(), minlength=8) for channel in indices.transpose(0, 1)]
+    )
     shares = (counts / counts.sum(dim=1, keepdim=True)).double()
     bits = -(shares * shares.clamp(min=1e-12).log2()).sum(dim=1)
     assert figures["entropy_bits"] == pytest.approx(bits.tolist(), abs=1e-6)
     assert figures["levels_used"] == (counts > 0).sum(dim=1).tolist() and figures["levels"] == 8
     real, recon = (
-        torch.stack([pixels(path) for path in sorted((folder / part).iterdir())]) for part in ("real", "recon")
+        torch.stack([pixels(path) for path in sorted((folder / part).iterdir())])
+        for part in ("real", "recon")
     )
     assert figures["psnr_db"] == pytest.approx(psnr(real, recon).mean().item())
     assert figures["ssim"] == pytest.approx(ssim(real, recon).mean().item())
-    assert (figures["images"], figures["bits"], figures["range"], figures["seed"]) == (12, 3, 0.8, 0)
+    assert (figures["images"], figures["bits"], figures["range"], figures["seed"]) == (
+        12,
+        3,
+        0.8,
+        0,
+    )
 
     # The first of each class, in order, each under its number; shown are eight of them, evenly spaced.
     for number in range(12):
@@ -105,32 +127,54 @@ def test_figures_are_those_of_scaled_posterior_samples(run, common, posteriors, 
             assert (shown.float() - picture.float()).abs().max() <= 1, (row, column)
 
 
-def test_continuous_latents_are_decoded_as_they_were_drawn(run, common, posteriors, decoded, tmp_path):
+def test_continuous_latents_are_decoded_as_they_were_drawn(
+    run, common, posteriors, decoded, tmp_path
+):
     run("reconstruction", f"{common} --bits -1 --precision fp16")
     for (_, _, sample), call in zip(posteriors, decoded.calls, strict=True):
-        assert torch.allclose(call["z"], sample.float(), atol=1e-5) and call["autocast"] == torch.float16
+        assert (
+            torch.allclose(call["z"], sample.float(), atol=1e-5)
+            and call["autocast"] == torch.float16
+        )
     noise = [noise for _, noise, _ in posteriors]
     # Every image's noise is its number's, another seed's another.
     first = results(tmp_path / "out" / "quant_b-1_r5.0_n3")
     posteriors.clear()
     run("reconstruction", f"{common} --bits -1 --seed 1")
-    assert not any(torch.allclose(old, new, atol=0.1) for old, (_, new, _) in zip(noise, posteriors, strict=True))
+    assert not any(
+        torch.allclose(old, new, atol=0.1)
+        for old, (_, new, _) in zip(noise, posteriors, strict=True)
+    )
     assert results(tmp_path / "out" / "quant_b-1_r5.0_n3")["psnr_db"] != first["psnr_db"]
 
 
-def test_calibration_is_of_the_posteriors_and_gives_each_channel_its_range(run, run_two, common, posteriors, tmp_path):
+def test_calibration_is_of_the_posteriors_and_gives_each_channel_its_range(
+    run, run_two, common, posteriors, tmp_path
+):
     run("reconstruction", f"{common} --quant_calibrate --range 0.1")
     folder = tmp_path / "out" / "quant_b6_calibrated_n3"
     figures = results(folder)
     mean = torch.cat([posterior.mean for posterior, _, _ in posteriors]).double()
     std = torch.cat([posterior.std for posterior, _, _ in posteriors]).double()
     deviation = ((mean**2 + std**2).mean(dim=(0, 2, 3)) - mean.mean(dim=(0, 2, 3)) ** 2).sqrt()
-    assert figures["channel_mean"] == pytest.approx((FACTOR * mean.mean(dim=(0, 2, 3))).tolist(), abs=1e-5)
+    assert figures["channel_mean"] == pytest.approx(
+        (FACTOR * mean.mean(dim=(0, 2, 3))).tolist(), abs=1e-5
+    )
     assert figures["channel_std"] == pytest.approx((FACTOR * deviation).tolist(), rel=1e-4)
-    assert figures["out_of_range_share"] < 0.01  # of three times the root of three deviations, not of 0.1
+    assert (
+        figures["out_of_range_share"] < 0.01
+    )  # of three times the root of three deviations, not of 0.1
     run_two("reconstruction", f"{common} --quant_calibrate --output_dir {tmp_path}/two")
     two = results(tmp_path / "two" / folder.name)
-    for name in ("channel_mean", "channel_std", "psnr_db", "ssim", "latent_mse", "images", "entropy_bits"):
+    for name in (
+        "channel_mean",
+        "channel_std",
+        "psnr_db",
+        "ssim",
+        "latent_mse",
+        "images",
+        "entropy_bits",
+    ):
         assert two[name] == pytest.approx(figures[name], rel=1e-4, abs=1e-6), name
     for part in ("real", "recon"):
         for path in (folder / part).iterdir():
@@ -138,7 +182,9 @@ def test_calibration_is_of_the_posteriors_and_gives_each_channel_its_range(run, 
             assert (pixels(path).int() - pixels(other).int()).abs().max() <= 1
     posteriors.clear()
     run("reconstruction", f"{common} --quant_calibrate --quantizer linear")
-    assert results(tmp_path / "out" / "linear_b6_calibrated_n3")["latent_mse"] != figures["latent_mse"]
+    assert (
+        results(tmp_path / "out" / "linear_b6_calibrated_n3")["latent_mse"] != figures["latent_mse"]
+    )
 
 
 def test_reconstructions_but_not_originals_are_rounded_down_as_the_releases(run, common, tmp_path):
@@ -151,7 +197,9 @@ def test_reconstructions_but_not_originals_are_rounded_down_as_the_releases(run,
         assert change.unique().tolist() == ([-1, 0] if path.parent.name == "recon" else [0]), path
 
 
-def test_what_another_run_left_in_the_folder_goes_and_other_images_are_refused(run, refused, common, images, tmp_path):
+def test_what_another_run_left_in_the_folder_goes_and_other_images_are_refused(
+    run, refused, common, images, tmp_path
+):
     folder = tmp_path / "out" / "quant_b6_r5.0_n3"
     with (
         mock.patch.object(AutoencoderKL, "decode", side_effect=RuntimeError("interrupted")),
@@ -176,7 +224,10 @@ def test_what_another_run_left_in_the_folder_goes_and_other_images_are_refused(r
 def test_a_sweeps_rows_and_columns_are_each_settings_own(run, common, tmp_path):
     run("reconstruction", f"{common} --sweep")
     folder = tmp_path / "out" / "sweep_n3"
-    rows = {(row["bits"], row["range"]): row for row in json.loads((folder / "table1.json").read_text())["rows"]}
+    rows = {
+        (row["bits"], row["range"]): row
+        for row in json.loads((folder / "table1.json").read_text())["rows"]
+    }
     table = (folder / "table1.md").read_text().splitlines()
     pictures = {}
     for bits, bound in ((-1, 5.0), (6, 5.0), (3, 5.0), (6, 2.0)):
@@ -187,9 +238,17 @@ def test_a_sweeps_rows_and_columns_are_each_settings_own(run, common, tmp_path):
         title = "continuous" if bits < 0 else f"{2**bits} levels, range {bound:g}"
         (line,) = [line for line in table if line.startswith(f"| {title} |")]
         assert f"{alone['psnr_db']:.4g}" in line
-        pictures[bits, bound] = tmp_path / "out" / f"quant_b{bits}_r{bound}_n3" / "recon" / "00001.png"
-    for name, column, setting in (("figure5", 1, (-1, 5.0)), ("figure5", 2, (6, 5.0)), ("figure6", 4, (3, 5.0))):
-        shown = pixels(folder / f"{name}.png")[:, 18 + 130 :, 2 + 130 * column :][:, 4:128:8, 4:128:8]
+        pictures[bits, bound] = (
+            tmp_path / "out" / f"quant_b{bits}_r{bound}_n3" / "recon" / "00001.png"
+        )
+    for name, column, setting in (
+        ("figure5", 1, (-1, 5.0)),
+        ("figure5", 2, (6, 5.0)),
+        ("figure6", 4, (3, 5.0)),
+    ):
+        shown = pixels(folder / f"{name}.png")[:, 18 + 130 :, 2 + 130 * column :][
+            :, 4:128:8, 4:128:8
+        ]
         assert torch.equal(shown, pixels(pictures[setting])), (name, column)
     assert not math.isnan(rows[6, 2.0]["psnr_db"])
 
@@ -220,7 +279,9 @@ def test_reconstruction_writes_figures_and_pictures(run, images, vae_path, tmp_p
 
 
 def test_reconstruction_with_other_quantizers(run, refused, images, vae_path, tmp_path):
-    common = f"--img_size 16 --num_workers 0 --vae_path {vae_path} --image_dir {images} --no_metrics"
+    common = (
+        f"--img_size 16 --num_workers 0 --vae_path {vae_path} --image_dir {images} --no_metrics"
+    )
     errors = {}
     for flags in ("", "--quantizer linear", "--quant_calibrate"):
         run("reconstruction", f"{common} --output_dir {tmp_path}/out {flags}")
@@ -232,7 +293,9 @@ def test_reconstruction_with_other_quantizers(run, refused, images, vae_path, tm
     assert "--sweep is Table 1" in refused("reconstruction", f"{common} --sweep --quantizer linear")
 
 
-def test_reconstruction_measures_against_statistics_and_originals(run, images, vae_path, inception, stats, tmp_path):
+def test_reconstruction_measures_against_statistics_and_originals(
+    run, images, vae_path, inception, stats, tmp_path
+):
     run(
         "reconstruction",
         f"--img_size 16 --vae_path {vae_path} --image_dir {images} --bits 4 --images_per_class 3 --num_workers 0 "
@@ -241,7 +304,10 @@ def test_reconstruction_measures_against_statistics_and_originals(run, images, v
     folder = tmp_path / "out" / "quant_b4_r5.0_n3"
     results = json.loads((folder / "results.json").read_text())
     expected = {}
-    for name, part in {"frechet_inception_distance_to_originals": "real", "statistics": None}.items():
+    for name, part in {
+        "frechet_inception_distance_to_originals": "real",
+        "statistics": None,
+    }.items():
         against = f"--reference {folder}/{part}" if part else f"--fid_stats {stats}"
         run(
             "main_metrics",
@@ -251,19 +317,25 @@ def test_reconstruction_measures_against_statistics_and_originals(run, images, v
     for name, figures in expected.items():
         key = name if name in results else "frechet_inception_distance"
         assert results[key] == pytest.approx(figures["frechet_inception_distance"], rel=1e-3)
-        assert results["inception_score_mean"] == pytest.approx(figures["inception_score_mean"], rel=1e-3)
-    assert len(results["entropy_bits"]) == 8 and all(0 < bits <= 4 for bits in results["entropy_bits"])
+        assert results["inception_score_mean"] == pytest.approx(
+            figures["inception_score_mean"], rel=1e-3
+        )
+    assert len(results["entropy_bits"]) == 8 and all(
+        0 < bits <= 4 for bits in results["entropy_bits"]
+    )
 
 
 def test_the_sweep_writes_table_1_and_the_figures(run, images, vae_path, tmp_path):
-    common = (
-        f"--img_size 16 --vae_path {vae_path} --image_dir {images} --num_workers 0 --device cpu --images_per_class 3"
-    )
+    common = f"--img_size 16 --vae_path {vae_path} --image_dir {images} --num_workers 0 --device cpu --images_per_class 3"
     run("reconstruction", f"{common} --sweep --no_metrics --output_dir {tmp_path}/out")
     folder = tmp_path / "out" / "sweep_n3"
     rows = json.loads((folder / "table1.json").read_text())["rows"]
     by_setting = {(row["bits"], row["range"]): row for row in rows}
-    assert set(by_setting) == {(-1, 5.0), *((b, 5.0) for b in (3, 4, 5, 6)), *((6, r) for r in (2.0, 3.0, 4.0))}
+    assert set(by_setting) == {
+        (-1, 5.0),
+        *((b, 5.0) for b in (3, 4, 5, 6)),
+        *((6, r) for r in (2.0, 3.0, 4.0)),
+    }
     assert by_setting[-1, 5.0]["latent_mse"] == 0
     errors = [by_setting[bits, 5.0]["latent_mse"] for bits in (3, 4, 5, 6)]
     assert errors == sorted(errors, reverse=True)
@@ -275,7 +347,10 @@ def test_the_sweep_writes_table_1_and_the_figures(run, images, vae_path, tmp_pat
     # One setting alone gives the same figures.
     run("reconstruction", f"{common} --bits 4 --no_metrics --output_dir {tmp_path}/out")
     alone = json.loads((tmp_path / "out" / "quant_b4_r5.0_n3" / "results.json").read_text())
-    assert alone["psnr_db"] == by_setting[4, 5.0]["psnr_db"] and alone["ssim"] == by_setting[4, 5.0]["ssim"]
+    assert (
+        alone["psnr_db"] == by_setting[4, 5.0]["psnr_db"]
+        and alone["ssim"] == by_setting[4, 5.0]["ssim"]
+    )
 
 
 @pytest.mark.parametrize("statistics", [True, False])
@@ -294,20 +369,25 @@ def test_the_papers_numbers_stand_beside_what_they_are_of(
         and row.get("paper_rfid") == (3.69 if statistics else None)
     )
     header, _, _, line = (folder / "table1.md").read_text().splitlines()[:4]
-    titles, cells = ([cell.strip() for cell in text.strip("|").split("|")] for text in (header, line))
+    titles, cells = (
+        [cell.strip() for cell in text.strip("|").split("|")] for text in (header, line)
+    )
     shown = dict(zip(titles, cells, strict=True))
     assert (
         shown["paper: Inception Score"] == "250.3"
         and titles.index("paper: Inception Score") == titles.index("Inception Score") + 1
     )
     assert [title for title in titles if "rFID" in title] == (
-        ["rFID, to the statistics", "paper: rFID, to the statistics"] * statistics + ["rFID, to the originals"]
+        ["rFID, to the statistics", "paper: rFID, to the statistics"] * statistics
+        + ["rFID, to the originals"]
     )
     assert "16 images of 4 classes" in (text := (folder / "table1.md").read_text())
     assert "others than the paper's: do not compare" in text
 
 
-@pytest.mark.parametrize(("img_size", "classes", "found"), [(256, 1000, True), (256, 999, False), (32, 1000, False)])
+@pytest.mark.parametrize(
+    ("img_size", "classes", "found"), [(256, 1000, True), (256, 999, False), (32, 1000, False)]
+)
 def test_statistics_of_imagenet_are_the_default_for_its_images_alone(
     quick_inception, fid_stats, tmp_path, monkeypatch, caplog, img_size, classes, found
 ):
@@ -326,9 +406,14 @@ def test_statistics_of_imagenet_are_the_default_for_its_images_alone(
     assert (evaluator().stats is not None) == found
 
 
-def test_reconstruction_asked_to_measure_needs_what_it_takes(refused, images, vae_path, inception, tmp_path):
+def test_reconstruction_asked_to_measure_needs_what_it_takes(
+    refused, images, vae_path, inception, tmp_path
+):
     common = f"--img_size 16 --vae_path {vae_path} --image_dir {images} --output_dir {tmp_path}/out --device cpu"
-    for flags in (f"--inception_weights {tmp_path}/no", f"--inception_weights {inception} --fid_stats {tmp_path}/no"):
+    for flags in (
+        f"--inception_weights {tmp_path}/no",
+        f"--inception_weights {inception} --fid_stats {tmp_path}/no",
+    ):
         assert str(tmp_path / "no") in refused("reconstruction", f"{common} {flags}")
     one = f"{common} --inception_weights {inception} --images_per_class 1"
     for label in range(1, 4):

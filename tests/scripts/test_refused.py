@@ -26,16 +26,18 @@ def test_missing_files_are_named(refused, images, vae_path, cached, trained, tmp
         "main_cache", f"--data_path {tmp_path}/no --vae_path {vae_path} --cached_path {tmp_path}/c"
     )
     assert "--cached_path" in refused("main_cache", f"--data_path {images} --vae_path {vae_path}")
-    assert "no image folder" in refused("reconstruction", f"--image_dir {tmp_path}/no --vae_path {vae_path}")
-    assert "no image folder" in refused("main_vae", f"--data_path {tmp_path}/no --output_dir {tmp_path}/new")
+    assert "no image folder" in refused(
+        "reconstruction", f"--image_dir {tmp_path}/no --vae_path {vae_path}"
+    )
+    assert "no image folder" in refused(
+        "main_vae", f"--data_path {tmp_path}/no --output_dir {tmp_path}/new"
+    )
     assert not (tmp_path / "c").exists() and not (tmp_path / "new").exists()
 
 
 def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, trained, tmp_path):
     use = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/new"
-    evaluate = (
-        f"--evaluate --no_metrics --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/new --num_images 8"
-    )
+    evaluate = f"--evaluate --no_metrics --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/new --num_images 8"
     small = "--model tokenbridge_tiny --img_size 16 --buffer_size 4 --num_workers 0"
     cases = {
         f"{small} --class_num 5 {use}": "4 classes, but class_num is 5",
@@ -61,23 +63,33 @@ def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, tr
     }
     for command, words in cases.items():
         assert words in refused("main_tokenbridge", command), command
-    assert not (tmp_path / "new" / "checkpoint-last.pth").exists() and not (tmp_path / "new" / "samples").exists()
+    assert (
+        not (tmp_path / "new" / "checkpoint-last.pth").exists()
+        and not (tmp_path / "new" / "samples").exists()
+    )
     for bits in (0, 10, -2):
         line = refused(
-            "reconstruction", f"--bits {bits} --image_dir {images} --vae_path {vae_path} --output_dir {tmp_path}/r"
+            "reconstruction",
+            f"--bits {bits} --image_dir {images} --vae_path {vae_path} --output_dir {tmp_path}/r",
         )
         assert "1 to 9 bits" in line
     assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_images_and_caches_are_named(refused, images, vae_path, cached, tmp_path, workers):
+def test_unreadable_images_and_caches_are_named(
+    refused, images, vae_path, cached, tmp_path, workers
+):
     tiny = TINY.replace("--num_workers 0", f"--num_workers {workers}")
     (images / "train" / "class3" / "2.png").write_bytes(b"no image")
     (cached / "class1" / "0.png.npz").write_bytes(b"no cache")
     out = f"--output_dir {tmp_path}/new"
-    assert "class3/2.png" in refused("main_tokenbridge", f"{tiny} --data_path {images} --vae_path {vae_path} {out}")
-    assert "class1/0.png.npz" in refused("main_tokenbridge", f"{tiny} --use_cached --cached_path {cached} {out}")
+    assert "class3/2.png" in refused(
+        "main_tokenbridge", f"{tiny} --data_path {images} --vae_path {vae_path} {out}"
+    )
+    assert "class1/0.png.npz" in refused(
+        "main_tokenbridge", f"{tiny} --use_cached --cached_path {cached} {out}"
+    )
     assert not (tmp_path / "new" / "checkpoint-last.pth").exists()
     new = f"--img_size 16 --num_workers {workers} --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/c"
     assert "class3/2.png" in refused("main_cache", new)

@@ -18,13 +18,24 @@ from torch.distributed.run import get_args_parser
 
 import engine_tokenbridge
 from models.tokenbridge import TokenBridge
-from tests.conftest import ROOT, SHORT, TINY, load, processes_of, scalars, torchrun, training_state, variant
+from tests.conftest import (
+    ROOT,
+    SHORT,
+    TINY,
+    load,
+    processes_of,
+    scalars,
+    torchrun,
+    training_state,
+    variant,
+)
 from tests.processes import attempt
 from tests.scripts.conftest import BASE, Views
 from tests.scripts.test_main_vae import SMALL_VAE
 from tests.scripts.trace import Trace
 from tools import checkpoint as commands
-from util.loader import CachedFolder, ShuffledRankSampler
+from util.data.caches import CachedFolder
+from util.data.loaders import ShuffledRankSampler
 from util.training_state import TrainingState
 
 
@@ -62,8 +73,13 @@ def expected_average(
 
 def test_weights_start_from_the_seed_or_from_another_runs_averages_or_weights(train):
     stay = "--epochs 1 --lr 0"
-    starts = [learned(load(train(f"seed{i}", f"{stay} --seed {seed}")), "model") for i, seed in enumerate((1, 1, 2))]
-    assert equal(starts[0], starts[1]) and not torch.equal(starts[0]["mask_token"], starts[2]["mask_token"])
+    starts = [
+        learned(load(train(f"seed{i}", f"{stay} --seed {seed}")), "model")
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    assert equal(starts[0], starts[1]) and not torch.equal(
+        starts[0]["mask_token"], starts[2]["mask_token"]
+    )
     other = train("other", "--epochs 1 --ema_rate 0.5 --quant_min -4 --quant_max 3")
     for flag, key in {"": "model_ema", "--no_ema": "model"}.items():
         content = load(train(f"from-{key}", f"{stay} --finetune {other} {flag}"))
@@ -74,8 +90,12 @@ def test_weights_start_from_the_seed_or_from_another_runs_averages_or_weights(tr
 
 def test_the_average_is_of_the_weights_after_each_step(train, trace):
     content = load(train("run", "--epochs 1 --ema_rate 0.1"))
-    assert content["average_steps"] == content["steps_per_epoch"] > 2  # the third has the whole rate
-    assert torch.allclose(content["model_ema"]["class_emb.weight"], expected_average(trace, content), atol=1e-7)
+    assert (
+        content["average_steps"] == content["steps_per_epoch"] > 2
+    )  # the third has the whole rate
+    assert torch.allclose(
+        content["model_ema"]["class_emb.weight"], expected_average(trace, content), atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("flag", ["--no_ema_warmup", ""])
@@ -94,7 +114,9 @@ def test_a_run_whose_average_warmed_up_does_not_go_on_without(refused, train, ca
     folder = train("run")
     assert load(folder)["ema_warmup"]
     common = f"{BASE} --epochs 2 --use_cached --cached_path {cached} --output_dir {folder} --resume {folder}"
-    assert "trained with a warm-up of the EMA" in refused("main_tokenbridge", f"{common} --no_ema_warmup")
+    assert "trained with a warm-up of the EMA" in refused(
+        "main_tokenbridge", f"{common} --no_ema_warmup"
+    )
 
 
 def test_the_releases_checkpoints_go_on_at_their_constant_rate(train, trace, caplog):
@@ -105,7 +127,9 @@ def test_the_releases_checkpoints_go_on_at_their_constant_rate(train, trace, cap
     with caplog.at_level("INFO", logger="tokenbridge"):
         after = load(train("run", f"--epochs 2 --ema_rate 0.1 --resume {folder}"))
     assert "EMA with the constant rate 0.1" in caplog.text and not after["ema_warmup"]
-    expected = expected_average(trace, after, warmup=False, start=before["model_ema"]["class_emb.weight"])
+    expected = expected_average(
+        trace, after, warmup=False, start=before["model_ema"]["class_emb.weight"]
+    )
     assert torch.allclose(after["model_ema"]["class_emb.weight"], expected, atol=1e-7)
 
 
@@ -121,7 +145,10 @@ def test_a_resumed_run_has_the_checkpoints_averages_and_its_own_settings(train):
     folder = train("run", "--epochs 1 --weight_decay 0.5")
     before = change(folder, average_steps=10**9)
     after = load(train("run", f"--epochs 2 --ema_rate 1 --weight_decay 0.25 --resume {folder}"))
-    assert all(torch.allclose(value, before["model_ema"][name]) for name, value in after["model_ema"].items())
+    assert all(
+        torch.allclose(value, before["model_ema"][name])
+        for name, value in after["model_ema"].items()
+    )
     assert after["average_steps"] == 10**9 + after["steps_per_epoch"]
     assert [group["weight_decay"] for group in after["optimizer"]["param_groups"]] == [0.0, 0.25]
     assert after["args"]["ema_rate"] == 1
@@ -148,7 +175,9 @@ def test_a_bad_step_of_a_resumed_epoch_lists_its_own_files(train, cached, trace,
     losses = iter([1.0, math.nan])
     monkeypatch.setattr(TokenBridge, "forward", lambda *args: forward(*args) * next(losses))
     train("run", f"--epochs 1 --resume {folder} --max_bad_steps 1")
-    (row,) = [json.loads(line) for line in (folder / "bad_steps-rank0.jsonl").read_text().splitlines()]
+    (row,) = [
+        json.loads(line) for line in (folder / "bad_steps-rank0.jsonl").read_text().splitlines()
+    ]
     assert (row["epoch"], row["step"]) == (0, 3)
     names = [name for name, _ in Views(cached).of(trace.drawn[1]["moments"])]
     assert [f"{Path(path).parent.name}/{Path(path).stem}" for path in row["files"]] == names
@@ -168,11 +197,17 @@ def test_all_caches_of_a_run_are_of_one_tokenizer(refused, cached, vae_path, tmp
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("call, place", [(2, (-1, 2)), (4, (0, 0))], ids=["amid an epoch", "at its end"])
-def test_a_signal_saves_after_its_step_and_handlers_are_put_back(train, trace, monkeypatch, tmp_path, call, place):
+@pytest.mark.parametrize(
+    "call, place", [(2, (-1, 2)), (4, (0, 0))], ids=["amid an epoch", "at its end"]
+)
+def test_a_signal_saves_after_its_step_and_handlers_are_put_back(
+    train, trace, monkeypatch, tmp_path, call, place
+):
     before = signal.signal(signal.SIGUSR1, lambda *_: None)  # lest a missing handler end pytest
     try:
-        own = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+        own = [
+            signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        ]
         forward = TokenBridge.forward
 
         def signalled(*args):
@@ -184,16 +219,22 @@ def test_a_signal_saves_after_its_step_and_handlers_are_put_back(train, trace, m
         with pytest.raises(SystemExit) as stop:
             train("run", "--epochs 3 --ema_rate 0.1")
         assert stop.value.code == 75
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == own
+        assert [
+            signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        ] == own
     finally:
         signal.signal(signal.SIGUSR1, before)
     content = load(tmp_path / "run")
     assert (content["epoch"], content["step"]) == place and len(trace.steps) == call
     assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {call}
-    assert torch.allclose(content["model_ema"]["class_emb.weight"], expected_average(trace, content), atol=1e-7)
+    assert torch.allclose(
+        content["model_ema"]["class_emb.weight"], expected_average(trace, content), atol=1e-7
+    )
 
 
-def test_calibration_is_of_the_same_latents_from_images_as_from_their_cache(run, images, vae_path, train, tmp_path):
+def test_calibration_is_of_the_same_latents_from_images_as_from_their_cache(
+    run, images, vae_path, train, tmp_path
+):
     cached = load(train("cached", "--epochs 1 --quant_calibrate --no_mirror"))["config"]
     data = f"--data_path {images} --vae_path {vae_path} --output_dir {tmp_path}/images"
     run("main_tokenbridge", f"{BASE} --epochs 1 --quant_calibrate --no_mirror {data}")
@@ -209,7 +250,9 @@ def test_calibration_is_of_the_same_latents_from_images_as_from_their_cache(run,
 def same_weights(a, b) -> bool:
     a, b = load(a), load(b)
     return a["epoch"] == b["epoch"] and all(
-        torch.equal(value, b[key][name]) for key in ("model", "model_ema") for name, value in a[key].items()
+        torch.equal(value, b[key][name])
+        for key in ("model", "model_ema")
+        for name, value in a[key].items()
     )
 
 
@@ -218,7 +261,9 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
     run, images, vae_path, cached, tmp_path, monkeypatch, data
 ):
     source = (
-        f"--use_cached --cached_path {cached}" if "cached" in data else f"--data_path {images} --vae_path {vae_path}"
+        f"--use_cached --cached_path {cached}"
+        if "cached" in data
+        else f"--data_path {images} --vae_path {vae_path}"
     )
     tiny = TINY.replace("--num_workers 0", f"--num_workers {2 * ('2' in data)}")
     tiny = tiny.replace("--batch_size 4", "--batch_size 2")
@@ -237,10 +282,16 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
         monkeypatch.setattr(TrainingState, "take_step", take_step)
 
     original = TrainingState.take_step
-    for steps in (4, 3):  # into the second epoch, saved at step 3; from there past the save at step 6
+    for steps in (
+        4,
+        3,
+    ):  # into the second epoch, saved at step 3; from there past the save at step 6
         stop_at(steps)
         with pytest.raises(SystemExit):
-            run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
+            run(
+                "main_tokenbridge",
+                f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts",
+            )
     assert (load(tmp_path / "parts")["epoch"], load(tmp_path / "parts")["step"]) == (0, 2)
     monkeypatch.setattr(TrainingState, "take_step", original)
     run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
@@ -257,8 +308,13 @@ def wait_for(path, process) -> None:
 def test_a_signal_ends_a_run_after_its_step_and_saves(cached, tmp_path, name):
     tiny = TINY.replace("--num_workers 0", "--num_workers 2")
     common = f"main_tokenbridge.py {tiny} --use_cached --cached_path {cached} --lr 1e-3 --warmup_epochs 1 --epochs 100"
-    command = [sys.executable, *f"{common} --save_last_freq 1 --output_dir {tmp_path}/run --device cpu".split()]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        *f"{common} --save_last_freq 1 --output_dir {tmp_path}/run --device cpu".split(),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     wait_for(tmp_path / "run" / "checkpoint-last.pth", process)
     os.killpg(process.pid, getattr(signal, name))  # to the loader's workers, too, as schedulers do
     _, said = process.communicate(timeout=120)
@@ -294,7 +350,14 @@ def test_a_restarted_run_begins_from_scratch_only_if_it_had_not_saved(
 def test_the_launcher_restarts_what_failed_and_nothing_else(cached, tmp_path, end):
     common = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 30 --lr 1e-3 --warmup_epochs 1"
     common += " --batch_size 2 --save_last_freq 3 --device cpu"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max_restarts=2",
+    ]
     process = subprocess.Popen(
         [*launcher, *f"{common} --output_dir {tmp_path}/cut --resume {tmp_path}/cut".split()],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
@@ -320,20 +383,28 @@ def test_the_launcher_restarts_what_failed_and_nothing_else(cached, tmp_path, en
         assert said.count("saved at epoch") == 2 + 2  # both, then process 0 in each of two restarts
     else:
         assert process.returncode == 1 and not path.exists()
-        assert said.count("error: this run was restarted and begins from scratch, but it had written") == 2
+        assert (
+            said.count("error: this run was restarted and begins from scratch, but it had written")
+            == 2
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
 def test_a_signal_to_the_launcher_saves_and_leaves_no_process(cached, tmp_path, name):
-    command = (
-        f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 1000 --lr 1e-3 --warmup_epochs 1"
-    )
+    command = f"main_tokenbridge.py {TINY} --use_cached --cached_path {cached} --epochs 1000 --lr 1e-3 --warmup_epochs 1"
     command += f" --batch_size 2 --save_last_freq 1 --device cpu --output_dir {tmp_path}/run"
     flags = ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "--shutdown-timeout=600"]
     if any(flag.split("=")[0] not in get_args_parser().format_help() for flag in flags):
         pytest.skip("this torch's launcher has no such flags")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        *flags,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*launcher, *command.split()], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
@@ -350,20 +421,30 @@ def test_a_signal_to_the_launcher_saves_and_leaves_no_process(cached, tmp_path, 
     assert steps == {4 * (content["epoch"] + 1) + content["step"]}
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, refused, cached, trained, tmp_path, caplog):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    run, refused, cached, trained, tmp_path, caplog
+):
     common = f"{TINY} {SHORT} --use_cached --cached_path {cached}"
-    assert sorted(path.name for path in trained.glob("*.pth")) == ["checkpoint-last.1.pth", "checkpoint-last.pth"]
+    assert sorted(path.name for path in trained.glob("*.pth")) == [
+        "checkpoint-last.1.pth",
+        "checkpoint-last.pth",
+    ]
     before = torch.load(trained / "checkpoint-last.1.pth", weights_only=True)
     assert (before["epoch"], load(trained)["epoch"]) == (0, 1)
     path = trained / "checkpoint-last.pth"
     path.write_bytes(path.read_bytes()[:-1000])
-    run("main_tokenbridge", f"{common} --epochs 3 --keep_last 3 --output_dir {trained} --resume {trained}")
+    run(
+        "main_tokenbridge",
+        f"{common} --epochs 3 --keep_last 3 --output_dir {trained} --resume {trained}",
+    )
     assert "continuing from the one before" in caplog.text and load(trained)["epoch"] == 2
     names = [f"checkpoint-last{age}.pth" for age in (".1", ".2", "")]
     assert sorted(path.name for path in trained.glob("*.pth")) == names
     for name in names:
         (trained / name).write_bytes(b"damaged")
-    assert "checkpoint-last.pth" in refused("main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}")
+    assert "checkpoint-last.pth" in refused(
+        "main_tokenbridge", f"{common} --output_dir {trained} --resume {trained}"
+    )
 
 
 def test_a_full_disk_after_damage_leaves_the_checkpoint_that_the_run_went_on_from(
@@ -384,12 +465,17 @@ def test_a_full_disk_after_damage_leaves_the_checkpoint_that_the_run_went_on_fro
     assert [load(trained, f"checkpoint-last{age}.pth")["epoch"] for age in ("", ".1")] == [1, 0]
 
 
-def test_a_run_whose_newest_checkpoint_is_gone_goes_on_from_the_one_before(run, cached, trained, caplog):
+def test_a_run_whose_newest_checkpoint_is_gone_goes_on_from_the_one_before(
+    run, cached, trained, caplog
+):
     common = f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {trained}"
     (trained / "checkpoint-last.pth").unlink()
     caplog.set_level("INFO")
     run("main_tokenbridge", f"{common} --resume {trained}")
-    assert "continuing at epoch 1, step 0" in caplog.text and load(trained, "checkpoint-last.1.pth")["epoch"] == 0
+    assert (
+        "continuing at epoch 1, step 0" in caplog.text
+        and load(trained, "checkpoint-last.1.pth")["epoch"] == 0
+    )
 
 
 def test_a_run_goes_on_with_its_own_classes_only(run, refused, images, vae_path, tmp_path):
@@ -402,7 +488,9 @@ def test_a_run_goes_on_with_its_own_classes_only(run, refused, images, vae_path,
     assert "it lacks class0; has besides zebra" in line and "--finetune" in line
     for label in (1, 2, 3):  # no name in common
         (images / "train" / f"class{label}").rename(images / "train" / f"other{label}")
-    assert "lacks class0, class1, class2, class3;" in refused("main_tokenbridge", f"{command} --epochs 2")
+    assert "lacks class0, class1, class2, class3;" in refused(
+        "main_tokenbridge", f"{command} --epochs 2"
+    )
     assert (tmp_path / "run" / "checkpoint-last.pth").read_bytes() == before
     # Files without names cannot be compared.
     content = load(tmp_path / "run")
@@ -414,7 +502,10 @@ def test_a_run_goes_on_with_its_own_classes_only(run, refused, images, vae_path,
     (images / "train" / "zebra").rename(images / "train" / "ant")
     run("main_tokenbridge", f"{tuned} --epochs 1")
     run("main_tokenbridge", f"{tuned} --epochs 2")
-    assert load(tmp_path / "tuned")["epoch"] == 1 and load(tmp_path / "tuned")["config"]["class_names"][0] == "ant"
+    assert (
+        load(tmp_path / "tuned")["epoch"] == 1
+        and load(tmp_path / "tuned")["config"]["class_names"][0] == "ant"
+    )
 
 
 def test_a_runs_own_folder_may_hold_safetensors(run, cached, trained, caplog):
@@ -427,14 +518,14 @@ def test_a_runs_own_folder_may_hold_safetensors(run, cached, trained, caplog):
     assert load(trained)["epoch"] == 2
 
 
-def test_another_number_of_steps_continues_at_the_same_place(run, cached, trained, tmp_path, caplog):
+def test_another_number_of_steps_continues_at_the_same_place(
+    run, cached, trained, tmp_path, caplog
+):
     content = load(trained)
     content |= {"epoch": 0, "step": 2, "world_size": 4}  # of 4 steps
     torch.save(content, trained / "checkpoint-last.pth")
     caplog.set_level("INFO")
-    common = (
-        f"{TINY.replace('--batch_size 4', '--batch_size 2')} {SHORT} --use_cached --cached_path {cached} --epochs 2"
-    )
+    common = f"{TINY.replace('--batch_size 4', '--batch_size 2')} {SHORT} --use_cached --cached_path {cached} --epochs 2"
     run("main_tokenbridge", f"{common} --resume {trained} --output_dir {tmp_path}/more")
     assert "written by 4 processes with 4 steps an epoch, this run has 1 with 8" in caplog.text
     assert "continuing at epoch 1, step 4 of 8" in caplog.text
@@ -442,7 +533,15 @@ def test_another_number_of_steps_continues_at_the_same_place(run, cached, traine
 
 @pytest.mark.parametrize(
     "step, steps, place",
-    [(3, 2, (3, 1)), (1, 2, (3, 0)), (4, 2, (4, 0)), (3, 1, (3, 0)), (3, 9, (3, 6)), (4, 9, (4, 0)), (0, 9, (3, 0))],
+    [
+        (3, 2, (3, 1)),
+        (1, 2, (3, 0)),
+        (4, 2, (4, 0)),
+        (3, 1, (3, 0)),
+        (3, 9, (3, 6)),
+        (4, 9, (4, 0)),
+        (0, 9, (3, 0)),
+    ],
 )
 def test_the_epoch_and_its_part_stay_with_other_steps_an_epoch(step, steps, place):
     state = training_state(variant(), steps_per_epoch=steps)
@@ -470,7 +569,9 @@ def test_a_run_that_goes_on_with_fewer_steps_an_epoch_trains_all_that_is_left(
     assert steps == {int(content["optimizer"]["state"][0]["step"]) + 1 + 2 * 2}
 
 
-def test_a_finished_run_trains_nothing_and_what_it_reports_is_there(train, refused, cached, tmp_path, caplog):
+def test_a_finished_run_trains_nothing_and_what_it_reports_is_there(
+    train, refused, cached, tmp_path, caplog
+):
     caplog.set_level("INFO")
     folder = train("run", "--epochs 2")
     before = {path: path.read_bytes() for path in folder.glob("*.[pj]*")}
@@ -487,11 +588,16 @@ def test_a_finished_run_trains_nothing_and_what_it_reports_is_there(train, refus
 
 def test_data_that_end_too_early_end_the_run(refused, cached, known_peak, monkeypatch, tmp_path):
     indices = ShuffledRankSampler.__iter__
-    monkeypatch.setattr(ShuffledRankSampler, "__iter__", lambda self: islice(indices(self), 8))  # of 16
+    monkeypatch.setattr(
+        ShuffledRankSampler, "__iter__", lambda self: islice(indices(self), 8)
+    )  # of 16
     line = refused(
-        "main_tokenbridge", f"{BASE} --use_cached --cached_path {cached} --epochs 1 --output_dir {tmp_path}/run"
+        "main_tokenbridge",
+        f"{BASE} --use_cached --cached_path {cached} --epochs 1 --output_dir {tmp_path}/run",
     )
-    assert "the data of epoch 0 ended at step 2 of 4" in line and not list((tmp_path / "run").glob("*.pth"))
+    assert "the data of epoch 0 ended at step 2 of 4" in line and not list(
+        (tmp_path / "run").glob("*.pth")
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -500,7 +606,10 @@ def test_training_continues_from_a_released_checkpoint(run, cached, trained, tmp
     for group in content["optimizer"]["param_groups"]:
         group["fused"] = None  # as the release's optimizer leaves it
     released = {name: content[name] for name in ("model", "model_ema", "optimizer", "epoch")}
-    torch.save({**released, "args": argparse.Namespace(model="tokenbridge_large")}, trained / "checkpoint-last.pth")
+    torch.save(
+        {**released, "args": argparse.Namespace(model="tokenbridge_large")},
+        trained / "checkpoint-last.pth",
+    )
     run(
         "main_tokenbridge",
         f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached} --precision {precision} "
@@ -509,7 +618,9 @@ def test_training_continues_from_a_released_checkpoint(run, cached, trained, tmp
     more = load(tmp_path / "more")
     assert more["epoch"] == 2
     # fp16 may skip a first step whose gradients overflow.
-    assert {int(state["step"]) for state in more["optimizer"]["state"].values()} <= set(range(9, 13))
+    assert {int(state["step"]) for state in more["optimizer"]["state"].values()} <= set(
+        range(9, 13)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -531,7 +642,9 @@ def test_steps_that_are_not_finite_are_left_out_and_written_down(
         return loss
 
     monkeypatch.setattr(engine_tokenbridge, "backward", backward)
-    common = f"{TINY} {SHORT} --use_cached --cached_path {cached} --epochs 2 --precision {precision}"
+    common = (
+        f"{TINY} {SHORT} --use_cached --cached_path {cached} --epochs 2 --precision {precision}"
+    )
     run("main_tokenbridge", f"{common} --max_bad_steps 2 --output_dir {tmp_path}/allowed")
     content = load(tmp_path / "allowed")
     for key in ("model", "model_ema"):
@@ -539,9 +652,15 @@ def test_steps_that_are_not_finite_are_left_out_and_written_down(
     assert len(calls) == 8 and "1 of 2 allowed" in caplog.text and "2 of 2 allowed" in caplog.text
     if precision == "fp32":  # fp16's scaler may leave out others
         assert {int(state["step"]) for state in content["optimizer"]["state"].values()} == {6}
-    rows = [json.loads(line) for line in (tmp_path / "allowed" / "bad_steps-rank0.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "allowed" / "bad_steps-rank0.jsonl").read_text().splitlines()
+    ]
     assert [(row["epoch"], row["step"], row["rank"]) for row in rows] == [(0, 1, 0), (1, 0, 0)]
-    assert all(len(row["files"]) == 4 and Path(row["files"][0]).is_file() and row["lr"] >= 0 for row in rows)
+    assert all(
+        len(row["files"]) == 4 and Path(row["files"][0]).is_file() and row["lr"] >= 0
+        for row in rows
+    )
 
     calls.clear()
     line = refused("main_tokenbridge", f"{common} --output_dir {tmp_path}/stopped")
@@ -553,7 +672,9 @@ def test_the_files_of_a_step_are_those_the_loader_gave(cached):
     dataset = CachedFolder(cached)
     sampler = ShuffledRankSampler(dataset, 1, 0, shuffle=True, seed=1)
     sampler.start = 4
-    dataset.samples = [(path, index) for index, (path, _) in enumerate(dataset.samples)]  # labels tell the item
+    dataset.samples = [
+        (path, index) for index, (path, _) in enumerate(dataset.samples)
+    ]  # labels tell the item
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=sampler)
     labels = [label for _, labels in loader for label in labels.tolist()]
     expected = [dataset.samples[label][0] for label in labels[4:8]]
@@ -566,7 +687,9 @@ def test_the_files_of_a_step_are_those_the_loader_gave(cached):
 
 def test_nothing_in_training_and_sampling_is_refused_as_not_deterministic(train, vae_path):
     try:
-        sample = f"--online_eval --no_metrics --num_images 4 --num_iter 2 --cfg 2 --vae_path {vae_path}"
+        sample = (
+            f"--online_eval --no_metrics --num_images 4 --num_iter 2 --cfg 2 --vae_path {vae_path}"
+        )
         folder = train("run", f"--epochs 1 --deterministic {sample}")
         assert torch.get_deterministic_debug_mode() == 2
     finally:

@@ -12,7 +12,7 @@ import torch
 from models.vae_losses import VAELosses
 from tests.conftest import ROOT, load, same
 from tests.scripts.test_main_vae import SMALL_VAE
-from util import misc
+from util import distributed
 from util.training_state import TrainingState
 
 #: 4 steps an epoch of 16 images.
@@ -28,13 +28,23 @@ def same_runs(a, b) -> bool:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--accum_iter 2 --batch_size 2", f"{ADVERSARY} --num_workers 2", "--precision bf16 --no_ema_warmup"]
+    "flags",
+    [
+        "--accum_iter 2 --batch_size 2",
+        f"{ADVERSARY} --num_workers 2",
+        "--precision bf16 --no_ema_warmup",
+    ],
 )
-def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(run, images, tmp_path, monkeypatch, flags):
+def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
+    run, images, tmp_path, monkeypatch, flags
+):
     command = f"{STEPS} {flags} --data_path {images} --epochs 2 --save_every_steps 3 --output_dir {tmp_path}"
     run("main_vae", f"{command}/whole")
     original = TrainingState.take_step
-    for steps in (4, 3):  # into the second epoch, saved at step 3; from there past the save at step 6
+    for steps in (
+        4,
+        3,
+    ):  # into the second epoch, saved at step 3; from there past the save at step 6
         left = [steps]
 
         def take_step(*args, left=left):
@@ -56,14 +66,16 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(run, images, t
     assert same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_exactly(run_two, images, tmp_path, monkeypatch):
+def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_exactly(
+    run_two, images, tmp_path, monkeypatch
+):
     flags = f"{STEPS} {ADVERSARY} --batch_size 2 --data_path {images} --epochs 2 --output_dir {tmp_path}"
     run_two("main_vae", f"{flags}/whole")
     forward, calls = VAELosses.forward, []
 
     def signalled(*args):
         calls.append(args)
-        if misc.get_rank() == 1 and len(calls) == 3:
+        if distributed.get_rank() == 1 and len(calls) == 3:
             signal.raise_signal(signal.SIGUSR1)
         return forward(*args)
 
@@ -78,8 +90,15 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_exactly(run_
 
 def test_a_signal_ends_a_run_after_its_step_and_saves(images, tmp_path):
     command = f"main_vae.py {STEPS} --data_path {images} --epochs 1000 --save_last_freq 1 --output_dir {tmp_path}/run"
-    command = [sys.executable, *command.replace("--num_workers 0", "--num_workers 1").split(), "--device", "cpu"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    command = [
+        sys.executable,
+        *command.replace("--num_workers 0", "--num_workers 1").split(),
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while process.poll() is None and not (tmp_path / "run" / "vae-last.pth").exists():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)  # to the loader's workers, too, as schedulers do
@@ -101,7 +120,10 @@ def test_a_run_goes_on_with_the_tokenizer_that_it_has_only(run, refused, images,
     torch.save({"model": {}, "config": {"encoder_depth": 1}}, tmp_path / "checkpoint-last.pth")
     assert "not of the run" in refused("main_vae", f"{new} {tmp_path}/checkpoint-last.pth")
     path = tmp_path / "run" / "vae-last.pth"
-    line = refused("main_cache", f"--data_path {images} --vae_path {path} --cached_path {tmp_path}/cache --img_size 16")
+    line = refused(
+        "main_cache",
+        f"--data_path {images} --vae_path {path} --cached_path {tmp_path}/cache --img_size 16",
+    )
     assert "the tokenizer is vae.ckpt" in line
     path.write_bytes(path.read_bytes()[:-1000])
     assert "vae-last.pth" in refused("main_vae", f"{new} {tmp_path}/run")

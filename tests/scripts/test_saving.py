@@ -16,8 +16,9 @@ import engine_tokenbridge
 from models.tokenbridge import TokenBridge
 from tests.conftest import SMALL, described, load, same, training_state
 from tests.scripts.conftest import BASE
-from util import misc
-from util.checkpoint import read_run, saver
+from util.checkpoint import saver
+from util.checkpoint.runs import read_run
+from util.signals import StopSignals
 from util.training_state import TrainingState
 
 WAIT = 60  # seconds until what should have come is given up
@@ -50,7 +51,12 @@ def slow_disk(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_file_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch, precision):
-    state, at_once, written, write = training_state(described(), precision=precision), io.BytesIO(), [], torch.save
+    state, at_once, written, write = (
+        training_state(described(), precision=precision),
+        io.BytesIO(),
+        [],
+        torch.save,
+    )
     save, go = saver.Saver.save, threading.Event()
 
     def both(self, path, content, *others):
@@ -67,17 +73,28 @@ def test_a_file_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch, pr
     go.set()
     state.saver.finish()
     assert not all(map(torch.equal, before.values(), state.model.state_dict().values()))
-    assert written == [True] and (tmp_path / "checkpoint-last.pth").read_bytes() == at_once.getvalue()
+    assert (
+        written == [True] and (tmp_path / "checkpoint-last.pth").read_bytes() == at_once.getvalue()
+    )
 
 
 def test_a_snapshot_copies_each_storage_once():
     whole = torch.arange(12.0).view(3, 4)
-    content = {"whole": whole, "list": [whole.T, whole[1:, ::2]], "empty": torch.zeros(0), "half": whole.half(), "n": 1}
+    content = {
+        "whole": whole,
+        "list": [whole.T, whole[1:, ::2]],
+        "empty": torch.zeros(0),
+        "half": whole.half(),
+        "n": 1,
+    }
     result = saver.snapshot({"weights": TokenBridge(**SMALL).state_dict(), **content})
     assert result.pop("weights")._metadata and same(result, content)
     assert [t.stride() for t in result["list"]] == [(1, 4), (4, 2)]
     assert {t.untyped_storage().data_ptr() for t in result["list"]} == {result["whole"].data_ptr()}
-    assert result["whole"].data_ptr() != whole.data_ptr() and result["half"].data_ptr() != content["half"].data_ptr()
+    assert (
+        result["whole"].data_ptr() != whole.data_ptr()
+        and result["half"].data_ptr() != content["half"].data_ptr()
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -87,7 +104,9 @@ def test_a_snapshot_copies_each_storage_once():
 def test_training_goes_on_while_a_checkpoint_is_written(train, slow_disk, monkeypatch):
     step = TrainingState.take_step
 
-    def take_step(state, *args):  # of the next epoch, whose loader's processes were forked meanwhile
+    def take_step(
+        state, *args
+    ):  # of the next epoch, whose loader's processes were forked meanwhile
         step(state, *args)
         if state.steps_done == 6:
             slow_disk.release(2)
@@ -100,7 +119,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(train, slow_disk, monkey
 
 def test_a_save_waits_for_the_one_before_and_says_so_once(slow_disk, monkeypatch, tmp_path):
     state, said = training_state(described()), []
-    monkeypatch.setattr(saver.log, "warning", lambda message: said.append(message) or slow_disk.release())
+    monkeypatch.setattr(
+        saver.log, "warning", lambda message: said.append(message) or slow_disk.release()
+    )
     for number in range(3):
         take_step(state)
         if number == 2:
@@ -108,7 +129,9 @@ def test_a_save_waits_for_the_one_before_and_says_so_once(slow_disk, monkeypatch
         state.save(Namespace(output_dir=str(tmp_path), keep_last=3))
     slow_disk.release()
     state.saver.finish()
-    assert slow_disk.came == [True] * 3 and len(said) == 1 and "training waits for the disk" in said[0]
+    assert (
+        slow_disk.came == [True] * 3 and len(said) == 1 and "training waits for the disk" in said[0]
+    )
     names = ["checkpoint-last.2.pth", "checkpoint-last.1.pth", "checkpoint-last.pth"]
     assert [load(tmp_path, name)["step"] for name in names] == [1, 2, 3]
 
@@ -122,7 +145,9 @@ def full_disk(monkeypatch):
         attempts.append(number)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("util.provenance.write_json", lambda *_: None)  # so that checkpoints are the first to fail
+    monkeypatch.setattr(
+        "util.provenance.write_json", lambda *_: None
+    )  # so that checkpoints are the first to fail
     monkeypatch.setattr(os, "fsync", full)
     return attempts
 
@@ -142,8 +167,12 @@ def test_a_full_disk_ends_a_run_with_one_line_at_its_end(
     often = "--save_every_steps 2" if end == "later save" else ""
     folder = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/run"
     line = refused("main_tokenbridge", f"{BASE} {folder} --epochs 2 --save_last_freq 9 {often}")
-    assert line.endswith("checkpoint-last.pth: No space left on device; free space or choose another folder")
-    assert len(steps) == (1 if end == "signal" else 8) and len(full_disk) == (4 if end == "later save" else 1)
+    assert line.endswith(
+        "checkpoint-last.pth: No space left on device; free space or choose another folder"
+    )
+    assert len(steps) == (1 if end == "signal" else 8) and len(full_disk) == (
+        4 if end == "later save" else 1
+    )
     assert not list((tmp_path / "run").glob("*.pt*"))
 
 
@@ -158,10 +187,15 @@ def test_a_full_disk_does_not_hide_why_a_run_ended(train, monkeypatch, full_disk
     monkeypatch.setattr(TrainingState, "take_step", take_step)
     with pytest.raises(RuntimeError, match="something else"):
         train("run", "--epochs 1 --save_every_steps 2")
-    assert "No space left on device" in caplog.records[-1].getMessage() and caplog.records[-1].levelname == "ERROR"
+    assert (
+        "No space left on device" in caplog.records[-1].getMessage()
+        and caplog.records[-1].levelname == "ERROR"
+    )
 
 
-def test_a_run_warns_at_once_of_a_full_disk_and_writes_when_there_is_space_again(train, monkeypatch, caplog):
+def test_a_run_warns_at_once_of_a_full_disk_and_writes_when_there_is_space_again(
+    train, monkeypatch, caplog
+):
     monkeypatch.setattr("util.provenance.write_json", lambda *_: None)
     monkeypatch.setattr(saver, "PAUSE", 0.01)
     fsync, step, attempts, written = os.fsync, TrainingState.take_step, [], threading.Event()
@@ -182,19 +216,27 @@ def test_a_run_warns_at_once_of_a_full_disk_and_writes_when_there_is_space_again
     monkeypatch.setattr(TrainingState, "take_step", take_step)
     folder = train("run", "--epochs 1 --save_every_steps 2")
     assert [load(folder, f"checkpoint-last{age}.pth")["step"] for age in (".1", "")] == [2, 0]
-    warnings = [record.getMessage() for record in caplog.records if "tried again in" in record.getMessage()]
+    warnings = [
+        record.getMessage() for record in caplog.records if "tried again in" in record.getMessage()
+    ]
     assert len(warnings) == 2 and all("No space left on device" in warning for warning in warnings)
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_no_process_leaves_before_the_file_is_there(run_two, cached, monkeypatch, tmp_path, stopped):
+def test_no_process_leaves_before_the_file_is_there(
+    run_two, cached, monkeypatch, tmp_path, stopped
+):
     path, write = tmp_path / "run" / "checkpoint-last.pth", torch.save
     monkeypatch.setattr(torch, "save", lambda *args: time.sleep(2) or write(*args))
     if stopped:
-        monkeypatch.setattr(misc.StopSignals, "agreed", lambda self: True)
-        monkeypatch.setattr(engine_tokenbridge, "Preempted", lambda _: SystemExit(0 if path.exists() else 1))
+        monkeypatch.setattr(StopSignals, "agreed", lambda self: True)
+        monkeypatch.setattr(
+            engine_tokenbridge, "Preempted", lambda _: SystemExit(0 if path.exists() else 1)
+        )
     else:
-        monkeypatch.setattr(dist, "destroy_process_group", lambda: os._exit(0 if path.exists() else 1))
+        monkeypatch.setattr(
+            dist, "destroy_process_group", lambda: os._exit(0 if path.exists() else 1)
+        )
     common = f"{BASE} --epochs 1 --use_cached --cached_path {cached}"
     run_two("main_tokenbridge", f"{common} --output_dir {path.parent}")
     assert load(path.parent)["step"] == (1 if stopped else 0)
@@ -205,8 +247,15 @@ def test_no_process_leaves_before_the_file_is_there(run_two, cached, monkeypatch
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_kill_or_a_second_interrupt_amid_a_file_leaves_the_one_before(train, monkeypatch, tmp_path, number):
-    fork, write, hear, files = multiprocessing.get_context("fork"), torch.save, misc.StopSignals._hear, []
+def test_a_kill_or_a_second_interrupt_amid_a_file_leaves_the_one_before(
+    train, monkeypatch, tmp_path, number
+):
+    fork, write, hear, files = (
+        multiprocessing.get_context("fork"),
+        torch.save,
+        StopSignals._hear,
+        [],
+    )
     writing, heard = fork.Event(), fork.Event()
 
     def save(content, file):
@@ -223,8 +272,8 @@ def test_a_kill_or_a_second_interrupt_amid_a_file_leaves_the_one_before(train, m
         train("run", "--epochs 99 --save_last_freq 1")
 
     monkeypatch.setattr(torch, "save", save)
-    monkeypatch.setattr(misc.StopSignals, "SAME", 0.5)
-    monkeypatch.setattr(misc.StopSignals, "_hear", lambda *args: hear(*args) or heard.set())
+    monkeypatch.setattr(StopSignals, "SAME", 0.5)
+    monkeypatch.setattr(StopSignals, "_hear", lambda *args: hear(*args) or heard.set())
     run = fork.Process(target=start)
     run.start()
     try:

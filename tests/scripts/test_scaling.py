@@ -35,15 +35,21 @@ def test_hours_follow_from_operations_and_peak(counts):
     hours = 400 * 1281167 * flops / 312e12 / 0.5 / 3600
     row = table(scaling.hours(counts, args))[0]
     assert row[:4] == ["large", "400", "cached", "A100"]
-    assert [float(cell.replace(",", "")) for cell in row[5:]] == [round(hours / n, 1) for n in (8, 32, 256)]
+    assert [float(cell.replace(",", "")) for cell in row[5:]] == [
+        round(hours / n, 1) for n in (8, 32, 256)
+    ]
     images = table(scaling.hours(counts, args))[2]
     assert images[2] == "images" and float(images[5]) > float(row[5])
 
 
 def test_the_slowest_link_of_the_ring_decides():
     args, gpu = ARGS, scaling.GPUS["A100"]
-    assert scaling.all_reduce_seconds(300e9, 8, gpu, args, ports=1) == pytest.approx(2 * 7 / 8)  # NVLink
-    assert scaling.all_reduce_seconds(300e9, 16, gpu, args, ports=1) == pytest.approx(2 * 15 / 16 * 12)
+    assert scaling.all_reduce_seconds(300e9, 8, gpu, args, ports=1) == pytest.approx(
+        2 * 7 / 8
+    )  # NVLink
+    assert scaling.all_reduce_seconds(300e9, 16, gpu, args, ports=1) == pytest.approx(
+        2 * 15 / 16 * 12
+    )
     assert scaling.all_reduce_seconds(300e9, 16, gpu, args, ports=100) == pytest.approx(2 * 15 / 16)
 
 
@@ -51,16 +57,24 @@ def test_files_have_the_bytes_that_are_told(counts, run, trained, cached, tmp_pa
     # What the table says of large and of ImageNet, held against a small checkpoint and a small packed cache.
     content = load(trained)
     state = [
-        value for each in content["optimizer"]["state"].values() for value in (each["exp_avg"], each["exp_avg_sq"])
+        value
+        for each in content["optimizer"]["state"].values()
+        for value in (each["exp_avg"], each["exp_avg_sq"])
     ]
     size = sum(value.nbytes for value in [*content["model_ema"].values(), *state])
     learned = [content["model"][name] for name in content["model_ema"]]
-    assert size + sum(value.nbytes for value in learned) == 16 * sum(value.numel() for value in learned)
+    assert size + sum(value.nbytes for value in learned) == 16 * sum(
+        value.numel() for value in learned
+    )
     run("tools.pack", f"--cached_path {cached} --output_dir {tmp_path}/packed --num_workers 0")
-    values = (tmp_path / "packed" / "shard-00000.npy").stat().st_size / 4 / 16  # an image: 2 views of 2 x 8 x 4 x 4
+    values = (
+        (tmp_path / "packed" / "shard-00000.npy").stat().st_size / 4 / 16
+    )  # an image: 2 views of 2 x 8 x 4 x 4
     assert 2 * 2 * 8 * 4 * 4 <= values < 2 * 2 * 8 * 4 * 4 + 10
     rows = {row[0]: float(row[1]) for row in table(scaling.files(counts, ARGS))}
-    assert rows["cache, fp32"] == pytest.approx(1281167 * 2 * 2 * 16 * 16 * 16 * 4 / 2**30, abs=0.05)
+    assert rows["cache, fp32"] == pytest.approx(
+        1281167 * 2 * 2 * 16 * 16 * 16 * 4 / 2**30, abs=0.05
+    )
     assert rows["checkpoint, large"] == pytest.approx(16 * 486.89e6 / 2**30, abs=0.01)
 
 
@@ -77,6 +91,9 @@ def test_small_batches_are_bound_by_launches():
 
 def test_places_are_filled_and_must_be_there():
     text = "a <!-- x -->1<!-- end --> b <!-- y --><!-- end -->"
-    assert fill(fill(text, "x", r"\1"), "y", "2") == r"a <!-- x -->\1<!-- end --> b <!-- y -->2<!-- end -->"
+    assert (
+        fill(fill(text, "x", r"\1"), "y", "2")
+        == r"a <!-- x -->\1<!-- end --> b <!-- y -->2<!-- end -->"
+    )
     with pytest.raises(ValueError, match="z"):
         fill(text, "z", "")

@@ -25,7 +25,9 @@ from util.errors import UserError
 def test_a_search_is_taken_up_only_where_it_was_measured_alike(
     run, weights, tmp_path, sampler, decoder, quick_inception, fid_stats, measured
 ):
-    reference = shutil.copytree(write_images(tmp_path / "reference", size=16) / "train" / "class0", tmp_path / "ref")
+    reference = shutil.copytree(
+        write_images(tmp_path / "reference", size=16) / "train" / "class0", tmp_path / "ref"
+    )
     for path in reference.glob("*.png"):
         Image.fromarray(pixels(path)[:16]).save(path)
     common = f"{weights} --evaluate --num_images 4 --cfg 1 2 --output_dir {tmp_path}/out {quick_inception.flag}"
@@ -39,7 +41,9 @@ def test_a_search_is_taken_up_only_where_it_was_measured_alike(
     assert rows() == [1, 2] and sampler.all("cfg") == [1, 2]
     run("main_tokenbridge", first)
     assert rows() == [1, 2] and len(sampler.calls) == 2
-    assert [row["images"] for row in json.loads((tmp_path / "out" / "search.json").read_text())] == [4, 4]
+    assert [
+        row["images"] for row in json.loads((tmp_path / "out" / "search.json").read_text())
+    ] == [4, 4]
     run("main_tokenbridge", second)
     assert rows() == [3, 4]
     run("main_tokenbridge", f"{second} --reference {reference}")
@@ -63,7 +67,9 @@ def test_a_search_is_taken_up_only_where_it_was_measured_alike(
 def test_statistics_made_anew_in_place_are_measured_against_anew(
     run, weights, tmp_path, sampler, decoder, quick_inception, fid_stats, measured
 ):
-    common = f"{weights} --evaluate --num_images 4 --cfg 1 2 --output_dir {tmp_path}/out --num_workers 0"
+    common = (
+        f"{weights} --evaluate --num_images 4 --cfg 1 2 --output_dir {tmp_path}/out --num_workers 0"
+    )
     run("main_tokenbridge", f"{common} {quick_inception.flag} --fid_stats {fid_stats[0]}")
     before = fid_stats[0].stat()
     np.savez(fid_stats[0], mu=np.ones(2048), sigma=np.eye(2048))
@@ -77,59 +83,99 @@ def test_statistics_made_anew_in_place_are_measured_against_anew(
 
 
 def test_evaluation_measures_and_exports(run, weights, inception, stats, photographs, tmp_path):
-    measuring = f"--fid_stats {stats} --reference {photographs}/sharp --inception_weights {inception}"
-    common = f"{weights} --evaluate --num_images 8 --num_iter 3 {measuring} --output_dir {tmp_path}/out"
+    measuring = (
+        f"--fid_stats {stats} --reference {photographs}/sharp --inception_weights {inception}"
+    )
+    common = (
+        f"{weights} --evaluate --num_images 8 --num_iter 3 {measuring} --output_dir {tmp_path}/out"
+    )
     run("main_tokenbridge", f"{common} --save_npz --keep_images")
     figures = json.loads((tmp_path / "out" / "samples.json").read_text())
-    names = {"frechet_inception_distance", "inception_score_mean", "inception_score_std", "precision", "recall"}
-    assert names <= set(figures) and figures["images"] == 8 and figures["seed"] == 0 and figures["commit"]
+    names = {
+        "frechet_inception_distance",
+        "inception_score_mean",
+        "inception_score_std",
+        "precision",
+        "recall",
+    }
+    assert (
+        names <= set(figures)
+        and figures["images"] == 8
+        and figures["seed"] == 0
+        and figures["commit"]
+    )
     with np.load(tmp_path / "out" / "samples.npz") as arrays:
         assert arrays["arr_0"].dtype == np.uint8 and arrays["arr_0"].shape == (8, 16, 16, 3)
         assert np.array_equal(arrays["arr_0"], np.stack(all_pixels(tmp_path / "out" / "samples")))
-    run("main_metrics", f"--images {tmp_path}/out/samples {measuring} --json {tmp_path}/again.json --device cpu")
+    run(
+        "main_metrics",
+        f"--images {tmp_path}/out/samples {measuring} --json {tmp_path}/again.json --device cpu",
+    )
     again = json.loads((tmp_path / "again.json").read_text())
     assert all(again[name] == pytest.approx(figures[name], rel=1e-5) for name in names)
 
     # Without --keep_images they go once they are measured; if measuring fails, they stay.
     run("main_tokenbridge", common)
-    assert not (tmp_path / "out" / "samples").exists() and (tmp_path / "out" / "samples.png").exists()
-    with mock.patch("util.metrics.compute_metrics", side_effect=RuntimeError("broken")), pytest.raises(RuntimeError):
+    assert (
+        not (tmp_path / "out" / "samples").exists() and (tmp_path / "out" / "samples.png").exists()
+    )
+    with (
+        mock.patch("util.metrics.compute.compute_metrics", side_effect=RuntimeError("broken")),
+        pytest.raises(RuntimeError),
+    ):
         run("main_tokenbridge", common)
     assert len(pictures(tmp_path / "out" / "samples")) == 8
 
 
-def test_a_search_makes_a_table_and_a_heat_map(run, weights, inception, stats, tmp_path, monkeypatch, sampler):
+def test_a_search_makes_a_table_and_a_heat_map(
+    run, weights, inception, stats, tmp_path, monkeypatch, sampler
+):
     counted = mock.Mock(
         side_effect=lambda features, *_: {
             "frechet_inception_distance": 5.0,
             "inception_score_mean": 2.0,
-            "precision": 10 * sampler.calls[-1]["cfg"] + sampler.calls[-1]["temperature"],  # tells one pair's images
+            "precision": 10 * sampler.calls[-1]["cfg"]
+            + sampler.calls[-1]["temperature"],  # tells one pair's images
         }
     )
-    monkeypatch.setattr("util.metrics.compute_metrics", counted)
+    monkeypatch.setattr("util.metrics.compute.compute_metrics", counted)
     run(
         "main_tokenbridge",
         f"{weights} --evaluate --num_images 4 --num_iter 2 --cfg 1.0 3.5 --temperature 0.9 1.0 --fid_stats {stats} "
         f"--inception_weights {inception} --output_dir {tmp_path}/out",
     )
     rows = json.loads((tmp_path / "out" / "search.json").read_text())
-    assert [(row["cfg"], row["temperature"]) for row in rows] == [(1.0, 0.9), (1.0, 1.0), (3.5, 0.9), (3.5, 1.0)]
-    assert "| 3.5 | 0.9 | 5 | 2 |" in (tmp_path / "out" / "search.md").read_text() and counted.call_count == 4
+    assert [(row["cfg"], row["temperature"]) for row in rows] == [
+        (1.0, 0.9),
+        (1.0, 1.0),
+        (3.5, 0.9),
+        (3.5, 1.0),
+    ]
+    assert (
+        "| 3.5 | 0.9 | 5 | 2 |" in (tmp_path / "out" / "search.md").read_text()
+        and counted.call_count == 4
+    )
     with Image.open(tmp_path / "out" / "search.png") as picture:
         assert picture.size[0] > 500
     # Every pair is sampled as its row says, and each row holds the figures of its own images.
     pairs = list(zip(sampler.all("cfg"), sampler.all("temperature"), strict=True))
     assert pairs == [(row["cfg"], row["temperature"]) for row in rows]
     for cfg, temperature in pairs:
-        about = json.loads((tmp_path / "out" / f"samples-cfg{cfg:g}-t{temperature:g}.json").read_text())
+        about = json.loads(
+            (tmp_path / "out" / f"samples-cfg{cfg:g}-t{temperature:g}.json").read_text()
+        )
         assert (about["settings"]["cfg"], about["settings"]["temperature"]) == (cfg, temperature)
     assert [row["precision"] for row in rows] == [10.9, 11.0, 35.9, 36.0]
     assert all(row["images"] == 4 for row in rows)
 
 
-def test_an_interrupted_search_keeps_what_it_measured(run, weights, inception, stats, tmp_path, monkeypatch):
-    counted = mock.Mock(side_effect=lambda *_: {"frechet_inception_distance": 5.0, "inception_score_mean": 2.0})
-    monkeypatch.setattr("util.metrics.compute_metrics", counted)
+def test_an_interrupted_search_keeps_what_it_measured(
+    run, weights, inception, stats, tmp_path, monkeypatch
+):
+    counted = mock.Mock(
+        side_effect=lambda *_: {"frechet_inception_distance": 5.0, "inception_score_mean": 2.0}
+    )
+    monkeypatch.setattr("util.metrics.compute.compute_metrics", counted)
     common = f"{weights} --evaluate --num_images 4 --num_iter 2 --fid_stats {stats} --inception_weights {inception}"
     common += f" --output_dir {tmp_path}/out --cfg 1.0 2.0 --temperature 1.0"
     run("main_tokenbridge", common)
@@ -156,15 +202,27 @@ def test_online_evaluation_is_of_the_average_at_every_scale_and_temperature(
     )
     run("main_tokenbridge", command)
     pairs = list(zip(sampler.all("cfg"), sampler.all("temperature"), strict=True))
-    assert pairs == 2 * [(1, 0.5), (1, 0.9), (3, 0.5), (3, 0.9)]  # after the second epoch and the last
-    for call, name in zip(sampler.calls[3:5], ("checkpoint-last.1.pth", "checkpoint-last.pth"), strict=True):
-        assert torch.equal(call["mask_token"], averaged(out, name, "model" if no_ema else "model_ema"))
+    assert pairs == 2 * [
+        (1, 0.5),
+        (1, 0.9),
+        (3, 0.5),
+        (3, 0.9),
+    ]  # after the second epoch and the last
+    for call, name in zip(
+        sampler.calls[3:5], ("checkpoint-last.1.pth", "checkpoint-last.pth"), strict=True
+    ):
+        assert torch.equal(
+            call["mask_token"], averaged(out, name, "model" if no_ema else "model_ema")
+        )
     assert not torch.equal(averaged(out), averaged(out, part="model"))
     log = EventAccumulator(str(out)).Reload()
     for value, (cfg, temperature) in enumerate(pairs[:4], 1):
         events = log.Scalars(f"eval/{FID}-cfg{cfg:g}-t{temperature:g}")
         assert [(event.step, event.value) for event in events] == [(2, value), (3, value + 4)]
-    assert f"eval/{FID}-cfg1" not in log.Tags()["scalars"] and "eval/images-cfg1-t0.5" not in log.Tags()["scalars"]
+    assert (
+        f"eval/{FID}-cfg1" not in log.Tags()["scalars"]
+        and "eval/images-cfg1-t0.5" not in log.Tags()["scalars"]
+    )
     if not no_ema:
         # Begun anew in the same folder, without metrics: the pictures are the new run's, unless its weights are equal.
         for seed, sampled in ((1, 8), (2, 8), (2, 0)):
@@ -208,8 +266,9 @@ def test_a_signal_ends_an_evaluation_after_its_chunk_and_the_run_takes_it_up(
 
     monkeypatch.setattr(sampler, "note", signalled)
     stopped(run, online, 75)
-    assert f"stopped: by SIGUSR1 while measuring after epoch 1; start the same command with --resume {folder}" in (
-        capsys.readouterr().err
+    assert (
+        f"stopped: by SIGUSR1 while measuring after epoch 1; start the same command with --resume {folder}"
+        in (capsys.readouterr().err)
     )
     assert load(folder)["epoch"] == 1 and len(sampler.calls) == 2
     assert len(list((folder / "online_eval" / "epoch0001-cfg1").iterdir())) == 4
@@ -217,18 +276,25 @@ def test_a_signal_ends_an_evaluation_after_its_chunk_and_the_run_takes_it_up(
 
     likelihood, calls = held_out_likelihood, []
     monkeypatch.setattr(
-        "evaluation.held_out_likelihood", lambda *args, **how: calls.append(1) or likelihood(*args, **how)
+        "evaluation.held_out_likelihood",
+        lambda *args, **how: calls.append(1) or likelihood(*args, **how),
     )
     run("main_tokenbridge", online)
     # What was there stays; then the evaluation after the last epoch.
-    assert [call["labels"].tolist() for call in sampler.calls[2:]] == [[2, 2], [3, 3], *([n, n] for n in range(4))]
+    assert [call["labels"].tolist() for call in sampler.calls[2:]] == [
+        [2, 2],
+        [3, 3],
+        *([n, n] for n in range(4)),
+    ]
     assert len(calls) == 1 and set(scalars(folder, "eval/nats_per_dim")) == {2, 3}
     # Nothing is left to do.
     run("main_tokenbridge", online)
     assert len(sampler.calls) == 8 and len(calls) == 1
 
 
-def test_a_signal_ends_a_likelihood_after_its_batch_on_both_processes(run_two, online, tmp_path, monkeypatch, capfd):
+def test_a_signal_ends_a_likelihood_after_its_batch_on_both_processes(
+    run_two, online, tmp_path, monkeypatch, capfd
+):
     forward, batches = TokenBridge.forward, []
 
     def signalled(model, *args):
@@ -249,31 +315,43 @@ def test_an_evaluation_that_fails_loses_no_training_and_is_repeated(
     run, run_two, online, tmp_path, sampler, decoder, capfd, monkeypatch, known_peak
 ):
     full, folder = mock.Mock(side_effect=UserError("cannot write it: disk full")), tmp_path / "run"
-    with mock.patch("util.sample_folder.SampleFolder.save", full):
+    with mock.patch("util.metrics.sample_folder.SampleFolder.save", full):
         run_two("main_tokenbridge", online, status=2)
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
-    assert lines and all(line.startswith("error: cannot write it: disk full (2 of 2 processes") for line in lines)
+    assert lines and all(
+        line.startswith("error: cannot write it: disk full (2 of 2 processes") for line in lines
+    )
     assert load(folder)["epoch"] == 1 and not list((folder / "online_eval").glob("*.png"))
     trained = load(folder)["model"]["mask_token"]
-    monkeypatch.setattr(TokenBridge, "training_flops", mock.Mock(side_effect=AssertionError))  # no step before
+    monkeypatch.setattr(
+        TokenBridge, "training_flops", mock.Mock(side_effect=AssertionError)
+    )  # no step before
     with pytest.raises(AssertionError):
         run("main_tokenbridge", online)
     assert (folder / "online_eval" / "epoch0001-cfg1.png").exists() and len(sampler.calls) == 4
     assert torch.equal(load(folder)["model"]["mask_token"], trained)
 
 
-def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_path, tmp_path, sampler):
+def test_online_evaluation_samples_with_and_without_guidance(
+    run, cached, vae_path, tmp_path, sampler
+):
     run(
         "main_tokenbridge",
         f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --vae_path {vae_path} "
         f"--output_dir {tmp_path}/run --online_eval --no_metrics --eval_freq 1 --num_images 4 --num_iter 2 --cfg 3.0",
     )
-    folders = sorted(path.name for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir())
+    folders = sorted(
+        path.name for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir()
+    )
     assert folders == [f"epoch000{epoch}-cfg{cfg}" for epoch in (0, 1) for cfg in (1, 3)]
-    assert sampler.all("cfg") == [1, 3, 1, 3] and {call["num_iter"] for call in sampler.calls} == {2}
+    assert sampler.all("cfg") == [1, 3, 1, 3] and {call["num_iter"] for call in sampler.calls} == {
+        2
+    }
     assert all(call["labels"].tolist() == [0, 1, 2, 3] for call in sampler.calls)
     averages = [
-        torch.load(tmp_path / "run" / f"checkpoint-last{age}.pth", weights_only=True)["model_ema"]["mask_token"]
+        torch.load(tmp_path / "run" / f"checkpoint-last{age}.pth", weights_only=True)["model_ema"][
+            "mask_token"
+        ]
         for age in (".1", "")
     ]
     for call, epoch in zip(sampler.calls, (0, 0, 1, 1), strict=True):
@@ -281,11 +359,17 @@ def test_online_evaluation_samples_with_and_without_guidance(run, cached, vae_pa
 
 
 @pytest.mark.parametrize("flag", ["", "--no_ema"])
-def test_measurements_during_training_are_of_that_epochs_averages_or_weights(train, tmp_path, vae_path, trace, flag):
+def test_measurements_during_training_are_of_that_epochs_averages_or_weights(
+    train, tmp_path, vae_path, trace, flag
+):
     online = f"--online_eval --no_metrics --num_images 4 --num_iter 2 --cfg 3 1 --vae_path {vae_path} {flag}"
-    for seed in (2,) if flag else (1, 2):  # pictures of another run in the same folder are not taken for this one's
+    for seed in (
+        (2,) if flag else (1, 2)
+    ):  # pictures of another run in the same folder are not taken for this one's
         trace.clear()
-        (tmp_path / "run" / "checkpoint-last.pth").unlink(missing_ok=True)  # or the second would not start
+        (tmp_path / "run" / "checkpoint-last.pth").unlink(
+            missing_ok=True
+        )  # or the second would not start
         folder = train("run", f"--epochs 3 --eval_freq 2 --ema_rate 0.5 --seed {seed} {online}")
         content, pictures = (
             load(folder),
@@ -294,14 +378,18 @@ def test_measurements_during_training_are_of_that_epochs_averages_or_weights(tra
         assert pictures == [f"epoch000{epoch}-cfg{cfg}" for epoch in (1, 2) for cfg in (1, 3)]
         assert [sampled["cfg"] for sampled in trace.sampled] == [1.0, 3.0, 1.0, 3.0]
         weights = [sampled["class_emb"] for sampled in trace.sampled]
-        assert torch.equal(weights[3], content["model" if flag else "model_ema"]["class_emb.weight"])
+        assert torch.equal(
+            weights[3], content["model" if flag else "model_ema"]["class_emb.weight"]
+        )
         assert not torch.equal(weights[1], weights[3])
         assert all(batch["training"] for batch in trace.batches)
 
 
-def test_online_metrics_go_to_tensorboard(run, images, vae_path, inception, stats, tmp_path, monkeypatch, sampler):
+def test_online_metrics_go_to_tensorboard(
+    run, images, vae_path, inception, stats, tmp_path, monkeypatch, sampler
+):
     monkeypatch.setattr(
-        "util.metrics.compute_metrics",
+        "util.metrics.compute.compute_metrics",
         lambda *_: {
             "frechet_inception_distance": 5.0,
             "inception_score_mean": 2.0,
@@ -315,7 +403,11 @@ def test_online_metrics_go_to_tensorboard(run, images, vae_path, inception, stat
     )
     log = EventAccumulator(str(tmp_path / "run")).Reload()
     for name, cfg in {"cfg1": 1, "cfg2.5": 2.5}.items():
-        assert [event.value for event in log.Scalars(f"eval/frechet_inception_distance-{name}")] == [5.0]
+        assert [
+            event.value for event in log.Scalars(f"eval/frechet_inception_distance-{name}")
+        ] == [5.0]
         events = log.Scalars(f"eval/precision-{name}")
         assert [(event.step, event.value) for event in events] == [(1, 10 * cfg)]
-    assert not [path for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir()]  # measured, removed
+    assert not [
+        path for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir()
+    ]  # measured, removed

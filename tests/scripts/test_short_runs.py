@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models.tokenbridge import TokenBridge
 from tests.conftest import SHORT, TINY, damaged, filled, load, variant
 from tests.scripts.conftest import BASE
-from util import checkpoint
+from util.checkpoint import UserError, read_json
 from util.lr_sched import tell_rates
 from util.training_state import AVERAGE_WARMUP
 
@@ -70,12 +70,16 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(train, caplog):
     assert "GiB a checkpoint; nothing was written" in caplog.text and not folder.exists()
 
 
-def test_a_dry_run_writes_nothing_though_images_are_bad(run, images, vae_path, known_peak, tmp_path, caplog):
+def test_a_dry_run_writes_nothing_though_images_are_bad(
+    run, images, vae_path, known_peak, tmp_path, caplog
+):
     for path in images.glob("train/*/[1-3].png"):
         damaged(path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "bad_images-rank0.txt").write_text("of a run")
-    command = f"{BASE} --data_path {images} --vae_path {vae_path} --epochs 1 --dry_run --skip_bad_images"
+    command = (
+        f"{BASE} --data_path {images} --vae_path {vae_path} --epochs 1 --dry_run --skip_bad_images"
+    )
     run("main_tokenbridge", f"{command} --output_dir {tmp_path}/run")
     assert "left out" in caplog.text
     assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["of a run"]
@@ -93,7 +97,9 @@ def test_a_run_tells_what_it_was_made_with(train):
     assert content["command"] and content["commit"]
 
 
-def test_pictures_while_it_trains_need_neither_inception_nor_a_number_for_each_class(train, vae_path):
+def test_pictures_while_it_trains_need_neither_inception_nor_a_number_for_each_class(
+    train, vae_path
+):
     online = f"--epochs 2 --eval_freq 1 --online_eval --no_metrics --vae_path {vae_path} --num_images 6 --num_iter 2"
     log = EventAccumulator(str(train("run", f"{online} --cfg 2"))).Reload()
     assert log.Tags()["images"] == ["samples/cfg1", "samples/cfg2"]
@@ -127,7 +133,10 @@ def test_a_tokenizer_of_other_weights_than_the_checkpoints_is_refused(
     run, refused, trained, cached, images, vae_path, other_tokenizer, tmp_path
 ):
     (images / "val").symlink_to(images / "train")
-    run("main_cache", f"--img_size 16 --vae_path {other_tokenizer} --data_path {images} --cached_path {tmp_path}/other")
+    run(
+        "main_cache",
+        f"--img_size 16 --vae_path {other_tokenizer} --data_path {images} --cached_path {tmp_path}/other",
+    )
     resume = f"{TINY} --resume {trained} --output_dir {tmp_path}/new --num_images 4 --no_metrics --num_iter 2"
     data, cache = f"--data_path {images}", f"--use_cached --cached_path {tmp_path}/other"
     for flags in (
@@ -141,25 +150,36 @@ def test_a_tokenizer_of_other_weights_than_the_checkpoints_is_refused(
         sides = f"{trained}/checkpoint-last.pth was trained with another tokenizer than {tmp_path}/other"
         assert sides in line and "there, " in line and "--vae_path" in line, flags
     use = f"{TINY} --epochs 1 --online_nll --output_dir {tmp_path}/new --use_cached --cached_path {cached}"
-    assert "weights differ" in refused("main_tokenbridge", f"{use} --cached_val_path {tmp_path}/other")
+    assert "weights differ" in refused(
+        "main_tokenbridge", f"{use} --cached_val_path {tmp_path}/other"
+    )
     # Those that are unknown pass, and what was known is not forgotten.
-    about = checkpoint.read_json(cached / "cache.json")
-    (cached / "cache.json").write_text(json.dumps({k: v for k, v in about.items() if k != "vae_sha256"}))
+    about = read_json(cached / "cache.json")
+    (cached / "cache.json").write_text(
+        json.dumps({k: v for k, v in about.items() if k != "vae_sha256"})
+    )
     run("main_tokenbridge", f"{resume} --use_cached --cached_path {cached} --epochs 3 {SHORT}")
     assert load(tmp_path / "new")["config"]["vae_sha256"] == about["vae_sha256"]
 
 
-def test_the_calibration_of_another_tokenizer_is_not_adopted(run, train, images, vae_path, other_tokenizer, tmp_path):
+def test_the_calibration_of_another_tokenizer_is_not_adopted(
+    run, train, images, vae_path, other_tokenizer, tmp_path
+):
     first = train("first", "--epochs 1 --quant_calibrate")
     fine = f"{BASE} --epochs 1 --finetune {first} --data_path {images}"
     for name, path in {"same": vae_path, "other": other_tokenizer}.items():
         run("main_tokenbridge", f"{fine} --vae_path {path} --output_dir {tmp_path}/{name}")
-    calibration = [load(tmp_path / name)["config"]["channel_std"] for name in ("first", "same", "other")]
+    calibration = [
+        load(tmp_path / name)["config"]["channel_std"] for name in ("first", "same", "other")
+    ]
     assert calibration[0] == calibration[1] and calibration[2] is None
 
 
 def test_weights_that_know_another_tokenizer_than_kl16_ask_for_it(refused, trained, tmp_path):
-    line = refused("main_tokenbridge", f"{TINY} --evaluate --no_metrics --resume {trained} --output_dir {tmp_path}/new")
+    line = refused(
+        "main_tokenbridge",
+        f"{TINY} --evaluate --no_metrics --resume {trained} --output_dir {tmp_path}/new",
+    )
     assert "another tokenizer than KL-16" in line and "--vae_path" in line
 
 
@@ -170,14 +190,17 @@ def test_weights_that_know_another_tokenizer_than_kl16_ask_for_it(refused, train
 def test_labels_may_be_a_list():
     model = variant()
     options = {"num_iter": 2, "seeds": [1, 2]}
-    a, b = (model.sample_tokens(2, labels=labels, **options) for labels in ([0, 3], torch.tensor([0, 3])))
+    a, b = (
+        model.sample_tokens(2, labels=labels, **options)
+        for labels in ([0, 3], torch.tensor([0, 3]))
+    )
     assert torch.equal(a, b)
 
 
 def test_a_misspelt_folder_is_no_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     filled(variant()).save_pretrained("output/model")
-    with pytest.raises(checkpoint.UserError, match="did you mean output/model"):
+    with pytest.raises(UserError, match="did you mean output/model"):
         TokenBridge.from_pretrained("output/modle")
 
 
@@ -192,10 +215,14 @@ def test_more_steps_than_tokens_are_told_once(run, trained, vae_path, tmp_path, 
 # Held-out images.
 
 
-def test_held_out_classes_are_those_that_were_trained(refused, run, cached, trained, tmp_path, caplog):
+def test_held_out_classes_are_those_that_were_trained(
+    refused, run, cached, trained, tmp_path, caplog
+):
     shutil.copytree(cached, tmp_path / "val")
     command = f"{TINY} --evaluate_nll --use_cached --resume {trained} --output_dir {tmp_path}/nll --cached_val_path"
-    (tmp_path / "val" / "class1").rename(tmp_path / "val" / "class9")  # sorts elsewhere: labels would move
+    (tmp_path / "val" / "class1").rename(
+        tmp_path / "val" / "class9"
+    )  # sorts elsewhere: labels would move
     line = refused("main_tokenbridge", f"{command} {tmp_path}/val")
     assert "other classes than the training images: it lacks class1; has besides class9" in line
     train = f"{BASE} --epochs 1 --online_nll --use_cached --cached_path {cached} --cached_val_path {tmp_path}/val"

@@ -85,12 +85,16 @@ class Slurm:
     def start(self) -> None:
         """Returns when the node takes jobs."""
         # Forced: pytest's folders are closed to other users, which munged takes for a mistake.
-        munged = (
-            "munged --foreground --force --socket=socket --key-file=key --pid-file=pid --log-file=log --seed-file=seed"
-        )
-        for command in (munged.replace("=", f"={self.folder}/"), "slurmctld -D", "slurmd -D -N localhost"):
+        munged = "munged --foreground --force --socket=socket --key-file=key --pid-file=pid --log-file=log --seed-file=seed"
+        for command in (
+            munged.replace("=", f"={self.folder}/"),
+            "slurmctld -D",
+            "slurmd -D -N localhost",
+        ):
             with open(self.folder / f"{command.split()[0]}.out", "w") as out:
-                self.daemons.append(subprocess.Popen(command.split(), env=self.environment, stdout=out, stderr=out))
+                self.daemons.append(
+                    subprocess.Popen(command.split(), env=self.environment, stdout=out, stderr=out)
+                )
         wait_until(lambda: "idle" in self("sinfo", check=False))
 
     def stop(self) -> None:
@@ -105,13 +109,20 @@ class Slurm:
 
     def __call__(self, command: str, check: bool = True) -> str:
         """What a command prints."""
-        done = subprocess.run(command.split(), cwd=ROOT, env=self.environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command.split(), cwd=ROOT, env=self.environment, capture_output=True, text=True
+        )
         assert not check or done.returncode == 0, done.stderr
         return done.stdout
 
     def submit(self, name: str, command: str) -> str:
         """Submits ``tools/slurm/<name>.slurm`` with another command, for two processes on CPUs; the job's number."""
-        text, count = re.subn(r"^main_tokenbridge.py (.*\\\n)*.*?(?= &$|$)", command, SCRIPTS[name], flags=re.MULTILINE)
+        text, count = re.subn(
+            r"^main_tokenbridge.py (.*\\\n)*.*?(?= &$|$)",
+            command,
+            SCRIPTS[name],
+            flags=re.MULTILINE,
+        )
         assert count == 1
         script = self.folder / f"{name}.slurm"
         script.write_text(text)
@@ -124,7 +135,9 @@ class Slurm:
 
     def ended(self, number: str) -> dict[str, str]:
         """Waits for a job's end."""
-        wait_until(lambda: self.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"))
+        wait_until(
+            lambda: self.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        )
         return self.job(number)
 
     def log(self, number: str) -> str:
@@ -135,9 +148,15 @@ class Slurm:
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> Iterator[Slurm]:
     """One node with six processors."""
-    missing = [name for name in ("munged", "slurmctld", "slurmd") if not shutil.which(name, path="/usr/sbin:/usr/bin")]
+    missing = [
+        name
+        for name in ("munged", "slurmctld", "slurmd")
+        if not shutil.which(name, path="/usr/sbin:/usr/bin")
+    ]
     if missing or os.geteuid() != 0:
-        pytest.skip(f"NOT TESTED: Slurm needs root, and of Debian's slurm-wlm and munge: {missing or 'all is there'}")
+        pytest.skip(
+            f"NOT TESTED: Slurm needs root, and of Debian's slurm-wlm and munge: {missing or 'all is there'}"
+        )
     slurm = Slurm(tmp_path_factory.mktemp("slurm"))
     try:
         slurm.start()
@@ -158,7 +177,9 @@ def ranks(folder: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_preempted_run_ends_as_an_unbroken_one_and_is_evaluated(slurm, training, vae_path, tmp_path):
+def test_a_preempted_run_ends_as_an_unbroken_one_and_is_evaluated(
+    slurm, training, vae_path, tmp_path
+):
     checkpoint = tmp_path / "cut" / "checkpoint-last.pth"
     command = f"{training} --epochs 40 --output_dir {tmp_path}"
     whole = slurm.submit("train", f"{command}/whole")  # beside the other one, on the same node
@@ -178,19 +199,25 @@ def test_a_preempted_run_ends_as_an_unbroken_one_and_is_evaluated(slurm, trainin
     wait_until(lambda: slurm.job(cut)["Restarts"] == "2")
     slurm(f"scontrol update JobId={cut} TimeLimit=60")
     ends = [slurm.ended(job) for job in (cut, whole)]
-    assert [(end["JobState"], end["Restarts"]) for end in ends] == [("COMPLETED", "2"), ("COMPLETED", "0")]
+    assert [(end["JobState"], end["Restarts"]) for end in ends] == [
+        ("COMPLETED", "2"),
+        ("COMPLETED", "0"),
+    ]
     log = slurm.log(cut)
-    assert (log.count("starting afresh"), log.count("resumed from")) == (1, 2) and "by SIGUSR1, saved at" in log
+    assert (log.count("starting afresh"), log.count("resumed from")) == (
+        1,
+        2,
+    ) and "by SIGUSR1, saved at" in log
     contents = [load(tmp_path / name) for name in ("whole", "cut")]
     assert contents[0]["epoch"] == 39
     for name in ("model", "model_ema", "optimizer"):
         assert same(*(content[name] for content in contents)), name
 
-    flags = (
-        f"--vae_path {vae_path} --num_images 40 --num_iter 2 --eval_bsz 2 --no_metrics --output_dir {tmp_path}/samples"
-    )
+    flags = f"--vae_path {vae_path} --num_images 40 --num_iter 2 --eval_bsz 2 --no_metrics --output_dir {tmp_path}/samples"
     sampled = tmp_path / "samples" / "samples"
-    job = slurm.submit("eval", f"main_tokenbridge.py --evaluate {QUICK} --resume {tmp_path}/cut {flags}")
+    job = slurm.submit(
+        "eval", f"main_tokenbridge.py --evaluate {QUICK} --resume {tmp_path}/cut {flags}"
+    )
     wait_until(lambda: any(sampled.glob("*.png")))
     slurm(f"scancel --batch --signal=USR1 {job}")  # as Slurm does before the time is up
     end = slurm.ended(job)
@@ -224,12 +251,16 @@ def test_a_crash_is_tried_again_but_not_for_ever(slurm, tmp_path, name, failures
 @pytest.mark.slow
 def test_errors_fail_and_cancelled_jobs_stay_cancelled(slurm, training, tmp_path):
     wrong = slurm.submit("train", f"{training} --epochs 0 --output_dir {tmp_path}/wrong")
-    long = slurm.submit("train", f"{training} --epochs 100000 --output_dir {tmp_path}/long --resume {tmp_path}/long")
+    long = slurm.submit(
+        "train", f"{training} --epochs 100000 --output_dir {tmp_path}/long --resume {tmp_path}/long"
+    )
     end = slurm.ended(wrong)
     assert (end["JobState"], end["Restarts"], end["ExitCode"]) == ("FAILED", "0", "2:0")
     assert "error: --epochs" in slurm.log(wrong)
     wait_until((tmp_path / "long" / "checkpoint-last.pth").exists)
     slurm(f"scancel {long}")
-    wait_until(lambda: "stopped: by SIGTERM, saved" in slurm.log(long) and not ranks(tmp_path / "long"))
+    wait_until(
+        lambda: "stopped: by SIGTERM, saved" in slurm.log(long) and not ranks(tmp_path / "long")
+    )
     end = slurm.ended(long)
     assert (end["JobState"], end["Restarts"]) == ("CANCELLED", "0")

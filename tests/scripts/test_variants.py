@@ -8,17 +8,24 @@ from PIL import Image
 
 from models.vae import AutoencoderKL
 from tests.conftest import SHORT, TINY, filled
-from util import checkpoint
-from util.loader import CachedFolder
+from util.checkpoint.files import read_checkpoint
+from util.checkpoint.vae_files import save_vae
+from util.data.caches import CachedFolder
 
 VARIANTS = {
     "parallel": ("--head parallel", {"head": "parallel"}),
     "masked": ("--head masked", {"head": "masked", "channel_depth": 6}),
-    "masked pairs": ("--head masked --channels_per_group 2", {"head": "masked", "channels_per_group": 2}),
+    "masked pairs": (
+        "--head masked --channels_per_group 2",
+        {"head": "masked", "channels_per_group": 2},
+    ),
     "sequential": ("--channel_order sequential", {"channel_order": list(range(8))}),
     "order": ("--channel_order 7,6,5,4,3,2,1,0", {"channel_order": list(range(7, -1, -1))}),
     "pairs": ("--channels_per_group 2", {"channels_per_group": 2}),
-    "fours": ("--channels_per_group 4 --head parallel", {"channels_per_group": 4, "head": "parallel"}),
+    "fours": (
+        "--channels_per_group 4 --head parallel",
+        {"channels_per_group": 4, "head": "parallel"},
+    ),
     "small": (
         "--head_dim 64 --head_depth 1 --head_heads 2",
         {"channel_embed_dim": 64, "channel_depth": 1, "channel_heads": 2},
@@ -35,18 +42,20 @@ def test_every_variant_trains_saves_resumes_and_samples(run, cached, vae_path, t
     out = f"--output_dir {tmp_path}/run"
     train = f"{TINY} {SHORT} --use_cached --cached_path {cached} {out}"
     run("main_tokenbridge", f"{train} {flags} --epochs 1")
-    content = checkpoint.read(tmp_path / "run" / "checkpoint-last.pth")
+    content = read_checkpoint(tmp_path / "run" / "checkpoint-last.pth")
     assert {key: content["config"][key] for key in expected} == expected
     if "calibrate" in flags:
         cache = CachedFolder(cached, mirror=False)
         mean, logvar = torch.stack([moments for moments, _ in cache]).chunk(2, dim=1)
-        assert content["config"]["channel_mean"] == pytest.approx((0.5 * mean.mean(dim=(0, 2, 3))).tolist(), abs=0.15)
+        assert content["config"]["channel_mean"] == pytest.approx(
+            (0.5 * mean.mean(dim=(0, 2, 3))).tolist(), abs=0.15
+        )
         deviation = 0.5 * (mean.var(dim=(0, 2, 3)) + logvar.exp().mean(dim=(0, 2, 3))).sqrt()
         assert content["config"]["channel_std"] == pytest.approx(deviation.tolist(), rel=0.2)
     # What the checkpoint tells need not be typed again; sizes of tokens must.
     patch = "--patch_size 2" if name == "patches" else ""
     run("main_tokenbridge", f"{train} {patch} --epochs 2 --resume {tmp_path}/run")
-    assert checkpoint.read(tmp_path / "run" / "checkpoint-last.pth")["epoch"] == 1
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-last.pth")["epoch"] == 1
     run(
         "main_tokenbridge",
         f"{TINY} {patch} --evaluate --resume {tmp_path}/run {out} --vae_path {vae_path} --num_images 4 --num_iter 3 "
@@ -61,7 +70,9 @@ def test_every_variant_trains_saves_resumes_and_samples(run, cached, vae_path, t
 
 
 def test_another_variant_than_the_checkpoints_is_refused(run, refused, cached, trained, tmp_path):
-    resume = f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached} --output_dir {tmp_path}/x"
+    resume = (
+        f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached} --output_dir {tmp_path}/x"
+    )
     for flags, sides in {
         "--head parallel": "head is ar there, parallel here (--head)",
         "--channel_order 7,6,5,4,3,2,1,0": "channel_order is [0, 1, 2, 3, 4, 5, 6, 7] there, [7, 6, 5, 4, 3, 2, 1, 0]",
@@ -88,9 +99,9 @@ def test_another_variant_than_the_checkpoints_is_refused(run, refused, cached, t
 
 def test_only_the_published_tokenizer_has_its_order(run, images, tmp_path):
     vae = AutoencoderKL(16, (1, 1, 2), ch=8, num_res_blocks=1)
-    checkpoint.save_vae(tmp_path / "vae.ckpt", filled(vae), 0.5)
+    save_vae(tmp_path / "vae.ckpt", filled(vae), 0.5)
     command = f"{TINY} {SHORT} --epochs 1 --vae_path {tmp_path}/vae.ckpt --data_path {images} --resume {tmp_path}/run"
     run("main_tokenbridge", f"{command} --output_dir {tmp_path}/run")
-    content = checkpoint.read(tmp_path / "run" / "checkpoint-last.pth")
+    content = read_checkpoint(tmp_path / "run" / "checkpoint-last.pth")
     assert content["config"]["channel_order"] == list(range(16))
     assert content["config"]["class_names"] == [f"class{label}" for label in range(4)]

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.scripts.conftest import pixels
 from tests.scripts.page import SECONDS, Site, Visitor, chromium, free_port
 from tests.scripts.test_generate import bomb
-from util.images import read_settings
+from util.data.images import read_settings
 
 # --------------------------------------------------------------------------------------------------------------------
 # The server, whose model waits for leave, and the browser.
@@ -76,7 +76,11 @@ def test_a_class_is_searched_and_made_by_keyboard_without_another_host(visit, si
     surest = made.confidence[0].numpy()
     least, most = (np.unravel_index(at, (4, 4)) for at in (surest.argmin(), surest.argmax()))
     confidence = visitor.picture("confidence")[::4, ::4]
-    assert confidence[least].tolist() == [68, 1, 84] and confidence[most].tolist() == [253, 231, 36]  # viridis' ends
+    assert confidence[least].tolist() == [68, 1, 84] and confidence[most].tolist() == [
+        253,
+        231,
+        36,
+    ]  # viridis' ends
     assert visitor.download(tmp_path / "bee.png") == "class-1-seed-0.png"
     assert np.array_equal(pixels(tmp_path / "bee.png"), np.asarray(made.images[0]))
     for url in visitor.requested:
@@ -94,7 +98,13 @@ def test_settings_come_back_from_a_png(visit, site, tmp_path):
     visitor.click("generate")
     visitor.until("Made: seed 41")
     visitor.download(tmp_path / "dog.png")
-    how = {"num_iter": 5, "cfg": 1.5, "cfg_schedule": "linear", "temperature": 0.8, "order": "raster"}
+    how = {
+        "num_iter": 5,
+        "cfg": 1.5,
+        "cfg_schedule": "linear",
+        "temperature": 0.8,
+        "order": "raster",
+    }
     settings = read_settings(tmp_path / "dog.png")
     assert settings == {"class_labels": [3], "seeds": [41], **how}
     assert np.array_equal(site.pixels(**settings), pixels(tmp_path / "dog.png"))
@@ -106,7 +116,10 @@ def test_settings_come_back_from_a_png(visit, site, tmp_path):
     other.until("Made: seed 41")
     other.download(tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "dog.png").read_bytes()
-    for name, text in {"other": {"class_labels": [9]}, "damaged": {"class_labels": "x", "seeds": "y"}}.items():
+    for name, text in {
+        "other": {"class_labels": [9]},
+        "damaged": {"class_labels": "x", "seeds": "y"},
+    }.items():
         info = web.png_settings({"seeds": [1], **text})
         Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png", pnginfo=info)
     Image.new("RGB", (16, 16)).save(tmp_path / "none.png")
@@ -182,7 +195,9 @@ def test_two_visitors_at_once_get_what_each_asked_for(visit, site):
     site.go_on()
     for seed, (visitor, label) in enumerate(zip(visitors, (1, 3), strict=True)):
         visitor.until(f"Made: seed {seed}")
-        assert f"class-{label}-seed-{seed}.png" in visitor.page.locator("#picture img").get_attribute("src")
+        assert f"class-{label}-seed-{seed}.png" in visitor.page.locator(
+            "#picture img"
+        ).get_attribute("src")
         assert np.array_equal(visitor.picture(), site.pixels(label, seeds=seed))
 
 
@@ -194,7 +209,17 @@ def test_a_phone_shows_all_of_it(visit, site):
     visitor.until("Made")
     visitor.page.tap("button#again")
     visitor.page.wait_for_selector("#editor canvas")
-    for name in ("class", "seed", "count", "edit", "status", "picture", "confidence", "gallery", "download"):
+    for name in (
+        "class",
+        "seed",
+        "count",
+        "edit",
+        "status",
+        "picture",
+        "confidence",
+        "gallery",
+        "download",
+    ):
         box = visitor.page.locator(f"#{name}").bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["height"] > 20, name
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -220,7 +245,10 @@ def test_a_picture_is_edited_under_a_drawn_mask_the_likeliest_first(visit, site,
     made = visitor.picture()
     changed = (made != original).any(axis=(1, 2))
     assert not changed[:8].any() and changed[13:15].all()
-    scores = [float(text.split()[2]) for text in visitor.page.locator("#gallery .caption-label").all_inner_texts()]
+    scores = [
+        float(text.split()[2])
+        for text in visitor.page.locator("#gallery .caption-label").all_inner_texts()
+    ]
     assert len(scores) == 5 and scores == sorted(scores, reverse=True)
     visitor.download(tmp_path / "out.png")
     assert np.array_equal(pixels(tmp_path / "out.png"), made)
@@ -290,15 +318,29 @@ def test_what_cannot_be_made_is_told_and_the_page_goes_on(visit, site, tmp_path)
 
 
 def test_no_file_of_the_machine_is_served(site):
-    for path in ("/etc/passwd", "/proc/self/environ", ROOT / "README.md", "README.md", "../etc/passwd", "demo/web.py"):
-        for address in (f"gradio_api/file={path}", f"file={path}", f"static/{path}", f"assets/{path}"):
+    for path in (
+        "/etc/passwd",
+        "/proc/self/environ",
+        ROOT / "README.md",
+        "README.md",
+        "../etc/passwd",
+        "demo/web.py",
+    ):
+        for address in (
+            f"gradio_api/file={path}",
+            f"file={path}",
+            f"static/{path}",
+            f"assets/{path}",
+        ):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"{site.url}{address}")
             assert refused.value.code in (403, 404), address
 
 
 @pytest.mark.slow
-def test_the_command_serves_to_this_machine_alone(weights, vae_path, refused, tmp_path, monkeypatch):
+def test_the_command_serves_to_this_machine_alone(
+    weights, vae_path, refused, tmp_path, monkeypatch
+):
     model, port = f"--resume {tmp_path}/weights --vae_path {vae_path} --device cpu", free_port()
     command = [sys.executable, "demo/web.py", *model.split(), "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
@@ -308,9 +350,9 @@ def test_the_command_serves_to_this_machine_alone(weights, vae_path, refused, tm
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/config") as config:
                 assert json.load(config)["analytics_enabled"] is False
             sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
-            assert [each[1] for each in sockets if each[3] == "0A" and each[1].endswith(f":{port:04X}")] == [
-                f"0100007F:{port:04X}"
-            ]
+            assert [
+                each[1] for each in sockets if each[3] == "0A" and each[1].endswith(f":{port:04X}")
+            ] == [f"0100007F:{port:04X}"]
             assert "Address already in use" in refused("demo.web", f"{model} --port {port}")
             server.send_signal(signal.SIGINT)
             assert server.wait(SECONDS) == 0
@@ -329,4 +371,7 @@ def test_the_command_serves_to_this_machine_alone(weights, vae_path, refused, tm
 def test_the_package_that_may_be_missing_is_named():
     code = "import sys; sys.modules['gradio'] = None; import demo.web"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "pip install gradio" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (
+        2,
+        1,
+    ) and "pip install gradio" in done.stderr

@@ -16,9 +16,10 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import training
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
-from util import errors, misc
+from util import errors
 
 
 def norms(parameters) -> torch.Tensor:
@@ -56,12 +57,25 @@ class Trace:
         encode, decode, save = AutoencoderKL.encode, AutoencoderKL.decode, torch.save
 
         def traced_forward(model, latents, labels, *args):
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-            batch = {"latents": latents.detach().clone(), "labels": labels.clone(), "autocast": dtype}
+            dtype = (
+                torch.get_autocast_dtype("cpu")
+                if torch.is_autocast_enabled("cpu")
+                else torch.float32
+            )
+            batch = {
+                "latents": latents.detach().clone(),
+                "labels": labels.clone(),
+                "autocast": dtype,
+            }
             batch |= {"class_emb": model.class_emb.weight.detach().clone()}
-            batch |= {"training": model.training, "gradients": any(p.grad is not None for p in model.parameters())}
+            batch |= {
+                "training": model.training,
+                "gradients": any(p.grad is not None for p in model.parameters()),
+            }
             loss = forward(model, latents, labels, *args)
-            self.batches.append(batch | {"loss": loss.item(), "order": self.orders[-1] if not args else None})
+            self.batches.append(
+                batch | {"loss": loss.item(), "order": self.orders[-1] if not args else None}
+            )
             return loss
 
         def traced_orders(model, bsz):
@@ -73,10 +87,23 @@ class Trace:
             self.drawn.append({"moments": posterior.parameters.clone(), "latents": latents.clone()})
             return latents
 
-        def traced_sample_tokens(model, bsz, num_iter, cfg, cfg_schedule, labels, temperature, **options):
-            given = {"num_iter": num_iter, "cfg": cfg, "cfg_schedule": cfg_schedule, "labels": labels}
-            given |= {"temperature": temperature, "class_emb": model.class_emb.weight.detach().clone(), **options}
-            found = sample_tokens(model, bsz, num_iter, cfg, cfg_schedule, labels, temperature, **options)
+        def traced_sample_tokens(
+            model, bsz, num_iter, cfg, cfg_schedule, labels, temperature, **options
+        ):
+            given = {
+                "num_iter": num_iter,
+                "cfg": cfg,
+                "cfg_schedule": cfg_schedule,
+                "labels": labels,
+            }
+            given |= {
+                "temperature": temperature,
+                "class_emb": model.class_emb.weight.detach().clone(),
+                **options,
+            }
+            found = sample_tokens(
+                model, bsz, num_iter, cfg, cfg_schedule, labels, temperature, **options
+            )
             self.sampled.append({**given, "latents": found[0], "config": model.config})
             return found
 
@@ -119,7 +146,7 @@ def main(path: str, script: str, *flags: str) -> None:
     """Runs ``script`` and writes the trace; with ``SIGNAL_RANK`` set, that process is signalled in its second pass."""
     trace = Trace()
     trace.install(setattr)
-    misc.matmul_flops = lambda device, precision: 1e9
+    training.matmul_flops = lambda device, precision: 1e9
     if os.environ.get("SIGNAL_RANK") == os.environ.get("RANK", "0"):
         forward, calls = TokenBridge.forward, []
 

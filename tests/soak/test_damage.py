@@ -21,12 +21,28 @@ from timm.utils import ModelEmaV3
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.conftest import SMALL, filled, published_parameters, published_state, training_state
-from util import checkpoint
+from util.checkpoint.runs import read_newest_checkpoint
+from util.checkpoint.vae_files import tokenizer_config
 from util.config import check_config
+from util.data.caches import CACHE_METADATA, CachedFolder
 from util.errors import UserError
-from util.loader import CACHE_METADATA, CachedFolder
 
-OTHERS = [None, "text", 7, -3, 1.5, float("nan"), [], [1, 2], {}, {"a": 1}, (1, 2), b"bytes", torch.tensor(1), True]
+OTHERS = [
+    None,
+    "text",
+    7,
+    -3,
+    1.5,
+    float("nan"),
+    [],
+    [1, 2],
+    {},
+    {"a": 1},
+    (1, 2),
+    b"bytes",
+    torch.tensor(1),
+    True,
+]
 
 
 class Trap:
@@ -79,10 +95,14 @@ def change(content: dict, draw: random.Random, what: Callable, tensors: bool) ->
         holder = content
         for key in path[:-1]:
             holder = holder[key]
-        if not tensors or (isinstance(holder[path[-1]], torch.Tensor) and holder[path[-1]].is_floating_point()):
+        if not tensors or (
+            isinstance(holder[path[-1]], torch.Tensor) and holder[path[-1]].is_floating_point()
+        ):
             candidates.append((holder, path[-1]))
     # Few entries lie near the root, and matter as much as the many below.
-    holder, key = draw.choice(candidates if tensors else candidates[:12] + draw.choices(candidates, k=12))
+    holder, key = draw.choice(
+        candidates if tensors else candidates[:12] + draw.choices(candidates, k=12)
+    )
     holder[key] = what(holder[key])
     return content
 
@@ -95,9 +115,18 @@ def with_nan(value: torch.Tensor) -> torch.Tensor:
 
 def entry_damage(kind: str, content: dict, draw: random.Random, trap: Path) -> dict:
     if kind == "shape":
-        return change(content, draw, lambda v: draw.choice([v[None], v.flatten()[:-1], v.new_zeros(0)]), True)
+        return change(
+            content, draw, lambda v: draw.choice([v[None], v.flatten()[:-1], v.new_zeros(0)]), True
+        )
     if kind == "dtype":
-        kinds = [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
+        kinds = [
+            torch.float16,
+            torch.bfloat16,
+            torch.float64,
+            torch.int64,
+            torch.bool,
+            torch.complex64,
+        ]
         return change(content, draw, lambda v: v.to(draw.choice(kinds)), True)
     if kind == "nan":
         return change(content, draw, with_nan, True)
@@ -123,7 +152,10 @@ def spoilt(tmp_path: Path, content: dict, kind: str, draw: random.Random) -> tup
 
 
 def same(loaded: dict[str, torch.Tensor], said: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(value, torch.as_tensor(said[name]).to(value.dtype)) for name, value in loaded.items())
+    return all(
+        torch.equal(value, torch.as_tensor(said[name]).to(value.dtype))
+        for name, value in loaded.items()
+    )
 
 
 KINDS = ["cut", "flip", "blank", "shape", "dtype", "nan", "type", "trap"]
@@ -135,7 +167,7 @@ KINDS = ["cut", "flip", "blank", "shape", "dtype", "nan", "type", "trap"]
 def resumed(path: Path) -> tuple[TokenBridge, ModelEmaV3, torch.optim.AdamW]:
     """A run's parts after taking up the checkpoint as main_tokenbridge.py does."""
     state = training_state(TokenBridge(**SMALL), precision="fp16")
-    content, found = checkpoint.read_newest_whole(path)
+    content, found = read_newest_checkpoint(path)
     check_config(content.get("config", {}), {**state.model.config, "latent_factor": 0.5}, found)
     state.load(content, found, frozen=[])
     return state.model, state.average, state.optimizer
@@ -174,7 +206,9 @@ def test_damaged_checkpoints_are_refused_or_loaded_as_they_are(content, tmp_path
             assert same(published_parameters(ema.module), averages)
             if "optimizer" in says:
                 entries = says["optimizer"]["state"]
-                assert all(same(entry, entries[n]) for n, entry in optimizer.state_dict()["state"].items())
+                assert all(
+                    same(entry, entries[n]) for n, entry in optimizer.state_dict()["state"].items()
+                )
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-last.pth"]
     assert refused >= {"type": 5, "dtype": 8, "flip": 10, "blank": 10}.get(kind, 18)
 
@@ -216,7 +250,12 @@ def write_cache(root: Path, damaged: Callable[[Path], None]) -> dict[str, np.nda
     (root / "0").mkdir(parents=True)
     for number, (plain, flipped) in enumerate(values):
         np.savez(root / "0" / f"{number}.png.npz", moments=plain, moments_flip=flipped)
-    metadata = {"images": 3, "latent_factor": 0.5, "vae": {"embed_dim": 4, "ch_mult": [1, 2]}, "complete": True}
+    metadata = {
+        "images": 3,
+        "latent_factor": 0.5,
+        "vae": {"embed_dim": 4, "ch_mult": [1, 2]},
+        "complete": True,
+    }
     (root / CACHE_METADATA).write_text(json.dumps(metadata))
     damaged(root / "0" / "1.png.npz")
     return values
@@ -224,7 +263,7 @@ def write_cache(root: Path, damaged: Callable[[Path], None]) -> dict[str, np.nda
 
 def read_cache(root: Path) -> torch.Tensor:
     cache = CachedFolder(root, mirror=False)
-    checkpoint.tokenizer_of(cache.metadata, root)
+    tokenizer_config(cache.metadata, root)
     cache.shape = (8, 4, 4)
     return torch.stack([moments for moments, _ in cache])
 
@@ -241,21 +280,29 @@ def test_damaged_caches_are_refused_or_loaded_as_they_are(tmp_path, kind):
                 return
             if kind == "metadata":
                 path = root / CACHE_METADATA
-                changed = change(json.loads(path.read_text()), draw, lambda _: draw.choice(OTHERS[:10]), False)
+                changed = change(
+                    json.loads(path.read_text()), draw, lambda _: draw.choice(OTHERS[:10]), False
+                )
                 text = json.dumps(changed)
-                path.write_text(draw.choice([text, text[: draw.randrange(len(text))], "[" * 100_000]))
+                path.write_text(
+                    draw.choice([text, text[: draw.randrange(len(text))], "[" * 100_000])
+                )
                 return
             with np.load(path) as arrays:
                 moments = torch.from_numpy(arrays["moments"])
             if kind == "type":
-                kept = draw.choice([{}, {"moments": np.array("text")}, {"moments_flip": moments.numpy()}])
+                kept = draw.choice(
+                    [{}, {"moments": np.array("text")}, {"moments_flip": moments.numpy()}]
+                )
                 np.savez(path, **kept)
                 return
             if kind == "trap":
                 np.savez(path, moments=np.array([Trap(trace)], dtype=object), allow_pickle=True)
                 return
             if kind == "dtype":
-                other = draw.choice([torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64])
+                other = draw.choice(
+                    [torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64]
+                )
                 moments = moments.to(other)
             else:
                 moments = entry_damage(kind, {"moments": moments}, draw, trace)["moments"]
@@ -278,13 +325,17 @@ def test_damaged_caches_are_refused_or_loaded_as_they_are(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["cut", "nan", "type", "size", "trap"])
-def test_the_command_says_in_one_line_what_is_wrong(refused, cached, trained, vae_path, tmp_path, kind):
+def test_the_command_says_in_one_line_what_is_wrong(
+    refused, cached, trained, vae_path, tmp_path, kind
+):
     draw = random.Random(kind)
     good = torch.load(trained / "checkpoint-last.pth", weights_only=True)
     (tmp_path / "bad").mkdir()
     path = spoilt(tmp_path / "bad", good, "cut" if kind == "cut" else "type", draw)[0]
     if kind == "nan":
-        torch.save({**good, "model": {name: with_nan(v) for name, v in good["model"].items()}}, path)
+        torch.save(
+            {**good, "model": {name: with_nan(v) for name, v in good["model"].items()}}, path
+        )
     elif kind == "type":
         torch.save({**good, "config": {**good["config"], "channel_order": "abc"}}, path)
     elif kind == "size":
@@ -298,4 +349,7 @@ def test_the_command_says_in_one_line_what_is_wrong(refused, cached, trained, va
         f"--resume {tmp_path}/bad",
     )
     assert str(path) in line or "channel_order" in line or "zero" in line
-    assert not (tmp_path / "trace").exists() and not (tmp_path / "out" / "checkpoint-last.pth").exists()
+    assert (
+        not (tmp_path / "trace").exists()
+        and not (tmp_path / "out" / "checkpoint-last.pth").exists()
+    )

@@ -14,7 +14,8 @@ import torch
 from demo.demo import write_digits
 from models.vae import AutoencoderKL
 from tests.conftest import ROOT, filled, processes_of
-from util import checkpoint
+from util.checkpoint.runs import read_run
+from util.checkpoint.vae_files import save_vae
 
 KILLS = 20
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -32,7 +33,7 @@ def steps_taken(path: Path) -> int:
     """Steps of a run until its last checkpoint, which must be whole."""
     if not path.exists():
         return 0
-    content = checkpoint.read_run(path)
+    content = read_run(path)
     return (content["epoch"] + 1) * content["steps_per_epoch"] + content["step"]
 
 
@@ -41,7 +42,7 @@ def digits(tmp_path_factory) -> str:
     """Flags of a run on cached digits."""
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder / "data")
-    checkpoint.save_vae(folder / "vae.ckpt", filled(AutoencoderKL(4, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
+    save_vae(folder / "vae.ckpt", filled(AutoencoderKL(4, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
     command = f"main_cache.py --img_size 16 --vae_path {folder}/vae.ckpt --data_path {folder}/data"
     command += f" --cached_path {folder}/cache --num_workers 0 --device cpu"
     subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, capture_output=True)
@@ -80,11 +81,16 @@ def test_twenty_kills_leave_no_trace(digits, tmp_path):
     last = start(f"{digits} --output_dir {tmp_path}/cut --resume {tmp_path}/cut")
     assert last.wait(timeout=600) == 0, last.stderr.read()
 
-    ours, unkilled = (checkpoint.read_run(tmp_path / name / "checkpoint-last.pth") for name in ("cut", "whole"))
+    ours, unkilled = (
+        read_run(tmp_path / name / "checkpoint-last.pth") for name in ("cut", "whole")
+    )
     for part in ("model", "model_ema"):
         assert all(torch.equal(value, unkilled[part][name]) for name, value in ours[part].items())
     for number, entry in ours["optimizer"]["state"].items():
-        assert all(torch.equal(value, unkilled["optimizer"]["state"][number][name]) for name, value in entry.items())
+        assert all(
+            torch.equal(value, unkilled["optimizer"]["state"][number][name])
+            for name, value in entry.items()
+        )
     assert not list((tmp_path / "cut").glob(".*.part"))
 
 

@@ -9,27 +9,47 @@ from tools import figures
 @pytest.mark.parametrize(
     ("script", "command", "line"),
     [
-        ("main_tokenbridge", "--bach_size 4", "unknown flag --bach_size; did you mean --batch_size?"),
+        (
+            "main_tokenbridge",
+            "--bach_size 4",
+            "unknown flag --bach_size; did you mean --batch_size?",
+        ),
         ("main_tokenbridge", "--batch 4", "unknown flag --batch; did you mean --batch_size?"),
         ("main_vae", "-epochs=4", "unknown flag -epochs; did you mean --epochs?"),
         ("main_metrics", "--xyzzy", "unknown flag --xyzzy; --help lists the flags"),
         ("main_cache", "--seed 4 5", "5 belongs to no flag; --help lists them"),
         ("reconstruction", "--bits six", "argument --bits: invalid int value: 'six'"),
-        ("tools.figures", "levels --quant_bit 4", "unknown flag --quant_bit; did you mean --quant_bits?"),
+        (
+            "tools.figures",
+            "levels --quant_bit 4",
+            "unknown flag --quant_bit; did you mean --quant_bits?",
+        ),
         (
             "main_tokenbridge",
             "--use_quantized_value",
             "unknown flag --use_quantized_value; the release ignores this, tokens are always the quantized values: "
             "leave it out",
         ),
-        ("main_cache", "--local_rank=3", "unknown flag --local_rank; torchrun decides this: leave it out"),
-        ("main_tokenbridge", "--log_dir out", "unknown flag --log_dir; logs go to --output_dir: leave it out"),
+        (
+            "main_cache",
+            "--local_rank=3",
+            "unknown flag --local_rank; torchrun decides this: leave it out",
+        ),
+        (
+            "main_tokenbridge",
+            "--log_dir out",
+            "unknown flag --log_dir; logs go to --output_dir: leave it out",
+        ),
         (
             "main_tokenbridge",
             "--diffloss_d 3",
             "unknown flag --diffloss_d; MAR's diffusion loss has this, TokenBridge has none: leave it out",
         ),
-        ("tools.checkpoint", "show x.pth --tensor", "unknown flag --tensor; did you mean --tensors?"),
+        (
+            "tools.checkpoint",
+            "show x.pth --tensor",
+            "unknown flag --tensor; did you mean --tensors?",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line_that_tells_the_right_one(refused, script, command, line):
@@ -40,13 +60,17 @@ def test_a_process_that_is_not_the_main_one_says_so(run, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
         run("main_cache", "--seeds 4")
-    assert capsys.readouterr().err == "[process 3] error: unknown flag --seeds; did you mean --seed?\n"
+    assert (
+        capsys.readouterr().err == "[process 3] error: unknown flag --seeds; did you mean --seed?\n"
+    )
 
 
 def parsed(tmp_path, text: str, *typed: str) -> dict:
     """What main_tokenbridge.py takes from a file of flags, and ``typed`` ones."""
     (tmp_path / "run.yaml").write_text(text)
-    args = vars(main_tokenbridge.get_args_parser().parse_args(["--config", f"{tmp_path}/run.yaml", *typed]))
+    args = vars(
+        main_tokenbridge.get_args_parser().parse_args(["--config", f"{tmp_path}/run.yaml", *typed])
+    )
     return {name: value for name, value in args.items() if name != "config"}
 
 
@@ -98,7 +122,9 @@ def test_typed_flags_win_wherever_they_stand(tmp_path):
 
 def test_subcommands_read_files_of_their_flags(tmp_path):
     (tmp_path / "levels.yaml").write_text("quant_bits: 4")
-    args = figures.get_args_parser().parse_args(["levels", "--num_images", "7", "--config", f"{tmp_path}/levels.yaml"])
+    args = figures.get_args_parser().parse_args(
+        ["levels", "--num_images", "7", "--config", f"{tmp_path}/levels.yaml"]
+    )
     assert (args.figure, args.quant_bits, args.num_images) == ("levels", 4, 7)
 
 

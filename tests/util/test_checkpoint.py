@@ -12,24 +12,38 @@ from safetensors.torch import save_file
 
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import SMALL, filled, published_parameters, published_state, released, same, same_states
+from tests.conftest import (
+    SMALL,
+    filled,
+    published_parameters,
+    published_state,
+    released,
+    same,
+    same_states,
+)
 from tests.fill import deterministic_fill
 from tools import checkpoint as commands
-from util import checkpoint
-from util.checkpoint.load import fingerprint, load_weights, warn_of_young_average
+from util.checkpoint import safetensors_io
+from util.checkpoint.files import file_stamp, read_checkpoint, save_checkpoint
+from util.checkpoint.load import load_weights, warn_of_young_average
+from util.checkpoint.runs import find_checkpoint, read_newest_checkpoint, read_run
+from util.checkpoint.vae_files import save_vae
+from util.checksums import fingerprint
 from util.errors import UserError
 
 
 def test_published_checkpoints_load(tmp_path, small_model):
     path = tmp_path / "checkpoint-last.pth"
     torch.save(released(small_model.train()), path)
-    content = checkpoint.read(checkpoint.find(tmp_path))
+    content = read_checkpoint(find_checkpoint(tmp_path))
     assert content["epoch"] == 3 and content["args"].blr == 5e-5
     model, ema = TokenBridge(**SMALL), TokenBridge(**SMALL)
     load_weights(model, content, path, ema=False)
     load_weights(ema, content, path, ema=True)
     for name, value in small_model.named_parameters():
-        assert torch.equal(model.state_dict()[name], value) and torch.equal(ema.state_dict()[name], 2 * value)
+        assert torch.equal(model.state_dict()[name], value) and torch.equal(
+            ema.state_dict()[name], 2 * value
+        )
     assert torch.equal(ema.quantizer.boundaries, small_model.quantizer.boundaries)
 
 
@@ -43,28 +57,30 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))]
+)
 def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, save):
     path, trace = tmp_path / "checkpoint-last.pth", tmp_path / "trace"
     save({"model": Trap(trace)}, path)
     with pytest.raises(UserError, match="not loaded"):
-        checkpoint.read(path)
+        read_checkpoint(path)
     assert not trace.exists()
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path):
     path = tmp_path / "checkpoint-last.pth"
     with pytest.raises(UserError, match=r"no checkpoint-last\.pth in"):
-        checkpoint.find(tmp_path)
+        find_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no checkpoint at"):
-        checkpoint.read(path)
+        read_checkpoint(path)
     torch.save({"model": torch.zeros(1000)}, path)
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(UserError, match="damaged"):
-        checkpoint.read(path)
+        read_checkpoint(path)
     torch.save(torch.zeros(3), path)
     with pytest.raises(UserError, match="holds a Tensor"):
-        checkpoint.read(path)
+        read_checkpoint(path)
     with pytest.raises(UserError, match="no weights under 'model_ema'"):
         load_weights(TokenBridge(**SMALL), {"model": {}}, path, ema=True)
 
@@ -72,25 +88,39 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
 def test_numpy_values_are_named_with_the_remedy_and_never_passed_over_for_an_older_file(tmp_path):
     path = tmp_path / "checkpoint-last.pth"
     torch.save({"model": {}, "epoch": 2}, tmp_path / "checkpoint-last.1.pth")
-    torch.save({"model": {}, "epoch": np.int64(3), "args": argparse.Namespace(lr=np.float64(1))}, path)
-    with pytest.raises(UserError, match=r"holds NumPy values \(numpy.*scalar.*\) and was not .*int\(epoch\)") as error:
-        checkpoint.read_newest_whole(path)
+    torch.save(
+        {"model": {}, "epoch": np.int64(3), "args": argparse.Namespace(lr=np.float64(1))}, path
+    )
+    with pytest.raises(
+        UserError, match=r"holds NumPy values \(numpy.*scalar.*\) and was not .*int\(epoch\)"
+    ) as error:
+        read_newest_checkpoint(path)
     assert "damaged" not in str(error.value)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_names_of_wrapped_models_are_read_without_the_wrappers(tmp_path, small_model, prefix, caplog):
+def test_names_of_wrapped_models_are_read_without_the_wrappers(
+    tmp_path, small_model, prefix, caplog
+):
     caplog.set_level("INFO")
-    state, averages = small_model.state_dict(), {name: 2 * p.detach() for name, p in small_model.named_parameters()}
-    wrapped = [{f"{prefix}{name}": value for name, value in each.items()} for each in (state, averages)]
+    state, averages = (
+        small_model.state_dict(),
+        {name: 2 * p.detach() for name, p in small_model.named_parameters()},
+    )
+    wrapped = [
+        {f"{prefix}{name}": value for name, value in each.items()} for each in (state, averages)
+    ]
     torch.save({"model": wrapped[0], "model_ema": wrapped[1]}, tmp_path / "checkpoint-last.pth")
-    content = checkpoint.read_run(tmp_path / "checkpoint-last.pth")
+    content = read_run(tmp_path / "checkpoint-last.pth")
     assert same(dict(content["model"]), dict(state)) and same(dict(content["model_ema"]), averages)
     assert caplog.text.count("names are read without module. and _orig_mod.") == 2
     # Blocks that were compiled one by one, and a file of nothing but weights.
     vae = filled(AutoencoderKL(16, (1, 1, 2, 2, 4)))
     names = {name: name.replace("mid.", f"mid.{prefix}") for name in vae.state_dict()}
-    torch.save({f"{prefix}{names[name]}": value for name, value in vae.state_dict().items()}, tmp_path / "kl16.ckpt")
+    torch.save(
+        {f"{prefix}{names[name]}": value for name, value in vae.state_dict().items()},
+        tmp_path / "kl16.ckpt",
+    )
     assert same_states(AutoencoderKL.from_pretrained(tmp_path / "kl16.ckpt")[0], vae)
 
 
@@ -128,7 +158,7 @@ def epochs(folder) -> list[int | None]:
     for name in NAMES:
         if (folder / name).exists():
             try:
-                found.append(checkpoint.read(folder / name)["epoch"])
+                found.append(read_checkpoint(folder / name)["epoch"])
             except UserError:
                 found.append(None)
     return found
@@ -138,7 +168,7 @@ def epochs(folder) -> list[int | None]:
 def saved(tmp_path):
     """Three checkpoints, of epochs 2, 1 and 0."""
     for epoch in range(3):
-        checkpoint.save(tmp_path / NAMES[0], {"model": {}, "epoch": epoch}, keep_last=3)
+        save_checkpoint(tmp_path / NAMES[0], {"model": {}, "epoch": epoch}, keep_last=3)
     assert epochs(tmp_path) == [2, 1, 0]
     return tmp_path
 
@@ -146,12 +176,14 @@ def saved(tmp_path):
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
 @pytest.mark.parametrize("damaged", [0, 1, 2])
 @pytest.mark.parametrize("links", [True, False])
-def test_a_disk_that_is_full_at_any_moment_takes_no_whole_file(saved, monkeypatch, keep_last, damaged, links):
+def test_a_disk_that_is_full_at_any_moment_takes_no_whole_file(
+    saved, monkeypatch, keep_last, damaged, links
+):
     for name in NAMES[:damaged]:
         (saved / name).write_bytes(b"damaged")
     before = [None] * damaged + [2, 1, 0][damaged:]
-    _, resumed = checkpoint.read_newest_whole(saved / NAMES[0])
-    whole = checkpoint.stamp(resumed)
+    _, resumed = read_newest_checkpoint(saved / NAMES[0])
+    whole = file_stamp(resumed)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -159,23 +191,23 @@ def test_a_disk_that_is_full_at_any_moment_takes_no_whole_file(saved, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match="No space left"):
-            checkpoint.save(saved / NAMES[0], {"model": {}, "epoch": 3}, keep_last, whole)
+            save_checkpoint(saved / NAMES[0], {"model": {}, "epoch": 3}, keep_last, whole)
     assert epochs(saved) == before
     if not links:
         monkeypatch.setattr(os, "link", full)
-    whole = checkpoint.save(saved / NAMES[0], {"model": {}, "epoch": 3}, keep_last, whole)
+    whole = save_checkpoint(saved / NAMES[0], {"model": {}, "epoch": 3}, keep_last, whole)
     assert epochs(saved) == [3, *[epoch for epoch in before if epoch is not None]][:keep_last]
-    checkpoint.save(saved / NAMES[0], {"model": {}, "epoch": 4}, keep_last, whole)
+    save_checkpoint(saved / NAMES[0], {"model": {}, "epoch": 4}, keep_last, whole)
     assert epochs(saved)[:2] == [4, 3][:keep_last] and None not in epochs(saved)
     assert {path.name for path in saved.iterdir()} <= set(NAMES)
 
 
 @pytest.mark.parametrize("content", [b"damaged", None])
 def test_a_file_that_the_run_does_not_know_is_kept_only_if_it_is_whole(saved, content):
-    whole = checkpoint.save(saved / NAMES[0], {"model": {}, "epoch": 3}, 2)
+    whole = save_checkpoint(saved / NAMES[0], {"model": {}, "epoch": 3}, 2)
     (saved / "new").write_bytes(content or (saved / NAMES[1]).read_bytes())  # of epoch 2
     (saved / "new").replace(saved / NAMES[0])
-    checkpoint.save(saved / NAMES[0], {"model": {}, "epoch": 4}, 2, whole)
+    save_checkpoint(saved / NAMES[0], {"model": {}, "epoch": 4}, 2, whole)
     assert epochs(saved) == [4, 2]
 
 
@@ -186,14 +218,14 @@ def test_a_file_that_the_run_does_not_know_is_kept_only_if_it_is_whole(saved, co
 def test_damaged_safetensors_are_refused(tmp_path, small_model):
     path = tmp_path / "checkpoint-last.safetensors"
     content = {"model": small_model.state_dict()}
-    checkpoint.safetensors_io.write(path, content)
+    safetensors_io.write(path, content)
     whole, draw, refused = path.read_bytes(), random.Random(0), 0
     for _ in range(40):
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         path.write_bytes(damaged[: draw.choice([len(whole), draw.randrange(len(whole))])])
         try:
-            assert same(dict(checkpoint.read(path)["model"]), dict(content["model"]))
+            assert same(dict(read_checkpoint(path)["model"]), dict(content["model"]))
         except UserError as error:
             assert len(str(error).splitlines()) == 1
             refused += 1
@@ -202,11 +234,13 @@ def test_damaged_safetensors_are_refused(tmp_path, small_model):
 
 def test_tokenizers_of_any_program_as_safetensors(tmp_path):
     vae = filled(AutoencoderKL(16, (1, 1, 2, 2, 4)))
-    save_file(vae.state_dict(), tmp_path / "kl16.safetensors")  # nothing but tensors: taken for KL-16
+    save_file(
+        vae.state_dict(), tmp_path / "kl16.safetensors"
+    )  # nothing but tensors: taken for KL-16
     loaded, latent_factor = AutoencoderKL.from_pretrained(tmp_path / "kl16.safetensors")
     assert latent_factor == 0.2325 and torch.equal(loaded.quant_conv.weight, vae.quant_conv.weight)
     small = filled(AutoencoderKL(4, (1, 2), ch=32, num_res_blocks=1))
-    checkpoint.save_vae(tmp_path / "vae.ckpt", small, 0.7)
+    save_vae(tmp_path / "vae.ckpt", small, 0.7)
     commands.convert(tmp_path / "vae.ckpt", tmp_path / "vae.safetensors")
     loaded, latent_factor = AutoencoderKL.from_pretrained(tmp_path / "vae.safetensors")
     assert latent_factor == 0.7 and loaded.config == small.config
@@ -232,4 +266,6 @@ def test_an_average_that_is_mostly_of_drawn_weights_is_told(caplog, entries, war
     content = {"epoch": 3, "steps_per_epoch": 10, "args": {"ema_rate": 0.9999}, **entries}
     with caplog.at_level("WARNING", logger="tokenbridge"):
         warn_of_young_average(content, "file.pth")
-    assert ("40 steps only" in caplog.text and "--no_ema" in caplog.text and "--resume" in caplog.text) == warned
+    assert (
+        "40 steps only" in caplog.text and "--no_ema" in caplog.text and "--resume" in caplog.text
+    ) == warned

@@ -4,9 +4,8 @@ import unicodedata
 
 import pytest
 
-from util.classes import find_classes, readable
+from util.data.classes import check_classes, find_classes, readable
 from util.errors import UserError
-from util.loader import check_classes
 
 IMAGENET = readable([str(label) for label in range(1000)])
 CAFE = "caf\u00e9"  # composed
@@ -42,7 +41,11 @@ def test_a_whole_name_goes_before_a_part_and_a_number(asked, names, label):
     "asked, names, candidates",
     [
         ("crane", IMAGENET, r"crane \(number 134\); crane \(number 517\)"),
-        ("grass snake", IMAGENET, r"green snake, grass snake \(number 55\); garter snake, grass snake \(number 57\)"),
+        (
+            "grass snake",
+            IMAGENET,
+            r"green snake, grass snake \(number 55\); garter snake, grass snake \(number 57\)",
+        ),
         ("1", ["01", "02"], r"01 \(number 0\); 02 \(number 1\)"),
         ("b", ["A", "B", "B "], r"B \(number 1\); B  \(number 2\)"),
     ],
@@ -55,7 +58,10 @@ def test_ambiguous_names_are_refused_with_their_numbers(asked, names, candidates
 def test_a_name_that_is_another_classes_number_is_logged(caplog):
     with caplog.at_level("INFO", logger="tokenbridge"):
         find_classes(["1", "0"], ["1", "2"])
-    assert caplog.text.count("class 1: the one of this name, number 0, not 2, which has this number") == 1
+    assert (
+        caplog.text.count("class 1: the one of this name, number 0, not 2, which has this number")
+        == 1
+    )
     assert "class 0" not in caplog.text
 
 
@@ -67,11 +73,19 @@ NUMBERS = sorted(str(label) for label in range(11))  # 0, 1, 10, 2, ...
     "held_out, trained, labels",
     [
         (NUMBERS, TEN, [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]),
-        (NUMBERS, None, [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9]),  # the published checkpoints know no names
+        (
+            NUMBERS,
+            None,
+            [0, 1, 10, 2, 3, 4, 5, 6, 7, 8, 9],
+        ),  # the published checkpoints know no names
         (NUMBERS, NUMBERS, [*range(11)]),
         ([f"{label:02d}" for label in range(11)], NUMBERS, [0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 2]),
         (sorted(["a", decomposed(CAFE), "cag"]), sorted(["a", CAFE, "cag"]), [0, 1, 2]),
-        (sorted(["b", decomposed("\u00e9"), "z"]), sorted(["b", "\u00e9", "z"]), [0, 2, 1]),  # they sort otherwise
+        (
+            sorted(["b", decomposed("\u00e9"), "z"]),
+            sorted(["b", "\u00e9", "z"]),
+            [0, 2, 1],
+        ),  # they sort otherwise
         (["cat", "dog"], ["0 dog", "1 cat"], [1, 0]),
         (["0 dog", "1 cat"], ["cat", "dog"], [1, 0]),
     ],

@@ -17,7 +17,11 @@ def test_crops_have_the_size_asked_for(width, height, size):
 def test_crops_halve_by_box_then_resize_bicubically_to_the_centre():
     pixels = np.random.RandomState(0).randint(0, 255, (90, 70, 3), dtype=np.uint8)
     # 70 is at least twice 16, and so is 35: halved to 17 x 22, then resized to 16 x 21, of which rows 2 to 17 are kept.
-    expected = Image.fromarray(pixels).resize((35, 45), Image.Resampling.BOX).resize((17, 22), Image.Resampling.BOX)
+    expected = (
+        Image.fromarray(pixels)
+        .resize((35, 45), Image.Resampling.BOX)
+        .resize((17, 22), Image.Resampling.BOX)
+    )
     expected = np.array(expected.resize((16, 21), Image.Resampling.BICUBIC))[2:18]
     assert np.array_equal(np.array(center_crop_arr(Image.fromarray(pixels), 16)), expected)
     square = Image.fromarray(pixels[:16, :16])

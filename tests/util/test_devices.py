@@ -2,6 +2,7 @@
 
 import os
 import threading
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -10,34 +11,52 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.processes import forked
-from util import devices, errors, misc
+from util import devices, distributed, errors, precision
+from util import process_group as groups
+from util.checksums import bit_sum
 from util.errors import ToldByMain, UserError
+from util.log import log, warn
+from util.precision import PRECISIONS, autocast, effective_precision
+from util.process_group import process_group
+from util.signals import StopSignals
 
 
 @pytest.mark.parametrize(
     "flag, cuda_devices, said",
     [
-        (None, (3, 0, 3), "on cuda, process 1 on {host} on cpu: pass --device cuda, which tells why"),
+        (
+            None,
+            (3, 0, 3),
+            "on cuda, process 1 on {host} on cpu: pass --device cuda, which tells why",
+        ),
         ("cuda", (3, 0, 3), "--device cuda, but torch can use no CUDA device on {host}: "),
         ("cuda", (2, 2, 2), "there is no cuda:2 on {host}, which has 2 CUDA devices"),
     ],
     ids=["by default", "one has none", "more processes than devices"],
 )
-def test_processes_that_cannot_compute_alike_end_at_once_with_one_line(capfd, monkeypatch, flag, cuda_devices, said):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda_devices[int(os.environ["RANK"])] > 0)
+def test_processes_that_cannot_compute_alike_end_at_once_with_one_line(
+    capfd, monkeypatch, flag, cuda_devices, said
+):
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: cuda_devices[int(os.environ["RANK"])] > 0
+    )
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda_devices[int(os.environ["RANK"])])
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr("socket.gethostname", lambda: f"node{os.environ['RANK']}")
 
     def start(rank: int) -> str:
         try:
-            with misc.processes(flag):
+            with process_group(flag):
                 pass
         except UserError as error:
             return type(error), str(error)
 
     answers, statuses = forked(3, start)
-    assert statuses == [0] * 3 and [kind for kind, _ in answers] == [UserError, ToldByMain, ToldByMain]
+    assert statuses == [0] * 3 and [kind for kind, _ in answers] == [
+        UserError,
+        ToldByMain,
+        ToldByMain,
+    ]
     host = "node2" if "cuda:2" in said else "node1"
     assert said.format(host=host) in answers[0][1] and answers[0][1].endswith("(1 of 3 processes)")
 
@@ -46,7 +65,10 @@ def test_a_cuda_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices.find_device("cuda:1") == (torch.device("cuda:1"), "")
-    with pytest.raises(UserError, match=r"no cuda:2 on .*, which has 2 CUDA devices"), misc.processes("cuda:2"):
+    with (
+        pytest.raises(UserError, match=r"no cuda:2 on .*, which has 2 CUDA devices"),
+        process_group("cuda:2"),
+    ):
         pass
 
 
@@ -98,31 +120,38 @@ CASCADE_LAKE = "flags\t\t: fpu avx2 avx512f avx512bw avx512_vnni\n"
 def test_instructions_are_read_from_torch_or_linux_and_unknown_means_none(
     monkeypatch, tmp_path, cpuinfo, checks, bf16, fp16
 ):
-    for check in [check for names, _ in devices.INSTRUCTIONS.values() for check in names]:
+    for check in [check for names, _ in precision.INSTRUCTIONS.values() for check in names]:
         monkeypatch.delattr(torch.cpu, check, raising=False)
     for check, answer in checks.items():
         monkeypatch.setattr(torch.cpu, check, lambda answer=answer: answer, raising=False)
-    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(precision, "CPUINFO", tmp_path / "cpuinfo")
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert [devices.cpu_multiplies.__wrapped__(precision) for precision in ("bf16", "fp16")] == [bf16, fp16]
+    assert [precision.cpu_multiplies.__wrapped__(name) for name in ("bf16", "fp16")] == [
+        bf16,
+        fp16,
+    ]
 
 
 def test_bf16_that_would_be_emulated_is_fp32_and_fp16_is_warned_of(instructions, caplog):
     with caplog.at_level("INFO", logger="tokenbridge"):
         instructions()
-        assert [misc.effective_precision("cpu", name) for name in misc.PRECISIONS] == ["fp32", "fp32", "fp16"]
-        assert misc.effective_precision("cuda", "bf16") == misc.effective_precision("mps", "bf16") == "bf16"
-        with misc.autocast(torch.device("cpu"), "bf16"):
+        assert [effective_precision("cpu", name) for name in PRECISIONS] == ["fp32", "fp32", "fp16"]
+        assert effective_precision("cuda", "bf16") == effective_precision("mps", "bf16") == "bf16"
+        with autocast(torch.device("cpu"), "bf16"):
             assert not torch.is_autocast_enabled("cpu")
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert "no bf16" in caplog.messages[0] and "no fp16" in caplog.messages[1]
     instructions("bf16", "fp16")
-    with misc.autocast(torch.device("cpu"), "bf16"):
-        assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+    with autocast(torch.device("cpu"), "bf16"):
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled(
+            "cpu"
+        )
 
 
-def test_files_name_the_precision_that_a_run_computed_in(run, images, vae_path, tmp_path, instructions):
+def test_files_name_the_precision_that_a_run_computed_in(
+    run, images, vae_path, tmp_path, instructions
+):
     instructions()
     command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --precision bf16 --device cpu"
     run("main_cache", f"{command} --cached_path {tmp_path}/cache")
@@ -139,17 +168,17 @@ def allowed() -> bool:
 
 @pytest.mark.parametrize("precision, tf32", [("fp32", False), ("bf16", True), (None, True)])
 def test_convolutions_of_a_run_in_fp32_are_in_float32(precision, tf32):
-    with misc.processes("cpu", precision=precision):
+    with process_group("cpu", precision=precision):
         assert allowed() == tf32
     assert allowed()
 
 
 def test_so_are_those_of_autocast_in_fp32_and_after_an_error_the_flag_is_as_it_was():
-    with pytest.raises(ZeroDivisionError), misc.autocast(torch.device("cuda"), "fp32"):
+    with pytest.raises(ZeroDivisionError), autocast(torch.device("cuda"), "fp32"):
         assert not allowed()
         raise ZeroDivisionError
     assert allowed()
-    with misc.autocast(torch.device("cpu"), "bf16"):
+    with autocast(torch.device("cpu"), "bf16"):
         assert allowed()
 
 
@@ -160,8 +189,8 @@ def test_so_are_those_of_autocast_in_fp32_and_after_an_error_the_flag_is_as_it_w
 def test_a_machine_that_came_back_joins_others_that_were_restarted():
     def start(rank: int) -> int:
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank)  # each launcher counts its own
-        with misc.processes("cpu"):
-            return misc.get_world_size()
+        with process_group("cpu"):
+            return distributed.get_world_size()
 
     assert forked(2, start)[0] == [2, 2]
 
@@ -170,18 +199,22 @@ def test_a_process_on_cuda_joins_with_its_device(monkeypatch):
     store = dist.HashStore()
     monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, 0, 1)]))
     with mock.patch.object(dist, "init_process_group") as join:
-        hosts, failures = devices.join_group(torch.device("cuda:3"), "", timeout=misc.timedelta(minutes=1))
+        hosts, failures = groups.join_group(
+            torch.device("cuda:3"), "", timeout=timedelta(minutes=1)
+        )
     failures.over.set()
     assert hosts == 1
-    assert join.call_args.args == ("nccl",) and join.call_args.kwargs["device_id"] == torch.device("cuda:3")
+    assert join.call_args.args == ("nccl",) and join.call_args.kwargs["device_id"] == torch.device(
+        "cuda:3"
+    )
 
 
 def test_the_log_tells_device_and_processes_and_what_others_warn_of(capfd):
     def start(rank: int) -> None:
-        with misc.processes("cpu"):
-            misc.log.info("said by %d", rank)
-            misc.log.warning("warned by %d", rank)
-            misc.warn("known to all")
+        with process_group("cpu"):
+            log.info("said by %d", rank)
+            log.warning("warned by %d", rank)
+            warn("known to all")
 
     assert forked(2, start)[1] == [0, 0]
     said = sorted(capfd.readouterr().err.splitlines())
@@ -193,7 +226,9 @@ def test_the_log_tells_device_and_processes_and_what_others_warn_of(capfd):
 
 
 def test_the_log_tells_a_gpu_and_its_driver(monkeypatch, tmp_path):
-    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC\n")
+    (tmp_path / "version").write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19\nGCC\n"
+    )
     monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -204,21 +239,27 @@ def test_the_log_tells_a_gpu_and_its_driver(monkeypatch, tmp_path):
 
 def test_deterministic_runs_have_torch_refuse_what_is_not():
     def start(rank: int) -> tuple:
-        with misc.processes("cpu", deterministic=True):
+        with process_group("cpu", deterministic=True):
             return torch.get_deterministic_debug_mode(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
-    assert forked(1, start)[0] == [(2, ":4096:8")]  # 1 would warn, and leave attention's backward pass as it is
+    assert forked(1, start)[0] == [
+        (2, ":4096:8")
+    ]  # 1 would warn, and leave attention's backward pass as it is
 
 
-@pytest.mark.parametrize("error, status", [(UserError("mend it"), 2), (ZeroDivisionError("bug"), 1)])
-def test_a_process_that_fails_alone_ends_one_that_would_not_notice(monkeypatch, capfd, error, status):
-    monkeypatch.setattr(devices.Failures, "INTERVAL", 0.1)
-    monkeypatch.setattr(devices.Failures, "GRACE", 0.5)
+@pytest.mark.parametrize(
+    "error, status", [(UserError("mend it"), 2), (ZeroDivisionError("bug"), 1)]
+)
+def test_a_process_that_fails_alone_ends_one_that_would_not_notice(
+    monkeypatch, capfd, error, status
+):
+    monkeypatch.setattr(groups.Failures, "INTERVAL", 0.1)
+    monkeypatch.setattr(groups.Failures, "GRACE", 0.5)
     monkeypatch.setattr("socket.gethostname", lambda: f"node{os.environ['RANK']}")
 
     def main() -> None:
-        with misc.processes("cpu"):
-            if misc.get_rank() == 1:
+        with process_group("cpu"):
+            if distributed.get_rank() == 1:
                 raise error
             threading.Event().wait(100)  # as in a collective operation of NCCL
 
@@ -233,7 +274,9 @@ def test_a_process_that_fails_alone_ends_one_that_would_not_notice(monkeypatch, 
 )
 def test_stop_flag_and_checksums_are_exchanged_on_cuda_without_waiting_for_the_device(monkeypatch):
     said = []
-    event = mock.Mock(record=lambda: said.append("recorded"), synchronize=lambda: said.append("waited for"))
+    event = mock.Mock(
+        record=lambda: said.append("recorded"), synchronize=lambda: said.append("waited for")
+    )
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
 
@@ -244,8 +287,10 @@ def test_stop_flag_and_checksums_are_exchanged_on_cuda_without_waiting_for_the_d
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
 
     def ask(rank: int) -> list[str]:
-        with FakeTensorMode():  # where looking at a number is an error; its devices stay, hence another process
-            signals = misc.StopSignals(torch.device("cuda"))
+        with (
+            FakeTensorMode()
+        ):  # where looking at a number is an error; its devices stay, hence another process
+            signals = StopSignals(torch.device("cuda"))
             assert not signals.agreed() and said == ["reduced", "recorded"]
             assert not signals.answer.read().is_cuda
         return said
@@ -254,11 +299,14 @@ def test_stop_flag_and_checksums_are_exchanged_on_cuda_without_waiting_for_the_d
 
     def compare(rank: int) -> list[str]:  # as the weights of ranks at a save
         with FakeTensorMode():
-            weights = torch.ones(3, device="cuda"), torch.ones(2, 2, dtype=torch.bfloat16, device="cuda")
-            sums = misc.arriving_from_all(torch.stack([misc.bit_sum(weights)]))
+            weights = (
+                torch.ones(3, device="cuda"),
+                torch.ones(2, 2, dtype=torch.bfloat16, device="cuda"),
+            )
+            sums = distributed.gather_async(torch.stack([bit_sum(weights)]))
             assert said == ["reduced", "recorded"] and not sums.read().is_cuda
         return said
 
-    monkeypatch.setattr(misc, "get_world_size", lambda: 2)
-    monkeypatch.setattr(misc, "get_rank", lambda: 1)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 1)
     assert forked(1, compare) == ([["reduced", "recorded", "waited for"]], [0])

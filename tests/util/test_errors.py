@@ -13,17 +13,33 @@ from util.errors import UserError, run
 
 def test_user_errors_are_one_line_also_from_workers(capsys):
     def worker():
-        raise UserError("Caught UserError in worker 0.\nTraceback:\n  x\nutil.errors.UserError: cannot read image x\n")
+        raise UserError(
+            "Caught UserError in worker 0.\nTraceback:\n  x\nutil.errors.UserError: cannot read image x\n"
+        )
 
-    for main, line in {worker: "cannot read image x", lambda: check_stride(10, 4): "multiple"}.items():
+    for main, line in {
+        worker: "cannot read image x",
+        lambda: check_stride(10, 4): "multiple",
+    }.items():
         with pytest.raises(SystemExit) as stop:
             run(main)
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and line in error and error.count("\n") == 1 and error.startswith("error: ")
+        assert (
+            stop.value.code == 2
+            and line in error
+            and error.count("\n") == 1
+            and error.startswith("error: ")
+        )
 
 
 def test_the_shell_sees_one_line_and_a_status(tmp_path):
-    command = [sys.executable, "main_tokenbridge.py", "--use_cached", "--cached_path", str(tmp_path / "no")]
+    command = [
+        sys.executable,
+        "main_tokenbridge.py",
+        "--use_cached",
+        "--cached_path",
+        str(tmp_path / "no"),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     log, error = result.stderr.splitlines()
@@ -41,8 +57,8 @@ def test_ctrl_c_is_one_line_and_the_status_of_shells(capsys):
 
 @pytest.mark.parametrize("output", ["/dev/full", "a pipe that nobody reads"])
 def test_a_run_whose_messages_cannot_be_written_goes_on_to_its_own_status(output):
-    code = "import sys; from util import errors, misc\n"
-    code += "def main():\n misc.start_log(); misc.log.info('text')\n for _ in misc.progress(range(3)): pass\n"
+    code = "import sys; from util import errors; from util.log import log, progress_bar, start_log\n"
+    code += "def main():\n start_log(); log.info('text')\n for _ in progress_bar(range(3)): pass\n"
     code += " raise errors.Preempted('text')\nerrors.run(main)"
     if output == "/dev/full":
         stderr = os.open(output, os.O_WRONLY)
@@ -50,6 +66,8 @@ def test_a_run_whose_messages_cannot_be_written_goes_on_to_its_own_status(output
         read, stderr = os.pipe()
         os.close(read)
     try:
-        assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=stderr).returncode == 75
+        assert (
+            subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=stderr).returncode == 75
+        )
     finally:
         os.close(stderr)

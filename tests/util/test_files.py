@@ -10,7 +10,7 @@ import torch
 import engine_tokenbridge
 from models.vae import AutoencoderKL
 from tests.conftest import ROOT, filled
-from util import checkpoint
+from util.checkpoint.files import save_checkpoint
 from util.errors import UserError
 from util.files import inside, remove_parts, written_whole
 
@@ -23,7 +23,10 @@ def test_files_are_whole_or_untouched(tmp_path):
         file.write(b"half of the n")
         raise RuntimeError
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["file"]
-    with pytest.raises(UserError, match="cannot write"), written_whole(path / "below a file") as file:
+    with (
+        pytest.raises(UserError, match="cannot write"),
+        written_whole(path / "below a file") as file,
+    ):
         pass
 
 
@@ -37,7 +40,8 @@ def test_only_what_a_killed_process_left_unfinished_is_removed(tmp_path):
 
 FULL_DISK = """
 import resource, torch
-from util import checkpoint, files
+from util import files
+from util.checkpoint.files import save_checkpoint
 from util.errors import run
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # writing on fails, as on a full disk
 def main():
@@ -49,12 +53,12 @@ run(main)
 @pytest.mark.parametrize(
     "write",
     [
-        'checkpoint.save("checkpoint-last.pth", {"model": torch.zeros(100_000)}, keep_last=2)',
+        'save_checkpoint("checkpoint-last.pth", {"model": torch.zeros(100_000)}, keep_last=2)',
         'files.write_json("checkpoint-last.pth", "x" * 200_000)',
     ],
 )
 def test_a_full_disk_is_an_error_that_keeps_the_old_file(tmp_path, write):
-    checkpoint.save(tmp_path / "checkpoint-last.pth", {"model": torch.ones(3)})
+    save_checkpoint(tmp_path / "checkpoint-last.pth", {"model": torch.ones(3)})
     before = (tmp_path / "checkpoint-last.pth").read_bytes()
     command = [sys.executable, "-c", FULL_DISK.format(write=write)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

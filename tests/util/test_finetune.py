@@ -15,7 +15,11 @@ from util.errors import UserError
 
 def content_of(model: TokenBridge) -> tuple[dict, dict, str]:
     averages = {name: value + 1 for name, value in published_parameters(model).items()}
-    return {"model": published_state(model), "model_ema": averages}, {**model.config, "latent_factor": 0.5}, "run.pth"
+    return (
+        {"model": published_state(model), "model_ema": averages},
+        {**model.config, "latent_factor": 0.5},
+        "run.pth",
+    )
 
 
 def start(model: TokenBridge, other: TokenBridge, ema: bool = False) -> dict[str, list[str]]:
@@ -55,14 +59,22 @@ def test_what_does_not_fit_is_drawn_anew_and_named(options, anew, left, caplog):
     other, model = filled(TokenBridge(**SMALL)), TokenBridge(**{**SMALL, **options})
     before = {name: value.clone() for name, value in published_parameters(model).items()}
     done = start(model, other)
-    assert set(finetune.grouped(done["drawn anew"])) == anew and set(finetune.grouped(done["left out"])) == left
+    assert (
+        set(finetune.grouped(done["drawn anew"])) == anew
+        and set(finetune.grouped(done["left out"])) == left
+    )
     theirs = published_parameters(other)
     for name, value in published_parameters(model).items():
-        assert torch.equal(value, before[name] if name in done["drawn anew"] else theirs[name]), name
+        assert torch.equal(value, before[name] if name in done["drawn anew"] else theirs[name]), (
+            name
+        )
     for name in anew | left:
         assert name in caplog.text
     (option,) = options
-    assert f"trained there with {option} {other.config[option]}, here {model.config[option]}" in caplog.text
+    assert (
+        f"trained there with {option} {other.config[option]}, here {model.config[option]}"
+        in caplog.text
+    )
 
 
 def start_with_classes(here: list[str] | None, there: list[str] | None, rows: int = 4):
@@ -81,7 +93,12 @@ def start_with_classes(here: list[str] | None, there: list[str] | None, rows: in
     "here, there, rows, kind",
     [
         (["ant", "bee", "cat", "dog"], ["ant", "bee", "cat", "dog"], [0, 1, 2, 3], "kept"),
-        (["bee", "cat", "dog", "zebra"], ["ant", "bee", "cat", "dog"], [1, 2, 3, None], "kept in part"),
+        (
+            ["bee", "cat", "dog", "zebra"],
+            ["ant", "bee", "cat", "dog"],
+            [1, 2, 3, None],
+            "kept in part",
+        ),
         (["asp", "dog"], ["ant", "bee", "cat", "dog"], [None, 3], "kept in part"),
         (["0", "1", "2", "3"], ["ant", "bee", "cat", "dog"], [None] * 4, "drawn anew"),
         (["images"], ["images"], [0], "kept"),
@@ -92,7 +109,9 @@ def start_with_classes(here: list[str] | None, there: list[str] | None, rows: in
 def test_class_embeddings_go_with_the_names_of_the_classes(here, there, rows, kind, caplog):
     caplog.set_level(logging.INFO)
     found, before, theirs, done = start_with_classes(here, there, len(there or here))
-    assert torch.equal(found, torch.stack([before[i] if j is None else theirs[j] for i, j in enumerate(rows)]))
+    assert torch.equal(
+        found, torch.stack([before[i] if j is None else theirs[j] for i, j in enumerate(rows)])
+    )
     assert done == kind and ("100.0% of the parameters kept" in caplog.text) == (None not in rows)
     if there is None:
         assert "does not name its classes" in caplog.text
@@ -103,11 +122,15 @@ def test_class_embeddings_go_with_the_names_of_the_classes(here, there, rows, ki
 
 
 def test_classes_of_a_published_model_are_imagenets(monkeypatch):
-    sizes = {name: value for name, value in SMALL.items() if name.endswith(("dim", "depth", "heads"))}
+    sizes = {
+        name: value for name, value in SMALL.items() if name.endswith(("dim", "depth", "heads"))
+    }
     monkeypatch.setattr(TokenBridge, "SIZES", {"tokenbridge_large": sizes})
     published = TokenBridge(**{**SMALL, "class_num": 1000})
     config = TokenBridge.config_of({"model": published.state_dict()}, "file.pth")
-    assert config["class_names"][207] == "n02099601" and config["class_names"] == sorted(config["class_names"])
+    assert config["class_names"][207] == "n02099601" and config["class_names"] == sorted(
+        config["class_names"]
+    )
     other = TokenBridge(**{**SMALL, "class_num": 100})
     assert "class_names" not in TokenBridge.config_of({"model": other.state_dict()}, "file.pth")
 
@@ -129,7 +152,10 @@ def test_positions_are_resized_over_the_grid(img_size, buffer_size):
     assert set(done["resized"]) == expected | ({"output_pos_embed"} if side != 4 else set())
     assert not done["drawn anew"]
     found = model.backbone.output_pos_embed[0, :, 0].detach().unflatten(0, (side, side))
-    rows, columns = (torch.arange(side) + 0.5) * 4 / side - 0.5, (torch.arange(side) + 0.5) * 4 / side - 0.5
+    rows, columns = (
+        (torch.arange(side) + 0.5) * 4 / side - 0.5,
+        (torch.arange(side) + 0.5) * 4 / side - 0.5,
+    )
     inner = (rows > 0.9) & (rows < 2.1) if side > 4 else torch.ones(side, dtype=torch.bool)
     wanted = 2 * rows[:, None] + columns
     if side >= 4:
@@ -153,8 +179,12 @@ def test_weights_of_another_model_are_refused():
     with pytest.raises(UserError, match=r"run.pth is of another model: .* Check --model"):
         start(wider, other)
     content, config, path = content_of(other)
-    content["model"]["class_emb.weight"] = torch.full_like(content["model"]["class_emb.weight"], torch.nan)
-    with pytest.raises(UserError, match=r"run.pth is damaged: class_emb.weight holds values that are not finite"):
+    content["model"]["class_emb.weight"] = torch.full_like(
+        content["model"]["class_emb.weight"], torch.nan
+    )
+    with pytest.raises(
+        UserError, match=r"run.pth is damaged: class_emb.weight holds values that are not finite"
+    ):
         finetune.start_from(TokenBridge(**SMALL), content, config, path, ema=False)
     with pytest.raises(UserError, match="has no weights"):
         finetune.start_from(TokenBridge(**SMALL), {}, config, path, ema=False)
@@ -164,9 +194,13 @@ def test_patterns_freeze_and_say_where_they_match_nothing():
     model = TokenBridge(**SMALL)
     finetune.freeze(model, ["encoder_blocks.*", "class_emb.weight"])
     frozen = {name for name, value in model.named_parameters() if not value.requires_grad}
-    expected = {name for name, _ in model.named_parameters() if name.startswith("backbone.encoder_blocks.")}
+    expected = {
+        name for name, _ in model.named_parameters() if name.startswith("backbone.encoder_blocks.")
+    }
     assert frozen == expected | {"backbone.class_emb.weight"}
-    with pytest.raises(UserError, match=r"--freeze blocks.\* matches no parameter; there are fake_latent, .*"):
+    with pytest.raises(
+        UserError, match=r"--freeze blocks.\* matches no parameter; there are fake_latent, .*"
+    ):
         finetune.freeze(model, ["blocks.*"])
     with pytest.raises(UserError, match="leaves no parameter"):
         finetune.freeze(model, ["*"])
@@ -180,18 +214,31 @@ def test_a_run_goes_on_with_other_classes_and_size_as_a_user_types_it(
         folder = tmp_path / "new" / "train" / str(label)
         folder.mkdir(parents=True)
         for number in range(4):
-            Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+            Image.fromarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(
+                folder / f"{number}.png"
+            )
     tiny = TINY.replace("--img_size 16", "--img_size 32").replace("--class_num 4", "--class_num 3")
     common = f"{tiny} --data_path {tmp_path}/new --vae_path {vae_path} --device cpu --lr 1e-3 --warmup_epochs 0"
     common += f" --output_dir {tmp_path}/tuned --resume {tmp_path}/tuned --finetune {trained} --freeze decoder_blocks.*"
     run("main_tokenbridge", f"{common} --epochs 1")
-    for part in ("of the parameters kept", "resized: encoder_pos", "drawn anew: class_emb.weight", "frozen: "):
+    for part in (
+        "of the parameters kept",
+        "resized: encoder_pos",
+        "drawn anew: class_emb.weight",
+        "frozen: ",
+    ):
         assert part in caplog.text
     before = torch.load(trained / "checkpoint-last.pth", weights_only=True)["model_ema"]
     content = torch.load(tmp_path / "tuned" / "checkpoint-last.pth", weights_only=True)
-    assert content["config"]["class_num"] == 3 and content["config"]["class_names"] == ["0", "1", "2"]
+    assert content["config"]["class_num"] == 3 and content["config"]["class_names"] == [
+        "0",
+        "1",
+        "2",
+    ]
     name = "decoder_blocks.0.mlp.fc1.weight"
-    assert torch.equal(content["model"][name], before[name]) and torch.equal(content["model_ema"][name], before[name])
+    assert torch.equal(content["model"][name], before[name]) and torch.equal(
+        content["model_ema"][name], before[name]
+    )
     changed = "encoder_blocks.0.mlp.fc1.weight"
     assert not torch.equal(content["model"][changed], before[changed])
     assert torch.allclose(content["model"][changed], before[changed], atol=0.05)
@@ -203,8 +250,12 @@ def test_a_run_goes_on_with_other_classes_and_size_as_a_user_types_it(
     assert "was trained with --freeze ['decoder_blocks.*'], not nothing" in refused(
         "main_tokenbridge", f"{thawed} --epochs 3"
     )
-    assert "--finetune is for training" in refused("main_tokenbridge", f"{common} --evaluate --num_images 3")
-    small = common.replace("tokenbridge_tiny", "tokenbridge_base").replace(f"{tmp_path}/tuned", f"{tmp_path}/other")
+    assert "--finetune is for training" in refused(
+        "main_tokenbridge", f"{common} --evaluate --num_images 3"
+    )
+    small = common.replace("tokenbridge_tiny", "tokenbridge_base").replace(
+        f"{tmp_path}/tuned", f"{tmp_path}/other"
+    )
     assert "is of another model" in refused("main_tokenbridge", f"{small} --epochs 1")
 
 
@@ -215,18 +266,26 @@ def test_what_flags_leave_open_comes_from_the_weights(run, refused, cached, tmp_
     run("main_tokenbridge", f"{common} {first} --output_dir {tmp_path}/first")
     run("main_tokenbridge", f"{common} --finetune {tmp_path}/first --output_dir {tmp_path}/second")
     configs = [
-        torch.load(tmp_path / name / "checkpoint-last.pth", weights_only=True)["config"] for name in ("first", "second")
+        torch.load(tmp_path / name / "checkpoint-last.pth", weights_only=True)["config"]
+        for name in ("first", "second")
     ]
     assert configs[0] == configs[1] and configs[1]["head"] == "parallel"
     # Also its size and levels, of which the flags have the defaults.
     bare = (
-        common.replace("--model tokenbridge_tiny ", "").replace("--buffer_size 4 ", "").replace("--quant_bits 3 ", "")
+        common.replace("--model tokenbridge_tiny ", "")
+        .replace("--buffer_size 4 ", "")
+        .replace("--quant_bits 3 ", "")
     )
     run("main_tokenbridge", f"{bare} --finetune {tmp_path}/first --output_dir {tmp_path}/bare")
     content = torch.load(tmp_path / "bare" / "checkpoint-last.pth", weights_only=True)
     assert content["config"] == configs[0]
     caplog.clear()
-    run("main_tokenbridge", f"{common} --head ar --finetune {tmp_path}/first --output_dir {tmp_path}/third")
+    run(
+        "main_tokenbridge",
+        f"{common} --head ar --finetune {tmp_path}/first --output_dir {tmp_path}/third",
+    )
     assert "drawn anew: token_embeddings.*.weight" in caplog.text
-    missing = refused("main_tokenbridge", f"{common} --finetune {tmp_path}/nowhere --output_dir {tmp_path}/fourth")
+    missing = refused(
+        "main_tokenbridge", f"{common} --finetune {tmp_path}/nowhere --output_dir {tmp_path}/fourth"
+    )
     assert "no checkpoint-last.pth" in missing

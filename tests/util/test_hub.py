@@ -15,36 +15,63 @@ from util.checkpoint import hub
 from util.errors import UserError
 
 
-def test_a_model_goes_to_the_hub_and_comes_back_also_without_a_network(served, monkeypatch, tmp_path):
+def test_a_model_goes_to_the_hub_and_comes_back_also_without_a_network(
+    served, monkeypatch, tmp_path
+):
     model = described()
     address = model.push_to_hub(OWN, token="hf_right", private=True)
     assert address.endswith(f"{OWN}/commit/{COMMIT}")
     assert set(served.repos[OWN]) == {"model.safetensors", "config.json", "README.md"}
     assert f'from_pretrained("{OWN}")' in served.repos[OWN]["README.md"].decode()
-    with pytest.raises(UserError, match=r"there is no repository owner/repo at .*, or it is private: .*hf auth login"):
+    with pytest.raises(
+        UserError,
+        match=r"there is no repository owner/repo at .*, or it is private: .*hf auth login",
+    ):
         TokenBridge.from_pretrained(OWN)
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     assert same_states(TokenBridge.from_pretrained(OWN), model)
     assert same_states(TokenBridge.from_pretrained(OWN, revision=COMMIT), model)
     assert same_states(TokenBridge.from_pretrained(f"hf://{OWN}@main"), model)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client tries again, later and later
+    monkeypatch.setattr(
+        "time.sleep", lambda seconds: None
+    )  # the client tries again, later and later
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        "http://127.0.0.1:9/{repo_id}/{revision}/{filename}",
+    )
     assert same_states(TokenBridge.from_pretrained(OWN), model)
     assert same_states(TokenBridge.from_pretrained(OWN, local_files_only=True), model)
-    with pytest.raises(UserError, match=r"cannot fetch hf://owner/other/.*: .* cannot be reached .* not in the cache"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot fetch hf://owner/other/.*: .* cannot be reached .* not in the cache",
+    ):
         TokenBridge.from_pretrained("owner/other")
 
 
 def test_commands_take_addresses_on_the_hub(served, run, trained, vae_path, tmp_path, capsys):
-    served.add(OWN, {"run/checkpoint-last.pth": trained / "checkpoint-last.pth", "vae/own.ckpt": Path(vae_path)})
+    served.add(
+        OWN,
+        {
+            "run/checkpoint-last.pth": trained / "checkpoint-last.pth",
+            "vae/own.ckpt": Path(vae_path),
+        },
+    )
     common = f"{TINY} --evaluate --no_metrics --num_images 4 --num_iter 3 --eval_bsz 4 --device cpu --keep_images"
-    run("main_tokenbridge", f"{common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/a")
+    run(
+        "main_tokenbridge",
+        f"{common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/a",
+    )
     hf = f"--resume hf://{OWN}/run --vae_path hf://{OWN}/vae/own.ckpt"
     for _ in range(2):
         run("main_tokenbridge", f"{common} {hf} --output_dir {tmp_path}/b")
-    assert (tmp_path / "a/samples/00003.png").read_bytes() == (tmp_path / "b/samples/00003.png").read_bytes()
-    fetched = [path for method, path, _ in served.asked if method == "GET" and path.startswith("/large")]
+    assert (tmp_path / "a/samples/00003.png").read_bytes() == (
+        tmp_path / "b/samples/00003.png"
+    ).read_bytes()
+    fetched = [
+        path for method, path, _ in served.asked if method == "GET" and path.startswith("/large")
+    ]
     assert len(fetched) == len(set(fetched)) == 2
     capsys.readouterr()
     commands.main(["show", f"hf://{OWN}/run/checkpoint-last.pth"])
@@ -85,7 +112,12 @@ def test_what_cannot_be_fetched_says_why_and_what_to_type(served, address, says)
     ],
 )
 def test_a_repository_of_several_models_says_how_each_is_named(served, asked, address):
-    files = ("a/large/checkpoint-last.pth", "a/huge/checkpoint-last.pth", "vae/kl16.ckpt", "README.md")
+    files = (
+        "a/large/checkpoint-last.pth",
+        "a/huge/checkpoint-last.pth",
+        "vae/kl16.ckpt",
+        "README.md",
+    )
     served.add(OWN, dict.fromkeys(files, b"weights"))
     root = "hf://owner/repo@main" if "@" in asked else "hf://owner/repo"
     listed = f"{address} holds no checkpoint-last.pth, but there is {root}/a/huge, {root}/a/large: name one"
@@ -106,7 +138,9 @@ def test_names_that_are_neither_here_nor_on_the_hub(served, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         TokenBridge.from_pretrained(tmp_path)
     torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="does not say of what model it is, and its weights are of no published one"):
+    with pytest.raises(
+        UserError, match="does not say of what model it is, and its weights are of no published one"
+    ):
         TokenBridge.from_pretrained(tmp_path / "other.pth")
 
 
@@ -115,7 +149,11 @@ def test_a_connection_cut_half_way_goes_on_where_it_stopped(served):
     served.add(OWN, {"a.pth": data})
     served.cut["a.pth"] = 2
     assert hub.fetch(f"hf://{OWN}/a.pth").read_bytes() == data
-    ranges = [asked for method, path, asked in served.asked if method == "GET" and path.startswith("/large")]
+    ranges = [
+        asked
+        for method, path, asked in served.asked
+        if method == "GET" and path.startswith("/large")
+    ]
     assert ranges == [None, f"bytes={len(data) // 2}-", f"bytes={len(data) * 3 // 4}-"]
 
 
@@ -138,7 +176,10 @@ def test_weights_without_their_config_are_never_guessed_at(served, vae_path, mon
         AutoencoderKL.from_pretrained(f"hf://{OWN}")
     served.damage.clear()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "snapshots" / "hub"))
-    assert AutoencoderKL.from_pretrained(f"hf://{OWN}")[1] == AutoencoderKL.from_pretrained(vae_path)[1]
+    assert (
+        AutoencoderKL.from_pretrained(f"hf://{OWN}")[1]
+        == AutoencoderKL.from_pretrained(vae_path)[1]
+    )
     # A file that describes itself does without, also when there is no network.
     commands.main(["convert", str(vae_path), f"{tmp_path}/own.safetensors"])
     served.add("owner/bare", {"v1.0/own.safetensors": tmp_path / "own.safetensors"})
@@ -180,5 +221,7 @@ def test_arguments_of_from_pretrained_are_taken_or_refused(served, tmp_path):
         TokenBridge.from_pretrained(OWN, atn_dropout=0.3)
     assert hub.parse("hf://o/r@refs/pr/1/a.pth") == ("o/r", "refs/pr/1", "a.pth")
     card = str(model.generate_model_card())
-    assert "path/to/its/tokenizer" in card and "kl16.ckpt" not in card  # its latent factor is another
+    assert (
+        "path/to/its/tokenizer" in card and "kl16.ckpt" not in card
+    )  # its latent factor is another
     assert "hf://me/vae" in str(model.generate_model_card(tokenizer="hf://me/vae"))

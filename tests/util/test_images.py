@@ -8,20 +8,20 @@ import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from util import images as pictures
+from util.data.images import psnr, save_grid, ssim, to_uint8
 
 
 def test_psnr_is_the_textbook_figure():
     a = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     b = a.clone()
     b[1] += 5
-    assert pictures.psnr(a, b).tolist() == [math.inf, pytest.approx(20 * math.log10(255 / 5))]
+    assert psnr(a, b).tolist() == [math.inf, pytest.approx(20 * math.log10(255 / 5))]
 
 
 def test_bytes_are_the_nearest_or_those_below():
     values = (torch.tensor([-300.0, 0.0, 0.4, 0.6, 99.5001, 254.9, 255.0, 300.0]) / 127.5) - 1
-    assert pictures.to_uint8(values).tolist() == [0, 0, 0, 1, 100, 255, 255, 255]
-    assert pictures.to_uint8(values, "down").tolist() == [0, 0, 0, 0, 99, 254, 255, 255]
+    assert to_uint8(values).tolist() == [0, 0, 0, 1, 100, 255, 255, 255]
+    assert to_uint8(values, "down").tolist() == [0, 0, 0, 0, 99, 254, 255, 255]
 
 
 @pytest.mark.parametrize("shape", [(11, 11), (40, 40), (13, 64)])
@@ -29,25 +29,32 @@ def test_ssim_is_scikit_images(shape):
     a = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
     b = (a.float() * 0.8 + 20 * torch.rand(a.shape)).to(torch.uint8)
     b[1] = 77
-    for x, y, value in zip(a, b, pictures.ssim(a, b), strict=True):
+    for x, y, value in zip(a, b, ssim(a, b), strict=True):
         expected = structural_similarity(
-            x.numpy(), y.numpy(), channel_axis=0, data_range=255, gaussian_weights=True, use_sample_covariance=False
+            x.numpy(),
+            y.numpy(),
+            channel_axis=0,
+            data_range=255,
+            gaussian_weights=True,
+            use_sample_covariance=False,
         )
         assert value.item() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("size", "expected"), [(8, 0.78527249), (10, 0.78507948), (16, 0.78400932)])
+@pytest.mark.parametrize(
+    ("size", "expected"), [(8, 0.78527249), (10, 0.78507948), (16, 0.78400932)]
+)
 def test_ssim_is_what_torchmetrics_computes(size, expected):
     """Numbers of torchmetrics 1.9, which earlier versions used; all positions of images smaller than the window."""
     a = (torch.arange(3 * size * size).view(1, 3, size, size) * 37 % 256).byte()
     b = (a // 2 + 40).byte()
-    assert pictures.ssim(a, b).item() == pytest.approx(expected, abs=1e-6)
-    assert pictures.ssim(a, a).item() == pytest.approx(1)
+    assert ssim(a, b).item() == pytest.approx(expected, abs=1e-6)
+    assert ssim(a, a).item() == pytest.approx(1)
 
 
 def test_grids_hold_every_image_where_it_belongs(tmp_path):
     images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8) * 40
-    pictures.save_grid(images, tmp_path / "grid.png", columns=3, titles=["a", "b", "c"], min_size=16)
+    save_grid(images, tmp_path / "grid.png", columns=3, titles=["a", "b", "c"], min_size=16)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (3 * 18 + 2, 2 * 18 + 2 + 16)
         pixels = np.array(grid)

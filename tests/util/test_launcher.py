@@ -5,19 +5,22 @@ import os
 import pytest
 
 from tests.processes import attempt, forked
-from util import errors, launcher, misc
+from util import distributed, errors, launcher
+from util.process_group import process_group
 
 
 @pytest.mark.parametrize("kind, status", [(errors.UserError, 2), (errors.Preempted, 75)])
-def test_restarted_processes_end_as_before_without_starting_and_say_it_once(monkeypatch, tmp_path, capfd, kind, status):
+def test_restarted_processes_end_as_before_without_starting_and_say_it_once(
+    monkeypatch, tmp_path, capfd, kind, status
+):
     started = tmp_path / "started"
 
     def main() -> None:
-        with misc.processes("cpu"):
+        with process_group("cpu"):
             with started.open("a") as file:
                 file.write("x")
-            misc.barrier()
-            if misc.get_rank() == 1:
+            distributed.barrier()
+            if distributed.get_rank() == 1:
                 raise kind("for this reason")
             raise SystemExit(1)
 

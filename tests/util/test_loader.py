@@ -14,19 +14,27 @@ import torch
 from PIL import Image, ImageCms
 
 from tests.conftest import ROOT, TINY, damaged, write_images
-from util import images as pictures
-from util import loader, misc
-from util.datasets import training_loader
+from util import distributed
+from util.data.caches import CachedFolder
+from util.data.classes import check_classes
+from util.data.datasets import (
+    BadImages,
+    ImageFolder,
+    ImageFolderWithFilename,
+    image_transform,
+    to_pixels,
+)
+from util.data.images import to_uint8
+from util.data.loaders import RankSampler, ShuffledRankSampler, training_loader
+from util.data.sources import read_image
 from util.errors import UserError
-from util.loader import BadImages, CachedFolder, ImageFolder, image_transform
-from util.sources import read_image
 
 # --------------------------------------------------------------------------------------------------------------------
 # Images.
 
 
 def test_image_folder_with_filename(images):
-    dataset = loader.ImageFolderWithFilename(images / "train", loader.image_transform(16))
+    dataset = ImageFolderWithFilename(images / "train", image_transform(16))
     image, label, name = dataset[5]
     assert (label, name) == (1, "class1/1.png") and image.shape == (3, 16, 16)
     assert -1 <= image.min() < image.max() <= 1
@@ -36,34 +44,37 @@ def test_image_folder_with_filename(images):
 
 def test_pixels_run_from_minus_one_to_one():
     image = Image.fromarray(np.array([[[0, 127, 255]]], dtype=np.uint8))
-    assert torch.allclose(loader.to_pixels(image).flatten(), torch.tensor([-1.0, 127 / 127.5 - 1, 1.0]))
+    assert torch.allclose(to_pixels(image).flatten(), torch.tensor([-1.0, 127 / 127.5 - 1, 1.0]))
     every = torch.arange(256).float() / 127.5 - 1
-    assert torch.equal(pictures.to_uint8(every), torch.arange(256, dtype=torch.uint8))
-    assert pictures.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+    assert torch.equal(to_uint8(every), torch.arange(256, dtype=torch.uint8))
+    assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
 def test_mirrors_only_where_asked(images):
-    plain = loader.ImageFolder(images / "train", loader.image_transform(16))
-    mirrored = loader.ImageFolder(images / "train", loader.image_transform(16), mirror=True)
+    plain = ImageFolder(images / "train", image_transform(16))
+    mirrored = ImageFolder(images / "train", image_transform(16), mirror=True)
     image = plain[1][0]
     views = [mirrored[1][0] for _ in range(40)]
     same = sum(torch.equal(view, image) for view in views)
-    assert all(torch.equal(view, image) or torch.equal(view, image.flip(2)) for view in views) and 8 < same < 32
+    assert (
+        all(torch.equal(view, image) or torch.equal(view, image.flip(2)) for view in views)
+        and 8 < same < 32
+    )
 
 
 def test_missing_folders_and_unreadable_images_are_named(tmp_path):
-    for make in (loader.ImageFolder, loader.CachedFolder):
+    for make in (ImageFolder, CachedFolder):
         with pytest.raises(UserError, match="nowhere"):
             make(tmp_path / "nowhere")
         with pytest.raises(UserError, match=str(tmp_path)):
             make(tmp_path)
     data = write_images(tmp_path / "data")
     (data / "train" / "class2" / "bad.png").write_bytes(b"no image")
-    dataset = loader.ImageFolder(data / "train")
+    dataset = ImageFolder(data / "train")
     with pytest.raises(UserError, match=r"class2/bad\.png"):
         [dataset[i] for i in range(len(dataset))]
     with pytest.raises(UserError, match="4 classes, but class_num is 5: pass --class_num 4"):
-        loader.check_classes(dataset.classes, 5, data)
+        check_classes(dataset.classes, 5, data)
 
 
 def ramp(high: int, dtype: type) -> np.ndarray:
@@ -81,7 +92,9 @@ def test_sixteen_bits_keep_their_range(tmp_path, format):
 
 
 def test_every_mode_becomes_rgb(tmp_path):
-    colours = Image.fromarray(np.stack([ramp(255, np.uint8), ramp(255, np.uint8).T, ramp(255, np.uint8)], axis=-1))
+    colours = Image.fromarray(
+        np.stack([ramp(255, np.uint8), ramp(255, np.uint8).T, ramp(255, np.uint8)], axis=-1)
+    )
     saved = {
         "rgb.png": colours,
         "cmyk.jpg": colours.convert("CMYK"),
@@ -106,23 +119,39 @@ def test_what_has_no_range_is_named(tmp_path):
         read_image(tmp_path / "float.tif")
 
 
-@pytest.mark.parametrize("high, name, factor", [(255, "a.tif", 1), (65535, "a.tif", 257), (255, "a.png", 257)])
+@pytest.mark.parametrize(
+    "high, name, factor", [(255, "a.tif", 1), (65535, "a.tif", 257), (255, "a.png", 257)]
+)
 def test_integers_up_to_255_are_bytes_unless_the_file_says_16_bits(tmp_path, high, name, factor):
     values = ramp(high, np.uint16 if name == "a.png" else np.int32)
     Image.fromarray(values).save(tmp_path / name)
-    assert np.array_equal(np.asarray(read_image(tmp_path / name))[..., 1], np.round(values / factor))
+    assert np.array_equal(
+        np.asarray(read_image(tmp_path / name))[..., 1], np.round(values / factor)
+    )
 
 
 def test_other_modes_and_orders_of_bytes(tmp_path):
     gray = ramp(65535, np.uint16)
     Image.fromarray(gray.astype(">u2")).save(tmp_path / "big.tif")
-    (tmp_path / "gray.pgm").write_bytes(b"P5 64 64 65535\n" + ramp(200, np.uint16).astype(">u2").tobytes())
-    assert np.array_equal(np.asarray(read_image(tmp_path / "big.tif"))[..., 0], np.round(gray / 257))
+    (tmp_path / "gray.pgm").write_bytes(
+        b"P5 64 64 65535\n" + ramp(200, np.uint16).astype(">u2").tobytes()
+    )
+    assert np.array_equal(
+        np.asarray(read_image(tmp_path / "big.tif"))[..., 0], np.round(gray / 257)
+    )
     assert np.asarray(read_image(tmp_path / "gray.pgm")).max() == 1  # 200 of 65535
     color = Image.new("RGB", (4, 4), (200, 100, 50))
-    lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
-    for image in (color.convert("YCbCr"), color.convert("HSV"), ImageCms.applyTransform(color, lab)):
-        assert np.abs(np.asarray(read_image(image), dtype=int) - [200, 100, 50]).max() <= 2, image.mode
+    lab = ImageCms.buildTransform(
+        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
+    )
+    for image in (
+        color.convert("YCbCr"),
+        color.convert("HSV"),
+        ImageCms.applyTransform(color, lab),
+    ):
+        assert np.abs(np.asarray(read_image(image), dtype=int) - [200, 100, 50]).max() <= 2, (
+            image.mode
+        )
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.tif", "a.apng", "a.mpo"])
@@ -143,7 +172,13 @@ def transparent_images() -> dict[str, Image.Image]:
     by_palette = palette.copy()
     by_palette.putpalette([90, 90, 90, 255, 0, 0, 0, 0], "RGBA")
     wide = Image.fromarray(np.array([[90 * 257, 7]], dtype=np.uint16))
-    keyed = {"rgb": rgba.convert("RGB"), "l": rgba.convert("L"), "p": palette, "pa": palette.copy(), "i16": wide}
+    keyed = {
+        "rgb": rgba.convert("RGB"),
+        "l": rgba.convert("L"),
+        "p": palette,
+        "pa": palette.copy(),
+        "i16": wide,
+    }
     keys = {"rgb": (0, 0, 0), "l": 0, "p": 1, "pa": bytes([255, 0]), "i16": 7}
     for name, image in keyed.items():
         image.info["transparency"] = keys[name]
@@ -164,7 +199,11 @@ def test_transparent_images_lie_over_white(tmp_path, name, image, ending):
 
 
 def test_half_transparent_pixels_are_mixed_with_white():
-    assert read_image(Image.new("RGBA", (1, 1), (0, 100, 255, 51))).getpixel((0, 0)) == (204, 224, 255)
+    assert read_image(Image.new("RGBA", (1, 1), (0, 100, 255, 51))).getpixel((0, 0)) == (
+        204,
+        224,
+        255,
+    )
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
@@ -173,17 +212,29 @@ def test_damaged_exif_data_do_not_damage_pixels(tmp_path, kind):
     image.save(tmp_path / f"plain.{kind}")
     for number, exif in enumerate((b"garbage", b"Exif\0\0garbage", b"MM\0*\xff\xff\xff\xff")):
         image.save(tmp_path / f"{number}.{kind}", exif=exif)
-        read, plain = (np.asarray(read_image(tmp_path / f"{name}.{kind}")) for name in (number, "plain"))
+        read, plain = (
+            np.asarray(read_image(tmp_path / f"{name}.{kind}")) for name in (number, "plain")
+        )
         assert np.array_equal(read, plain)
 
 
 def test_what_is_no_image_is_told(tmp_path):
-    contents = {"a.jpg": b"", "b.jpg": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "c.jpg": b"\xff\xd8\xff text"}
-    says = {"a.jpg": r"\(it is empty\)", "b.jpg": r"\(it is HEIC, .*pillow-heif", "c.jpg": r"\(it is none\)"}
+    contents = {
+        "a.jpg": b"",
+        "b.jpg": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+        "c.jpg": b"\xff\xd8\xff text",
+    }
+    says = {
+        "a.jpg": r"\(it is empty\)",
+        "b.jpg": r"\(it is HEIC, .*pillow-heif",
+        "c.jpg": r"\(it is none\)",
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         for file in (tmp_path / name, io.BytesIO(content)):
-            with pytest.raises(UserError, match=rf"cannot read image {tmp_path}/{name} {says[name]}"):
+            with pytest.raises(
+                UserError, match=rf"cannot read image {tmp_path}/{name} {says[name]}"
+            ):
                 read_image(file, str(tmp_path / name))
 
 
@@ -191,7 +242,15 @@ def test_what_is_no_image_is_told(tmp_path):
 def test_rotated_photographs_stand_upright(tmp_path, orientation):
     upright = Image.new("RGB", (40, 20))
     upright.paste((255, 255, 255), (0, 0, 10, 5))
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions that a camera would have made
+    undo = {
+        2: 0,
+        3: 3,
+        4: 1,
+        5: 5,
+        6: 2,
+        7: 6,
+        8: 4,
+    }  # Pillow's transpositions that a camera would have made
     stored = upright if orientation == 1 else upright.transpose(Image.Transpose(undo[orientation]))
     exif = Image.Exif()
     exif[274] = orientation
@@ -231,12 +290,12 @@ def write_cache(root, count=3, **arrays):
 
 
 def test_cached_folder_picks_either_view(tmp_path):
-    dataset = loader.CachedFolder(write_cache(tmp_path))
+    dataset = CachedFolder(write_cache(tmp_path))
     assert len(dataset) == 3 and dataset.classes == ["a"] and dataset.metadata == {}
     values = [dataset[2][0].unique().item() for _ in range(60)]
     assert set(values) == {2, 102} and 15 < values.count(2) < 45
     assert dataset[2][0].dtype == torch.float32 and dataset[2][1] == 0
-    never = loader.CachedFolder(tmp_path, mirror=False)
+    never = CachedFolder(tmp_path, mirror=False)
     assert {never[1][0].unique().item() for _ in range(30)} == {1}
 
 
@@ -246,14 +305,14 @@ def test_files_of_other_programs_are_no_moments(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "a" / "@eaDir")
     (tmp_path / "a" / "._0.JPEG.npz").touch()
     (tmp_path / "a" / "up").symlink_to(tmp_path)
-    cache = loader.CachedFolder(tmp_path)
+    cache = CachedFolder(tmp_path)
     assert cache.classes == ["a"] and [cache.name(index) for index in range(len(cache))] == [
         f"a/{number}.JPEG" for number in range(3)
     ]
 
 
 def test_damaged_caches_are_named(tmp_path):
-    dataset = loader.CachedFolder(write_cache(tmp_path, moments_flip=np.full((4, 2, 2), np.nan)))
+    dataset = CachedFolder(write_cache(tmp_path, moments_flip=np.full((4, 2, 2), np.nan)))
     with pytest.raises(UserError, match=r"0\.JPEG\.npz \(moments_flip is not finite"):
         [dataset[0] for _ in range(40)]
     path = tmp_path / "a" / "1.JPEG.npz"
@@ -265,17 +324,17 @@ def test_damaged_caches_are_named(tmp_path):
         dataset[2]
     (tmp_path / "cache.json").write_text('{"images": 9}')
     with pytest.raises(UserError, match="incomplete: 3 of 9"):
-        loader.CachedFolder(tmp_path)
+        CachedFolder(tmp_path)
     (tmp_path / "cache.json").write_text('{"images": 3, "complete": false}')
     with pytest.raises(UserError, match="incomplete: 3 of 3"):
-        loader.CachedFolder(tmp_path)
+        CachedFolder(tmp_path)
     (tmp_path / "cache.json").write_text("{")
     with pytest.raises(UserError, match=r"cache\.json is damaged"):
-        loader.CachedFolder(tmp_path)
+        CachedFolder(tmp_path)
 
 
 def test_coins_follow_seed_epoch_and_index_once_told(tmp_path):
-    dataset = loader.CachedFolder(write_cache(tmp_path, count=40))
+    dataset = CachedFolder(write_cache(tmp_path, count=40))
 
     def views(seed, epoch):
         dataset.set_draws(seed, epoch)
@@ -287,15 +346,24 @@ def test_coins_follow_seed_epoch_and_index_once_told(tmp_path):
 
 def test_moments_of_another_shape_are_named(refused, cached, tmp_path):
     shape = (16, 2, 2)
-    np.savez(cached / "class2" / "0.png.npz", **{n: np.zeros(shape, np.float32) for n in ("moments", "moments_flip")})
-    line = refused("main_tokenbridge", f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run")
+    np.savez(
+        cached / "class2" / "0.png.npz",
+        **{n: np.zeros(shape, np.float32) for n in ("moments", "moments_flip")},
+    )
+    line = refused(
+        "main_tokenbridge",
+        f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run",
+    )
     assert "class2/0.png.npz" in line and "[16, 2, 2]" in line
 
 
 def test_metadata_of_no_tokenizer_is_named(refused, cached, tmp_path):
     metadata = json.loads((cached / "cache.json").read_text())
     (cached / "cache.json").write_text(json.dumps({**metadata, "vae": {"embed_dim": "many"}}))
-    line = refused("main_tokenbridge", f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run")
+    line = refused(
+        "main_tokenbridge",
+        f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run",
+    )
     assert "describes no tokenizer" in line and str(cached) in line
 
 
@@ -304,7 +372,7 @@ def test_metadata_of_no_tokenizer_is_named(refused, cached, tmp_path):
 
 
 def test_a_share_of_an_epoch_can_start_in_its_middle():
-    shares = [loader.ShuffledRankSampler(range(20), 2, rank, shuffle=True, seed=3) for rank in range(2)]
+    shares = [ShuffledRankSampler(range(20), 2, rank, shuffle=True, seed=3) for rank in range(2)]
     for share in shares:
         share.set_epoch(5)
     whole = [list(share) for share in shares]
@@ -315,16 +383,22 @@ def test_a_share_of_an_epoch_can_start_in_its_middle():
 
 @pytest.mark.parametrize("processes, batch, accum", [(2, 4, 1), (4, 2, 1), (2, 2, 2), (1, 2, 4)])
 @pytest.mark.parametrize("start", [0, 1], ids=["from the start", "resumed"])
-def test_a_steps_images_depend_on_the_whole_batch_alone(monkeypatch, tmp_path, processes, batch, accum, start):
-    cache = loader.CachedFolder(write_cache(tmp_path, count=31))  # three steps of 8, and all but one image of a fourth
+def test_a_steps_images_depend_on_the_whole_batch_alone(
+    monkeypatch, tmp_path, processes, batch, accum, start
+):
+    cache = CachedFolder(
+        write_cache(tmp_path, count=31)
+    )  # three steps of 8, and all but one image of a fourth
 
     def steps(processes: int, batch: int, accum: int) -> list[list[float]]:
         """The values of each step's items, which tell image and view."""
         images: list[list[float]] = []
-        monkeypatch.setattr(misc, "get_world_size", lambda: processes)
+        monkeypatch.setattr(distributed, "get_world_size", lambda: processes)
         for rank in range(processes):
-            monkeypatch.setattr(misc, "get_rank", lambda rank=rank: rank)
-            args = argparse.Namespace(batch_size=batch, accum_iter=accum, seed=1, num_workers=0, pin_mem=False)
+            monkeypatch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+            args = argparse.Namespace(
+                batch_size=batch, accum_iter=accum, seed=1, num_workers=0, pin_mem=False
+            )
             batches = training_loader(cache, torch.device("cpu"), args)
             count = len(batches) // accum
             batches.sampler.set_epoch(2)
@@ -332,24 +406,30 @@ def test_a_steps_images_depend_on_the_whole_batch_alone(monkeypatch, tmp_path, p
             cache.set_draws(1, 2)
             values = torch.cat([moments[:, 0, 0, 0] for moments, _ in batches])
             values = values[: (count - start) * batch * accum].view(count - start, -1)
-            images = [step + more for step, more in zip(images or [[]] * len(values), values.tolist(), strict=True)]
+            images = [
+                step + more
+                for step, more in zip(images or [[]] * len(values), values.tolist(), strict=True)
+            ]
         return [sorted(step) for step in images]
 
     alone = steps(1, 8, 1)
     assert len(alone) == 3 - start and steps(processes, batch, accum) == alone
-    assert {value >= 100 for step in alone for value in step} == {True, False}  # mirror images among them
+    assert {value >= 100 for step in alone for value in step} == {
+        True,
+        False,
+    }  # mirror images among them
 
 
 def test_shares_cover_everything_once():
-    shares = [list(loader.RankSampler(11, rank, 3)) for rank in range(3)]
+    shares = [list(RankSampler(11, rank, 3)) for rank in range(3)]
     assert sorted(index for share in shares for index in share) == list(range(11)) and [
-        len(loader.RankSampler(11, rank, 3)) for rank in range(3)
+        len(RankSampler(11, rank, 3)) for rank in range(3)
     ] == [4, 4, 3]
 
 
 def test_a_process_that_ends_amid_its_batches_ends_its_workers(tmp_path):
     (tmp_path / "ends.py").write_text(
-        "import argparse, torch; from util.loader import make_loader\n"
+        "import argparse, torch; from util.data.loaders import make_loader\n"
         "args = argparse.Namespace(num_workers=2, batch_size=1, pin_mem=False)\n"
         "batches = iter(make_loader(torch.utils.data.TensorDataset(torch.zeros(9)), args, torch.device('cpu')))\n"
         "next(batches)\n"
@@ -367,12 +447,17 @@ def test_a_process_that_ends_amid_its_batches_ends_its_workers(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_images_are_left_out_counted_and_listed(run, images, vae_path, tmp_path, caplog, workers):
+def test_bad_images_are_left_out_counted_and_listed(
+    run, images, vae_path, tmp_path, caplog, workers
+):
     for name in ("class0/3", "class3/1"):
         damaged(images / "train" / f"{name}.png")
     tiny = TINY.replace("--num_workers 0", f"--num_workers {workers}")
     skip = f"--vae_path {vae_path} --data_path {images} --skip_bad_images"
-    run("main_cache", f"--img_size 16 --num_workers {workers} {skip} --cached_path {tmp_path}/cache --batch_size 2")
+    run(
+        "main_cache",
+        f"--img_size 16 --num_workers {workers} {skip} --cached_path {tmp_path}/cache --batch_size 2",
+    )
     assert "2 images cannot be read" in caplog.text
     cache = CachedFolder(tmp_path / "cache")
     assert len(cache) == cache.metadata["images"] == 14
@@ -381,12 +466,16 @@ def test_bad_images_are_left_out_counted_and_listed(run, images, vae_path, tmp_p
     run("main_tokenbridge", f"{tiny} {skip} --epochs 2 --lr 1e-3 --output_dir {tmp_path}/run")
     assert caplog.text.count("2 images cannot be read") == 2  # once an epoch, each image once
     listed = (tmp_path / "run" / "bad_images-rank0.txt").read_text()
-    assert listed.count("class0/3.png") == listed.count("class3/1.png") == 1  # however often they are met
+    assert (
+        listed.count("class0/3.png") == listed.count("class3/1.png") == 1
+    )  # however often they are met
     assert (tmp_path / "run" / "checkpoint-last.pth").exists()
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_damaged_moments_are_left_out_counted_and_listed(run, refused, cached, tmp_path, caplog, packed):
+def test_damaged_moments_are_left_out_counted_and_listed(
+    run, refused, cached, tmp_path, caplog, packed
+):
     if packed:
         run("tools.pack", f"--cached_path {cached} --output_dir {tmp_path}/packed --num_workers 0")
         np.lib.format.open_memmap(tmp_path / "packed" / "shard-00000.npy", mode="r+")[[0, 13]] += 1
@@ -395,7 +484,9 @@ def test_damaged_moments_are_left_out_counted_and_listed(run, refused, cached, t
     tiny = TINY.replace("--num_workers 0", "--num_workers 1")
     command = f"{tiny} --use_cached --cached_path {tmp_path}/{'packed' if packed else 'cache'} --epochs 2 --lr 1e-3"
     line = refused("main_tokenbridge", f"{command} --output_dir {tmp_path}/run")
-    assert "class0/0.png" in line and line.endswith("or leave such images out with --skip_bad_images")
+    assert "class0/0.png" in line and line.endswith(
+        "or leave such images out with --skip_bad_images"
+    )
     assert ("pack the cache anew" if packed else "renew them with main_cache.py") in line
 
     caplog.clear()

@@ -61,7 +61,13 @@ def test_steps_that_a_run_takes_once_more_are_shown_once(tmp_path):
             for step in range(start + 1, 6):
                 log.add_scalar("loss", value, step)
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in events] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)]
+    assert [(event.step, event.value) for event in events] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 2),
+        (5, 2),
+    ]
 
 
 def test_a_list_of_bad_steps_that_cannot_be_written_does_not_end_a_run(tmp_path, caplog):

@@ -11,8 +11,10 @@ import torch
 import torch_fidelity
 
 from tests.conftest import FID
-from util import metrics
 from util.errors import UserError
+from util.metrics import inception as inception_module
+from util.metrics.compute import compute_metrics, load_statistics
+from util.metrics.inception import LOGITS, POOL, Inception, find_inception_weights, load_inception
 
 
 def test_metrics_equal_torch_fidelitys(run, inception, photographs, tmp_path, capsys):
@@ -22,12 +24,19 @@ def test_metrics_equal_torch_fidelitys(run, inception, photographs, tmp_path, ca
         verbose=False,
     )  # fmt: skip
     command = f"--images {photographs}/blurred --reference {photographs}/sharp --inception_weights {inception}"
-    run("main_metrics", f"{command} --json {tmp_path}/figures.json --device cpu --batch_size 7 --num_workers 2")
+    run(
+        "main_metrics",
+        f"{command} --json {tmp_path}/figures.json --device cpu --batch_size 7 --num_workers 2",
+    )
     figures = json.loads((tmp_path / "figures.json").read_text())
     for name, value in expected.items():
         assert figures[name] == pytest.approx(value, rel=1e-3), name
     assert expected["frechet_inception_distance"] > 0.1 and expected["inception_score_mean"] > 1.001
-    assert figures["images"] == 30 and figures["torch_version"] == version("torch") and figures["commit"]
+    assert (
+        figures["images"] == 30
+        and figures["torch_version"] == version("torch")
+        and figures["commit"]
+    )
     out = capsys.readouterr()
     assert f"{expected['frechet_inception_distance']:.2f}" in out.out and "FID is biased" in out.err
 
@@ -36,8 +45,8 @@ def test_inception_computes_in_float32_whatever_the_runs_precision(monkeypatch):
     def forward(self, x):
         return torch.backends.cudnn.allow_tf32
 
-    monkeypatch.setattr(metrics.FeatureExtractorInceptionV3, "forward", forward)
-    inception = metrics.Inception.__new__(metrics.Inception)  # without weights
+    monkeypatch.setattr(inception_module.FeatureExtractorInceptionV3, "forward", forward)
+    inception = Inception.__new__(Inception)  # without weights
     assert torch.backends.cudnn.allow_tf32 and inception.forward(torch.zeros(1)) is False
 
 
@@ -46,30 +55,32 @@ def spread(count: int, width: float) -> dict[str, torch.Tensor]:
     pool, logits = torch.zeros(count, 2048), torch.zeros(count, 1008)
     pool[:, :2] = width * torch.rand(count, 2)
     logits[:, :4] = torch.rand(count, 4)
-    return {metrics.POOL: pool, metrics.LOGITS: logits}
+    return {POOL: pool, LOGITS: logits}
 
 
 def test_precision_is_of_the_images_and_recall_of_the_reference(monkeypatch):
     distances = mock.Mock(side_effect=lambda a, b, **_: {FID: 7.0})
-    monkeypatch.setattr(metrics, "fid_statistics_to_metric", distances)
+    monkeypatch.setattr("util.metrics.compute.fid_statistics_to_metric", distances)
     images, reference = spread(60, 0.01), spread(60, 1.0)
-    images[metrics.POOL][:, :2] += reference[metrics.POOL][0, :2]
+    images[POOL][:, :2] += reference[POOL][0, :2]
     # All images lie among the reference's, which are hardly covered by them.
-    figures = metrics.compute_metrics(images, None, reference)
+    figures = compute_metrics(images, None, reference)
     assert figures["precision"] == 1 and figures["recall"] < 0.2 and figures[FID] == 7
     # FID is against the statistics where there are any.
     stats = {"mu": np.ones(2048), "sigma": np.eye(2048)}
-    metrics.compute_metrics(images, stats, reference)
+    compute_metrics(images, stats, reference)
     assert distances.call_args.args[1] is stats
-    assert np.allclose(distances.call_args_list[0].args[1]["mu"][:2], reference[metrics.POOL][:, :2].mean(0), atol=1e-6)
-    assert not {"precision", "recall"} & set(metrics.compute_metrics(images, stats))
-    assert FID not in metrics.compute_metrics(images)
+    assert np.allclose(
+        distances.call_args_list[0].args[1]["mu"][:2], reference[POOL][:, :2].mean(0), atol=1e-6
+    )
+    assert not {"precision", "recall"} & set(compute_metrics(images, stats))
+    assert FID not in compute_metrics(images)
 
 
 def test_damaged_statistics_are_named(tmp_path):
     (tmp_path / "damaged.npz").write_bytes(b"PK no")
     with pytest.raises(UserError, match=r"damaged\.npz is damaged"):
-        metrics.load_statistics(tmp_path / "damaged.npz")
+        load_statistics(tmp_path / "damaged.npz")
 
 
 FINE = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
@@ -79,7 +90,10 @@ FINE = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
     "wrong, words",
     [
         ({"mu": np.full(2048, np.nan)}, "mu holds NaN"),
-        ({"sigma": np.full((2048, 2048), np.nan)}, "sigma holds NaN or infinity; make the statistics again"),
+        (
+            {"sigma": np.full((2048, 2048), np.nan)},
+            "sigma holds NaN or infinity; make the statistics again",
+        ),
         ({"sigma": np.full((2048, 2048), np.inf)}, "sigma holds NaN"),
         ({"sigma": -np.eye(2048)}, "no covariance"),
         ({"sigma": np.eye(2048) + np.eye(2048, k=1)}, "no covariance"),
@@ -89,14 +103,14 @@ FINE = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
 def test_statistics_that_are_none_are_refused(tmp_path, wrong, words):
     np.savez(tmp_path / "stats.npz", **{**FINE, **wrong})
     with pytest.raises(UserError, match=rf"stats\.npz: .*{words}"):
-        metrics.load_statistics(tmp_path / "stats.npz")
+        load_statistics(tmp_path / "stats.npz")
 
 
 def test_statistics_may_be_rounded(tmp_path):
     features = np.random.RandomState(0).randn(50, 2048).astype(np.float32)
     sigma = (features - features.mean(0)).T @ (features - features.mean(0)) / 49
     np.savez(tmp_path / "stats.npz", mu=features.mean(0), sigma=sigma + 1e-7 * np.triu(sigma))
-    assert metrics.load_statistics(tmp_path / "stats.npz")["sigma"].dtype == np.float64
+    assert load_statistics(tmp_path / "stats.npz")["sigma"].dtype == np.float64
 
 
 def test_weights_of_inception_that_are_not_finite_are_refused(inception, tmp_path):
@@ -104,12 +118,12 @@ def test_weights_of_inception_that_are_not_finite_are_refused(inception, tmp_pat
     weights["fc.weight"][3, 5] = torch.nan
     torch.save(weights, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth is damaged: it holds NaN"):
-        metrics.load_inception(str(tmp_path / "weights.pth"), torch.device("cpu"))
+        load_inception(str(tmp_path / "weights.pth"), torch.device("cpu"))
 
 
 def test_missing_weights_are_fetched_once_to_torch_hubs_folder(inception, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     fetch = mock.Mock(side_effect=lambda url, place, **_: shutil.copy(inception, place))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    assert metrics.find_inception_weights(None) == metrics.find_inception_weights(None)
-    assert fetch.call_count == 1 and metrics.find_inception_weights(str(inception)) == inception
+    assert find_inception_weights(None) == find_inception_weights(None)
+    assert fetch.call_count == 1 and find_inception_weights(str(inception)) == inception

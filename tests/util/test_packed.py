@@ -9,10 +9,9 @@ import torch
 
 from tests.conftest import SHORT, TINY
 from tools import pack as pack_command
-from util import packed
+from util.data.caches import CachedFolder
+from util.data.packed import DTYPES, VIEWS, PackedCache, open_cache, unpack
 from util.errors import UserError
-from util.loader import CachedFolder
-from util.packed import PackedCache, open_cache
 
 
 @pytest.fixture
@@ -28,26 +27,38 @@ def pack(cached, tmp_path):
     return convert
 
 
-@pytest.mark.parametrize("dtype", packed.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_packed_cache_holds_the_same(pack, cached, dtype):
     files, shards = CachedFolder(cached), open_cache(pack(dtype))
     assert isinstance(shards, PackedCache) and isinstance(open_cache(cached), CachedFolder)
     assert len(list(shards.root.glob("shard-*.npy"))) == 4 and len(shards) == 16
-    assert shards.classes == files.classes and shards.metadata["latent_factor"] == files.metadata["latent_factor"]
+    assert (
+        shards.classes == files.classes
+        and shards.metadata["latent_factor"] == files.metadata["latent_factor"]
+    )
     assert [name for name, _ in shards.samples] == [files.name(index) for index in range(16)]
     for cache in (files, shards):
         cache.set_draws(3, 1)
-    exact = torch.float32 if dtype == "fp32" else packed.DTYPES[dtype][0]
+    exact = torch.float32 if dtype == "fp32" else DTYPES[dtype][0]
     for index in range(16):
         (expected, label), (moments, other) = files[index], shards[index]
-        assert torch.equal(moments, expected.to(exact).float()) and label == other and moments.dtype == torch.float32
+        assert (
+            torch.equal(moments, expected.to(exact).float())
+            and label == other
+            and moments.dtype == torch.float32
+        )
 
 
 def test_a_packed_cache_goes_back(pack, cached, tmp_path):
-    pack_command.main(f"--unpack --cached_path {pack()} --output_dir {tmp_path}/files --num_workers 0".split())
+    pack_command.main(
+        f"--unpack --cached_path {pack()} --output_dir {tmp_path}/files --num_workers 0".split()
+    )
     for before in cached.rglob("*.npz"):
-        with np.load(before) as old, np.load(tmp_path / "files" / before.relative_to(cached)) as new:
-            assert all(np.array_equal(old[name], new[name]) for name in packed.VIEWS)
+        with (
+            np.load(before) as old,
+            np.load(tmp_path / "files" / before.relative_to(cached)) as new,
+        ):
+            assert all(np.array_equal(old[name], new[name]) for name in VIEWS)
     assert CachedFolder(tmp_path / "files").metadata == CachedFolder(cached).metadata
 
 
@@ -57,7 +68,10 @@ def test_training_on_a_packed_cache_is_training_on_its_files(run, pack, cached, 
     weights = []
     for name, cache in (("files", cached), ("packed", pack())):
         out = tmp_path / name
-        run("main_tokenbridge", f"{tiny} {SHORT} --epochs 1 --use_cached --cached_path {cache} --output_dir {out}")
+        run(
+            "main_tokenbridge",
+            f"{tiny} {SHORT} --epochs 1 --use_cached --cached_path {cache} --output_dir {out}",
+        )
         weights.append(torch.load(out / "checkpoint-last.pth", weights_only=True)["model"])
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
@@ -84,7 +98,12 @@ def test_damage_is_named(pack, tmp_path):
             PackedCache(folder)
     shard.write_bytes(whole)
     about = json.loads((folder / "packed.json").read_text())
-    for name, value in {"shards": [5, 5, 5], "dtype": "fp8", "shape": "big", "classes": None}.items():
+    for name, value in {
+        "shards": [5, 5, 5],
+        "dtype": "fp8",
+        "shape": "big",
+        "classes": None,
+    }.items():
         (folder / "packed.json").write_text(json.dumps({**about, name: value}))
         with pytest.raises(UserError, match="damaged packed cache"):
             PackedCache(folder)
@@ -95,7 +114,7 @@ def test_damage_is_named(pack, tmp_path):
     names = json.loads((folder / "names.json").read_text())
     (folder / "names.json").write_text(json.dumps(["class0/../../../escaped", *names[1:]]))
     with pytest.raises(UserError, match="leads out of"):
-        packed.unpack(PackedCache(folder), tmp_path / "files", 0)
+        unpack(PackedCache(folder), tmp_path / "files", 0)
     assert not (tmp_path.parent / "escaped.npz").exists()
 
 
@@ -111,7 +130,7 @@ def test_what_cannot_be_converted_is_named(pack, cached, tmp_path):
         with pytest.raises(UserError, match=message):
             pack_command.main(command.split())
     path = next(cached.rglob("*.npz"))
-    np.savez(path, **{name: np.full((16, 4, 4), 1e6, np.float32) for name in packed.VIEWS})
+    np.savez(path, **{name: np.full((16, 4, 4), 1e6, np.float32) for name in VIEWS})
     with pytest.raises(UserError, match="pass the range of fp16"):
         pack("fp16")
     assert not (tmp_path / "packed-fp16" / "packed.json").exists()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from util.files import read_arrays
-from util.sample_folder import SampleFolder
+from util.metrics.sample_folder import SampleFolder
 
 
 class Images:
@@ -22,7 +22,12 @@ class Images:
     def __getitem__(self, index: int) -> torch.Tensor:
         if index == self.unreadable:
             raise RuntimeError("cannot read it")
-        return (torch.arange(3 * 64 * 80) % (index + 1)).to(torch.uint8).view(64, 80, 3).permute(2, 0, 1)
+        return (
+            (torch.arange(3 * 64 * 80) % (index + 1))
+            .to(torch.uint8)
+            .view(64, 80, 3)
+            .permute(2, 0, 1)
+        )
 
 
 def test_the_npz_is_written_image_by_image_and_read_back_by_numpy(tmp_path):

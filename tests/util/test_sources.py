@@ -18,10 +18,10 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tests.conftest import ROOT, damaged, point_to, write_images
 from tests.rows import every_source, in_rows, own_cache, write_bare, write_rows  # noqa: F401
-from util.errors import UserError
-from util.loader import BadImages, ImageFolder, ImageFolderWithFilename, RankSampler, ShuffledRankSampler
-from util.loader import image_transform as crop
-from util.sources import (
+from util.data.datasets import BadImages, ImageFolder, ImageFolderWithFilename
+from util.data.datasets import image_transform as crop
+from util.data.loaders import RankSampler, ShuffledRankSampler
+from util.data.sources import (
     ENDINGS,
     UNLABELED,
     AllImages,
@@ -32,6 +32,7 @@ from util.sources import (
     open_images,
     open_unlabeled,
 )
+from util.errors import UserError
 
 
 def items(data: ImageFolder) -> list[tuple]:
@@ -44,7 +45,10 @@ def test_every_source_gives_the_same_images_and_labels(images, tmp_path, served,
     for name, path in every_source(images, tmp_path, served, monkeypatch).items():
         data = ImageFolder(open_images(path, "train"), crop(16))
         assert [label for _, label in data.samples] == [label for _, label in expected], name
-        assert all(torch.equal(a, b) and i == j for (a, i), (b, j) in zip(items(data), expected, strict=True)), name
+        assert all(
+            torch.equal(a, b) and i == j
+            for (a, i), (b, j) in zip(items(data), expected, strict=True)
+        ), name
         bare = name in ("parquet file", "Hub, a configuration")
         assert data.classes == [str(i) if bare else f"class{i}" for i in range(4)]
     for name in ("rows", "data"):
@@ -61,7 +65,10 @@ def test_images_without_classes_are_of_one(tmp_path):
     for path, name in ((flat, "images/2.png"), (rows, "images/train-00000002")):
         data = ImageFolderWithFilename(open_images(path, "train"), crop(16))
         assert data.classes == [UNLABELED] and data[2][1:] == (0, name)
-        assert all(torch.equal(image, other) for (image, *_), other in zip(items(data), expected, strict=True))
+        assert all(
+            torch.equal(image, other)
+            for (image, *_), other in zip(items(data), expected, strict=True)
+        )
 
 
 def test_two_processes_get_each_row_once_and_workers_read_their_own(images, tmp_path):
@@ -69,7 +76,10 @@ def test_two_processes_get_each_row_once_and_workers_read_their_own(images, tmp_
     data = ImageFolderWithFilename(rows, crop(16))
     whole = items(data)
     for kind in (RankSampler, ShuffledRankSampler):
-        shares = [kind(16, r, 2) if kind is RankSampler else kind(data, 2, r, shuffle=True, seed=1) for r in (0, 1)]
+        shares = [
+            kind(16, r, 2) if kind is RankSampler else kind(data, 2, r, shuffle=True, seed=1)
+            for r in (0, 1)
+        ]
         names = []
         for share in shares:
             loader = torch.utils.data.DataLoader(data, batch_size=3, sampler=share, num_workers=1)
@@ -89,7 +99,9 @@ def test_two_processes_get_each_row_once_and_workers_read_their_own(images, tmp_
         (["..", "a", "b", "c"], ["0 ..", "1 a", "2 b", "3 c"]),
     ],
 )
-def test_names_of_classes_become_folders_in_the_order_of_their_labels(images, tmp_path, names, folders):
+def test_names_of_classes_become_folders_in_the_order_of_their_labels(
+    images, tmp_path, names, folders
+):
     rows = Rows(write_rows(tmp_path / "rows", in_rows(images / "train", names)), "train")
     assert rows.classes == folders == sorted(folders)
     assert rows.samples[-1] == (f"{folders[3]}/train-00000015", 3)
@@ -104,19 +116,31 @@ def test_columns_are_found_by_type_then_by_name_or_as_asked_for(images, tmp_path
     both = both.select_columns(["thumb", "coarse", "width", "image", "label"])
     path = write_rows(tmp_path / "both", both)
     data = Rows(path, "train")
-    assert data.classes[3] == "class3" and data.read(5).tobytes() == Rows(path, "train", "image").read(5).tobytes()
+    assert (
+        data.classes[3] == "class3"
+        and data.read(5).tobytes() == Rows(path, "train", "image").read(5).tobytes()
+    )
     other = Rows(path, "train", "thumb", "coarse")
     assert other.classes == ["few", "many"] and other.samples[15][1] == 1
     assert other.read(5).tobytes() == data.read(0).tobytes() != data.read(5).tobytes()
     columns = r"thumb \(images\), coarse \(classes\), width \(integers\), image \(images\), label \(classes\)"
-    with pytest.raises(UserError, match=rf"--image_column pixels: .*no such column of images, but {columns}"):
+    with pytest.raises(
+        UserError, match=rf"--image_column pixels: .*no such column of images, but {columns}"
+    ):
         Rows(path, "train", "pixels")
-    with pytest.raises(UserError, match=r"--label_column image: .*no such column of labels, but thumb"):
+    with pytest.raises(
+        UserError, match=r"--label_column image: .*no such column of labels, but thumb"
+    ):
         Rows(path, "train", None, "image")
-    with pytest.raises(UserError, match=r"row 0 of .* has 100 in column width, which is no class's number"):
+    with pytest.raises(
+        UserError, match=r"row 0 of .* has 100 in column width, which is no class's number"
+    ):
         Rows(path, "train", None, "width")
     none = write_rows(tmp_path / "none", rows.select_columns(["label", "width"]))
-    with pytest.raises(UserError, match=r"no column of images: its columns are label \(classes\), width \(integers\)"):
+    with pytest.raises(
+        UserError,
+        match=r"no column of images: its columns are label \(classes\), width \(integers\)",
+    ):
         Rows(none, "train")
 
 
@@ -125,9 +149,13 @@ def test_images_and_labels_that_are_wrong_are_named(images, tmp_path):
     rows = in_rows(images / "train")
     empty = rows.cast_column("image", datasets.Image(decode=False)).to_list()
     empty[9]["image"] = None
-    data = ImageFolder(open_images(write_bare(tmp_path / "a.parquet", datasets.Dataset.from_list(empty)), "train"))
+    data = ImageFolder(
+        open_images(write_bare(tmp_path / "a.parquet", datasets.Dataset.from_list(empty)), "train")
+    )
     for index, name in ((6, "1/train-00000006"), (9, "2/train-00000009")):
-        with pytest.raises(UserError, match=rf"cannot read image {name} of .*a\.parquet \((?!.* at 0x)"):
+        with pytest.raises(
+            UserError, match=rf"cannot read image {name} of .*a\.parquet \((?!.* at 0x)"
+        ):
             data[index]
     data.bad_images = BadImages(tmp_path)
     for _ in range(2):
@@ -146,7 +174,9 @@ def test_images_and_labels_that_are_wrong_are_named(images, tmp_path):
 
 def test_folders_that_are_not_clear_are_refused(images, tmp_path):
     (images / "train" / "class0" / "0.png").rename(images / "train" / "stray.png")
-    with pytest.raises(UserError, match=r"train holds images beside folders of images \(stray\.png and others\)"):
+    with pytest.raises(
+        UserError, match=r"train holds images beside folders of images \(stray\.png and others\)"
+    ):
         open_images(images, "train")
     with pytest.raises(UserError, match=r"no image folder at .*/val"):
         open_images(images, "val")
@@ -168,7 +198,8 @@ def test_what_datasets_cannot_open_is_one_line(images, tmp_path, served, monkeyp
     served.gated.add("owner/gated")
     cases = {
         path: r"cannot open .*cut\.parquet \(.*Parquet.*\); check path and files",
-        tmp_path / "zeros.parquet": r"cannot open .*zeros\.parquet \((?!An error occurred).*\); check path and files",
+        tmp_path
+        / "zeros.parquet": r"cannot open .*zeros\.parquet \((?!An error occurred).*\); check path and files",
         tmp_path / "no.parquet": r"cannot open .*no\.parquet \(",
         "hf://datasets/owner/none": r"cannot open .* \(Dataset 'owner/none' doesn't exist on the Hub.*hf auth login",
         "hf://datasets/owner/gated": r"\(Dataset 'owner/gated' is a gated dataset on the Hub.*hf auth login",
@@ -181,10 +212,14 @@ def test_what_datasets_cannot_open_is_one_line(images, tmp_path, served, monkeyp
             Rows(place, "train")
         assert "\n" not in str(error.value)
     only = write_rows(tmp_path / "only", in_rows(images / "train"))
-    with pytest.raises(UserError, match="has no split validation or val or valid or test or testing: it has train"):
+    with pytest.raises(
+        UserError, match="has no split validation or val or valid or test or testing: it has train"
+    ):
         Rows(only, "val")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="needs a package that is not installed: pip install datasets"):
+    with pytest.raises(
+        UserError, match="needs a package that is not installed: pip install datasets"
+    ):
         Rows(only, "train")
 
 
@@ -193,14 +228,17 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its tries
     with pytest.raises(
-        UserError, match=r"cannot open hf://datasets/owner/rows \(Couldn't reach 'owner/rows' on the Hub"
+        UserError,
+        match=r"cannot open hf://datasets/owner/rows \(Couldn't reach 'owner/rows' on the Hub",
     ):
         Rows("hf://datasets/owner/rows", "train")
 
 
 def test_nothing_loads_datasets_before_it_is_asked_for():
-    code = "import sys, util.sources; print('datasets' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    code = "import sys, util.data.sources; print('datasets' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     assert found.stdout.strip() == "False"
 
 
@@ -213,7 +251,16 @@ def names_of(data: Folder) -> list[str]:
 
 
 def test_folders_are_read_in_torchvisions_order(tmp_path):
-    files = ["b/2.png", "b/10.png", "b/x/1.JPG", "b-a/1.png", "b/X/z/1.webp", "b/x-1/0.pgm", "B/1.tif", "a b/é.png"]
+    files = [
+        "b/2.png",
+        "b/10.png",
+        "b/x/1.JPG",
+        "b-a/1.png",
+        "b/X/z/1.webp",
+        "b/x-1/0.pgm",
+        "B/1.tif",
+        "a b/é.png",
+    ]
     for name in [*files, "b/notes.txt", "b/x/none.json"]:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,13 +269,21 @@ def test_folders_are_read_in_torchvisions_order(tmp_path):
     samples = torchvision.datasets.folder.make_dataset(str(tmp_path), labels, IMG_EXTENSIONS)
     data = Folder(tmp_path)
     assert data.classes == classes and data.samples == samples and len(samples) == 8
-    assert [path for path, _ in AllImages(tmp_path).samples] == sorted((s for s, _ in samples), key=Path)
+    assert [path for path, _ in AllImages(tmp_path).samples] == sorted(
+        (s for s, _ in samples), key=Path
+    )
 
 
 def test_files_of_other_programs_are_no_images(images, caplog):
     root = images / "train"
     before = names_of(Folder(root)), names_of(AllImages(root))
-    for folder in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "class1/.ipynb_checkpoints", "class1/@eaDir/0.png"):
+    for folder in (
+        ".ipynb_checkpoints",
+        "__MACOSX",
+        "@eaDir",
+        "class1/.ipynb_checkpoints",
+        "class1/@eaDir/0.png",
+    ):
         (root / folder).mkdir(parents=True)
         for name in ("0.png", "0-checkpoint.png"):
             shutil.copy(root / "class0" / "0.png", root / folder / name)
@@ -259,7 +314,10 @@ def test_links_are_followed_but_never_upwards(images, tmp_path, caplog):
     assert data.classes == ["class0", "class1", "class2", "class3", "class9"]
     counts = Counter(label for _, label in data.samples)
     assert counts == {0: 4, 1: 4, 2: 4, 3: 8, 4: 8} and len(AllImages(root).samples) == 28
-    assert "folders are read twice, by links" in caplog.text and f"{root}/class9 is {root}/class3" in caplog.text
+    assert (
+        "folders are read twice, by links" in caplog.text
+        and f"{root}/class9 is {root}/class3" in caplog.text
+    )
 
 
 LAYOUTS = {
@@ -277,12 +335,18 @@ LAYOUTS = {
     "bus training_ground": (".", NoSplit),
     "val": (NoSplit, "val"),
     "val test": (NoSplit, "val"),
-    "bus car train": ("has train beside bus, car, which hold images, too: if train is a split, move",) * 2,
+    "bus car train": (
+        "has train beside bus, car, which hold images, too: if train is a split, move",
+    )
+    * 2,
     "bus Test": ("has Test beside bus",) * 2,
     "train val2017": ("has train beside val2017",) * 2,
     "train val valid": ("has val and valid, either of which may be the split val",) * 2,
     "train Train": ("has Train and train, either of which may be the split train",) * 2,
-    "train2017 val2017": ("has train2017 and val2017: if these are splits, rename them to train and val",) * 2,
+    "train2017 val2017": (
+        "has train2017 and val2017: if these are splits, rename them to train and val",
+    )
+    * 2,
     "training_set test_set": ("has training_set and test_set: if these are splits",) * 2,
 }
 
@@ -301,7 +365,9 @@ def test_splits_are_found_or_refused(images, tmp_path, layout):
             words = f"no image folder at {root}/{split}" if expected is NoSplit else expected
             with pytest.raises(UserError, match=words) as raised:
                 images_root(root, split)
-            assert (type(raised.value) is NoSplit) == (expected is NoSplit) and "\n" not in str(raised.value)
+            assert (type(raised.value) is NoSplit) == (expected is NoSplit) and "\n" not in str(
+                raised.value
+            )
 
 
 def test_held_out_images_that_are_the_training_images_are_told(images, caplog):
@@ -312,21 +378,35 @@ def test_held_out_images_that_are_the_training_images_are_told(images, caplog):
 
 def test_images_of_every_ending_are_read_by_every_command(tmp_path, caplog):
     color = Image.new("RGB", (8, 8), (200, 30, 30))
-    written = {"JPEG": "jpg JPEG jpe jfif mpo", "PNG": "png apng", "GIF": "gif", "WEBP": "webp", "TIFF": "tif tiff"}
-    written |= {"BMP": "bmp", "DIB": "dib", "PPM": "ppm pgm pnm"} | ({"AVIF": "avif"} if ".avif" in ENDINGS else {})
+    written = {
+        "JPEG": "jpg JPEG jpe jfif mpo",
+        "PNG": "png apng",
+        "GIF": "gif",
+        "WEBP": "webp",
+        "TIFF": "tif tiff",
+    }
+    written |= {"BMP": "bmp", "DIB": "dib", "PPM": "ppm pgm pnm"} | (
+        {"AVIF": "avif"} if ".avif" in ENDINGS else {}
+    )
     (tmp_path / "class").mkdir()
     for kind, endings in written.items():
         for ending in endings.split():
-            (color.convert("L") if ending == "pgm" else color).save(tmp_path / "class" / f"{ending}.{ending}", kind)
+            (color.convert("L") if ending == "pgm" else color).save(
+                tmp_path / "class" / f"{ending}.{ending}", kind
+            )
     for name in ("a.heic", "b.HEIC", "c.txt", "d", "e.svg"):
         (tmp_path / "class" / name).touch()
     with caplog.at_level("INFO", logger="tokenbridge"):
         data, plain = Folder(tmp_path), AllImages(tmp_path)
     count = sum(len(endings.split()) for endings in written.values())
-    assert [path for path, _ in data.samples] == [path for path, _ in plain.samples] and len(data.samples) == count
+    assert [path for path, _ in data.samples] == [path for path, _ in plain.samples] and len(
+        data.samples
+    ) == count
     for index in range(count):
         expected = [81] * 3 if "pgm" in data.name(index) else [200, 30, 30]
-        assert np.abs(np.asarray(data.read(index), dtype=int) - expected).max() < 9, data.name(index)
+        assert np.abs(np.asarray(data.read(index), dtype=int) - expected).max() < 9, data.name(
+            index
+        )
     assert f"{tmp_path}: {count} images of 1 class, class; skipped: 2 .heic, 1 " in caplog.text
     assert "pillow-heif" in caplog.text
 
@@ -336,7 +416,9 @@ def test_a_folder_of_nothing_but_heic_says_so(tmp_path, make):
     (tmp_path / "class").mkdir()
     for number in range(3):
         (tmp_path / "class" / f"{number}.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
-    with pytest.raises(UserError, match=r"skipped: 3 \.heic \(\.heic is HEIC, which Pillow .* pillow-heif"):
+    with pytest.raises(
+        UserError, match=r"skipped: 3 \.heic \(\.heic is HEIC, which Pillow .* pillow-heif"
+    ):
         make(tmp_path)
 
 
@@ -376,19 +458,43 @@ def with_labels(images: Path, path: Path, **columns: list) -> Path:
 )
 def test_labels_may_be_text_and_have_other_names(images, tmp_path, column, values, classes):
     data = Rows(with_labels(images, tmp_path / "a.parquet", **{column: 4 * values}), "train")
-    order = sorted(set(map(str, values))) if len(classes) < 4 or isinstance(values[0], str) else classes
-    assert data.classes == classes and [label for _, label in data.samples] == 4 * [order.index(str(v)) for v in values]
+    order = (
+        sorted(set(map(str, values))) if len(classes) < 4 or isinstance(values[0], str) else classes
+    )
+    assert data.classes == classes and [label for _, label in data.samples] == 4 * [
+        order.index(str(v)) for v in values
+    ]
 
 
 @pytest.mark.parametrize(
     "column, values, says",
     [
-        ("species", [0, 1, 2, 3], r"may have labels in column species \(integers\): pass --label_column species, or"),
-        ("dog_class", ["a", "b", "c", "d"], r"column dog_class \(strings\): pass --label_column dog_class"),
-        ("mood", ["good", "bad", "bad", "bad"], r"column mood \(strings\): pass --label_column mood"),
+        (
+            "species",
+            [0, 1, 2, 3],
+            r"may have labels in column species \(integers\): pass --label_column species, or",
+        ),
+        (
+            "dog_class",
+            ["a", "b", "c", "d"],
+            r"column dog_class \(strings\): pass --label_column dog_class",
+        ),
+        (
+            "mood",
+            ["good", "bad", "bad", "bad"],
+            r"column mood \(strings\): pass --label_column mood",
+        ),
         ("sharp", [True, False, False, True], r"column sharp \(booleans\)"),
-        ("label", [0.0, 1.0, 2.0, 3.0], r"column label \(floating-point numbers\): make them integers or strings"),
-        ("labels", [[0], [1, 2], [0], [3]], r"column labels \(List\): make them integers or strings"),
+        (
+            "label",
+            [0.0, 1.0, 2.0, 3.0],
+            r"column label \(floating-point numbers\): make them integers or strings",
+        ),
+        (
+            "labels",
+            [[0], [1, 2], [0], [3]],
+            r"column labels \(List\): make them integers or strings",
+        ),
         ("label", ["a", None, "b", "c"], "row 1 of .* has None in column label"),
     ],
 )
@@ -402,7 +508,10 @@ def test_columns_that_may_be_labels_are_not_ignored(images, tmp_path, column, va
 
 def test_other_columns_are_no_labels(images, tmp_path):
     numbers, texts = [*range(100, 116)], [f"a photograph, {number}" for number in range(16)]
-    for columns in ({}, {"width": 16 * [32], "caption": texts, "score": 4 * [0.5, 0.1, 0.2, 0.3], "id": numbers}):
+    for columns in (
+        {},
+        {"width": 16 * [32], "caption": texts, "score": 4 * [0.5, 0.1, 0.2, 0.3], "id": numbers},
+    ):
         data = Rows(with_labels(images, tmp_path / f"{len(columns)}.parquet", **columns), "train")
         assert data.classes == [UNLABELED]
 

@@ -18,16 +18,20 @@ from tests.conftest import SMALL, batch, filled, load, published_state, released
 from tests.fill import deterministic_fill
 from tests.processes import free_port, in_processes
 from util.checkpoint.load import load_optimizer
+from util.checksums import checksum
 from util.errors import ToldByMain, UserError
-from util.misc import add_weight_decay, checksum
-from util.training_state import TrainingState
+from util.training_state import TrainingState, add_weight_decay
 
 
 def test_step_counts_go_where_this_runs_optimizer_wants_them(small_model, tmp_path):
-    state = released(small_model.train())["optimizer"]  # of an optimizer that is not fused, as the release's
+    state = released(small_model.train())[
+        "optimizer"
+    ]  # of an optimizer that is not fused, as the release's
     with torch.device("meta"):  # as a CUDA device: another one than the file's
         model = TokenBridge(**SMALL)
-    optimizer = torch.optim.AdamW(add_weight_decay(model, 0.02), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        add_weight_decay(model, 0.02), lr=1e-3, betas=(0.9, 0.95), fused=True
+    )
     before = torch.optim.Optimizer.load_state_dict
     seen = []
 
@@ -109,7 +113,9 @@ def test_within_ddp_each_kind_of_block_is_compiled_once_and_whole(monkeypatch):
     torch.compiler.reset()
     try:
         # Blocks of more than a bucket of gradients.
-        model = filled(TokenBridge(**{**NO_DROPOUT, "encoder_embed_dim": 256, "channel_embed_dim": 256})).train()
+        model = filled(
+            TokenBridge(**{**NO_DROPOUT, "encoder_embed_dim": 256, "channel_embed_dim": 256})
+        ).train()
         wrapped = DistributedDataParallel(GivenMasks(model), bucket_cap_mb=1)
         model.compile_blocks()
         wrapped(*whole_batch()).backward()
@@ -125,7 +131,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     model = TokenBridge(**NO_DROPOUT, mask_ratio_min=1.0)
     model.load_state_dict(deterministic_fill(published_state(model)))
     state = training_state(model)
-    moments = torch.cat([latents, torch.full_like(latents, -30.0)], dim=1)  # whose samples are their means
+    moments = torch.cat(
+        [latents, torch.full_like(latents, -30.0)], dim=1
+    )  # whose samples are their means
     results = []
     for parts in (1, 4):
         model.zero_grad()
@@ -133,7 +141,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         loss = backward(state, batches, None, 1.0, "fp32")
         results.append((loss, [p.grad.clone() for p in model.parameters()]))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1], strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1], strict=True)
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -143,11 +153,15 @@ def test_all_processes_go_on_from_what_the_main_one_read(tmp_path, precision):
         model.metadata = {}
         torch.nn.init.constant_(model.backbone.mask_token, mask_token)
         state = training_state(model, precision=precision)
-        state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1, enabled=precision == "fp16")
+        state.scaler = torch.amp.GradScaler(
+            "cpu", init_scale=2.0, growth_interval=1, enabled=precision == "fp16"
+        )
         return state
 
     def step(state: TrainingState, gradient: float) -> TrainingState:
-        loss = state.scaler.scale(sum(parameter.sum() for parameter in state.model.parameters()) * gradient)
+        loss = state.scaler.scale(
+            sum(parameter.sum() for parameter in state.model.parameters()) * gradient
+        )
         loss.backward()
         state.take_step(loss.detach(), 1e-3)
         state.settle()
@@ -165,7 +179,9 @@ def test_all_processes_go_on_from_what_the_main_one_read(tmp_path, precision):
 
     def resume(rank: int) -> tuple:
         resumed = state(float(rank))
-        resumed.load(load(tmp_path) if rank == 0 else {}, tmp_path / "checkpoint-last.pth", frozen=[])
+        resumed.load(
+            load(tmp_path) if rank == 0 else {}, tmp_path / "checkpoint-last.pth", frozen=[]
+        )
         return described(step(resumed, 0.2))
 
     assert in_processes(2, resume) == [described(step(saved, 0.2))] * 2
@@ -188,10 +204,16 @@ def test_a_step_that_the_scaler_leaves_out_changes_neither_weights_nor_average()
         state.scaler.scale(model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]))).backward()
         if overflows:
             next(model.parameters()).grad.fill_(torch.inf)
-        before = [parameter.clone() for kept in (model, state.average.module) for parameter in kept.parameters()]
+        before = [
+            parameter.clone()
+            for kept in (model, state.average.module)
+            for parameter in kept.parameters()
+        ]
         state.take_step(torch.tensor(1.0), 1e-3)
         step = state.settle()
-        after = [parameter for kept in (model, state.average.module) for parameter in kept.parameters()]
+        after = [
+            parameter for kept in (model, state.average.module) for parameter in kept.parameters()
+        ]
         assert step.finite and step.taken == (not overflows)
         assert all(map(torch.equal, before, after)) == overflows
     assert state.scaler.get_scale() == 2**15
@@ -199,7 +221,9 @@ def test_a_step_that_the_scaler_leaves_out_changes_neither_weights_nor_average()
 
 def test_processes_share_buffers_at_the_start_and_do_not_send_them_at_every_step():
     def train(rank: int) -> list[float]:
-        warnings.simplefilter("error", FutureWarning)  # of an argument that a later torch does not know
+        warnings.simplefilter(
+            "error", FutureWarning
+        )  # of an argument that a later torch does not know
         model = TokenBridge(**NO_DROPOUT)
         tables = model.quantizer.thresholds, model.quantizer.boundaries  # one of them is not saved
         for table in tables:

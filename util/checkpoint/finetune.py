@@ -12,13 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from util.checkpoint.load import dense, fits, warn_of_young_average
+from util.checkpoint.names import to_published
 from util.config import FACTS, KL16_CHANNEL_ORDER
 from util.errors import UserError, some
-from util.misc import log
-from util.published_names import to_published
+from util.log import log
 
 #: Position embeddings, and whether they have positions for the class embedding before those of the tokens.
-POSITIONS = {"encoder_pos_embed_learned": True, "decoder_pos_embed_learned": True, "output_pos_embed": False}
+POSITIONS = {
+    "encoder_pos_embed_learned": True,
+    "decoder_pos_embed_learned": True,
+    "output_pos_embed": False,
+}
 #: The head's parameters for one step of its generation order, and so for the channel that is predicted there.
 PLACES = ("channel_embed", "timesteps_embeddings", "token_embeddings.", "channel_heads.")
 
@@ -39,16 +43,25 @@ def resized(positions: Tensor, buffer: int, new_buffer: int, side: int) -> Tenso
     return torch.cat([before, tokens], dim=1)
 
 
-def by_class(value: Any, parameter: Tensor, theirs: Any, classes: Sequence[str] | None, path: Path) -> tuple[Any, int]:
+def by_class(
+    value: Any, parameter: Tensor, theirs: Any, classes: Sequence[str] | None, path: Path
+) -> tuple[Any, int]:
     """Return the class embeddings to start from, and the number of rows that come from ``value``, a checkpoint's.
 
     Rows are matched by the names of their classes, ``theirs`` and ``classes``. The others are those of ``parameter``.
     If names are unknown, rows are matched by number, but only if the number of classes is the same. The log says which.
     """
-    if classes is None or not isinstance(theirs, list) or not dense(value) or len(theirs) != len(value):
+    if (
+        classes is None
+        or not isinstance(theirs, list)
+        or not dense(value)
+        or len(theirs) != len(value)
+    ):
         if not fits(value, parameter):
             return None, 0
-        log.warning("%s does not name its classes: embeddings are kept for classes of the same number", path)
+        log.warning(
+            "%s does not name its classes: embeddings are kept for classes of the same number", path
+        )
         return value, len(value)
     row_of = {name: row for row, name in enumerate(theirs)}
     rows = {row: row_of[name] for row, name in enumerate(classes) if name in row_of}
@@ -57,7 +70,9 @@ def by_class(value: Any, parameter: Tensor, theirs: Any, classes: Sequence[str] 
     log.info(text, len(rows), len(classes), some(new) or "none")
     if not rows or not fits(value[: len(rows)], parameter[: len(rows)]):
         return None, 0
-    return parameter.index_put((torch.tensor([*rows]),), value[[*rows.values()]].to(parameter.dtype)), len(rows)
+    return parameter.index_put(
+        (torch.tensor([*rows]),), value[[*rows.values()]].to(parameter.dtype)
+    ), len(rows)
 
 
 def start_from(
@@ -71,7 +86,7 @@ def start_from(
     """Loads those weights of a checkpoint that fit ``model``, and logs what is done with the others.
 
     Args:
-        content: the checkpoint, see :func:`util.checkpoint.read_run`.
+        content: the checkpoint, see :func:`util.checkpoint.runs.read_run`.
         config: configuration of its model.
         ema: whether to take the averaged weights, if there are any.
         classes: names of the model's classes; see :func:`by_class`.
@@ -94,7 +109,10 @@ def start_from(
     # Files without an order have the only one that there was at first.
     there = config.get("channel_order", KL16_CHANNEL_ORDER if len(here) == 16 else sorted(here))
     # The number of positions of the class embedding is not stored, but follows from two shapes.
-    shapes = [getattr(weights.get(name), "shape", ()) for name in ("encoder_pos_embed_learned", "output_pos_embed")]
+    shapes = [
+        getattr(weights.get(name), "shape", ())
+        for name in ("encoder_pos_embed_learned", "output_pos_embed")
+    ]
     buffer = shapes[0][1] - shapes[1][1] if all(len(shape) == 3 for shape in shapes) else 0
     kinds = "kept", "kept in part", "resized", "drawn anew", "left out"
     done: dict[str, list[str]] = {kind: [] for kind in kinds}
@@ -107,7 +125,12 @@ def start_from(
                 value, rows = by_class(value, parameter, config.get("class_names"), classes, path)
                 if rows < len(parameter):
                     kind, count = "kept in part", rows * parameter.shape[1]
-            if name in POSITIONS and isinstance(value, Tensor) and value.ndim == 3 and value.shape != parameter.shape:
+            if (
+                name in POSITIONS
+                and isinstance(value, Tensor)
+                and value.ndim == 3
+                and value.shape != parameter.shape
+            ):
                 buffers = (buffer, model.config["buffer_size"]) if POSITIONS[name] else (0, 0)
                 value, kind = resized(value, *buffers, model.grid_size), "resized"
             if not fits(value, parameter) or (name.startswith(PLACES) and list(there) != here):
@@ -121,7 +144,9 @@ def start_from(
     everything = to_published(model.state_dict())
     done["left out"] = [name for name in weights if name not in everything]
     if not any(name.startswith(("encoder_blocks.", "decoder_blocks.")) for name in done["kept"]):
-        raise UserError(f"{path} is of another model: none of its transformer's weights fit. Check --model")
+        raise UserError(
+            f"{path} is of another model: none of its transformer's weights fit. Check --model"
+        )
     share = values / sum(each.numel() for each in learned.values())
     # Rounded down: 100.0% are all of them.
     log.info("starting from %s: %.1f%% of the parameters kept", path, math.floor(1000 * share) / 10)
@@ -149,7 +174,9 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     learned = to_published(dict(model.named_parameters()))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in learned):
-            raise UserError(f"--freeze {pattern} matches no parameter; there are {', '.join(grouped(list(learned)))}")
+            raise UserError(
+                f"--freeze {pattern} matches no parameter; there are {', '.join(grouped(list(learned)))}"
+            )
     frozen = [name for name in learned if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if len(frozen) == len(learned):
         raise UserError("--freeze leaves no parameter to train")
@@ -157,4 +184,6 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         learned[name].requires_grad_(False)
     if frozen:
         values = sum(learned[name].numel() for name in frozen)
-        log.info("frozen: %d of %d parameters, %.2fM values", len(frozen), len(learned), values / 1e6)
+        log.info(
+            "frozen: %d of %d parameters, %.2fM values", len(frozen), len(learned), values / 1e6
+        )

@@ -90,9 +90,14 @@ def advice(error: Exception, what: Address | str, doing: str) -> str | None:
             todo = "check the network and the account's rights (hf auth login), and start again"
             return f"cannot {doing} {what}: {reason(error)}; {todo}"
     if getattr(error, "errno", None) in DISK_FULL or "os error 28" in str(error):
-        return f"cannot {doing} {what}: the disk is full; free space, or set HF_HOME, and start again"
+        return (
+            f"cannot {doing} {what}: the disk is full; free space, or set HF_HOME, and start again"
+        )
     # Below the client, connections fail with errors of several libraries.
-    if isinstance(error, OSError | RuntimeError) or type(error).__module__.partition(".")[0] in CLIENTS:
+    if (
+        isinstance(error, OSError | RuntimeError)
+        or type(error).__module__.partition(".")[0] in CLIENTS
+    ):
         return f"cannot {doing} {what} ({reason(error)}); check the network and start again"
     return None
 
@@ -140,18 +145,30 @@ def fetch(address: str | Path | Address, names: Sequence[str] = (), **options) -
     """
     place = parse(address)
     folder = not place.path.endswith(SUFFIXES)
-    files = [f"{place.path}/{name}".lstrip("/") for name in names] if folder and names else [place.path]
+    files = (
+        [f"{place.path}/{name}".lstrip("/") for name in names] if folder and names else [place.path]
+    )
     # Those in the cache first: without a network the client tries the others for long.
     with explained(place):
-        places = sorted((place._replace(path=file) for file in files), key=lambda file: cached(file, **options) is None)
+        places = sorted(
+            (place._replace(path=file) for file in files),
+            key=lambda file: cached(file, **options) is None,
+        )
     for file in places[:-1]:
         if found := fetch_if_there(file, **options):
             return found
     try:
         return fetch_file(places[-1], **options)
     except UserError as error:
-        if folder and names and is_missing(error) and (there := holders(place, names, options.get("token"))):
-            raise UserError(f"{place} holds no {names[0]}, but there is {', '.join(there)}: name one") from error
+        if (
+            folder
+            and names
+            and is_missing(error)
+            and (there := holders(place, names, options.get("token")))
+        ):
+            raise UserError(
+                f"{place} holds no {names[0]}, but there is {', '.join(there)}: name one"
+            ) from error
         raise
 
 
@@ -166,7 +183,11 @@ def holders(place: Address, names: Sequence[str], token: str | bool | None) -> l
 
 def cached(place: Address, cache_dir: str | Path | None = None, **_) -> str | None:
     """The path of a file in the client's cache, None if it is not there."""
-    found = try_to_load_from_cache(place.repo, place.path, cache_dir, place.revision) if place.path else None
+    found = (
+        try_to_load_from_cache(place.repo, place.path, cache_dir, place.revision)
+        if place.path
+        else None
+    )
     return found if isinstance(found, str) else None
 
 
@@ -179,10 +200,16 @@ def fetch_file(place: Address, **options) -> Path:
         path = Path(hf_hub_download(place.repo, place.path, revision=place.revision, **options))
     # The client's link leads to a file, or a link into a common store, whose name is the hash that the Hub tells.
     blob = path.parent / path.readlink() if path.is_symlink() else path
-    if str(path) != before and len(blob.name) in (40, 64) and digest(blob, git=len(blob.name) == 40) != blob.name:
+    if (
+        str(path) != before
+        and len(blob.name) in (40, 64)
+        and digest(blob, git=len(blob.name) == 40) != blob.name
+    ):
         for damaged in (blob.resolve(), blob, path):
             damaged.unlink(missing_ok=True)
-        raise UserError(f"{place} arrived damaged: its hash is not what the Hub tells; start again to fetch it anew")
+        raise UserError(
+            f"{place} arrived damaged: its hash is not what the Hub tells; start again to fetch it anew"
+        )
     return path
 
 
@@ -206,7 +233,9 @@ def fetch_beside(address: str | Path | Address, found: Path, name: str, **option
     """Fetches ``name``, if there is such a file, from the folder and commit of ``found``, fetched from ``address``."""
     place = parse(address)
     folder = place.path.removesuffix(found.name).strip("/")
-    commit = found.parents[len(PurePosixPath(folder).parts)].name  # the cache has a folder for each commit
+    commit = found.parents[
+        len(PurePosixPath(folder).parts)
+    ].name  # the cache has a folder for each commit
     beside = place._replace(revision=commit, path=f"{folder}/{name}".lstrip("/"))
     known = try_to_load_from_cache(place.repo, beside.path, options.get("cache_dir"), commit)
     if known is None or isinstance(known, str):  # else the cache remembers that the Hub has none
@@ -218,4 +247,6 @@ def make_repo(repo_id: str, private: bool | None = None, token: str | None = Non
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if private and not api.model_info(repo_id).private:
-        raise UserError(f"{repo_id} is there already, and not private: choose another name, or change its settings")
+        raise UserError(
+            f"{repo_id} is there already, and not private: choose another name, or change its settings"
+        )

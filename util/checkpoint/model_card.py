@@ -10,7 +10,7 @@ from torch import nn
 
 from util.checkpoint import hub
 from util.config import KL16_LATENT_FACTOR
-from util.metrics import TITLES
+from util.metrics.compute import METRIC_TITLES
 from util.tables import markdown
 
 #: The card's template.
@@ -40,7 +40,10 @@ def model_card(
     data = copy.deepcopy(data)
     data.license = licence
     if tokenizer is None:
-        kl16 = model.config["vae_embed_dim"] == 16 and model.metadata.get("latent_factor") == KL16_LATENT_FACTOR
+        kl16 = (
+            model.config["vae_embed_dim"] == 16
+            and model.metadata.get("latent_factor") == KL16_LATENT_FACTOR
+        )
         tokenizer = f"hf://{hub.VAE_REPO}/kl16.ckpt" if kl16 else "path/to/its/tokenizer"
     return ModelCard.from_template(
         data,
@@ -61,8 +64,14 @@ def sizes_table(model: nn.Module) -> str:
     rows = [
         ["parameters", f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"],
         ["image", f"{c['img_size']} x {c['img_size']} pixels, {c['class_num']} classes"],
-        ["tokens", f"{model.seq_len} of {model.token_dim} channels, {c['quant_levels']} levels each"],
-        ["backbone", f"{c['encoder_depth']} + {c['decoder_depth']} blocks of width {c['encoder_embed_dim']}"],
+        [
+            "tokens",
+            f"{model.seq_len} of {model.token_dim} channels, {c['quant_levels']} levels each",
+        ],
+        [
+            "backbone",
+            f"{c['encoder_depth']} + {c['decoder_depth']} blocks of width {c['encoder_embed_dim']}",
+        ],
         ["head", f"{c['head']}, {c['channel_depth']} blocks of width {c['channel_embed_dim']}"],
         ["latent factor", model.metadata.get("latent_factor") or "the tokenizer's"],
     ]
@@ -71,7 +80,7 @@ def sizes_table(model: nn.Module) -> str:
 
 def figures_table(figures: Mapping[str, Any]) -> str:
     """A table of an evaluation's metrics and settings; empty if there are no metrics."""
-    metrics = [[title, figures[name]] for name, title in TITLES.items() if name in figures]
+    metrics = [[title, figures[name]] for name, title in METRIC_TITLES.items() if name in figures]
     settings = figures.get("settings", {})
     rows = metrics + [[name, settings[name]] for name in SETTINGS if settings.get(name) is not None]
     return markdown(["metric", "value"], rows) if metrics else ""

@@ -34,7 +34,11 @@ def take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"tensor": path}
     if isinstance(value, Mapping):
         prefix = f"{path}." if path else ""
-        return {"dict": [[key, take_tensors(each, f"{prefix}{key}", tensors)] for key, each in value.items()]}
+        return {
+            "dict": [
+                [key, take_tensors(each, f"{prefix}{key}", tensors)] for key, each in value.items()
+            ]
+        }
     if isinstance(value, list | tuple):
         each = [take_tensors(entry, f"{path}.{i}", tensors) for i, entry in enumerate(value)]
         return {"list" if isinstance(value, list) else "tuple": each}
@@ -73,13 +77,17 @@ def write(path: str | Path, content: Mapping[str, Any]) -> None:
     write_tensors(path, tensors, {TREE: tree, TREE_CHECKSUM: str(zlib.crc32(tree.encode()))})
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes tensors under their names, with their checksums, whole or not at all; any program can read them."""
     saved, places = {}, set()
     for name, value in tensors.items():
         value = value.detach().cpu().contiguous()
         place = value.untyped_storage().data_ptr()
-        saved[name] = value.clone() if place in places else value  # the format refuses tensors that share memory
+        saved[name] = (
+            value.clone() if place in places else value
+        )  # the format refuses tensors that share memory
         places.add(place)
     checksums = json.dumps({name: zlib.crc32(tensor_bytes(value)) for name, value in saved.items()})
     with written_whole(path) as file:
@@ -102,6 +110,8 @@ def read(path: str | Path, checksums: bool = True) -> dict[str, Any]:
     if TREE not in metadata:
         return {"model": tensors}
     # Files of earlier versions have no checksum of the text.
-    if TREE_CHECKSUM in metadata and metadata[TREE_CHECKSUM] != str(zlib.crc32(metadata[TREE].encode())):
+    if TREE_CHECKSUM in metadata and metadata[TREE_CHECKSUM] != str(
+        zlib.crc32(metadata[TREE].encode())
+    ):
         raise ValueError("the checksum of its description is wrong")
     return put_tensors(json.loads(metadata[TREE]), tensors)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from util import checkpoint, launcher
+from util import launcher
+from util.checkpoint.files import Stamp, save_checkpoint
 from util.errors import reason
-from util.misc import log
+from util.log import log
 
 #: Seconds until a file that could not be written is tried again, at first, and at most: each pause doubles.
 PAUSE, LONGEST_PAUSE = 30.0, 600.0
@@ -35,14 +36,18 @@ def snapshot(value: Any, copies: dict[int, torch.UntypedStorage] | None = None) 
     storage = value.untyped_storage()
     if storage.data_ptr() not in copies:
         # A GPU sends to pinned memory at the speed of its bus; PyTorch keeps that memory for the next checkpoint.
-        host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.is_cuda).untyped_storage()
+        host = torch.empty(
+            storage.nbytes(), dtype=torch.uint8, pin_memory=storage.is_cuda
+        ).untyped_storage()
         copies[storage.data_ptr()] = host.copy_(storage, non_blocking=storage.is_cuda)
     host = copies[storage.data_ptr()]
-    return torch.empty(0, dtype=value.dtype).set_(host, value.storage_offset(), value.size(), value.stride())
+    return torch.empty(0, dtype=value.dtype).set_(
+        host, value.storage_offset(), value.size(), value.stride()
+    )
 
 
 class Saver:
-    """Writes one checkpoint after another as :func:`util.checkpoint.save` does, in a thread.
+    """Writes one checkpoint after another as :func:`util.checkpoint.files.save_checkpoint` does, in a thread.
 
     A thread is enough: ``torch.save`` computes checksums and writes without Python's lock. The interpreter's end waits
     for it; a killed process leaves the file before, whole.
@@ -60,7 +65,7 @@ class Saver:
         self._failing = False  # the last attempt has failed
         self._wake, self._replaced = threading.Event(), False
         #: The stamp of the newest file known to be whole: the one that the run was resumed from, or wrote last.
-        self.whole: checkpoint.Stamp | None = None
+        self.whole: Stamp | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -74,7 +79,11 @@ class Saver:
             log.error("%s; the run ends for another reason", reason(failed))
 
     def save(
-        self, path: Path, content: dict[str, Any], keep_last: int, wanted: Callable[[], bool] = lambda: True
+        self,
+        path: Path,
+        content: dict[str, Any],
+        keep_last: int,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> None:
         """Start to write ``content`` as it is now, once the file before is written or given up.
 
@@ -97,18 +106,24 @@ class Saver:
         self._failing = self._replaced = False
         self._writing = self._thread.submit(self._write, path, content, keep_last, wanted)
 
-    def _write(self, path: Path, content: dict[str, Any], keep_last: int, wanted: Callable[[], bool]) -> None:
+    def _write(
+        self, path: Path, content: dict[str, Any], keep_last: int, wanted: Callable[[], bool]
+    ) -> None:
         pause = PAUSE
         while wanted():
             try:
-                self.whole = checkpoint.save(path, content, keep_last, self.whole)
+                self.whole = save_checkpoint(path, content, keep_last, self.whole)
                 launcher.note_saved(path)
                 return
             except Exception as error:
                 if self._wake.is_set() and not self._replaced:
                     raise
                 self._failing = True
-                log.warning("%s; training goes on, the checkpoint is tried again in %d s", reason(error), pause)
+                log.warning(
+                    "%s; training goes on, the checkpoint is tried again in %d s",
+                    reason(error),
+                    pause,
+                )
             self._wake.wait(pause)
             if self._replaced:
                 return

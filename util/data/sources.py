@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from util import distributed
 from util.errors import UserError, reason
-from util.misc import is_main_process, log, warn
+from util.log import log, warn
 
 #: The one class of images that have none: a folder of caches, and the label 0.
 UNLABELED = "images"
@@ -87,7 +88,9 @@ UPRIGHT = {
 }
 
 
-def read_image(file: str | Path | BinaryIO | Image.Image, name: str = "", max_pixels: float = math.inf) -> Image.Image:
+def read_image(
+    file: str | Path | BinaryIO | Image.Image, name: str = "", max_pixels: float = math.inf
+) -> Image.Image:
     """Return the image in ``file``, or an open one, as RGB: upright, and over white where it is transparent.
 
     See :func:`read_upright` for arguments, modes and errors.
@@ -120,7 +123,9 @@ def read_upright(
                 upright = in_bytes(upright, image.format)
             if upright.mode == "La":  # Pillow converts it to nothing else
                 upright = upright.convert("LA")
-            transparent = upright.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in upright.info
+            transparent = (
+                upright.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in upright.info
+            )
             if upright.mode == "P":
                 transparent |= upright.palette.mode.endswith("A")
             return upright.convert("RGBA" if transparent else "RGB")
@@ -128,7 +133,9 @@ def read_upright(
         raise UserError(f"no image at {in_one_line(name or file)}; check the path") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         why = why_no_image(file) if isinstance(error, UnidentifiedImageError) else reason(error)
-        raise UserError(f"cannot read image {in_one_line(name or file)} ({why}); replace or remove it") from error
+        raise UserError(
+            f"cannot read image {in_one_line(name or file)} ({why}); replace or remove it"
+        ) from error
 
 
 def orientation(image: Image.Image) -> int:
@@ -150,13 +157,17 @@ def in_bytes(image: Image.Image, file_format: str | None) -> Image.Image:
     """
     values = np.asarray(image)
     if values.dtype.kind == "f":
-        raise ValueError(f"values of mode {image.mode}, floating point, have no known range: save them with 8 bits")
+        raise ValueError(
+            f"values of mode {image.mode}, floating point, have no known range: save them with 8 bits"
+        )
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"values of mode {image.mode} outside 16 bits")
     wide = image.mode.startswith("I;16") or file_format in ("PNG", "PPM") or values.max() > 255
     gray = Image.fromarray(np.round(values / (257 if wide else 1)).astype(np.uint8))
     if "transparency" in image.info:
-        gray.putalpha(Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255))
+        gray.putalpha(
+            Image.fromarray((values != image.info["transparency"]).astype(np.uint8) * 255)
+        )
     return gray
 
 
@@ -174,7 +185,15 @@ def why_no_image(file: Any) -> str:
         head = content.read(12)
     if not head:
         return "it is empty"
-    heic = head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+    heic = head[4:8] == b"ftyp" and head[8:12] in (
+        b"heic",
+        b"heix",
+        b"heim",
+        b"heis",
+        b"hevc",
+        b"mif1",
+        b"msf1",
+    )
     return f"it is {HEIC}" if heic else "it is none"
 
 
@@ -195,7 +214,9 @@ def existing_folder(root: str | Path, what: str) -> Path:
     return root
 
 
-def find_files(root: str | Path, endings: tuple[str, ...] = ENDINGS) -> tuple[dict[str, list[str]], Counter[str]]:
+def find_files(
+    root: str | Path, endings: tuple[str, ...] = ENDINGS
+) -> tuple[dict[str, list[str]], Counter[str]]:
     """Find files by their endings in a folder and its subfolders, those behind links included.
 
     Hidden and system files and folders are left out, and links that lead to a folder above. No file is opened or asked
@@ -239,10 +260,17 @@ def find_files(root: str | Path, endings: tuple[str, ...] = ENDINGS) -> tuple[di
     try:
         walk(str(root), frozenset(map(str, Path(root).resolve().parents)))
     except OSError as error:
-        raise UserError(f"cannot read folder {in_one_line(error.filename)}: {error.strerror}") from error
+        raise UserError(
+            f"cannot read folder {in_one_line(error.filename)}: {error.strerror}"
+        ) from error
     if twice:
         same = read_as[os.path.realpath(twice[0])]
-        warn("%d folders are read twice, by links: %s is %s", len(twice), in_one_line(twice[0]), in_one_line(same))
+        warn(
+            "%d folders are read twice, by links: %s is %s",
+            len(twice),
+            in_one_line(twice[0]),
+            in_one_line(same),
+        )
     return found, skipped
 
 
@@ -283,7 +311,9 @@ def describe_skipped(skipped: Mapping[str, int]) -> str:
     return f"{text} ({HEIC_ENDINGS[0]} is {HEIC})" if heic else text
 
 
-def report_found(root: str | Path, count: int, classes: list[str], skipped: Mapping[str, int]) -> None:
+def report_found(
+    root: str | Path, count: int, classes: list[str], skipped: Mapping[str, int]
+) -> None:
     """Log what a folder or data set holds; rank 0 does."""
     what = f"{count} images"
     if classes != [UNLABELED]:
@@ -336,7 +366,9 @@ class Folder:
     def name(self, index: int) -> str:
         """``class/file`` of image ``index``."""
         path = Path(self.samples[index][0]).relative_to(self.root)
-        return str(UNLABELED / path if self.classes == [UNLABELED] and len(path.parts) == 1 else path)
+        return str(
+            UNLABELED / path if self.classes == [UNLABELED] and len(path.parts) == 1 else path
+        )
 
 
 class AllImages(Folder):
@@ -366,7 +398,9 @@ def holds_rows(path: str | Path) -> bool:
     if str(path).startswith("hf:/") or Path(path).suffix == ".parquet":
         return True
     # Beside train/ a parquet file may be anything.
-    patterns = ("train/*.parquet",) if (Path(path) / "train").is_dir() else ("*.parquet", "data/*.parquet")
+    patterns = (
+        ("train/*.parquet",) if (Path(path) / "train").is_dir() else ("*.parquet", "data/*.parquet")
+    )
     return any(True for pattern in patterns for _ in Path(path).glob(pattern))
 
 
@@ -389,15 +423,25 @@ class Rows:
             the number of a class, or it is not clear which column holds labels.
     """
 
-    def __init__(self, root: str | Path, split: str, image_column: str | None = None, label_column: str | None = None):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str,
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ):
         self.root = str(root)
         table, split = open_table(self.root, split)
         self.column = find_column(self.root, table, "image", image_column)
         if self.column is None:
             raise UserError(f"{root} has no column of images: its columns are {described(table)}")
         column = find_labels(self.root, table, self.column, label_column)
-        self.classes, labels = ([UNLABELED], [0] * len(table)) if column is None else self._labels(table, column)
-        self.samples = [(f"{self.classes[label]}/{split}-{row:08d}", label) for row, label in enumerate(labels)]
+        self.classes, labels = (
+            ([UNLABELED], [0] * len(table)) if column is None else self._labels(table, column)
+        )
+        self.samples = [
+            (f"{self.classes[label]}/{split}-{row:08d}", label) for row, label in enumerate(labels)
+        ]
         what = f"{root}, split {split}, images in {self.column}, labels in {column or 'none'}"
         report_found(what, len(table), self.classes, {})
         self.table = table.select_columns([self.column])
@@ -414,14 +458,18 @@ class Rows:
         for row, label in enumerate(labels):
             if label is None or not 0 <= label < limit:
                 what = f"row {row} of {self.root} has {label} in column {column}"
-                raise UserError(f"{what}, which is no class's number; name another with --label_column")
+                raise UserError(
+                    f"{what}, which is no class's number; name another with --label_column"
+                )
         count = limit if names is not None else max(labels) + 1
         digits = len(str(count - 1))
         if names is None:
             return [f"{label:0{digits}d}" for label in range(count)], labels
         if names == sorted(names) and all(re.fullmatch(r"[^./][^/]*", name) for name in names):
             return names, labels
-        return [f"{label:0{digits}d} {name.replace('/', '_')}" for label, name in enumerate(names)], labels
+        return [
+            f"{label:0{digits}d} {name.replace('/', '_')}" for label, name in enumerate(names)
+        ], labels
 
     def read(self, index: int) -> Image.Image:
         """Image ``index``; UserError if it cannot be read."""
@@ -445,13 +493,17 @@ def open_table(root: str, split: str) -> tuple[Any, str]:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise UserError(f"{root} needs a package that is not installed: pip install datasets") from error
-    if not is_main_process():
+        raise UserError(
+            f"{root} needs a package that is not installed: pip install datasets"
+        ) from error
+    if not distributed.is_main_process():
         datasets.disable_progress_bars()
     if address := ADDRESS.fullmatch(root):
         place = address.groupdict()
     elif root.startswith("hf:/"):
-        raise UserError(f"{root} is no data set on the Hub: write hf://datasets/owner/name[@revision][/configuration]")
+        raise UserError(
+            f"{root} is no data set on the Hub: write hf://datasets/owner/name[@revision][/configuration]"
+        )
     elif Path(root).is_dir():
         place = {"path": os.path.abspath(root)}
     else:
@@ -471,12 +523,16 @@ def open_table(root: str, split: str) -> tuple[Any, str]:
     except UserError:
         raise
     except Exception as error:  # files, formats and the network fail in many ways
-        generic = isinstance(error, datasets.exceptions.DatasetGenerationError)  # its cause tells what happened
+        generic = isinstance(
+            error, datasets.exceptions.DatasetGenerationError
+        )  # its cause tells what happened
         cause = (error.__cause__ if generic else None) or error
         why = textwrap.shorten(str(cause) or type(cause).__name__, 300)  # some messages are tables
         files = "the network, and the account (hf auth login)" if address else "path and files"
         disk = f"the disk of {datasets.config.HF_DATASETS_CACHE}"
-        raise UserError(f"cannot open {root} ({why}); check {files}, or {disk}, and start again") from error
+        raise UserError(
+            f"cannot open {root} ({why}); check {files}, or {disk}, and start again"
+        ) from error
 
 
 def holds(feature: Any) -> str:
@@ -508,7 +564,9 @@ def find_column(root: str, table, what: str, named: str | None) -> str | None:
     there = {name: holds(feature) for name, feature in table.features.items()}
     if named is not None:
         if there.get(named) not in kinds:
-            raise UserError(f"--{what}_column {named}: {root} has no such column of {what}s, but {described(table)}")
+            raise UserError(
+                f"--{what}_column {named}: {root} has no such column of {what}s, but {described(table)}"
+            )
         return named
 
     def rank(name: str) -> int:
@@ -516,7 +574,11 @@ def find_column(root: str, table, what: str, named: str | None) -> str | None:
 
     # Types that hold images or classes and nothing else count under any name.
     sure = ("images", "bytes", "classes")
-    found = [name for name, kind in there.items() if kind in kinds and (kind in sure or rank(name) < len(usual))]
+    found = [
+        name
+        for name, kind in there.items()
+        if kind in kinds and (kind in sure or rank(name) < len(usual))
+    ]
     return min(found, key=lambda name: (kinds.index(there[name]), rank(name)), default=None)
 
 
@@ -534,8 +596,15 @@ def find_labels(root: str, table, image_column: str, named: str | None) -> str |
         return column
     for name, feature in table.features.items():
         kind = holds(feature)
-        few = kind in ("strings", "booleans") and len(table.data.column(name).unique()) <= len(table) // 2
-        if name != image_column and kind not in COLUMNS["image"][0] and (few or LABEL_LIKE.search(name)):
+        few = (
+            kind in ("strings", "booleans")
+            and len(table.data.column(name).unique()) <= len(table) // 2
+        )
+        if (
+            name != image_column
+            and kind not in COLUMNS["image"][0]
+            and (few or LABEL_LIKE.search(name))
+        ):
             usable = kind in COLUMNS["label"][0]
             how = f"pass --label_column {name}" if usable else "make them integers or strings"
             raise UserError(
@@ -563,7 +632,9 @@ def find_split(root: str | Path, names: Iterable[str], split: str) -> str | None
         found = sorted(name for name in names if name.lower() in group)
         if len(found) > 1:
             both = " and ".join(found)
-            raise UserError(f"{root} has {both}, either of which may be the split {split}: rename or move one of them")
+            raise UserError(
+                f"{root} has {both}, either of which may be the split {split}: rename or move one of them"
+            )
         if found:
             return found[0]
     return None
@@ -576,16 +647,25 @@ def find_split_folders(root: Path) -> dict[str, Path]:
         UserError: it is not clear whether folders are splits or classes, or which is a split.
     """
     with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if not is_hidden(entry.name) and entry.is_dir())
+        names = sorted(
+            entry.name for entry in entries if not is_hidden(entry.name) and entry.is_dir()
+        )
     found = {split: name for split in SPLITS if (name := find_split(root, names, split))}
-    alike = {split: [name for name in names if pattern.fullmatch(name)] for split, pattern in SPLIT_LIKE.items()}
+    alike = {
+        split: [name for name in names if pattern.fullmatch(name)]
+        for split, pattern in SPLIT_LIKE.items()
+    }
     one_class = "if they are classes, put all class folders into a folder train/"
     if not found and all(alike.values()):
         both = " and ".join(each[0] for each in alike.values())
-        raise UserError(f"{root} has {both}: if these are splits, rename them to train and val; {one_class}")
+        raise UserError(
+            f"{root} has {both}: if these are splits, rename them to train and val; {one_class}"
+        )
     if len(found) == 1:  # else both splits, which no two classes are called
         (split,) = found.values()
-        others = [name for name in names if name != split and name.lower() not in chain(*SPLITS["val"])]
+        others = [
+            name for name in names if name != split and name.lower() not in chain(*SPLITS["val"])
+        ]
         others = [in_one_line(name) for name in others if any(find_files(root / name)[0].values())]
         if others:
             raise UserError(
@@ -626,11 +706,16 @@ def open_images(
     if split == "val" and isinstance(root, Path):
         train = find_split_folders(Path(path)).get("train")
         if train is not None and train.resolve() == root.resolve():
-            warn("%s is the folder of the training images: measures of it are not held-out ones", root)
+            warn(
+                "%s is the folder of the training images: measures of it are not held-out ones",
+                root,
+            )
     return Folder(root) if isinstance(root, Path) else Rows(root, split, image_column, label_column)
 
 
 def open_unlabeled(path: str | Path) -> AllImages | Rows:
     """The training images in ``path``, whatever their classes; UserError if there are none."""
     root = images_root(path, "train")
-    return AllImages(root) if isinstance(root, Path) else Rows(root, "train", label_column=NO_LABELS)
+    return (
+        AllImages(root) if isinstance(root, Path) else Rows(root, "train", label_column=NO_LABELS)
+    )

@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 
 from util.errors import UserError
 from util.files import written_whole
-from util.misc import double
+from util.precision import double
 
 SETTINGS = "tokenbridge"  # keyword of the text in PNGs
 
@@ -48,11 +48,15 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, SyntaxError, Image.DecompressionBombError):
         settings = None
     if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings: choose a PNG that this project made and no other program has saved")
+        raise UserError(
+            f"{path} holds no settings: choose a PNG that this project made and no other program has saved"
+        )
     return settings
 
 
-def save_grid(images: Tensor, path: str | Path, columns: int, titles: Sequence[str] = (), min_size: int = 64) -> None:
+def save_grid(
+    images: Tensor, path: str | Path, columns: int, titles: Sequence[str] = (), min_size: int = 64
+) -> None:
     """Writes bytes ``[N, 3, H, W]`` as one picture, row by row, each column below its title.
 
     Images of fewer than ``min_size`` pixels are enlarged.
@@ -63,7 +67,9 @@ def save_grid(images: Tensor, path: str | Path, columns: int, titles: Sequence[s
     margin = 16 if titles else 0
     picture = Image.fromarray(np.pad(grid, ((margin, 0), (0, 0), (0, 0)), constant_values=255))
     for column, title in enumerate(titles):
-        ImageDraw.Draw(picture).text((4 + column * (images.shape[-1] + 2), 2), title, fill=(0, 0, 0))
+        ImageDraw.Draw(picture).text(
+            (4 + column * (images.shape[-1] + 2), 2), title, fill=(0, 0, 0)
+        )
     with written_whole(path) as file:
         picture.save(file, format="png")
 
@@ -72,7 +78,9 @@ def confidence_maps(values: Tensor, size: int) -> Tensor:
     """Maps ``[N, h, w]`` as coloured bytes ``[N, 3, size, size]``, each from dark (its lowest value) to bright."""
     low, high = values.amin(dim=(1, 2), keepdim=True), values.amax(dim=(1, 2), keepdim=True)
     shares = ((values - low) / (high - low).clamp(min=1e-12)).numpy()
-    colours = torch.from_numpy(matplotlib.colormaps["viridis"](shares, bytes=True)[..., :3].copy()).permute(0, 3, 1, 2)
+    colours = torch.from_numpy(
+        matplotlib.colormaps["viridis"](shares, bytes=True)[..., :3].copy()
+    ).permute(0, 3, 1, 2)
     return F.interpolate(colours, size=(size, size), mode="nearest")
 
 

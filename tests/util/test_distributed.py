@@ -13,9 +13,12 @@ import torch.distributed as dist
 
 from tests.conftest import ROOT, SHORT, TINY, scalars
 from tests.processes import forked, in_processes
-from util import errors, misc
+from util import distributed, errors
+from util.checksums import checksum
 from util.errors import ToldByMain, UserError
+from util.process_group import process_group
 from util.rng import seed_everything
+from util.signals import StopSignals
 
 
 def test_every_part_of_a_seed_counts():
@@ -33,28 +36,40 @@ def test_every_part_of_a_seed_counts():
 def test_shares_come_back_in_order():
     # 11 rows over 3 processes, each holding rank, rank + 3, ...
     rows = torch.arange(22.0).view(11, 2)
-    shares = [torch.cat([rows[rank::3], torch.zeros(4 - len(rows[rank::3]), 2)]) for rank in range(3)]
+    shares = [
+        torch.cat([rows[rank::3], torch.zeros(4 - len(rows[rank::3]), 2)]) for rank in range(3)
+    ]
 
     def all_gather(out, own):
         for place, share in zip(out, shares, strict=True):
             place.copy_(share)
 
-    with mock.patch("util.misc.get_world_size", return_value=3), mock.patch("torch.distributed.all_gather", all_gather):
-        assert torch.equal(misc.gather_shares(rows[1::3], 11), rows)
+    with (
+        mock.patch("util.distributed.get_world_size", return_value=3),
+        mock.patch("torch.distributed.all_gather", all_gather),
+    ):
+        assert torch.equal(distributed.gather_rows(rows[1::3], 11), rows)
 
 
 def test_the_main_process_decides_for_all_and_its_error_ends_all():
-    assert in_processes(3, lambda rank: misc.by_main_process(lambda: f"from {rank}")) == ["from 0"] * 3
+    assert (
+        in_processes(3, lambda rank: distributed.on_rank_0(lambda: f"from {rank}"))
+        == ["from 0"] * 3
+    )
 
     def fail(rank: int) -> None:
         def work() -> None:
             raise UserError(f"mend it {rank}")
 
-        misc.by_main_process(work)
+        distributed.on_rank_0(work)
 
     answers = in_processes(3, fail)
     assert [str(answer) for answer in answers] == ["mend it 0"] * 3
-    assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]  # which alone is printed
+    assert [type(answer) for answer in answers] == [
+        UserError,
+        ToldByMain,
+        ToldByMain,
+    ]  # which alone is printed
 
 
 def test_an_error_of_any_process_ends_all_and_names_its_host():
@@ -66,35 +81,50 @@ def test_an_error_of_any_process_ends_all_and_names_its_host():
                 raise UserError(f"mend it {rank}")
             return rank
 
-        return misc.in_all_processes(fail)
+        return distributed.on_all_ranks(fail)
 
     assert in_processes(3, lambda rank: work(rank, 3)) == [0, 1, 2]
     answers = in_processes(3, lambda rank: work(rank, 1))
-    assert [str(answer) for answer in answers] == ["mend it 1 (2 of 3 processes, on host1, host2)"] * 3
+    assert [str(answer) for answer in answers] == [
+        "mend it 1 (2 of 3 processes, on host1, host2)"
+    ] * 3
     assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]
 
 
-@pytest.mark.parametrize("together, statuses", [(misc.in_all_processes, [2, 1]), (misc.by_main_process, [1, 2])])
-def test_an_unexpected_error_ends_all_too_with_its_traceback_where_it_happened(capfd, together, statuses):
+@pytest.mark.parametrize(
+    "together, statuses", [(distributed.on_all_ranks, [2, 1]), (distributed.on_rank_0, [1, 2])]
+)
+def test_an_unexpected_error_ends_all_too_with_its_traceback_where_it_happened(
+    capfd, together, statuses
+):
     failing = statuses.index(1)
 
     def work() -> None:
-        if misc.get_rank() == failing:
+        if distributed.get_rank() == failing:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     def main() -> None:
-        with misc.processes("cpu"):
+        with process_group("cpu"):
             together(work)
 
     assert forked(2, lambda rank: errors.run(main))[1] == statuses
     said = capfd.readouterr().err
     assert said.count("Traceback") == 1
-    assert ("error: OutOfMemoryError: CUDA out of memory (1 of 2 processes" in said) == (failing == 1)
+    assert ("error: OutOfMemoryError: CUDA out of memory (1 of 2 processes" in said) == (
+        failing == 1
+    )
 
 
 def test_values_that_differ_end_all_processes():
-    assert in_processes(3, lambda rank: misc.check_same({"--lr": 0.1, "--seed": 1}, "start alike")) == [None] * 3
-    answers = in_processes(3, lambda rank: misc.check_same({"--lr": 0.1, "--seed": rank // 2}, "start alike"))
+    assert (
+        in_processes(
+            3, lambda rank: distributed.check_equal({"--lr": 0.1, "--seed": 1}, "start alike")
+        )
+        == [None] * 3
+    )
+    answers = in_processes(
+        3, lambda rank: distributed.check_equal({"--lr": 0.1, "--seed": rank // 2}, "start alike")
+    )
     assert all("--seed is 0 in process 0, but 1 in process 2" in str(answer) for answer in answers)
     assert "1 of 3 processes differ" in str(answers[0]) and str(answers[0]).endswith("start alike")
     assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]
@@ -104,7 +134,7 @@ def test_processes_stop_after_the_same_step_without_another_network(monkeypatch)
     monkeypatch.setattr(dist, "new_group", None)  # whose sockets a cluster may not have
 
     def train(rank: int) -> int:
-        with misc.StopSignals(torch.device("cpu")) as signals:
+        with StopSignals(torch.device("cpu")) as signals:
             for step in range(10):
                 if rank == 1 and step == 4:
                     signal.raise_signal(signal.SIGUSR1)
@@ -142,7 +172,10 @@ def test_a_run_needs_nothing_that_only_linux_has(cached, tmp_path):
     flags = f"{TINY.replace('--num_workers 0', '--num_workers 1')} {SHORT} --epochs 1 --use_cached --device cpu"
     command = f"main_tokenbridge.py {flags} --cached_path {cached} --output_dir {tmp_path}/run"
     ended = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, *command.split()], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", ELSEWHERE, *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert ended.returncode == 0, ended.stderr
     assert math.isnan(scalars(tmp_path / "run", "speed/memory_gib").popitem()[1])
@@ -151,11 +184,11 @@ def test_a_run_needs_nothing_that_only_linux_has(cached, tmp_path):
 
 def test_a_checksum_tells_one_bit_and_what_changed_places():
     tensors = [torch.randn(5), torch.randn(2, 3).bfloat16(), torch.arange(4), torch.ones(2).bool()]
-    sums = [misc.checksum(tensors)]
+    sums = [checksum(tensors)]
     tensors[0].view(torch.int32)[3] ^= 1 << 31
-    sums.append(misc.checksum(tensors))
+    sums.append(checksum(tensors))
     tensors[2] += torch.tensor([0, 0, 1, 0])
-    sums.append(misc.checksum(tensors))
+    sums.append(checksum(tensors))
     same_kind = [torch.zeros(2), torch.ones(2)]
-    sums += [misc.checksum(same_kind), misc.checksum(same_kind[::-1])]
+    sums += [checksum(same_kind), checksum(same_kind[::-1])]
     assert len(set(sums)) == 5 and all(len(each) == 16 for each in sums)

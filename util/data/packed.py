@@ -17,18 +17,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from util import misc
+from util.data.caches import CACHE_METADATA, PACKED_METADATA, VIEWS, CachedFolder, cached_file
+from util.data.datasets import TrainingItems
+from util.data.sources import existing_folder
 from util.errors import UserError
 from util.files import flush_all, read_json, write_json, written_whole
-from util.loader import (
-    CACHE_METADATA,
-    PACKED_METADATA,
-    VIEWS,
-    CachedFolder,
-    TrainingItems,
-    cached_file,
-    existing_folder,
-)
+from util.log import progress_bar
 
 #: Values of ``--cache_dtype``: torch's type, and the type of the file, since NumPy has no bfloat16.
 DTYPES = {
@@ -43,7 +37,7 @@ SHARD = "shard-{:05d}.npy"
 
 
 class PackedCache(TrainingItems, Dataset):
-    """A packed cache; items are those of :class:`util.loader.CachedFolder`.
+    """A packed cache; items are those of :class:`util.data.caches.CachedFolder`.
 
     Attributes:
         metadata, shape: as of a CachedFolder.
@@ -66,10 +60,15 @@ class PackedCache(TrainingItems, Dataset):
             labels = {name: label for label, name in enumerate(self.classes)}
             self.samples = [(name, labels[name.split("/", 1)[0]]) for name in names]
             self.checksums = np.load(self.root / "checksums.npy", allow_pickle=False)
-            if sum(self.sizes) != len(self.samples) or self.checksums.shape != (len(self.samples), 2):
+            if sum(self.sizes) != len(self.samples) or self.checksums.shape != (
+                len(self.samples),
+                2,
+            ):
                 raise ValueError("its parts are of different lengths")
         except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError) as error:
-            raise UserError(f"{self.root} is a damaged packed cache ({error}); make it anew") from error
+            raise UserError(
+                f"{self.root} is a damaged packed cache ({error}); make it anew"
+            ) from error
         self.starts = np.cumsum([0, *self.sizes])
         self.stored, self.shape = stored, stored
         self.shards: list[np.ndarray | None] = [None] * len(self.sizes)
@@ -88,7 +87,9 @@ class PackedCache(TrainingItems, Dataset):
             try:
                 shard = np.lib.format.open_memmap(path, mode="r")
                 if shard.shape != expected or shard.dtype != self.stored_dtype:
-                    raise ValueError(f"{shard.dtype} {list(shard.shape)}, expected {list(expected)}")
+                    raise ValueError(
+                        f"{shard.dtype} {list(shard.shape)}, expected {list(expected)}"
+                    )
             except (OSError, ValueError) as error:
                 raise UserError(f"cannot read {path} ({error}); pack the cache anew") from error
             self.shards[number] = shard
@@ -127,19 +128,25 @@ def open_cache(root: str | Path, mirror: bool = True) -> CachedFolder | PackedCa
 
 def both_views(cache: CachedFolder | PackedCache, indices: list[int]) -> Tensor:
     """Moments of images and of their mirror images, ``[N, 2, 2C, h, w]``."""
-    return torch.stack([torch.stack([cache.view(index, which) for which in (0, 1)]) for index in indices])
+    return torch.stack(
+        [torch.stack([cache.view(index, which) for which in (0, 1)]) for index in indices]
+    )
 
 
 def read_all(cache: CachedFolder | PackedCache, num_workers: int) -> Iterator[Tensor]:
     """Both views, ``[2, 2C, h, w]``, of one image after the other, with a progress bar."""
     numbers: Any = range(len(cache))  # as good as a Dataset
-    loader = DataLoader(numbers, 256, num_workers=num_workers, collate_fn=partial(both_views, cache))
-    with misc.progress(loader, unit="batch", desc="converting") as batches:
+    loader = DataLoader(
+        numbers, 256, num_workers=num_workers, collate_fn=partial(both_views, cache)
+    )
+    with progress_bar(loader, unit="batch", desc="converting") as batches:
         for batch in batches:
             yield from batch
 
 
-def pack(cache: CachedFolder, root: str | Path, dtype: str, shard_images: int, num_workers: int) -> None:
+def pack(
+    cache: CachedFolder, root: str | Path, dtype: str, shard_images: int, num_workers: int
+) -> None:
     """Writes ``cache`` as a packed one to ``root``.
 
     ``packed.json`` is written last, so that a folder whose packing was interrupted is not taken for a cache.
@@ -154,20 +161,32 @@ def pack(cache: CachedFolder, root: str | Path, dtype: str, shard_images: int, n
     checksums, images = [], read_all(cache, num_workers)
     for number, size in enumerate(sizes):
         with written_whole(root / SHARD.format(number)) as file:
-            header = {"descr": np.lib.format.dtype_to_descr(np.dtype(numpy_dtype)), "fortran_order": False}
+            header = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(numpy_dtype)),
+                "fortran_order": False,
+            }
             np.lib.format.write_array_header_2_0(file, {**header, "shape": (size, 2, *cache.shape)})
             for views in islice(images, size):
                 views = views.to(torch_dtype)
                 if not views.isfinite().all():
-                    raise UserError(f"moments of {cache.root} pass the range of {dtype}; choose bf16 or fp32")
+                    raise UserError(
+                        f"moments of {cache.root} pass the range of {dtype}; choose bf16 or fp32"
+                    )
                 values = (views.view(torch.uint16) if dtype == "bf16" else views).numpy()
                 checksums.append([zlib.crc32(view) for view in values])
                 file.write(values.tobytes())
     with written_whole(root / "checksums.npy") as file:
         np.save(file, np.array(checksums, dtype=np.uint32))
     write_json(root / "names.json", [cache.name(index) for index in range(len(cache))], indent=None)
-    metadata = {"dtype": dtype, "shape": list(cache.shape), "shards": sizes, "classes": cache.classes}
-    write_json(root / PACKED_METADATA, {**cache.metadata, **metadata, "images": len(cache)}, indent=None)
+    metadata = {
+        "dtype": dtype,
+        "shape": list(cache.shape),
+        "shards": sizes,
+        "classes": cache.classes,
+    }
+    write_json(
+        root / PACKED_METADATA, {**cache.metadata, **metadata, "images": len(cache)}, indent=None
+    )
 
 
 def unpack(cache: PackedCache, root: str | Path, num_workers: int) -> None:

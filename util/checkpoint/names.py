@@ -22,7 +22,9 @@ def to_published(state: Mapping[str, Any]) -> dict[str, Any]:
 
     Names that are published already, and those of other models, stay as they are.
     """
-    names = {name: name.split(".", 1)[1] if name.split(".", 1)[0] in PARTS else name for name in state}
+    names = {
+        name: name.split(".", 1)[1] if name.split(".", 1)[0] in PARTS else name for name in state
+    }
     return {names[name]: state[name] for name in sorted(state, key=lambda name: "." in names[name])}
 
 

@@ -15,23 +15,32 @@ if __name__ == "__main__":
 from models.editing import outpainted
 from models.pipeline import TokenBridgePipeline
 from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions
-from util import errors, misc
+from util import errors
 from util.args import add_device_arg, add_sampling_args, check_positive, check_range, new_parser
+from util.data.images import png_settings
 from util.files import written_whole
-from util.images import png_settings
+from util.log import log
+from util.precision import PRECISIONS
+from util.process_group import process_group
 
 GIF_SECONDS, LAST_FRAME = 4.0, 2.0  # all frames together, and the last one beyond that
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of :func:`load_pipeline`."""
-    text = "the model: a run's folder or file, an exported folder, owner/repo or hf://owner/repo/path"
+    text = (
+        "the model: a run's folder or file, an exported folder, owner/repo or hf://owner/repo/path"
+    )
     parser.add_argument("--resume", default="", help=text)
     text = "its tokenizer; by default the one beside the model, or the one that its run names"
     parser.add_argument("--vae_path", help=text)
-    parser.add_argument("--no_ema", action="store_true", help="the weights themselves, not their average")
+    parser.add_argument(
+        "--no_ema", action="store_true", help="the weights themselves, not their average"
+    )
     add_device_arg(parser)
-    parser.add_argument("--precision", choices=misc.PRECISIONS, default="bf16", help="of autocast; fp32 means none")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="bf16", help="of autocast; fp32 means none"
+    )
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> TokenBridgePipeline:
@@ -39,7 +48,9 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> TokenBridge
     if not args.resume:
         raise errors.UserError("--resume is missing: name the model's folder or file")
     ema = False if args.no_ema else None
-    return TokenBridgePipeline.from_pretrained(args.resume, args.vae_path, ema=ema, precision=args.precision).to(device)
+    return TokenBridgePipeline.from_pretrained(
+        args.resume, args.vae_path, ema=ema, precision=args.precision
+    ).to(device)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -48,26 +59,46 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_model_args(parser)
     text = "names of class folders, ImageNet's names, or numbers; by default none: pictures of any class"
     parser.add_argument("--classes", nargs="+", help=text)
-    parser.add_argument("--candidates", type=int, default=1, help="pictures of each class, the most likely first")
+    parser.add_argument(
+        "--candidates", type=int, default=1, help="pictures of each class, the most likely first"
+    )
     text = "of the first candidate, the next has the next: the number of an image of --evaluate"
     parser.add_argument("--seed", type=int, default=0, help=text)
     parser.add_argument("--gen_seed", type=int, default=0, help="as of --evaluate")
     edit = parser.add_argument_group("editing")
-    edit.add_argument("--image", help="to edit; cropped to the model's size; without --mask and --outpaint, vary it")
-    edit.add_argument("--mask", help="an image of the same size, white where the picture is made anew")
-    text = "make this many pixels anew on each side of the image, whose square is shrunk to make room"
+    edit.add_argument(
+        "--image",
+        help="to edit; cropped to the model's size; without --mask and --outpaint, vary it",
+    )
+    edit.add_argument(
+        "--mask", help="an image of the same size, white where the picture is made anew"
+    )
+    text = (
+        "make this many pixels anew on each side of the image, whose square is shrunk to make room"
+    )
     edit.add_argument("--outpaint", type=int, metavar="PIXELS", help=text)
-    edit.add_argument("--strength", type=float, default=0.5, help="share of the tokens that a variation makes anew")
+    edit.add_argument(
+        "--strength",
+        type=float,
+        default=0.5,
+        help="share of the tokens that a variation makes anew",
+    )
     how = parser.add_argument_group("sampling")
     add_sampling_args(how, ORDERS, FIRST_PLACES, HEAD_ORDERS)
     parser.set_defaults(num_iter=64)
     how.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
-    how.add_argument("--temperature", type=float, default=1.0, help="of every channel's distribution")
+    how.add_argument(
+        "--temperature", type=float, default=1.0, help="of every channel's distribution"
+    )
     how.add_argument("--batch_size", type=int, default=64, help="pictures at once, as --eval_bsz")
     parser.add_argument(
-        "--output", default="generated.png", help="a PNG: a row of the classes, or a row of candidates for each class"
+        "--output",
+        default="generated.png",
+        help="a PNG: a row of the classes, or a row of candidates for each class",
     )
-    parser.add_argument("--gif", action="store_true", help="also <output>.gif, which shows how the tokens fill in")
+    parser.add_argument(
+        "--gif", action="store_true", help="also <output>.gif, which shows how the tokens fill in"
+    )
     return parser
 
 
@@ -98,13 +129,15 @@ def write_gif(frames: Sequence[Image.Image], path: Path) -> None:
     durations = [max(20, int(1000 * GIF_SECONDS / len(frames)))] * len(frames)
     durations[-1] += int(1000 * LAST_FRAME)
     with written_whole(path) as file:
-        frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        frames[0].save(
+            file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
+        )
 
 
 def main() -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args()
-    with misc.processes(args.device) as device:
+    with process_group(args.device) as device:
         check_args(args)
         pipe = load_pipeline(args, device)
         image, mask = args.image, args.mask
@@ -132,8 +165,8 @@ def main() -> None:
             write_gif(sheets, written.with_suffix(".gif"))
         for row in order:
             name = pipe.class_names[made.labels[row]] if made.labels else "any class"
-            misc.log.info("%s, seed %d: log-likelihood %.1f nats", name, seeds[row], scores[row])
-        misc.log.info("wrote %s%s", written, f" and {written.with_suffix('.gif')}" if args.gif else "")
+            log.info("%s, seed %d: log-likelihood %.1f nats", name, seeds[row], scores[row])
+        log.info("wrote %s%s", written, f" and {written.with_suffix('.gif')}" if args.gif else "")
 
 
 if __name__ == "__main__":

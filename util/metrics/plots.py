@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from util.files import write_json, written_whole
-from util.metrics import TITLES
+from util.metrics.compute import METRIC_TITLES
 from util.tables import markdown, write_text
 
 
@@ -30,7 +30,7 @@ def heat_map(rows: Sequence[Mapping[str, float]], metric: str, axes) -> None:
     axes.imshow(grid, origin="lower", aspect="auto", cmap=colours)
     axes.set_xticks(range(len(scales)), [f"{w:g}" for w in scales])
     axes.set_yticks(range(len(temperatures)), [f"{t:g}" for t in temperatures])
-    axes.set(xlabel="guidance scale", ylabel="temperature", title=TITLES[metric])
+    axes.set(xlabel="guidance scale", ylabel="temperature", title=METRIC_TITLES[metric])
     for y, line in enumerate(grid):
         for x, value in enumerate(line):
             box = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 1}
@@ -42,8 +42,8 @@ def write_search(rows: Sequence[Mapping[str, float]], out: Path) -> None:
 
     Each of ``rows`` has ``cfg``, ``temperature`` and the metrics measured there.
     """
-    metrics = [name for name in TITLES if all(name in row for row in rows)]
-    header = ["guidance", "temperature", *(TITLES[name] for name in metrics)]
+    metrics = [name for name in METRIC_TITLES if all(name in row for row in rows)]
+    header = ["guidance", "temperature", *(METRIC_TITLES[name] for name in metrics)]
     cells = [[row["cfg"], row["temperature"], *(row[name] for name in metrics)] for row in rows]
     write_text(out / "search.md", markdown(header, cells))
     write_json(out / "search.json", list(rows))

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util import misc
+from util.data.images import save_grid, save_png
 from util.errors import UserError
 from util.files import wait_until, write_json, written_whole
-from util.images import save_grid, save_png
-from util.metrics import PlainImages
+from util.log import log
+from util.metrics.inception import PlainImages
 
 
 class SampleFolder:
@@ -106,8 +106,10 @@ class SampleFolder:
                 for part, values in made_with.items()
                 for name, value in values.items()
             ]
-            changes = ", ".join(f"{name} {old} then, {new} now" for name, old, new in entries if old != new)
-            misc.log.info("replacing the images of another run in %s: %s", self, changes)
+            changes = ", ".join(
+                f"{name} {old} then, {new} now" for name, old, new in entries if old != new
+            )
+            log.info("replacing the images of another run in %s: %s", self, changes)
         write_json(self.results_path, made_with)
 
     def remove_images(self) -> int:
@@ -127,7 +129,9 @@ class SampleFolder:
         if not wait_until(lambda: self.numbers().issuperset(range(count))):
             missing = sorted(set(range(count)) - self.numbers())
             first = self.image_path(missing[0])
-            raise UserError(f"{len(missing)} of {count} images are missing ({first}, ...); run the same command again")
+            raise UserError(
+                f"{len(missing)} of {count} images are missing ({first}, ...); run the same command again"
+            )
         return PlainImages(self.path, paths=[self.image_path(number) for number in range(count)])
 
     def write_grid(self, images: PlainImages) -> None:
@@ -172,7 +176,11 @@ def check_own(folders: Sequence[SampleFolder], results_path: Path, count: int) -
     """
     other = [path for path in [results_path] if not count and path.exists()]
     for folder in folders:
-        other += [folder.image_path(number) for number in sorted(folder.numbers()) if number >= count]
+        other += [
+            folder.image_path(number) for number in sorted(folder.numbers()) if number >= count
+        ]
     if other:
         more = f" and {len(other) - 1} more files were" if len(other) > 1 else " was"
-        raise UserError(f"{other[0]}{more} not made by this project: move them, or choose another --output_dir")
+        raise UserError(
+            f"{other[0]}{more} not made by this project: move them, or choose another --output_dir"
+        )

@@ -1,0 +1,70 @@
+"""Files of tokenizers (VAEs): weights, constructor arguments and latent factor."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from util.checkpoint.files import config_beside, read_checkpoint
+from util.config import KL16_CONFIG, KL16_LATENT_FACTOR
+from util.errors import UserError
+from util.files import written_whole
+
+
+def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float]:
+    """Weights, constructor arguments and latent factor of the tokenizer in ``path``; the latter two KL-16's by default.
+
+    Raises:
+        UserError: see :func:`read`; or the file holds no tokenizer.
+    """
+    content = read_checkpoint(path)
+    config = content.get("config", config_beside(Path(path)) or {})
+    weights = content.get("model", content.get("state_dict", content))
+    if not isinstance(weights, Mapping) or not weights:
+        raise UserError(f"{path} holds no tokenizer: expected its weights under 'model'")
+    if "class_emb.weight" in weights:
+        raise UserError(f"{path} is a TokenBridge, not a tokenizer: it goes with --resume")
+    if any(str(name).startswith("vae.") for name in weights):
+        raise UserError(
+            f"{path} is what main_vae.py goes on from; the tokenizer is vae.ckpt, which it writes at its end"
+        )
+    return weights, *tokenizer_config(config, path)
+
+
+def tokenizer_config(config: Any, path: str | Path) -> tuple[dict[str, Any], float]:
+    """Constructor arguments and latent factor in ``config``, read from ``path``; those that it lacks are KL-16's.
+
+    Raises:
+        UserError: no tokenizer can have such a configuration.
+    """
+    stored = config if isinstance(config, Mapping) else {"vae": None}
+    vae, latent_factor = stored.get("vae", {}), stored.get("latent_factor", KL16_LATENT_FACTOR)
+    vae = {**KL16_CONFIG, **vae} if isinstance(vae, Mapping) else {}
+    multipliers = vae.get("ch_mult")
+    if not (
+        isinstance(vae.get("embed_dim"), int)
+        and isinstance(multipliers, list)
+        and 1 <= len(multipliers) <= 16
+        and all(isinstance(multiplier, int) for multiplier in multipliers)
+        and isinstance(latent_factor, float | int)
+        and 0 < latent_factor < math.inf
+    ):
+        raise UserError(
+            f"{path} describes no tokenizer that this code can build; it is damaged, or of another program"
+        )
+    return vae, float(latent_factor)
+
+
+def save_vae(path: str | Path, vae: nn.Module, latent_factor: float) -> None:
+    """Writes a tokenizer's weights, constructor arguments and latent factor, as :func:`read_vae` reads them."""
+    with written_whole(path) as file:
+        torch.save(
+            {
+                "model": vae.state_dict(),
+                "config": {"vae": vae.config, "latent_factor": latent_factor},
+            },
+            file,
+        )

@@ -1,0 +1,1 @@
+"""Metrics of images, and the folders and plots of results."""
