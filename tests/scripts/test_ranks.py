@@ -13,8 +13,9 @@ from tests.conftest import load, same
 from tests.processes import run_two
 from tests.scripts.conftest import BASE
 from util import distributed
-from util.checkpoint import read_json, runs
+from util.checkpoint import runs
 from util.checkpoint.files import locate
+from util.files import read_json
 from util.training_state import TrainingState
 
 

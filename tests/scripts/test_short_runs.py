@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models.tokenbridge import TokenBridge
 from tests.conftest import SHORT, TINY, damaged, filled, load, variant
 from tests.scripts.conftest import BASE
-from util.checkpoint import UserError, read_json
+from util.errors import UserError
+from util.files import read_json
 from util.lr_sched import tell_rates
 from util.training_state import AVERAGE_WARMUP
 
