@@ -1,508 +1,501 @@
-"""The loops: training, generation for evaluation, and caching of latents."""
+"""Training: one step, one epoch, one run. Also the caching of latents, and statistics of their channels.
 
-import math
-from argparse import Namespace
-from collections.abc import Iterable, Sequence
+Sampling and metrics are in :mod:`evaluation`.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from models.pipeline import decode_images
-from models.sampling import SamplingOptions
-from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL, DiagonalGaussianDistribution
-from util import distributed
+from evaluation import evaluate  # noqa: F401, MAR's engine has both loops
+from models.tokenizer import Encoder, Tokenizer
+from util import distributed, launcher
+from util.checkpoint.files import CHECKPOINT_NAME
 from util.data.caches import IMAGE_HASH, cached_file
-from util.data.images import confidence_maps
-from util.devices import to_device
+from util.devices import matmul_flops, memory_in_use
 from util.errors import Preempted, UserError
 from util.files import flush_all, written_whole
-from util.log import progress_bar, warn
-from util.lr_sched import adjust_learning_rate
-from util.meters import BadSteps, Meter
-from util.metrics.sample_folder import SampleFolder
-from util.precision import autocast, check_finite, double, extremes
-from util.rng import image_seeds, numbered_draws, seed_everything
-from util.signals import StopSignals, until_stopped
-from util.training_state import TrainingState
+from util.log import log, progress_bar
+from util.lr_sched import adjust_learning_rate, log_learning_rates
+from util.meters import BadSteps, Meter, StepResult, TrainingLog
+from util.precision import autocast, check_finite, double
+from util.provenance import write_args
+from util.rng import seed_everything
+from util.signals import StopSignals
+from util.training_state import TrainingSettings, TrainingState
 
-LOG_EVERY = 20  # steps between two looks at the device's numbers
+LOG_EVERY = 20  # steps between two readings of the metrics, which wait for the device
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training.
-
-
-def backward(
-    state: TrainingState,
-    batches: Sequence,
-    vae: AutoencoderKL | None,
-    latent_factor: float | None,
-    precision: str,
-) -> Tensor:
-    """Computes the gradients of one step, and its mean loss over ``batches``, which it returns, detached.
-
-    Batches are images ``[B, 3, H, W]``, or moments ``[B, 2C, h, w]`` where ``vae`` is None, and labels ``[B]``. Without
-    a ``latent_factor`` the model takes them as they are.
-    """
-    total = torch.zeros((), device=state.device)
-    for i, (batch, labels) in enumerate(batches):
-        if latent_factor is not None:
-            state.model.check_labels(labels)  # while they are on the host
-        batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
-        if latent_factor is not None:
-            with torch.no_grad():
-                posterior = (
-                    DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
-                )
-                batch = posterior.sample() * latent_factor
-        # Processes exchange gradients once a step, with its last batch.
-        waits = isinstance(state.wrapped, DistributedDataParallel) and i < len(batches) - 1
-        with state.wrapped.no_sync() if waits else nullcontext():
-            with autocast(state.device, precision):
-                loss = state.wrapped(batch, labels) / len(batches)
-            state.scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
+# --------------------------------------------------------------------------------------------------
+# One step
 
 
-def order_gradients(state: TrainingState, shape: Sequence[int], precision: str) -> None:
-    """Computes gradients of a batch of zeros of ``shape``, and forgets them.
-
-    DDP lays gradients out anew by the order in which the first ones come. The place of a gradient decides in which
-    order those of more than two processes are added. A run that is resumed so adds them as an unbroken one does, from
-    its first step on.
-    """
-    with autocast(state.device, precision):
-        labels = torch.zeros(shape[0], dtype=torch.long, device=state.device)
-        loss = state.wrapped(torch.zeros(*shape, device=state.device), labels)
-    loss.backward()
-    state.optimizer.zero_grad(set_to_none=True)
-
-
-def files_of_step(loader: DataLoader, step: int, images: int) -> list[str]:
-    """The files of a step's images, ``images`` of them; steps count from this epoch's first batch of ``loader``."""
-    indices = list(loader.sampler)[step * images : (step + 1) * images]
-    dataset: Any = loader.dataset
-    return [dataset.samples[index][0] for index in indices]
-
-
-def train_one_epoch(
-    state: TrainingState,
-    loader: DataLoader,
-    vae: AutoencoderKL | None,
-    latent_factor: float | None,
-    args: Namespace,
-    stop_signals: StopSignals,
-    bad_steps: BadSteps,
-    bar: tqdm,
-    writer: SummaryWriter | None = None,
-    peak_flops: float = math.inf,
-) -> dict[str, float]:
-    """Trains from ``state``'s step to the end of the epoch, and saves as often as ``--save_every_steps`` says.
-
-    Everything random in a step follows from ``args.seed``, the process, the epoch and the step: a run that starts in
-    the middle of an epoch draws what an unbroken one would have drawn there.
+class Trainer:
+    """A training run: its state (model, EMA, optimizer, scaler), data, tokenizer, metrics and log.
 
     Args:
-        loader: gives batches of images, or of moments where ``vae`` is None, and labels; from ``state``'s step on.
-        args: seed, accum_iter, precision, batch_size, save_every_steps, the learning rate's (:mod:`util.lr_sched`),
-            and what :meth:`util.training_state.TrainingState.save` takes.
-        stop_signals: end the run after the step in which a process received one.
-        bad_steps: counts steps whose loss or gradient is not finite.
-        bar, writer: show the figures every :data:`LOG_EVERY` steps and at the end; a writer on the main process only.
-        peak_flops: operations a second of a large matrix product here, what utilization is measured against.
+        model: on its device; ``model(batch, labels)`` returns the loss.
+        settings: of the run.
+        loader: batches of images ``[B, 3, H, W]`` or cached moments ``[B, 2C, h, w]``, and labels ``[B]``.
+        tokenizer: encodes the batches; None for a model that takes images.
+        checkpoint_name: the file name of checkpoints.
+        parts: lists of optimizer groups; see :class:`util.training_state.TrainingState`.
+        log_dir: the folder of TensorBoard's log and ``args.json``; by default the output folder.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainingSettings,
+        loader: DataLoader,
+        tokenizer: Encoder | None = None,
+        *,
+        checkpoint_name: str = CHECKPOINT_NAME,
+        parts: Sequence[list[dict]] | None = None,
+        log_dir: str | Path | None = None,
+    ):
+        self.settings, self.loader, self.tokenizer = settings, loader, tokenizer
+        self.log_dir = Path(log_dir or settings.output_dir)
+        steps_per_epoch = len(loader) // settings.accum_iter  # the last, incomplete step is dropped
+        self.state = TrainingState(model, settings, steps_per_epoch, checkpoint_name, parts)
+        self.images_per_step = settings.batch_size * settings.accum_iter  # on this rank
+        self.meter = Meter(
+            images=self.images_per_step * distributed.get_world_size(),
+            flops=self.images_per_step * self.state.model.training_flops(),
+            device=self.state.device,
+        )
+        self.bad_steps = BadSteps(settings.max_bad_steps, settings.output_dir)
+        self.log: TrainingLog | None = None
+        self._batches: Iterator = iter(())
+        self._first_step = 0  # of the epoch, the step that the first of the batches belongs to
+        self._pending: tuple[StepResult, distributed.HostCopy] | None = None
+
+    def step(self) -> float:
+        """Take one optimizer step, on the next ``accum_iter`` batches, without waiting for the device.
+
+        Its outcome is pending until :meth:`finish_step`, which the next step calls. Everything random
+        in a step follows from the seed, the rank, the epoch and the step: a run that resumes within
+        an epoch draws what an uninterrupted run would have drawn.
+
+        Returns:
+            the learning rate.
+
+        Raises:
+            UserError: the data ended too early, or see :meth:`finish_step`.
+        """
+        state, settings = self.state, self.settings
+
+        # Learning rate
+        epoch = state.epoch + state.step / state.steps_per_epoch
+        lr = adjust_learning_rate(state.optimizer, epoch, settings)
+
+        # Data and random numbers
+        batches = self.next_batches()
+        seed_everything(settings.seed, distributed.get_rank(), state.epoch, state.step)
+
+        # Encode, forward and backward
+        loss = self.backward(batches)
+
+        # EMA and metrics of the previous step, before its weights change
+        self.finish_step()
+
+        # Clip the gradients and step, unless one is NaN or infinite
+        self.clip_and_step(loss, lr)
+        return lr
+
+    def next_batches(self) -> list:
+        """Return the batches of one step.
+
+        Raises:
+            UserError: the epoch has fewer batches than at its start.
+        """
+        batches = list(islice(self._batches, self.settings.accum_iter))
+        if len(batches) < self.settings.accum_iter:
+            raise UserError(
+                f"the data of epoch {self.state.epoch} ended at step {self.state.step} of "
+                f"{self.state.steps_per_epoch}: do not change the data during a run"
+            )
+        return batches
+
+    def encode(self, batch: Tensor) -> Tensor:
+        """Return the model's input: a sample of the latents' posterior, or the images themselves."""
+        if self.tokenizer is None:
+            return batch
+        with torch.no_grad():
+            return self.tokenizer.encode(batch).sample()
+
+    def backward(self, batches: Sequence) -> Tensor:
+        """Compute the gradients of one step; return its mean loss on the device, detached."""
+        state = self.state
+        mean_loss = torch.zeros((), device=state.device)
+        for i, (batch, labels) in enumerate(batches):
+            if self.tokenizer is not None:
+                state.model.check_labels(labels)  # while they are on the CPU
+            batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
+            latents = self.encode(batch)
+            # Ranks exchange gradients once per step, with its last batch
+            accumulates = (
+                isinstance(state.wrapped, DistributedDataParallel) and i < len(batches) - 1
+            )
+            with state.wrapped.no_sync() if accumulates else nullcontext():
+                with autocast(state.device, self.settings.precision):
+                    loss = state.wrapped(latents, labels) / len(batches)
+                state.scaler.scale(loss).backward()
+            mean_loss += loss.detach()
+        return mean_loss
+
+    def clip_and_step(self, loss: Tensor, lr: float) -> None:
+        """Clip the gradients, and step unless their norm is NaN or infinite; nothing waits for the device.
+
+        Args:
+            loss: of this step, for the record.
+            lr: of this step, for the record.
+        """
+        state = self.state
+        limit = self.settings.grad_clip or float("inf")
+        state.scaler.unscale_(state.optimizer)
+        norm = sum(nn.utils.clip_grad_norm_(part, limit) for part in state.clipped)
+        # All ranks have the same gradients, and so the same norm
+        finite = taken = torch.isfinite(norm)
+        if state.scaler.is_enabled():
+            # With fp16 an overflowing gradient is no fault: the scaler skips the step and lowers the scale
+            finite = torch.isfinite(distributed.all_reduce_mean(loss))
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+        elif not state.optimizer.defaults["fused"]:
+            if finite:
+                state.optimizer.step()
+        else:
+            # The fused optimizer reads this flag on the device
+            state.optimizer.found_inf = (~finite).float()
+            state.optimizer.grad_scale = None
+            state.optimizer.step()
+            del state.optimizer.found_inf, state.optimizer.grad_scale
+        state.optimizer.zero_grad(set_to_none=True)
+        result = StepResult(loss, norm, lr, state.epoch, state.step)
+        self._pending = result, distributed.HostCopy(torch.stack([finite, taken]))
+        state.advance()
+
+    def finish_step(self) -> None:
+        """Wait for the pending step, if there is one: update the EMA and the metrics, or record a bad step.
+
+        Raises:
+            UserError: there have been too many bad steps, or the weights of the ranks differ.
+        """
+        self.state.check_ranks()
+        if self._pending is None:
+            return
+        result, finite, taken = self.wait_for_step()
+        if taken:
+            self.state.update_ema()
+        if finite:
+            self.meter.add(result)
+        else:
+            self.bad_steps.add(result, self.files_of_step(result.step))
+
+    def wait_for_step(self) -> tuple[StepResult, bool, bool]:
+        """Wait for the pending step; return it, whether it was finite, and whether it changed the weights."""
+        assert self._pending is not None
+        (result, outcome), self._pending = self._pending, None
+        finite, taken = outcome.read().tolist()
+        return result, finite, taken
+
+    def files_of_step(self, step: int) -> list[str]:
+        """Return the files of the images of a ``step`` of this epoch."""
+        start = (step - self._first_step) * self.images_per_step
+        indices = list(self.loader.sampler)[start : start + self.images_per_step]
+        dataset: Any = self.loader.dataset
+        return [dataset.samples[index][0] for index in indices]
+
+    def order_gradients(self, shape: Sequence[int]) -> None:
+        """Compute gradients of zeros of ``shape``, and discard them.
+
+        DDP arranges gradients in its buckets in the order in which the first ones arrive. The position
+        decides in which order more than two ranks add them. After this call a resumed run adds them in
+        the order of an uninterrupted one, from its first step on.
+        """
+        state = self.state
+        zeros = torch.zeros(*shape, device=state.device)
+        labels = torch.zeros(shape[0], dtype=torch.long, device=state.device)
+        with autocast(state.device, self.settings.precision):
+            loss = state.wrapped(zeros, labels)
+        loss.backward()
+        state.optimizer.zero_grad(set_to_none=True)
+
+    # ----------------------------------------------------------------------------------------------
+    # Around the steps
+
+    def start_epoch(self) -> None:
+        """Start to load the batches of the epoch, from the next step on."""
+        state, sampler, dataset = self.state, self.loader.sampler, self.loader.dataset
+        sampler.set_epoch(state.epoch)
+        sampler.start = state.step * self.images_per_step
+        dataset.set_draws(self.settings.seed, state.epoch)
+        self.start_loading()
+
+    def start_loading(self) -> None:
+        """Start to load batches: the first ones are of the next step."""
+        self._batches, self._first_step = iter(self.loader), self.state.step
+
+    def show(self, metrics: dict[str, float], epoch: int) -> None:
+        """Write metrics to the log, if there is one."""
+        if self.log is not None:
+            self.log.show(metrics, epoch, self.state.steps_done)
+
+
+# --------------------------------------------------------------------------------------------------
+# One epoch
+
+
+def train_one_epoch(trainer: Trainer, stop_signals: StopSignals) -> dict[str, float]:
+    """Train from the next step to the end of the epoch, and save every ``save_every_steps`` steps.
+
+    Args:
+        trainer: has started to load the epoch's batches (:meth:`Trainer.start_epoch`).
+        stop_signals: end the run after the step in which a rank received one.
 
     Returns:
-        the last figures written, by tag.
+        the last metrics, by TensorBoard tag.
 
     Raises:
-        UserError: too many steps were not finite, ranks differ in their weights, a checkpoint cannot be written after
-            a signal, or the data ended too early.
+        UserError: too many bad steps, ranks whose weights differ, a checkpoint that cannot be written
+            after a signal, or data that ended too early.
         Preempted: a signal was received; the run has been saved.
     """
+    state, settings = trainer.state, trainer.settings
     state.wrapped.train()
-    epoch, first, steps = state.epoch, state.step, state.steps_per_epoch
-    images = args.batch_size * args.accum_iter  # of a step, in this process
-    meter = Meter(
-        images * distributed.get_world_size(),
-        state.model.training_flops() * images,
-        peak_flops,
-        state.device,
-    )
-    iterator, figures = iter(loader), {}
-    while state.epoch == epoch:  # each step advances the state
+    trainer.meter.restart()
+    epoch, first, metrics = state.epoch, state.step, {}
+    while state.epoch == epoch:  # each step advances it
         step = state.step
-        lr = adjust_learning_rate(state.optimizer, epoch + step / steps, args)
-        batches = list(islice(iterator, args.accum_iter))
-        if len(batches) < args.accum_iter:  # a step without a gradient would count as taken
-            raise UserError(
-                f"the data of epoch {epoch} ended at step {step} of {steps}: it must not change during a run"
-            )
-        seed_everything(args.seed, distributed.get_rank(), epoch, step)
-        # Processes begin an epoch at different times.
-        with distributed.collective_timeout(
-            distributed.STEP_TIMEOUT if step > first else distributed.TIMEOUT
-        ):
-            loss = backward(state, batches, vae, latent_factor, args.precision)
-            settle(
-                state, meter, bad_steps, loader, first
-            )  # the step before, while its weights are still there
-            state.take_step(loss, lr)
-            bar.update()
+        # Ranks begin an epoch at different times
+        timeout = distributed.STEP_TIMEOUT if step > first else distributed.TIMEOUT
+        with distributed.collective_timeout(timeout):
+            lr = trainer.step()
             stop = stop_signals.agreed()
-        due = args.save_every_steps and state.steps_done % args.save_every_steps == 0
-        log = (step + 1) % LOG_EVERY == 0 or step + 1 == steps
-        if log or stop or due:
-            settle(state, meter, bad_steps, loader, first)
-        if log:
-            figures = {**(meter.read() or figures), "train/lr": lr}
-            show(figures, bar, writer, epoch, state.steps_done)
-        if stop or due:
-            state.save(args)
-            distributed.barrier()  # with more patience than the next step has
+        save = settings.save_every_steps and state.steps_done % settings.save_every_steps == 0
+        read = (step + 1) % LOG_EVERY == 0 or step + 1 == state.steps_per_epoch
+        if trainer.log is not None:
+            trainer.log.bar.update()
+        if read or stop or save:
+            trainer.finish_step()
+        if read:
+            metrics = {**(trainer.meter.read() or metrics), "train/lr": lr}
+            trainer.show(metrics, epoch)
+        if stop or save:
+            state.save()
+            distributed.barrier()  # with a longer timeout than the next step has
         if stop:
             state.finish()
             raise Preempted(
                 f"by {stop_signals.heard or 'another process'}, saved at epoch {state.epoch}, step {state.step}; "
-                f"start the same command with --resume {args.output_dir} to continue"
+                f"start the same command with --resume {settings.output_dir} to continue"
             )
-    return figures
+    return metrics
 
 
-def settle(
-    state: TrainingState, meter: Meter, bad_steps: BadSteps, loader: DataLoader, first: int
-) -> None:
-    """Ends the step that was started last, and counts it in the figures if it was taken, else as bad.
+# --------------------------------------------------------------------------------------------------
+# One run
 
-    Args:
-        first: the epoch's first step that ``loader`` gave batches for.
-
-    Raises:
-        UserError: there are too many bad steps.
-    """
-    last = state.settle()
-    if last is not None and last.finite:
-        meter.add(last)
-    elif last is not None:
-        images = meter.images // distributed.get_world_size()
-        bad_steps.add(last, files_of_step(loader, last.step - first, images))
+#: Is called with an epoch, TensorBoard's log (None on other ranks than 0), and the signals that end it.
+Measure = Callable[[int, SummaryWriter | None, StopSignals], None]
 
 
-def show(
-    figures: dict[str, float], bar: tqdm, writer: SummaryWriter | None, epoch: int, steps_done: int
-) -> None:
-    """Writes figures of training beside the progress bar and, where there is a writer, into TensorBoard."""
-    if "train/loss" in figures:
-        bar.set_postfix_str(
-            f"epoch {epoch} loss {figures['train/loss']:.4f} lr {figures['train/lr']:.2e} "
-            f"{figures['speed/images_per_second']:.1f} img/s MFU {figures['speed/model_flops_utilization']:.0%}"
-        )
-    if writer is not None:
-        for tag, value in figures.items():
-            writer.add_scalar(tag, value, steps_done)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Generation for evaluation.
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """How images are sampled for evaluation; two runs of equal settings and weights make equal images."""
-
-    num_images: int
-    eval_bsz: int
-    num_iter: int
-    cfg: float
-    cfg_schedule: str
-    temperature: float
-    gen_seed: int
-    precision: str
-    order: str = "random"
-    confidence_noise: float = 0.0
-    first_place: str = "trained"
-    save_confidence: bool = False
-    vae_precision: str | None = None  # by default that of the model
-    head_steps: int | None = None
-    head_order: str | None = None
-
-
-@torch.no_grad()
-def evaluate(
-    model: TokenBridge,
-    vae: AutoencoderKL,
-    latent_factor: float,
-    folder: str | Path,
-    settings: SampleSettings,
-    device: torch.device,
-    weights: dict,
-    stop_signals: StopSignals | None = None,
-) -> SampleFolder:
-    """Samples ``settings.num_images``, as many of each class as of others, to within one, into ``folder/NNNNN.png``.
-
-    Image n shows class ``n * class_num // num_images`` and has its own seed. Chunks of ``eval_bsz`` consecutive
-    images are dealt to the processes whole, so that the number of processes never changes an image. A run that was
-    interrupted continues where it stopped.
+def train(trainer: Trainer, measure: Measure, save_before_measuring: bool = False) -> None:
+    """Train from the next step to the last epoch, saving and measuring.
 
     Args:
-        folder: on a disk that all processes share (:func:`util.files.check_shared`).
-        weights: what identifies the weights; images sampled from others are not taken for this run's.
-        stop_signals: end sampling after the chunk in which a process received one.
+        measure: is called after every ``eval_freq``-th epoch and after the last one. A run that
+            resumes at the end of such an epoch, where it may have been interrupted, calls it first.
+        save_before_measuring: also save in these epochs, because measuring takes long or may fail.
 
     Raises:
-        UserError: the folder cannot be written or holds images of something else; NotFinite if model or tokenizer
-            overflow. All processes end with it after the same chunk.
-        Preempted: a signal was received.
+        UserError, Preempted: see :func:`train_one_epoch`; or ``measure`` raised it.
     """
-    folder = SampleFolder(folder)
-    distributed.on_rank_0(
-        lambda: folder.prepare({"settings": asdict(settings), "weights": weights})
+    state, settings = trainer.state, trainer.settings
+    trainer.meter.peak_flops = matmul_flops(state.device, settings.precision)
+    log.info(
+        "global batch size %d, matrix products at %.2f TFLOP/s",
+        trainer.meter.images,
+        trainer.meter.peak_flops / 1e12,
     )
-    total, size, rank, world = (
-        settings.num_images,
-        settings.eval_bsz,
-        distributed.get_rank(),
-        distributed.get_world_size(),
-    )
-    chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
-    if len(chunks) < world:
-        warn(
-            "%d chunks of %d images for %d processes: some have nothing to do",
-            len(chunks),
-            size,
-            world,
-        )
+    log_learning_rates(settings, state.steps_per_epoch)
+    if settings.dry_run:
+        dry_run(trainer)
+        return
+    check_start(state, settings)
+    if state.epoch < settings.epochs:
+        distributed.on_rank_0(lambda: write_args(trainer.log_dir, settings.args))
 
-    def find_missing() -> list[range]:
-        there = folder.numbers()
-        if settings.save_confidence:
-            there &= folder.confidence.numbers()
-        return [chunk for chunk in chunks if not there.issuperset(chunk)]
+    def is_last(epoch: int) -> bool:
+        return epoch + 1 == settings.epochs
 
-    def make(own: Sequence[range]) -> None:
-        for chunk in own:
-            images, confidence = sample_chunk(model, vae, latent_factor, chunk, settings, device)
-            folder.save(images, chunk)
-            if settings.save_confidence:
-                folder.confidence.save(confidence_maps(confidence, images.shape[-1]), chunk)
+    def measures(epoch: int) -> bool:
+        return is_last(epoch) or (epoch + 1) % settings.eval_freq == 0
 
-    # All processes share what is missing, so that one whose images were lost has no more to do than others.
-    missing = distributed.on_rank_0(find_missing)
-    with progress_bar(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
-        bar.update(total - sum(map(len, missing)))
-        for first in range(0, len(missing), world):
-            turn = missing[
-                first : first + world
-            ]  # a chunk for each process; the last turn may have fewer
-            distributed.on_all_ranks(partial(make, turn[rank : rank + 1]))
-            bar.update(sum(map(len, turn)))
-            if stop_signals is not None:
-                stop_signals.check()
-    return folder
+    def measure_after(epoch: int) -> None:
+        try:
+            measure(epoch, training_log.writer, stop_signals)
+        except Preempted as stopped:
+            state.finish()
+            raise Preempted(
+                f"{stopped} while measuring after epoch {epoch}; start the same command with --resume "
+                f"{settings.output_dir} to continue"
+            ) from stopped
+
+    total = settings.epochs * state.steps_per_epoch
+    training_log = TrainingLog(trainer.log_dir, state.steps_done, total)
+    with training_log, StopSignals(state.device) as stop_signals, state.saver:
+        trainer.log = training_log
+        if state.step == 0 and state.epoch > settings.start_epoch and measures(state.epoch - 1):
+            measure_after(state.epoch - 1)
+        while (epoch := state.epoch) < settings.epochs:
+            trainer.start_epoch()
+            train_one_epoch(trainer, stop_signals)
+            bad_images = trainer.loader.dataset.bad_images
+            if bad_images is not None:
+                bad_images.count()
+            due = (epoch + 1) % settings.save_last_freq == 0 or is_last(epoch)
+            if due or (save_before_measuring and measures(epoch)):
+                state.save()
+            if measures(epoch):
+                measure_after(epoch)
+        state.save()  # a run with nothing left to train may have another output folder
+        state.finish()
+    log.info("%d epochs are trained: %s", state.epoch, state.path)
 
 
-def sample_chunk(
-    model: TokenBridge,
-    vae: AutoencoderKL,
-    latent_factor: float,
-    numbers: Sequence[int],
-    settings: SampleSettings,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """The images of these numbers as bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``.
+def check_start(state: TrainingState, settings: TrainingSettings) -> None:
+    """Check where the run begins, and log it if there is nothing to train or the run was restarted.
 
     Raises:
-        NotFinite: the transformer or the tokenizer's decoder overflows.
+        UserError: it begins from scratch although it has saved before, or after its last epoch; on all ranks.
     """
-    labels = torch.tensor([number * model.class_num // settings.num_images for number in numbers])
-    options = {name: getattr(settings, name) for name in SamplingOptions.__dataclass_fields__}
-    options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
-    with autocast(device, settings.precision):
-        latents, confidence = model.sample_tokens(len(numbers), labels=labels, **options)
-    precision = settings.vae_precision or settings.precision
-    images, confidence = (
-        decode_images(vae, latents / latent_factor, precision, "--vae_precision"),
-        confidence.cpu(),
-    )
-    check_finite(
-        confidence, "the transformer", settings.precision
-    )  # sampled levels are finite in any case
-    return images, confidence.unflatten(1, (model.grid_size, -1))
-
-
-def check_num_images(num_images: int, class_num: int) -> None:
-    """Raises UserError unless every class can have the same number of images, as metrics want them."""
-    if num_images <= 0 or num_images % class_num:
-        near = max(class_num, round(num_images / class_num) * class_num)
-        raise UserError(
-            f"--num_images {num_images} cannot be shared evenly by {class_num} classes; use a multiple, such as "
-            f"{near}, or --no_metrics for pictures alone"
+    saved = [path for path in distributed.gather_objects(launcher.saved_before()) if path]
+    if saved and not state.resumed:
+        distributed.raise_on_all_ranks(
+            f"this run was restarted and begins from scratch, but it had written {saved[0]}: pass --resume "
+            f"{settings.output_dir}, and put --output_dir on a disk that all machines share"
         )
+    if launcher.restarts() and not state.resumed:
+        log.info("restarted before the first checkpoint: the run begins from scratch")
+    if state.epoch < settings.epochs:
+        return
+    if not state.resumed:
+        distributed.raise_on_all_ranks(
+            f"--start_epoch {state.epoch} with --epochs {settings.epochs}: there is nothing to train"
+        )
+    log.info("%d epochs are done, --epochs is %d: nothing to train", state.epoch, settings.epochs)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Held-out likelihood.
-
-LIKELIHOOD_MASKS = 4  # mask ratios an image is measured at
-
-
-@torch.no_grad()
-def held_out_likelihood(
-    model: TokenBridge,
-    vae: AutoencoderKL | None,
-    latent_factor: float,
-    loader: DataLoader,
-    device: torch.device,
-    precision: str,
-    seed: int = 0,
-    one_order: bool = False,
-    stop_signals: StopSignals | None = None,
-) -> dict[str, float]:
-    """Cross-entropy a latent dimension over held-out images, at fixed masks and posterior samples.
-
-    Each image is measured at :data:`LIKELIHOOD_MASKS` mask ratios, quantiles of training's distribution. Its masks and
-    posterior sample follow from ``seed`` and its number, so results do not depend on batch size or processes. So do the
-    channels that the masked head knows: its figure estimates the mean over all orders of channels, without bias.
-
-    Args:
-        loader: batches of images, or of moments where ``vae`` is None, dealt by :class:`util.data.loaders.RankSampler`.
-        one_order: for the masked head, the exact figure of one channel a step in the generation order instead.
-        stop_signals: end measuring after the batch in which a process received one.
-
-    Returns:
-        ``nats_per_dim``, ``bits_per_dim`` and ``images``.
+def dry_run(trainer: Trainer) -> None:
+    """Take two steps and log what the run needs: time, memory, size of a checkpoint. Write nothing.
 
     Raises:
-        NotFinite: the tokenizer's encoder or the transformer overflows.
-        Preempted: a signal was received.
+        UserError: loss or gradient is not finite; on all ranks.
     """
-    training = model.training
-    model.eval()
-    sums, limits = (
-        double(torch.zeros(2, device=device)) for _ in range(2)
-    )  # cross-entropy, images; see extremes
-    rank, world, done = distributed.get_rank(), distributed.get_world_size(), 0
-    counts = [model.num_masked_at((i + 0.5) / LIKELIHOOD_MASKS) for i in range(LIKELIHOOD_MASKS)]
-    for batch, labels in until_stopped(loader, stop_signals):
-        numbers = [rank + world * (done + i) for i in range(len(batch))]
-        done += len(batch)
-        batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
-        posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
-        draws = numbered_draws(seed, numbers)
-        latents = (
-            posterior.sample(to_device(draws.normal(*posterior.mean.shape[1:]), device))
-            * latent_factor
+    state, settings = trainer.state, trainer.settings
+    trainer.start_loading()
+    batches = trainer.next_batches()
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        trainer.clip_and_step(trainer.backward(batches), settings.lr)
+        result, finite, _ = trainer.wait_for_step()
+    seconds = time.perf_counter() - start
+    loss = distributed.all_reduce_mean(result.loss).item()
+    if not finite:
+        norm = result.grad_norm.item()
+        distributed.raise_on_all_ranks(
+            f"dry run: loss {loss:.4g}, gradient norm {norm:.4g}: not finite, a run would end"
         )
-        limits += extremes(latents)
-        orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
-        channels = [()] * LIKELIHOOD_MASKS
-        if model.config["head"] == "masked" and not one_order:
-            uniform = draws.uniform(LIKELIHOOD_MASKS, model.seq_len, model.head.channel_steps + 1)
-            channels = [(each,) for each in to_device(uniform, device).unbind(1)]
-        for i, count in enumerate(counts):
-            mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
-            with autocast(device, precision):
-                if one_order:
-                    features, levels = model.masked_tokens(latents, labels, mask)
-                    nats = (
-                        -model.head.log_likelihood(features, levels).mean()
-                        / model.head.channel_steps
-                    )
-                else:
-                    nats = model(latents, labels, mask, *channels[i])
-            sums[0] += double(nats * len(batch) / len(counts))
-        sums[1] += len(batch)
-    model.train(training)
-    sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels
-    found = (distributed.all_reduce_mean(torch.cat([sums, limits])) * world).cpu()
-
-    def check() -> None:
-        check_finite(found[2:], "the tokenizer's encoder", "fp32")  # without autocast
-        check_finite(found, "the transformer's likelihood", precision)
-
-    distributed.on_rank_0(check)
-    total, images = found[:2].tolist()
-    return {
-        "nats_per_dim": total / images,
-        "bits_per_dim": total / images / math.log(2),
-        "images": round(images),
-    }
+    steps = max(0, settings.epochs * state.steps_per_epoch - state.steps_done + 2)
+    hours = seconds * steps / 3600
+    log.info(
+        "dry run: loss %.4f, %.3g s per step, %.3g hours for %d steps, without loading data and measuring",
+        *(loss, seconds, hours, steps),
+    )
+    # Weights and EMA, and two tensors of optimizer state for each learned parameter, in float32
+    learned = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    weights = sum(value.numel() for value in state.model.state_dict().values())
+    log.info(
+        "dry run: %.1f GiB of memory on each rank, %.2f GiB for each checkpoint; nothing was written",
+        memory_in_use(state.device),
+        (2 * weights + 2 * learned) * 4 / 2**30,
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Latents by channel.
+# --------------------------------------------------------------------------------------------------
+# Statistics of latent channels
 
 
 @torch.no_grad()
 def channel_statistics(
-    vae: AutoencoderKL | None,
-    loader: Iterable,
-    channels: int,
-    latent_factor: float,
-    device: torch.device,
-    precision: str,
+    tokenizer: Encoder, loader: Iterable, channels: int, device: torch.device, precision: str
 ) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each channel's scaled latents, over images and positions, and over all processes.
+    """Return mean and standard deviation of each channel of the scaled latents, over images and positions of all ranks.
 
-    They are of the posteriors themselves, without a draw: a channel's variance is that of its means plus the mean of
-    its variances.
+    They are those of the posteriors themselves, without sampling: the variance of a channel is the
+    variance of its means plus the mean of its variances.
 
     Args:
-        loader: gives tuples that start with images, or with moments where ``vae`` is None.
+        loader: gives tuples that start with a batch for ``tokenizer``.
+        channels: of the latents.
+        precision: of the encoder.
 
     Raises:
         NotFinite: the tokenizer's encoder overflows.
     """
-    sums = double(torch.zeros(3, channels, device=device))  # count, mean, mean square
+    sums = double(torch.zeros(3, channels, device=device))  # images, mean, mean square
     for batch, *_ in loader:
         batch = batch.to(device, non_blocking=True)
         with autocast(device, precision):
-            posterior = DiagonalGaussianDistribution(batch) if vae is None else vae.encode(batch)
-        mean, deviation = double(posterior.mean), double(posterior.std)
-        first, second = mean.mean(dim=(0, 2, 3)), (mean**2 + deviation**2).mean(dim=(0, 2, 3))
+            posterior = tokenizer.encode(batch)
+        mean, std = double(posterior.mean), double(posterior.std)
+        first, second = mean.mean(dim=(0, 2, 3)), (mean**2 + std**2).mean(dim=(0, 2, 3))
         sums += len(batch) * torch.stack([torch.ones_like(first), first, second])
     sums = distributed.all_reduce_mean(sums)
     distributed.on_rank_0(lambda: check_finite(sums, "the tokenizer's encoder", precision))
     count, first, second = sums
     mean = first / count
-    deviation = (second / count - mean**2).clamp(min=0).sqrt()
-    return (mean * latent_factor).tolist(), (deviation * latent_factor).tolist()
+    std = (second / count - mean**2).clamp(min=0).sqrt()
+    return mean.tolist(), std.tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Caching.
+# --------------------------------------------------------------------------------------------------
+# Caching
 
 
 @torch.no_grad()
 def cache_latents(
-    vae: AutoencoderKL,
+    tokenizer: Tokenizer,
     loader: Iterable,
     cached_path: str | Path,
     device: torch.device,
     precision: str = "fp32",
 ) -> tuple[int, int]:
-    """Writes each image's posterior moments, and its mirror image's, to ``cached_path/<class>/<file name>.npz``.
+    """Write the posterior moments of each image and of its mirror image to ``cached_path/<class>/<file name>.npz``.
 
     Args:
-        loader: gives images ``[B, 3, H, W]``, labels, ``class/file`` names, and hashes of the images' files (uint8
-            ``[B, 32]``), or None for a batch with nothing to do.
+        loader: gives images ``[B, 3, H, W]``, labels, ``class/file`` names, and hashes of the images'
+            files (uint8 ``[B, 32]``), or None for a batch with nothing to do.
+        precision: of the encoder.
 
     Returns:
-        the number of files written, and of those replaced, by all processes.
+        the number of files written by all ranks, and how many of them replaced others.
 
     Raises:
-        UserError: a name leads out of ``cached_path``, or a file cannot be written; NotFinite if the encoder overflows.
+        UserError: a name leads out of ``cached_path``, or a file cannot be written.
+        NotFinite: the encoder overflows.
     """
     counts = torch.zeros(2)  # written, replaced
     with progress_bar(loader, unit="batch", desc="caching") as batches:
@@ -512,21 +505,17 @@ def cache_latents(
             images, _, names, hashes = batch
             images = images.to(device, non_blocking=True)
             with autocast(device, precision):
-                moments = [
-                    vae.encode(view).parameters.float().cpu() for view in (images, images.flip(3))
-                ]
-            check_finite(torch.cat(moments), "the tokenizer's encoder", precision)
-            views = (view.numpy() for view in moments)
-            for name, plain, flipped, digest in zip(names, *views, hashes.numpy(), strict=True):
+                views = [tokenizer.encode(view).moments for view in (images, images.flip(3))]
+            moments, mirrored = (view.float().cpu() for view in views)
+            for view in (moments, mirrored):
+                check_finite(view, "the tokenizer's encoder", precision)
+            for name, *content in zip(names, moments, mirrored, hashes, strict=True):
                 path = cached_file(cached_path, name)
                 counts += torch.tensor([1.0, float(path.exists())])
+                plain, flipped, digest = (value.numpy() for value in content)
                 with written_whole(path, flush=False) as file:
                     np.savez(file, moments=plain, moments_flip=flipped, **{IMAGE_HASH: digest})
-    flush_all()  # what was not flushed file by file, before the counts tell other processes that all is there
-    written, replaced = (
-        (distributed.all_reduce_mean(counts.to(device)) * distributed.get_world_size())
-        .round()
-        .int()
-        .tolist()
-    )
+    flush_all()  # before the counts report to other ranks that all files are there
+    totals = distributed.all_reduce_mean(counts.to(device)) * distributed.get_world_size()
+    written, replaced = totals.round().int().tolist()
     return written, replaced

@@ -1,45 +1,276 @@
-"""Measuring a model: samples and their metrics, searches over guidance and temperature, held-out likelihood."""
+"""Measure a model: samples and their metrics, held-out likelihood, searches over guidance and temperature."""
 
 import argparse
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from engine_tokenbridge import SampleSettings, evaluate, held_out_likelihood
+from models.sampling import SamplingOptions
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
+from models.tokenizer import Encoder, Tokenizer
 from util import distributed
 from util.checkpoint import hub
 from util.checksums import checksum, fingerprint
+from util.data.images import confidence_maps
 from util.data.sources import read_image
+from util.devices import to_device
 from util.errors import NotFinite, Preempted, UserError
 from util.files import check_shared, write_json
-from util.log import log, warn
+from util.log import log, progress_bar, warn
 from util.metrics.compute import METRIC_TITLES, Evaluator, default_statistics, metrics_table
 from util.metrics.plots import write_search
 from util.metrics.sample_folder import SampleFolder
+from util.precision import autocast, check_finite, double, extremes
 from util.provenance import provenance
-from util.signals import StopSignals
+from util.rng import image_seeds, numbered_draws
+from util.signals import StopSignals, until_stopped
+
+# --------------------------------------------------------------------------------------------------
+# Sampling images
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How images are sampled for evaluation; two runs of equal settings and weights make equal images."""
+
+    num_images: int
+    eval_bsz: int
+    num_iter: int
+    cfg: float
+    cfg_schedule: str
+    temperature: float
+    gen_seed: int
+    precision: str
+    order: str = "random"
+    confidence_noise: float = 0.0
+    first_place: str = "trained"
+    save_confidence: bool = False
+    vae_precision: str | None = None  # by default that of the model
+    head_steps: int | None = None
+    head_order: str | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: TokenBridge,
+    tokenizer: Tokenizer,
+    folder: str | Path,
+    settings: SampleSettings,
+    device: torch.device,
+    weights: dict,
+    stop_signals: StopSignals | None = None,
+) -> SampleFolder:
+    """Sample ``settings.num_images`` images, equally many of each class to within one, to ``folder/NNNNN.png``.
+
+    Image n shows class ``n * class_num // num_images`` and has its own seed. Each rank takes whole chunks
+    of ``eval_bsz`` consecutive images, so the number of ranks never changes an image. An interrupted run
+    continues where it stopped.
+
+    Args:
+        folder: on a disk that all ranks share (:func:`util.files.check_shared`).
+        weights: identifies the weights; images sampled from other weights are replaced.
+        stop_signals: end sampling after the chunk in which a rank received one.
+
+    Raises:
+        UserError: the folder cannot be written or holds other images; on all ranks after the same chunk.
+        NotFinite: model or tokenizer overflow; on all ranks after the same chunk.
+        Preempted: a signal was received.
+    """
+    folder = SampleFolder(folder)
+    distributed.on_rank_0(
+        lambda: folder.prepare({"settings": asdict(settings), "weights": weights})
+    )
+    total, size, rank, world = (
+        settings.num_images,
+        settings.eval_bsz,
+        distributed.get_rank(),
+        distributed.get_world_size(),
+    )
+    chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
+    if len(chunks) < world:
+        warn(
+            "%d chunks of %d images for %d processes: some have nothing to do",
+            len(chunks),
+            size,
+            world,
+        )
+
+    def find_missing() -> list[range]:
+        there = folder.numbers()
+        if settings.save_confidence:
+            there &= folder.confidence.numbers()
+        return [chunk for chunk in chunks if not there.issuperset(chunk)]
+
+    def make(own: Sequence[range]) -> None:
+        for chunk in own:
+            images, confidence = sample_chunk(model, tokenizer, chunk, settings, device)
+            folder.save(images, chunk)
+            if settings.save_confidence:
+                folder.confidence.save(confidence_maps(confidence, images.shape[-1]), chunk)
+
+    # All processes share what is missing, so that one whose images were lost has no more to do than others.
+    missing = distributed.on_rank_0(find_missing)
+    with progress_bar(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
+        bar.update(total - sum(map(len, missing)))
+        for first in range(0, len(missing), world):
+            turn = missing[
+                first : first + world
+            ]  # a chunk for each process; the last turn may have fewer
+            distributed.on_all_ranks(partial(make, turn[rank : rank + 1]))
+            bar.update(sum(map(len, turn)))
+            if stop_signals is not None:
+                stop_signals.check()
+    return folder
+
+
+def sample_chunk(
+    model: TokenBridge,
+    tokenizer: Tokenizer,
+    numbers: Sequence[int],
+    settings: SampleSettings,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Sample the images of these numbers.
+
+    Returns:
+        bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``, on the CPU.
+
+    Raises:
+        NotFinite: the transformer or the tokenizer's decoder overflows.
+    """
+    labels = torch.tensor([number * model.class_num // settings.num_images for number in numbers])
+    options = {name: getattr(settings, name) for name in SamplingOptions.__dataclass_fields__}
+    options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
+    with autocast(device, settings.precision):
+        latents, confidence = model.sample_tokens(len(numbers), labels=labels, **options)
+    precision = settings.vae_precision or settings.precision
+    images = tokenizer.decode_images(latents, precision, "--vae_precision")
+    confidence = confidence.cpu()
+    # The sampled levels are finite in any case; the confidence shows what is not
+    check_finite(confidence, "the transformer", settings.precision)
+    return images, confidence.unflatten(1, (model.grid_size, -1))
+
+
+def check_num_images(num_images: int, class_num: int) -> None:
+    """Raises UserError unless every class can have the same number of images, as metrics want them."""
+    if num_images <= 0 or num_images % class_num:
+        near = max(class_num, round(num_images / class_num) * class_num)
+        raise UserError(
+            f"--num_images {num_images} cannot be shared evenly by {class_num} classes; use a multiple, such as "
+            f"{near}, or --no_metrics for pictures alone"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Held-out likelihood
+
+LIKELIHOOD_MASKS = 4  # mask ratios an image is measured at
+
+
+@torch.no_grad()
+def held_out_likelihood(
+    model: TokenBridge,
+    tokenizer: Encoder,
+    loader: DataLoader,
+    device: torch.device,
+    precision: str,
+    seed: int = 0,
+    one_order: bool = False,
+    stop_signals: StopSignals | None = None,
+) -> dict[str, float]:
+    """Measure the cross-entropy per latent dimension of held-out images, at fixed masks and posterior samples.
+
+    Each image is measured at :data:`LIKELIHOOD_MASKS` mask ratios, quantiles of the training distribution.
+    Its masks and posterior sample follow from ``seed`` and its number, so results do not depend on batch
+    size or ranks. So do the channels that the masked head is given: its result is an unbiased estimate
+    of the mean over all channel orders.
+
+    Args:
+        tokenizer: encodes the batches.
+        loader: batches of images or cached moments, from a :class:`util.data.loaders.RankSampler`.
+        one_order: for the masked head, measure one channel per step in the generation order instead, exactly.
+        stop_signals: end measuring after the batch in which a rank received one.
+
+    Returns:
+        ``nats_per_dim``, ``bits_per_dim`` and ``images``.
+
+    Raises:
+        NotFinite: the tokenizer's encoder or the transformer overflows.
+        Preempted: a signal was received.
+    """
+    training = model.training
+    model.eval()
+    sums = double(torch.zeros(2, device=device))  # cross-entropy, images
+    limits = double(torch.zeros(2, device=device))  # extremes of the latents
+    rank, world, done = distributed.get_rank(), distributed.get_world_size(), 0
+    counts = [model.num_masked_at((i + 0.5) / LIKELIHOOD_MASKS) for i in range(LIKELIHOOD_MASKS)]
+    for batch, labels in until_stopped(loader, stop_signals):
+        numbers = [rank + world * (done + i) for i in range(len(batch))]
+        done += len(batch)
+        batch, labels = (x.to(device, non_blocking=True) for x in (batch, labels))
+        posterior = tokenizer.encode(batch)
+        draws = numbered_draws(seed, numbers)
+        latents = posterior.sample(to_device(draws.normal(*posterior.shape[1:]), device))
+        limits += extremes(latents)
+        orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
+        channels = [()] * LIKELIHOOD_MASKS
+        if model.config["head"] == "masked" and not one_order:
+            uniform = draws.uniform(LIKELIHOOD_MASKS, model.seq_len, model.head.channel_steps + 1)
+            channels = [(each,) for each in to_device(uniform, device).unbind(1)]
+        for i, count in enumerate(counts):
+            mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
+            with autocast(device, precision):
+                if one_order:
+                    features, levels = model.masked_tokens(latents, labels, mask)
+                    nats = (
+                        -model.head.log_likelihood(features, levels).mean()
+                        / model.head.channel_steps
+                    )
+                else:
+                    nats = model(latents, labels, mask, *channels[i])
+            sums[0] += double(nats * len(batch) / len(counts))
+        sums[1] += len(batch)
+    model.train(training)
+    sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels
+    found = (distributed.all_reduce_mean(torch.cat([sums, limits])) * world).cpu()
+
+    def check() -> None:
+        check_finite(found[2:], "the tokenizer's encoder", "fp32")  # without autocast
+        check_finite(found, "the transformer's likelihood", precision)
+
+    distributed.on_rank_0(check)
+    total, images = found[:2].tolist()
+    return {
+        "nats_per_dim": total / images,
+        "bits_per_dim": total / images / math.log(2),
+        "images": round(images),
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Metrics, searches, measurements during training
 
 
 @dataclass
 class Run:
-    """What sampling, measuring and training have in common."""
+    """What sampling, measuring and training need: flags, device, tokenizer, metrics, held-out data."""
 
     args: argparse.Namespace
     device: torch.device
-    vae: AutoencoderKL | None  # None where cached moments are enough
-    latent_factor: float
-    evaluator: Evaluator | None  # None for pictures alone
+    tokenizer: Tokenizer | None  # None if cached moments are enough
+    encoder: Encoder  # of the batches of `held_out`: the tokenizer, or that of cached moments
+    evaluator: Evaluator | None  # None if only images are wanted
     held_out: DataLoader | None  # images or moments to measure likelihoods on, if asked for
 
 
@@ -95,11 +326,11 @@ def weights_identity(run: Run, model: TokenBridge) -> dict[str, str | bool]:
     """Return the SHA-256 of the weights of model and tokenizer, computed by rank 0; samples of others are replaced."""
 
     def identify() -> dict[str, str | bool]:
-        assert run.vae is not None
+        assert run.tokenizer is not None
         return {
             "ema": not run.args.no_ema,
             "model": fingerprint(model),
-            "vae": fingerprint(run.vae),
+            "vae": run.tokenizer.fingerprint,
         }
 
     return distributed.on_rank_0(identify)
@@ -130,10 +361,8 @@ def sample_and_measure(
         UserError, Preempted: see :func:`engine_tokenbridge.evaluate`.
     """
     args, settings = run.args, sampling_settings(run.args, cfg, temperature)
-    assert run.vae is not None  # which is loaded wherever samples are asked for
-    folder = evaluate(
-        model, run.vae, run.latent_factor, path, settings, run.device, weights, stop_signals
-    )
+    assert run.tokenizer is not None  # it is loaded if samples are wanted
+    folder = evaluate(model, run.tokenizer, path, settings, run.device, weights, stop_signals)
     images = distributed.on_all_ranks(lambda: folder.images(args.num_images))
 
     def write_images() -> None:
@@ -144,10 +373,10 @@ def sample_and_measure(
             folder.write_npz(images)
 
     distributed.on_rank_0(write_images)
-    figures = {}
+    metrics = {}
     if run.evaluator is not None:
         try:
-            figures = run.evaluator.measure(run.evaluator.features(images, stop_signals))
+            metrics = run.evaluator.measure(run.evaluator.features(images, stop_signals))
         except Preempted:
             raise
         except BaseException:
@@ -157,20 +386,20 @@ def sample_and_measure(
             raise
 
     def write_results() -> None:
-        if figures:
-            log.info("%s", metrics_table(figures))
+        if metrics:
+            log.info("%s", metrics_table(metrics))
         made_with = {"settings": asdict(settings), "weights": weights, "args": vars(args)}
         if run.evaluator is not None:
             made_with["measured_against"] = measured_against(args)
         write_json(
-            folder.results_path, {**figures, "seed": args.gen_seed, **made_with, **provenance()}
+            folder.results_path, {**metrics, "seed": args.gen_seed, **made_with, **provenance()}
         )
         if run.evaluator is not None and not args.keep_images:
             folder.remove_images()
         log.info("sampled %d images; a grid of them is %s.png", args.num_images, folder)
 
     distributed.on_rank_0(write_results)
-    return figures
+    return metrics
 
 
 def finished_before(
@@ -190,8 +419,8 @@ def finished_before(
         if not folder.is_of(made_with) or not Path(f"{folder}.png").exists():
             return {}
         before = folder.results()
-        figures = {name: before[name] for name in ("images", *METRIC_TITLES) if name in before}
-        return figures if all(map(math.isfinite, figures.values())) else {}
+        metrics = {name: before[name] for name in ("images", *METRIC_TITLES) if name in before}
+        return metrics if all(map(math.isfinite, metrics.values())) else {}
 
     return distributed.on_rank_0(look)
 
@@ -211,9 +440,9 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
     distributed.on_rank_0(check_folders)  # all of them before the first image
     rows = []
     for (cfg, temperature), path in zip(pairs, paths, strict=True):
-        figures = finished_before(run, path, cfg, temperature, weights) if len(pairs) > 1 else {}
-        figures = figures or sample_and_measure(run, model, path, cfg, temperature, weights)
-        rows.append({"cfg": cfg, "temperature": temperature, **figures})
+        metrics = finished_before(run, path, cfg, temperature, weights) if len(pairs) > 1 else {}
+        metrics = metrics or sample_and_measure(run, model, path, cfg, temperature, weights)
+        rows.append({"cfg": cfg, "temperature": temperature, **metrics})
     if len(pairs) > 1 and run.evaluator is not None and distributed.is_main_process():
         write_search(rows, out)
         log.info("wrote %s/search.md, search.json and search.png", out)
@@ -223,14 +452,15 @@ def measure_likelihood(
     run: Run, model: TokenBridge, stop_signals: StopSignals | None = None
 ) -> dict[str, float]:
     """See :func:`engine_tokenbridge.held_out_likelihood`, in one order for ``--head_order frequency``; logged, too."""
-    vae = None if run.args.use_cached else run.vae
     one_order = run.args.head_order == "frequency"
     assert run.held_out is not None
-    how = run.latent_factor, run.held_out, run.device, run.args.precision
-    figures = held_out_likelihood(model, vae, *how, one_order=one_order, stop_signals=stop_signals)
+    metrics = held_out_likelihood(
+        model, run.encoder, run.held_out, run.device, run.args.precision,
+        one_order=one_order, stop_signals=stop_signals,
+    )  # fmt: skip
     text = "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension"
-    log.info(text, *(figures[name] for name in ("images", "nats_per_dim", "bits_per_dim")))
-    return figures
+    log.info(text, *(metrics[name] for name in ("images", "nats_per_dim", "bits_per_dim")))
+    return metrics
 
 
 def likelihood_once(
@@ -243,13 +473,13 @@ def likelihood_once(
         "precision": run.args.precision,
         "head_order": run.args.head_order,
     }
-    figures = distributed.on_rank_0(lambda: record.results() if record.is_of(made_with) else None)
-    if figures is None:
-        figures = measure_likelihood(run, model, stop_signals)
+    metrics = distributed.on_rank_0(lambda: record.results() if record.is_of(made_with) else None)
+    if metrics is None:
+        metrics = measure_likelihood(run, model, stop_signals)
         distributed.on_rank_0(
-            lambda: write_json(record.results_path, {**figures, **made_with, **provenance()})
+            lambda: write_json(record.results_path, {**metrics, **made_with, **provenance()})
         )
-    return figures
+    return metrics
 
 
 @contextmanager
@@ -280,30 +510,30 @@ def evaluate_online(
     args, scalars, out = run.args, {}, Path(run.args.output_dir) / "online_eval"
     if not (args.online_nll or args.online_eval):
         return
-    parts = {"model": model, "vae": run.vae}
+    parts = {"model": model, "vae": run.tokenizer and run.tokenizer.vae}
     checksums = {
         name: checksum(part.parameters()) for name, part in parts.items() if part is not None
     }
     weights = {"epoch": epoch, "ema": not args.no_ema, **checksums}
     if args.online_nll:
         with skipped_if_not_finite(epoch):
-            figures = likelihood_once(
+            metrics = likelihood_once(
                 run, model, out / f"epoch{epoch:04d}-likelihood", weights, stop_signals
             )
-            scalars |= {f"eval/{name}": figures[name] for name in ("nats_per_dim", "bits_per_dim")}
+            scalars |= {f"eval/{name}": metrics[name] for name in ("nats_per_dim", "bits_per_dim")}
     for cfg, temperature in (
         product(dict.fromkeys([1.0, *args.cfg]), args.temperature) if args.online_eval else ()
     ):
         name = f"cfg{cfg:g}" + (f"-t{temperature:g}" if len(args.temperature) > 1 else "")
         path = out / f"epoch{epoch:04d}-{name}"
         with skipped_if_not_finite(epoch):
-            figures = finished_before(run, path, cfg, temperature, weights)
-            figures = figures or sample_and_measure(
+            metrics = finished_before(run, path, cfg, temperature, weights)
+            metrics = metrics or sample_and_measure(
                 run, model, path, cfg, temperature, weights, stop_signals
             )
             scalars |= {
                 f"eval/{key}-{name}": value
-                for key, value in figures.items()
+                for key, value in metrics.items()
                 if key in METRIC_TITLES
             }
             if writer is not None:

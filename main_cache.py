@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from engine_tokenbridge import cache_latents
-from models.vae import AutoencoderKL
+from models.tokenizer import Tokenizer
 from util import distributed, errors
 from util.args import (
     DATA_PATH,
@@ -16,8 +16,7 @@ from util.args import (
     check_same_flags,
     new_parser,
 )
-from util.checksums import fingerprint
-from util.config import Tokenizer, follow_tokenizer
+from util.config import follow_tokenizer
 from util.data.caches import (
     CACHE_METADATA,
     PACKED_METADATA,
@@ -58,8 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_tokenizer(args: argparse.Namespace) -> tuple[AutoencoderKL, float]:
-    """Check the flags and load the tokenizer; return it and its latent factor.
+def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    """Check the flags and load the tokenizer.
 
     Raises:
         UserError: a flag is missing or out of range, or the tokenizer cannot be read.
@@ -67,13 +66,13 @@ def load_tokenizer(args: argparse.Namespace) -> tuple[AutoencoderKL, float]:
     check_positive(args, "img_size", "batch_size")
     if not args.cached_path:
         raise errors.UserError("--cached_path is missing: name the folder to write the cache to")
-    vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
+    tokenizer = Tokenizer.from_pretrained(args.vae_path)
     defaults = get_args_parser().parse_args([])
-    follow_tokenizer(args, defaults, Tokenizer(vae.config, latent_factor, args.vae_path))
-    return vae, latent_factor
+    follow_tokenizer(args, defaults, tokenizer.info)
+    return tokenizer
 
 
-def check_same(cached_path: str | Path, metadata: dict) -> None:
+def check_same_cache(cached_path: str | Path, metadata: dict) -> None:
     """Check that a cache in ``cached_path``, if it holds moments, can be completed by this run.
 
     Args:
@@ -109,24 +108,22 @@ def main() -> None:
     with process_group(args.device, args.deterministic, args.precision) as device:
         check_same_flags(args, device)
         seed_everything(args.seed + distributed.get_rank())
-        vae, latent_factor = distributed.on_all_ranks(lambda: load_tokenizer(args))
+        tokenizer = distributed.on_all_ranks(lambda: load_tokenizer(args))
         metadata = {
             "img_size": args.img_size,
-            "latent_factor": latent_factor,
-            "vae": vae.config,
-            "vae_sha256": fingerprint(vae),
+            "latent_factor": tokenizer.latent_factor,
+            "vae": tokenizer.vae.config,
+            "vae_sha256": tokenizer.fingerprint,
             "precision": args.precision,
             "split": args.split,
         }
-        distributed.on_rank_0(lambda: check_same(args.cached_path, metadata))
+        distributed.on_rank_0(lambda: check_same_cache(args.cached_path, metadata))
         if distributed.is_main_process():
             remove_parts(Path(args.cached_path).rglob(".*.part"))
         check_shared(args.cached_path)
-        side = args.img_size // vae.stride
-        shape, bad_images = (
-            (2 * vae.embed_dim, side, side),
-            BadImages(args.cached_path, args.skip_bad_images),
-        )
+        side = args.img_size // tokenizer.stride
+        shape = 2 * tokenizer.embed_dim, side, side
+        bad_images = BadImages(args.cached_path, args.skip_bad_images)
 
         def open_data() -> ImagesToCache:
             source = open_images(args.data_path, args.split, args.image_column, args.label_column)
@@ -135,14 +132,16 @@ def main() -> None:
 
         dataset = distributed.on_all_ranks(open_data)
         distributed.on_rank_0(dataset.check_others)
-        check_same_inputs({args.split: dataset}, vae)
+        check_same_inputs({args.split: dataset}, tokenizer.vae)
         loader = loader_of_all(dataset, device, args, collate_fn=collate_present)
 
         metadata_path = Path(args.cached_path) / CACHE_METADATA
         if distributed.is_main_process():  # training refuses a cache that is not complete
             write_json(metadata_path, {"images": len(dataset), **metadata, "complete": False})
-        distributed.on_all_ranks(lambda: vae.to(device))
-        written, replaced = cache_latents(vae, loader, args.cached_path, device, args.precision)
+        distributed.on_all_ranks(lambda: tokenizer.to(device))
+        written, replaced = cache_latents(
+            tokenizer, loader, args.cached_path, device, args.precision
+        )
         images = len(dataset) - bad_images.count()
         if distributed.is_main_process():
             write_json(metadata_path, {"images": images, **metadata, "complete": True})

@@ -11,9 +11,10 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from engine_tokenbridge import channel_statistics, check_num_images, order_gradients
+from engine_tokenbridge import Trainer, channel_statistics, train
 from evaluation import (
     Run,
+    check_num_images,
     evaluate_online,
     make_evaluator,
     measure_likelihood,
@@ -23,8 +24,7 @@ from evaluation import (
 from models.quantizer import QUANTIZERS
 from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, check_guidance, check_head_options
 from models.tokenbridge import CHECKPOINTED, MASKED_SIZES, MODELS, SIZES, TokenBridge
-from models.vae import AutoencoderKL
-from training import train_epochs
+from models.tokenizer import CachedMoments, Encoder, Tokenizer
 from util import distributed, errors
 from util.args import (
     DATA_PATH,
@@ -54,14 +54,13 @@ from util.checkpoint.runs import (
     read_run,
 )
 from util.checkpoint.vae_files import tokenizer_config
-from util.checksums import fingerprint
 from util.config import (
     EVALUATE,
     FINETUNE,
     KL16_LATENT_FACTOR,
     RESUME,
     Start,
-    Tokenizer,
+    TokenizerInfo,
     add_model_args,
     resolve,
 )
@@ -82,7 +81,7 @@ from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import seed_everything
 from util.signals import StopSignals
-from util.training_state import TrainingState
+from util.training_state import TrainingSettings
 
 # --------------------------------------------------------------------------------------------------------------------
 # The command line.
@@ -379,13 +378,13 @@ def read_start(args: argparse.Namespace) -> Start:
 
 def load_tokenizer(
     args: argparse.Namespace, defaults: argparse.Namespace, splits: Sequence[str], start: Start
-) -> tuple[AutoencoderKL | None, Tokenizer]:
+) -> tuple[Tokenizer | None, TokenizerInfo]:
     """The tokenizer, None where cached moments are enough, and its description, by itself or by the caches.
 
     Raises:
         UserError: it cannot be read, is not named, or a cache was made with another one.
     """
-    vae, found = None, []
+    tokenizer, found = None, []
     roots = [data_root(args, split) for split in splits]
     named = args.vae_path != defaults.vae_path
     needed = args.evaluate or args.online_eval or not args.use_cached
@@ -399,11 +398,13 @@ def load_tokenizer(
         told = f"{start.path} was trained with another tokenizer than KL-16, of latent factor {factor:.4g}"
         raise errors.UserError(f"{told}: name its file with --vae_path")
     if needed or named:
-        vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
-        found.append(Tokenizer(vae.config, latent_factor, args.vae_path, fingerprint(vae)))
+        tokenizer = Tokenizer.from_pretrained(args.vae_path)
+        found.append(tokenizer.info)
     for root in roots if args.use_cached else ():
         metadata = cache_metadata(root)
-        found.append(Tokenizer(*tokenizer_config(metadata, root), root, metadata.get("vae_sha256")))
+        found.append(
+            TokenizerInfo(*tokenizer_config(metadata, root), root, metadata.get("vae_sha256"))
+        )
     for other, later in combinations(found, 2):
         if not other.same_factor(later.latent_factor):
             differing = "latent factors"
@@ -415,12 +416,12 @@ def load_tokenizer(
             f"{later.source} was made with another tokenizer than {other.source}: {differing} differ"
         )
     known = next((each.sha256 for each in found if each.sha256 is not None), None)
-    return vae if needed else None, found[-1]._replace(sha256=known)
+    return tokenizer if needed else None, found[-1]._replace(sha256=known)
 
 
 def load_inputs(
     args: argparse.Namespace, defaults: argparse.Namespace, splits: Sequence[str], start: Start
-) -> tuple[AutoencoderKL | None, Tokenizer, dict, dict[str, Data]]:
+) -> tuple[Tokenizer | None, TokenizerInfo, dict, dict[str, Data]]:
     """Load what this process reads itself, without exchanging anything with the other ranks.
 
     Returns:
@@ -429,39 +430,35 @@ def load_inputs(
     Raises:
         UserError: something is missing, damaged, or does not fit the rest.
     """
-    vae, tokenizer = load_tokenizer(args, defaults, splits, start)
-    config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, start)
+    tokenizer, info = load_tokenizer(args, defaults, splits, start)
+    config = resolve(args, defaults, SIZES, MASKED_SIZES, info, start)
     if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
         check_num_images(args.num_images, args.class_num)
     data, classes = {}, None if start.use == FINETUNE else start.config.get("class_names")
     for split in splits:
-        data[split] = load_data(args, split, tokenizer, classes)
+        data[split] = load_data(args, split, info, classes)
         classes = data[split].classes
-    return vae, tokenizer, config, data
+    return tokenizer, info, config, data
 
 
 CALIBRATION_IMAGES = 10_000
 
 
 def calibrate(
-    args: argparse.Namespace,
-    dataset: Data,
-    vae: AutoencoderKL | None,
-    tokenizer: Tokenizer,
-    device: torch.device,
+    args: argparse.Namespace, dataset: Data, encoder: Encoder, channels: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Means and deviations of the latents' channels over :data:`CALIBRATION_IMAGES` training images, evenly spaced."""
+    """Measure mean and standard deviation of the ``channels`` of the latents.
+
+    They are measured over :data:`CALIBRATION_IMAGES` training images, evenly spaced.
+    """
     dataset.set_draws(args.seed, 0)
-    loader = loader_of_all(
-        evenly_spaced(dataset, CALIBRATION_IMAGES), device, args, persistent_workers=False
-    )
-    vae = None if args.use_cached else vae.to(device)
-    channels, latent_factor = tokenizer.config["embed_dim"], tokenizer.latent_factor
-    mean, deviation = channel_statistics(
-        vae, loader, channels, latent_factor, device, args.precision
-    )
-    log.info("calibrated: channel deviations from %.3f to %.3f", min(deviation), max(deviation))
-    return {"channel_mean": mean, "channel_std": deviation}
+    images = evenly_spaced(dataset, CALIBRATION_IMAGES)
+    loader = loader_of_all(images, device, args, persistent_workers=False)
+    if isinstance(encoder, Tokenizer):
+        encoder.to(device)
+    mean, std = channel_statistics(encoder, loader, channels, device, args.precision)
+    log.info("calibrated: standard deviations of channels from %.3f to %.3f", min(std), max(std))
+    return {"channel_mean": mean, "channel_std": std}
 
 
 def build_model(
@@ -517,100 +514,90 @@ def build_model(
 # Training.
 
 
-def train(run: Run, model: TokenBridge, loader: DataLoader, start: Start) -> None:
-    """Trains ``model`` from where ``start`` left off, saving, and measuring where asked for."""
+def train_model(
+    run: Run, model: TokenBridge, loader: DataLoader, start: Start, settings: TrainingSettings
+) -> None:
+    """Train ``model`` from the epoch and step of ``start``; save, and measure if flags ask for it."""
     args = run.args
     if distributed.is_main_process() and not args.dry_run:
         remove_parts(Path(args.output_dir).glob(".*.part"))
-    batch = args.batch_size * args.accum_iter * distributed.get_world_size()
-    if args.lr is None:
-        args.lr = args.blr * batch / 256
-    state = TrainingState(
-        model, args, steps_per_epoch=len(loader) // args.accum_iter
-    )  # what is left over is dropped
+    trainer = Trainer(model, settings, loader, run.encoder)
+    state = trainer.state
     if start.use == RESUME:
-        state.load(start.content, start.path, args.freeze)
+        state.load(start.content, start.path)
         start.content.clear()
     if distributed.get_world_size() > 2:
-        order_gradients(state, (args.batch_size, *model.latent_shape), args.precision)
+        trainer.order_gradients((args.batch_size, *model.latent_shape))
+    measured_model = state.model if args.no_ema else state.ema_model
 
     def measure(epoch: int, writer: SummaryWriter | None, stop_signals: StopSignals) -> None:
-        evaluate_online(
-            run, state.model if args.no_ema else state.average.module, epoch, writer, stop_signals
-        )
+        evaluate_online(run, measured_model, epoch, writer, stop_signals)
 
-    vae, measures = None if args.use_cached else run.vae, args.online_eval or args.online_nll
-    train_epochs(
-        state,
-        loader,
-        vae,
-        run.latent_factor,
-        args,
-        args.output_dir,
-        measure,
-        save_before_measuring=measures,
-    )
+    train(trainer, measure, save_before_measuring=args.online_eval or args.online_nll)
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     args = get_args_parser().parse_args()
     with process_group(args.device, args.deterministic, args.precision) as device:
+        # Flags, and the files that they name
         check_same_flags(args, device)
         distributed.on_all_ranks(lambda: check_args(args))
         measuring = args.evaluate or args.evaluate_nll
         splits = ["train"] * (not measuring) + ["val"] * (args.evaluate_nll or args.online_nll)
         start = open_start(args)
         defaults = get_args_parser().parse_args([])
-        vae, tokenizer, config, data = distributed.on_all_ranks(
+        tokenizer, info, config, data = distributed.on_all_ranks(
             lambda: load_inputs(args, defaults, splits, start)
         )
-        check_same_inputs(data, vae)
+        check_same_inputs(data, tokenizer and tokenizer.vae)
         seed_everything(args.seed + distributed.get_rank())
+        encoder = CachedMoments(info.latent_factor) if args.use_cached else tokenizer
+
+        # Model
         if args.quant_calibrate and config["channel_mean"] is None:
-            config |= calibrate(args, data["train"], vae, tokenizer, device)
-        model = build_model(
-            args, config, start, device, None if measuring else data["train"].classes
-        )
-        model.metadata = {"model": args.model, "latent_factor": tokenizer.latent_factor}
+            config |= calibrate(args, data["train"], encoder, info.config["embed_dim"], device)
+        classes = None if measuring else data["train"].classes
+        model = build_model(args, config, start, device, classes)
+        model.metadata = {"model": args.model, "latent_factor": info.latent_factor}
         if (args.evaluate or args.online_eval) and args.num_iter > model.seq_len:
             log.info(
-                "--num_iter %d for %d tokens: %d steps do it",
-                args.num_iter,
-                model.seq_len,
-                model.seq_len,
+                "--num_iter %d is reduced to the number of tokens, %d", args.num_iter, model.seq_len
             )
-        log.info(
-            "%s: %.2fM parameters", args.model, sum(p.numel() for p in model.parameters()) / 1e6
-        )
-        if vae is not None:
-            vae = distributed.on_all_ranks(
-                lambda: vae.to(device, memory_format=torch.channels_last)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        log.info("%s: %.2fM parameters", args.model, parameters / 1e6)
+
+        # Data and metrics
+        if tokenizer is not None:
+            distributed.on_all_ranks(
+                lambda: tokenizer.to(device, memory_format=torch.channels_last)
             )
         held_out = loader_of_all(data["val"], device, args) if "val" in data else None
-        loader = (
-            None
-            if measuring
-            else distributed.on_all_ranks(lambda: training_loader(data["train"], device, args))
-        )
-        run = Run(
-            args, device, vae, tokenizer.latent_factor, make_evaluator(args, device), held_out
-        )
+        loader = None
         if not measuring:
-            model.metadata["class_names"] = data["train"].classes
-            known = tokenizer.sha256 or (
-                start.config.get("vae_sha256") if start.use == RESUME else None
-            )
-            model.metadata |= {} if known is None else {"vae_sha256": known}
+            loader = distributed.on_all_ranks(lambda: training_loader(data["train"], device, args))
+        run = Run(args, device, tokenizer, encoder, make_evaluator(args, device), held_out)
+
+        # Train
+        if not measuring:
+            model.metadata["class_names"] = classes
+            saved_sha256 = start.config.get("vae_sha256") if start.use == RESUME else None
+            if (vae_sha256 := info.sha256 or saved_sha256) is not None:
+                model.metadata["vae_sha256"] = vae_sha256
             distributed.on_all_ranks(lambda: finetune.freeze(model, args.freeze))
-            train(run, model, loader, start)
+            if args.lr is None:
+                batch = args.batch_size * args.accum_iter * distributed.get_world_size()
+                args.lr = args.blr * batch / 256
+            train_model(run, model, loader, start, TrainingSettings.from_args(args))
             return
+
+        # Or measure
         if args.compile:
             model.compile_blocks()
         if args.evaluate_nll:
-            figures = {**measure_likelihood(run, model), "resume": args.resume, **provenance()}
+            metrics = {**measure_likelihood(run, model), "resume": args.resume, **provenance()}
             if distributed.is_main_process():
-                write_json(Path(args.output_dir) / "likelihood.json", figures)
+                write_json(Path(args.output_dir) / "likelihood.json", metrics)
         if args.evaluate:
             search(run, model, weights_identity(run, model))
 

@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
-from engine_tokenbridge import channel_statistics, order_gradients
+from engine_tokenbridge import Trainer, channel_statistics, train
+from models.tokenizer import CachedMoments
 from models.vae import AutoencoderKL
 from models.vae_losses import VAELosses, perceptual_distance
 from tools.channel_order import energies, low_frequencies, low_shares
-from training import train_epochs
 from util import distributed, errors
 from util.args import (
     DATA_PATH,
@@ -49,7 +49,7 @@ from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import seed_everything
 from util.signals import StopSignals
-from util.training_state import TrainingState
+from util.training_state import TrainingSettings, TrainingState
 
 #: The result; what an interrupted run goes on from; what is measured of the result.
 VAE_NAME, STATE_NAME, FIGURES_NAME = "vae.ckpt", "vae-last.pth", "vae.json"
@@ -121,8 +121,6 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         "--keep_last", type=int, default=2, help="checkpoints kept, the newest included"
     )
     add_dry_run_arg(train)
-    # What a run's state asks for, and a tokenizer's training does not leave open.
-    parser.set_defaults(weight_decay=0.0, compile=False, start_epoch=0)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -287,7 +285,7 @@ def resume(state: TrainingState, content: dict, path: Path) -> None:
             )
 
     distributed.on_rank_0(compare)
-    state.load(content, path, frozen=[])
+    state.load(content, path)
     content.clear()
 
 
@@ -355,7 +353,9 @@ def measure_latents(
             sums.add_(energies(posterior.mode(), low))
             yield (posterior.parameters,)
 
-    means, deviations = channel_statistics(None, moments(), vae.embed_dim, 1.0, device, "fp32")
+    means, deviations = channel_statistics(
+        CachedMoments(1.0), moments(), vae.embed_dim, device, "fp32"
+    )
     mean, deviation = (
         torch.tensor(means, dtype=torch.float64),
         torch.tensor(deviations, dtype=torch.float64),
@@ -372,28 +372,38 @@ def measure_latents(
 # Training.
 
 
-def train(
+def train_vae(
     losses: VAELosses,
     loader: DataLoader,
     measured: DataLoader,
     start: tuple[dict, Path | None],
     args: argparse.Namespace,
 ) -> AutoencoderKL:
-    """Trains from where ``start`` left off, saving and measuring; returns the tokenizer to export (``--no_ema``)."""
+    """Train from the epoch and step of ``start``, saving and measuring.
+
+    Returns:
+        the VAE to export: the EMA, or the weights themselves with ``--no_ema``.
+    """
     if distributed.is_main_process() and not args.dry_run:
         remove_parts(Path(args.output_dir).glob(".*.part"))
-    steps = len(loader) // args.accum_iter  # what is left over is dropped
-    state = TrainingState(losses, args, steps, STATE_NAME, losses.optimizer_parts())
+    trainer = Trainer(
+        losses,
+        TrainingSettings.from_args(args),
+        loader,
+        checkpoint_name=STATE_NAME,
+        parts=losses.optimizer_parts(),
+        log_dir=Path(args.output_dir) / "tokenizer_log",
+    )
+    state = trainer.state
     content, path = start
     if path is not None:
         resume(state, content, path)
     if distributed.get_world_size() > 2:
-        order_gradients(state, (args.batch_size, 3, args.img_size, args.img_size), args.precision)
+        trainer.order_gradients((args.batch_size, 3, args.img_size, args.img_size))
         losses.read_figures()
-    losses.steps_done = lambda: (
-        state.steps_done
-    )  # after gradients were ordered: alike before and after --disc_start
-    vae = (losses if args.no_ema else state.average.module).vae
+    # After the gradients are ordered, which must not depend on --disc_start
+    losses.steps_done = lambda: state.steps_done
+    vae = (losses if args.no_ema else state.ema_model).vae
 
     def measure(epoch: int, writer: SummaryWriter | None, _: StopSignals) -> None:
         figures = losses.read_figures()
@@ -420,7 +430,7 @@ def train(
                     "tokenizer/originals over reconstructions", picture, state.steps_done
                 )
 
-    train_epochs(state, loader, None, None, args, Path(args.output_dir) / "tokenizer_log", measure)
+    train(trainer, measure)
     return vae
 
 
@@ -456,7 +466,7 @@ def main() -> None:
         measured = loader_of_all(
             evenly_spaced(others, MEASURED_IMAGES), device, args, persistent_workers=False
         )
-        vae = train(build_losses(args, device), loader, measured, start, args)
+        vae = train_vae(build_losses(args, device), loader, measured, start, args)
         if args.dry_run:
             return
         ratio, _ = measure_reconstructions(vae, measured, device, args.precision)

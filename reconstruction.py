@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from engine_tokenbridge import channel_statistics
 from models.quantizer import QUANTIZERS, ScalarQuantizer, calibrated_bounds
-from models.vae import AutoencoderKL
+from models.tokenizer import Tokenizer
 from util import distributed, errors
 from util.args import (
     DATA_PATH,
@@ -233,8 +233,7 @@ class ReconstructionStats:
 
 @torch.no_grad()
 def reconstruct(
-    vae: AutoencoderKL,
-    latent_factor: float,
+    tokenizer: Tokenizer,
     loader: DataLoader,
     settings: Sequence[Setting],
     calibration: dict[str, list[float]],
@@ -256,8 +255,8 @@ def reconstruct(
         by column title, :data:`PICTURE_ROWS` images to show; Inception's features of the originals, batch by batch; and
         the statistics of each setting.
     """
-    device = next(vae.parameters()).device
-    all_stats = [ReconstructionStats(setting, vae.embed_dim, device) for setting in settings]
+    device = next(tokenizer.vae.parameters()).device
+    all_stats = [ReconstructionStats(setting, tokenizer.embed_dim, device) for setting in settings]
     rank, world, share = distributed.get_rank(), distributed.get_world_size(), len(loader.sampler)
     shown = {
         rank + world * (i * share // PICTURE_ROWS) for i in range(PICTURE_ROWS)
@@ -273,7 +272,7 @@ def reconstruct(
 
     def decode(latents: Tensor) -> Tensor:
         with autocast(device, args.precision):
-            images = vae.decode(latents / latent_factor)
+            images = tokenizer.decode(latents)
         check_finite(extremes(images), "the tokenizer's decoder", args.precision)
         return to_uint8(images, args.rounding)
 
@@ -290,11 +289,9 @@ def reconstruct(
             images = images.to(device)
             real = to_uint8(images)
             with autocast(device, args.precision):
-                posterior = vae.encode(images)
-                noise = (
-                    numbered_draws(args.seed, numbers).normal(*posterior.mean.shape[1:]).to(device)
-                )
-                latents = posterior.sample(noise).float() * latent_factor
+                posterior = tokenizer.encode(images)
+                noise = numbered_draws(args.seed, numbers).normal(*posterior.shape[1:]).to(device)
+                latents = posterior.sample(noise)
             check_finite(extremes(latents), "the tokenizer's encoder", args.precision)
             features += [] if evaluator is None else [evaluator.inception(real)]
             save("real", real)
@@ -440,8 +437,8 @@ def first_of_each_class(samples: Sequence[tuple[str, int]], count: int) -> list[
     return chosen
 
 
-def load_inputs(args: argparse.Namespace) -> tuple[ImageFolderWithFilename, AutoencoderKL, float]:
-    """Check the flags; return all images, the tokenizer and its latent factor.
+def load_inputs(args: argparse.Namespace) -> tuple[ImageFolderWithFilename, Tokenizer]:
+    """Check the flags; return all images and the tokenizer.
 
     Raises:
         UserError: a flag is out of range, or the images or the tokenizer cannot be read or do not fit.
@@ -453,9 +450,9 @@ def load_inputs(args: argparse.Namespace) -> tuple[ImageFolderWithFilename, Auto
             "--sweep is Table 1, Gaussian levels on given ranges: leave out the other flags"
         )
     source = open_images(args.image_dir, "train", args.image_column, args.label_column)
-    vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
-    check_stride(args.img_size, vae.stride)
-    return ImageFolderWithFilename(source, image_transform(args.img_size)), vae, latent_factor
+    tokenizer = Tokenizer.from_pretrained(args.vae_path)
+    check_stride(args.img_size, tokenizer.stride)
+    return ImageFolderWithFilename(source, image_transform(args.img_size)), tokenizer
 
 
 def find_statistics(img_size: int, classes: int) -> str | None:
@@ -500,8 +497,8 @@ def main() -> None:
     args = get_args_parser().parse_args()
     with process_group(args.device, args.deterministic, args.precision) as device:
         check_same_flags(args, device)
-        dataset, vae, latent_factor = distributed.on_all_ranks(lambda: load_inputs(args))
-        check_same_inputs({"the folder": dataset}, vae)
+        dataset, tokenizer = distributed.on_all_ranks(lambda: load_inputs(args))
+        check_same_inputs({"the folder": dataset}, tokenizer.vae)
         n = args.images_per_class
         chosen = Subset(dataset, first_of_each_class(dataset.samples, n))
         evaluator = make_evaluator(args, len(dataset.classes), len(chosen), device)
@@ -521,15 +518,16 @@ def main() -> None:
             )
 
         loader = loader_of_all(chosen, device, args)
-        vae, calibration = distributed.on_all_ranks(lambda: vae.to(device)), {}
+        distributed.on_all_ranks(lambda: tokenizer.to(device))
+        calibration = {}
         if args.quant_calibrate:
             measured = channel_statistics(
-                vae, loader, vae.embed_dim, latent_factor, device, args.precision
+                tokenizer, loader, tokenizer.embed_dim, device, args.precision
             )
             calibration = dict(zip(("channel_mean", "channel_std"), measured, strict=True))
         settings = list(TABLE_1) if args.sweep else [Setting(args.bits, args.range)]
         pictures, features, all_stats = reconstruct(
-            vae, latent_factor, loader, settings, calibration, evaluator, images_to, args
+            tokenizer, loader, settings, calibration, evaluator, images_to, args
         )
         results = [stats.figures(len(chosen)) for stats in all_stats]
         if evaluator is not None:

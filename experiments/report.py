@@ -22,7 +22,7 @@ from experiments.results import (
 from models.tokenbridge import MASKED_SIZES, SIZES, TokenBridge
 from tools import scaling
 from util import errors
-from util.config import KL16_CONFIG, KL16_LATENT_FACTOR, Start, Tokenizer, resolve
+from util.config import KL16_CONFIG, KL16_LATENT_FACTOR, Start, TokenizerInfo, resolve
 from util.metrics.plots import save_figure
 from util.tables import fill, markdown, write_text
 
@@ -114,7 +114,7 @@ def model_of(words: Sequence[str]) -> TokenBridge:
         main_tokenbridge.get_args_parser().parse_args(typed) for typed in (words[1:], [])
     )
     main_tokenbridge.check_args(args)
-    tokenizer = Tokenizer(KL16_CONFIG, KL16_LATENT_FACTOR, args.vae_path)
+    tokenizer = TokenizerInfo(KL16_CONFIG, KL16_LATENT_FACTOR, args.vae_path)
     config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, Start())
     with torch.device("meta"):  # where the tables of linear levels cannot be checked
         return TokenBridge(**{**config, "quantizer": "gaussian"})

@@ -16,50 +16,21 @@ from models.editing import Edit, Picture, as_pictures, edit_of, kept_tokens, put
 from models.pretrained import find_pretrained
 from models.sampling import SamplingOptions, check_guidance, check_head_options, sampling_plan
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
-from util.config import Tokenizer, check_tokenizer
+from models.tokenizer import Tokenizer, images_at_once
+from util.config import check_tokenizer
 from util.data.classes import find_classes, readable
-from util.data.images import to_uint8
 from util.devices import to_device
 from util.errors import UserError
 from util.log import log
-from util.precision import autocast, check_finite, extremes
+from util.precision import autocast, check_finite
 from util.rng import image_seeds, numbered_draws
 
-#: Pixels encoded or decoded at once, by device.
-PIXEL_BUDGET = {"cpu": 2**19, "cuda": 2**22}
 #: The tokenizer beside a model's file: a folder of ``save_pretrained`` or diffusers, or what main_vae.py writes.
 BESIDE = ("vae", "vae.ckpt")
 UNKNOWN = 128  # the grey of tokens that a picture does not have yet
 
 # --------------------------------------------------------------------------------------------------------------------
-# Images through the tokenizer.
-
-
-def part_size(device: torch.device, pixels: int) -> int:
-    """How many images of ``pixels`` pixels go through the tokenizer at once."""
-    return max(1, PIXEL_BUDGET.get(device.type, 2**22) // pixels)
-
-
-@torch.no_grad()
-def decode_images(
-    vae: AutoencoderKL, latents: Tensor, precision: str, flag: str = "--precision"
-) -> Tensor:
-    """Unscaled latents ``[N, C, h, w]`` to images as bytes ``[N, 3, H, W]`` on the CPU, in parts that fit memory.
-
-    Raises:
-        NotFinite: the decoder overflows in ``precision``, which ``flag`` sets.
-    """
-    size = part_size(latents.device, latents.shape[2] * latents.shape[3] * vae.stride**2)
-    parts, limits = [], []
-    for part in latents.float().split(size):
-        with autocast(latents.device, precision):
-            decoded = vae.decode(part.contiguous(memory_format=torch.channels_last))
-            parts.append(to_uint8(decoded))
-            limits.append(extremes(decoded))  # bytes do not show NaN
-    images = torch.cat(parts).cpu()  # the host waits once
-    check_finite(torch.stack(limits), "the tokenizer's decoder", precision, flag)
-    return images
+# Images and the files of tokenizers.
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
@@ -159,45 +130,34 @@ class TokenBridgePipeline:
 
     Args:
         model: in evaluation mode.
-        vae: the tokenizer that it was trained on.
-        latent_factor: what the tokenizer's latents are multiplied by.
+        tokenizer: the one that the model was trained on.
         precision: of autocast, as of ``--evaluate``: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
-        names: of model and tokenizer in messages.
+        name: of the model, for messages.
 
     Raises:
-        UserError: the tokenizer is another model's.
+        UserError: the model was trained on another tokenizer.
     """
 
     def __init__(
         self,
         model: TokenBridge,
-        vae: AutoencoderKL,
-        latent_factor: float,
+        tokenizer: Tokenizer,
         precision: str = "bf16",
-        names: tuple[str, str] = ("the model", "the given one"),
+        name: str = "the model",
     ):
-        from util.checksums import fingerprint
-
-        self.model, self.vae, self.latent_factor, self.precision = (
-            model,
-            vae,
-            latent_factor,
-            precision,
-        )
-        here = (vae.embed_dim, vae.stride, latent_factor)
-        there = (
-            model.vae_embed_dim,
-            model.config["vae_stride"],
-            model.metadata.get("latent_factor", latent_factor),
-        )
-        if here[:2] != there[:2] or not math.isclose(here[2], there[2], rel_tol=1e-6):
+        self.model, self.tokenizer, self.precision = model, tokenizer, precision
+        given = (tokenizer.embed_dim, tokenizer.stride)
+        needed = (model.vae_embed_dim, model.config["vae_stride"])
+        latent_factor = model.metadata.get("latent_factor", tokenizer.latent_factor)
+        same_factor = math.isclose(tokenizer.latent_factor, latent_factor, rel_tol=1e-6)
+        if given != needed or not same_factor:
             form = "{} latent channels, stride {}, latent factor {:.4g}".format
             raise UserError(
-                f"the tokenizer is another model's: it has {form(*here)}; the model needs {form(*there)}"
+                f"the model was trained on another tokenizer: {tokenizer.source} has "
+                f"{form(*given, tokenizer.latent_factor)}; the model needs {form(*needed, latent_factor)}"
             )
         if "vae_sha256" in model.metadata:
-            tokenizer = Tokenizer(vae.config, latent_factor, names[1], fingerprint(vae))
-            check_tokenizer(model.metadata, tokenizer, names[0])
+            check_tokenizer(model.metadata, tokenizer.info, name)
         #: Names of the classes; their numbers where the model knows none.
         self.class_names = readable(
             model.metadata.get("class_names") or [str(i) for i in range(model.class_num)]
@@ -218,7 +178,7 @@ class TokenBridgePipeline:
 
         Args:
             model, ema: see :meth:`TokenBridge.from_pretrained`.
-            tokenizer: see :meth:`AutoencoderKL.from_pretrained`; by default ``vae`` or ``vae.ckpt`` beside the model's
+            tokenizer: see :meth:`Tokenizer.from_pretrained`; by default ``vae`` or ``vae.ckpt`` beside the model's
                 file, or what the run that wrote it names.
             precision: see the class.
             options: of the Hub: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
@@ -233,9 +193,9 @@ class TokenBridgePipeline:
         if tokenizer is None:
             options.pop("revision", None)  # the address has it
             tokenizer = own_tokenizer(path, address, content, **options)
-        vae: tuple[Any, float] = AutoencoderKL.from_pretrained(str(tokenizer))
+        loaded = Tokenizer.from_pretrained(str(tokenizer))
         built: Any = TokenBridge.from_content(content, path, ema)
-        return cls(built, *vae, precision, (str(path), str(tokenizer)))
+        return cls(built, loaded, precision, str(path))
 
     @property
     def device(self) -> torch.device:
@@ -245,7 +205,7 @@ class TokenBridgePipeline:
     def to(self, device: torch.device | str) -> "TokenBridgePipeline":
         """This pipeline, moved to ``device``."""
         self.model.to(device)
-        self.vae.to(device).to(memory_format=torch.channels_last)
+        self.tokenizer.to(device).to(device, memory_format=torch.channels_last)
         return self
 
     @torch.no_grad()
@@ -461,20 +421,20 @@ class TokenBridgePipeline:
 
     def encode(self, seen: Tensor) -> Tensor:
         """The most probable latents ``[B, C, h, w]`` of images ``[B, 3, S, S]`` in [-1, 1], scaled."""
-        parts = seen.split(part_size(self.device, seen[0, 0].numel()))
+        parts = seen.split(images_at_once(self.device, seen[0, 0].numel()))
         parts = [
             to_device(part, self.device).contiguous(memory_format=torch.channels_last)
             for part in parts
         ]
         with autocast(self.device, "fp32"):
-            latents = torch.cat([self.vae.encode(part).mode() for part in parts])
-        return latents.contiguous() * self.latent_factor
+            latents = torch.cat([self.tokenizer.encode(part).mode() for part in parts])
+        return latents.contiguous()
 
     def pictures(
         self, latents: Tensor, request: Request, rows: Sequence[int], unknown: Tensor | None = None
     ) -> list[Image.Image]:
         """Scaled latents as pictures, put into the images that are edited; grey at ``unknown`` positions ``[B, N]``."""
-        images = decode_images(self.vae, latents / self.latent_factor, self.precision)
+        images = self.tokenizer.decode_images(latents, self.precision)
         mask = torch.ones(len(rows), *images.shape[2:], dtype=torch.bool)
         if request.edits is not None:
             original, mask = (torch.stack([request.edits[row][i] for row in rows]) for i in (0, 1))

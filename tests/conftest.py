@@ -22,6 +22,7 @@ from sklearn.datasets import load_sample_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+from engine_tokenbridge import Trainer
 from models.published import to_published
 from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.vae import AutoencoderKL
@@ -32,7 +33,7 @@ from tests.scripts.trace import Trace
 from util import errors
 from util.checkpoint.vae_files import save_vae
 from util.precision import effective_precision
-from util.training_state import TrainingState, add_weight_decay
+from util.training_state import TrainingSettings, TrainingState, add_weight_decay
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"
@@ -150,17 +151,20 @@ def same_states(model: torch.nn.Module, other: torch.nn.Module) -> bool:
     )
 
 
+def training_settings(**options) -> TrainingSettings:
+    """Return settings of a training run; ``options`` are those other than these."""
+    defaults = {"output_dir": "unused", "epochs": 1, "batch_size": 2, "lr": 1e-3, "ema_rate": 0.9}
+    return TrainingSettings(**{**defaults, "precision": "fp32", **options})
+
+
 def training_state(model: TokenBridge, steps_per_epoch: int = 4, **options) -> TrainingState:
-    """A training run's state; ``options`` are flags other than these."""
-    flags = {
-        "ema_rate": 0.9,
-        "weight_decay": 0.02,
-        "lr": 1e-3,
-        "grad_clip": 1.0,
-        "precision": "fp32",
-    }
-    flags |= {"no_ema_warmup": False, "compile": False, "start_epoch": 0, **options}
-    return TrainingState(model, argparse.Namespace(**flags), steps_per_epoch)
+    """Return the state of a training run; ``options`` are its settings."""
+    return TrainingState(model, training_settings(**options), steps_per_epoch)
+
+
+def new_trainer(model, loader=(None,) * 4, tokenizer=None, parts=None, **options) -> Trainer:
+    """Return a training run; ``options`` are its settings."""
+    return Trainer(model, training_settings(**options), loader, tokenizer, parts=parts)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from scipy.stats import norm
 from torch import Tensor
 
 from engine_tokenbridge import channel_statistics
-from models.pipeline import decode_images
 from models.quantizer import QUANTIZERS, ScalarQuantizer
 from models.sampling import (
     FIRST_PLACES,
@@ -23,7 +22,7 @@ from models.sampling import (
     check_head_options,
 )
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL, DiagonalGaussianDistribution
+from models.tokenizer import CachedMoments, Tokenizer
 from util import errors
 from util.args import (
     add_quantizer_args,
@@ -38,8 +37,7 @@ from util.args import (
 from util.checkpoint.files import CHECKPOINT_NAME
 from util.checkpoint.runs import find_checkpoint, read_run
 from util.checkpoint.vae_files import tokenizer_config
-from util.checksums import fingerprint
-from util.config import Tokenizer, check_config, check_tokenizer
+from util.config import TokenizerInfo, check_config, check_tokenizer
 from util.data.classes import find_classes, readable
 from util.data.images import confidence_maps, save_grid
 from util.data.loaders import evenly_spaced, make_loader
@@ -168,14 +166,13 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
     cache.shape = tuple(cache[0][0].shape)
     loader = make_loader(evenly_spaced(cache, args.num_images), args, device)
     seed_everything(args.seed)
-    latents = [
-        DiagonalGaussianDistribution(moments).sample() * latent_factor for moments, _ in loader
-    ]
+    encoder = CachedMoments(latent_factor)
+    latents = [encoder.encode(moments).sample() for moments, _ in loader]
     latents = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, N]
     bounds, unit = (args.quant_min, args.quant_max), "scaled by the latent factor"
     if args.quant_calibrate:  # in units of its own deviation, each channel has the same levels
         mean, deviation = channel_statistics(
-            None, loader, len(latents), latent_factor, torch.device("cpu"), "fp32"
+            encoder, loader, len(latents), torch.device("cpu"), "fp32"
         )
         latents = (latents - torch.tensor(mean)[:, None]) / torch.tensor(deviation)[:, None]
         bounds, unit = (-3 * math.sqrt(3), 3 * math.sqrt(3)), "in each channel's deviations"
@@ -191,7 +188,7 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def load_model(
-    resume: str, flag: str, tokenizer: Tokenizer, args: argparse.Namespace
+    resume: str, flag: str, tokenizer: TokenizerInfo, args: argparse.Namespace
 ) -> TokenBridge:
     """The model in folder ``resume``, which ``flag`` named; UserError if tokenizer or flags do not fit it."""
     if not resume:
@@ -213,13 +210,13 @@ def load_model(
 @torch.no_grad()
 def sample(
     model: TokenBridge,
-    tokenizer: tuple[AutoencoderKL, float],
+    tokenizer: Tokenizer,
     labels: Sequence[int],
     order: str,
     args: argparse.Namespace,
 ) -> tuple[Tensor, Tensor]:
     """Images as bytes ``[N, 3, H, W]``, and maps of the confidence of their tokens as pictures of the same size."""
-    (vae, latent_factor), images, maps = tokenizer, [], []
+    images, maps = [], []
     seeds = image_seeds(args.gen_seed, range(len(labels)))
     options = {name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__} | {
         "order": order
@@ -231,7 +228,7 @@ def sample(
             latents, confidence = model.sample_tokens(
                 len(labels[part]), **given, **options, return_confidence=True
             )
-        images.append(decode_images(vae, latents / latent_factor, args.precision))
+        images.append(tokenizer.decode_images(latents, args.precision))
         grids = confidence.unflatten(1, (model.grid_size, -1)).cpu()
         check_finite(grids, "the transformer", args.precision)
         maps.append(confidence_maps(grids, images[-1].shape[-1]))
@@ -242,9 +239,9 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     """Figures 2, 7, 8 and 9: a column for each class."""
     check_positive(args, "num_iter", "batch_size")
     check_range(args, 0, math.inf, "temperature", "confidence_noise", "gen_seed")
-    vae, latent_factor = AutoencoderKL.from_pretrained(args.vae_path)
-    about = Tokenizer(vae.config, latent_factor, args.vae_path, fingerprint(vae))
-    tokenizer = vae.to(device, memory_format=torch.channels_last), latent_factor
+    tokenizer = Tokenizer.from_pretrained(args.vae_path)
+    about = tokenizer.info
+    tokenizer.to(device, memory_format=torch.channels_last)
     model = load_model(args.resume, "--resume", about, args).to(device)
     names = readable(
         model.metadata.get("class_names") or [str(label) for label in range(model.class_num)]

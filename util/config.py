@@ -25,7 +25,7 @@ KL16_LATENT_FACTOR = 0.2325
 KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 
 
-class Tokenizer(NamedTuple):
+class TokenizerInfo(NamedTuple):
     """What a tokenizer, or a cache of its moments, tells of itself."""
 
     config: Mapping[str, Any]  # arguments of the tokenizer; `embed_dim` and `ch_mult` at least
@@ -202,7 +202,7 @@ def resolve(
     defaults: argparse.Namespace,
     sizes: Mapping[str, Mapping[str, int]],
     masked_sizes: Mapping[str, Mapping[str, int]],
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerInfo,
     start: Start,
 ) -> dict[str, Any]:
     """Every argument that builds the run's TokenBridge.
@@ -275,7 +275,7 @@ def set_flags(
 
 
 def follow_tokenizer(
-    args: argparse.Namespace, defaults: argparse.Namespace, tokenizer: Tokenizer
+    args: argparse.Namespace, defaults: argparse.Namespace, tokenizer: TokenizerInfo
 ) -> None:
     """Sets ``--vae_embed_dim`` and ``--vae_stride`` to the tokenizer's.
 
@@ -302,7 +302,7 @@ def check_stride(img_size: int, stride: int) -> None:
 
 
 def checkpoint_values(
-    args: argparse.Namespace, tokenizer: Tokenizer, start: Start
+    args: argparse.Namespace, tokenizer: TokenizerInfo, start: Start
 ) -> dict[str, Any]:
     """Arguments of the model that the run takes from its checkpoint where flags leave them open.
 
@@ -432,7 +432,7 @@ def check_config(
 
 
 def check_tokenizer(
-    stored: Mapping[str, Any], tokenizer: Tokenizer, path: str | Path | None
+    stored: Mapping[str, Any], tokenizer: TokenizerInfo, path: str | Path | None
 ) -> None:
     """Raise UserError if the checkpoint ``path``, of config ``stored``, was trained with a tokenizer of other weights.
 

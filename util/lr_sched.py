@@ -1,22 +1,32 @@
 """The learning rate: linear warm-up, then constant or a half cosine."""
 
 import math
-from argparse import Namespace
+from typing import Protocol
 
 from torch.optim import Optimizer
 
 from util.log import log, warn
 
-#: The least that rates add up to if a run is to learn: Adam moves a weight by about the rate in each step, and weights
-#: are drawn with a deviation of 0.02.
+#: The least sum of the learning rates of all steps with which a run can learn. Adam moves a weight
+#: by about the learning rate per step, and initial weights have a standard deviation of 0.02.
 LEAST_MOVE = 1e-3
 
 
-def learning_rate(epoch: float, args: Namespace) -> float:
-    """The rate at a fractional ``epoch``.
+class Schedule(Protocol):
+    """Settings of the learning rate: a command line, or :class:`util.training_state.TrainingSettings`."""
+
+    lr: float
+    min_lr: float
+    lr_schedule: str
+    warmup_epochs: float
+    epochs: int
+
+
+def learning_rate(epoch: float, args: Schedule) -> float:
+    """Return the learning rate at a fractional ``epoch``.
 
     Args:
-        epoch: epochs done, iterations included: ``epoch + iteration / iterations an epoch``.
+        epoch: ``epoch + iteration / iterations per epoch``.
         args: ``lr``, ``min_lr``, ``warmup_epochs``, ``epochs`` and ``lr_schedule`` (``"cosine"`` or ``"constant"``).
     """
     if epoch < args.warmup_epochs:
@@ -31,16 +41,16 @@ def learning_rate(epoch: float, args: Namespace) -> float:
     )
 
 
-def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Namespace) -> float:
-    """Sets and returns :func:`learning_rate`; the optimizer's groups get it times their ``lr_scale``, if any."""
+def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Schedule) -> float:
+    """Set and return :func:`learning_rate`; groups of the optimizer multiply it by their ``lr_scale``, if any."""
     lr = learning_rate(epoch, args)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr
 
 
-def tell_rates(args: Namespace, steps_per_epoch: int) -> None:
-    """Logs the steps and the highest learning rate of a run; warns of a run whose rates cannot teach it anything."""
+def log_learning_rates(args: Schedule, steps_per_epoch: int) -> None:
+    """Log the steps and the highest learning rate of a run; warn if they are too low to have an effect."""
     steps, looks = args.epochs * steps_per_epoch, 1000
     rates = [learning_rate(args.epochs * look / looks, args) for look in range(looks)]
     peak, total = max(rates), sum(rates) / looks * steps

@@ -1,12 +1,12 @@
-"""What a training loop records: means of losses, speed, the steps that were not finite, and TensorBoard's log."""
+"""What a training loop records: losses, speed, skipped steps, progress bar and TensorBoard log."""
 
 import json
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,41 +15,58 @@ from torch.utils.tensorboard import SummaryWriter
 from util import distributed
 from util.devices import memory_in_use
 from util.errors import reason
-from util.log import log, warn
-from util.training_state import Step
+from util.log import log, progress_bar, warn
+
+
+class StepResult(NamedTuple):
+    """The outcome of one optimizer step; its tensors are on the device."""
+
+    loss: Tensor
+    grad_norm: Tensor  # before clipping
+    lr: float
+    epoch: int  # from 0
+    step: int  # of the epoch, from 0
 
 
 class Meter:
-    """Losses and gradient norms since they were last read, and the speed; reading waits for the device.
+    """Mean loss, gradient norm and speed since the last reading. Reading waits for the device.
 
     Args:
-        images: images of one step, over all processes.
-        flops: operations of one step on this device.
-        peak_flops: operations a second of a large matrix product here, what utilization is measured against.
+        images: images per step, over all ranks.
+        flops: floating-point operations per step on this device.
+        device: where the model is.
+
+    Attributes:
+        peak_flops: floating-point operations per second of a large matrix product on this device,
+            the reference of the utilization.
     """
 
-    def __init__(self, images: int, flops: float, peak_flops: float, device: torch.device):
-        self.images, self.flops, self.peak_flops, self.device = images, flops, peak_flops, device
+    def __init__(self, images: int, flops: float, device: torch.device):
+        self.images, self.flops, self.device = images, flops, device
+        self.peak_flops = math.inf
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget all steps, and start the clock."""
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
         self.started = time.perf_counter()
 
-    def add(self, step: Step) -> None:
-        """Counts a step that was taken."""
-        self.losses.append(step.loss)
-        self.norms.append(step.norm)
+    def add(self, result: StepResult) -> None:
+        """Count a step whose loss and gradient are finite."""
+        self.losses.append(result.loss)
+        self.norms.append(result.grad_norm)
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading by TensorBoard tag; empty if no step was taken."""
+        """Return the metrics by TensorBoard tag, and restart; nothing if no step was counted."""
         if not self.losses:
             return {}
         loss = distributed.all_reduce_mean(torch.stack(self.losses).mean()).item()
         norms = torch.stack(self.norms)
+        # With fp16, steps count whose gradients overflow
+        norm = norms.where(norms.isfinite(), math.nan).nanmean().item()
         seconds = (time.perf_counter() - self.started) / len(self.losses)
-        self.losses, self.norms, self.started = [], [], time.perf_counter()
-        norm = (
-            norms.where(norms.isfinite(), math.nan).nanmean().item()
-        )  # fp16 skips steps whose gradients overflow
+        self.restart()
         return {
             "train/loss": loss,
             "train/grad_norm": norm,
@@ -71,20 +88,20 @@ class BadSteps:
         self.limit, self.count, self.rank = limit, 0, distributed.get_rank()
         self.path = Path(folder) / f"bad_steps-rank{self.rank}.jsonl"
 
-    def add(self, step: Step, files: list[str]) -> None:
+    def add(self, result: StepResult, files: list[str]) -> None:
         """Records a step that was not taken, with the ``files`` of its images; all ranks call this.
 
         Raises:
             UserError: there have been more than the limit; on all ranks.
         """
         self.count += 1
-        loss, norm = step.loss.item(), step.norm.item()
+        loss, norm = result.loss.item(), result.grad_norm.item()
         figures = {
             "loss": loss,
             "grad_norm": norm,
-            "lr": step.lr,
-            "epoch": step.epoch,
-            "step": step.step,
+            "lr": result.lr,
+            "epoch": result.epoch,
+            "step": result.step,
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,10 +114,10 @@ class BadSteps:
                 reason(error),
                 ", ".join(files),
             )
-        what = f"loss {loss:.4g}, gradient norm {norm:.4g} at epoch {step.epoch}, step {step.step}: not finite"
+        what = f"loss {loss:.4g}, gradient norm {norm:.4g} at epoch {result.epoch}, step {result.step}: not finite"
         if self.count > self.limit:
             distributed.raise_on_all_ranks(
-                f"{what}, the step was not taken (learning rate {step.lr:.3g}, process {self.rank}, bad steps so far "
+                f"{what}, the step was not taken (learning rate {result.lr:.3g}, process {self.rank}, bad steps so far "
                 f"{self.count}); its images are listed in {self.path}; lower the learning rate, check the data, or "
                 "allow more with --max_bad_steps"
             )
@@ -156,3 +173,40 @@ def report_thread(args: Any) -> None:
     """Print the traceback of a thread's exception, unless it is of the file system, which the thread's owner raises."""
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
+
+
+class TrainingLog:
+    """The progress bar and, on rank 0, the TensorBoard log of a training run; a context manager.
+
+    Args:
+        folder: where the TensorBoard log goes.
+        steps_done: steps of the run so far.
+        total_steps: steps of the whole run.
+
+    Attributes:
+        writer: the TensorBoard log; None on other ranks.
+    """
+
+    def __init__(self, folder: str | Path, steps_done: int, total_steps: int):
+        self.bar = progress_bar(total=total_steps, initial=steps_done, unit="step", desc="training")
+        self.writer = RunLog(folder, steps_done) if distributed.is_main_process() else None
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        self.bar.close()
+
+    def show(self, metrics: Mapping[str, float], epoch: int, steps_done: int) -> None:
+        """Write metrics beside the progress bar and to TensorBoard."""
+        if "train/loss" in metrics:
+            self.bar.set_postfix_str(
+                f"epoch {epoch} loss {metrics['train/loss']:.4f} lr {metrics['train/lr']:.2e} "
+                f"{metrics['speed/images_per_second']:.1f} img/s "
+                f"MFU {metrics['speed/model_flops_utilization']:.0%}"
+            )
+        if self.writer is not None:
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, value, steps_done)

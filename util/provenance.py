@@ -1,10 +1,11 @@
 """What a result or a run was made with: versions of packages, the project's commit, the command line."""
 
-import argparse
 import importlib.metadata
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from util.files import write_json
 
@@ -34,8 +35,7 @@ def provenance() -> dict[str, str]:
     return {**versions, "commit": commit}
 
 
-def write_args(output_dir: str | Path, args: argparse.Namespace) -> None:
-    """Writes the flags of a training, its command line and :func:`provenance` to ``output_dir/args.json``."""
-    write_json(
-        Path(output_dir) / ARGS_NAME, {"args": vars(args), "command": sys.argv, **provenance()}
-    )
+def write_args(output_dir: str | Path, args: Mapping[str, Any]) -> None:
+    """Write the flags of a training run, its command line and :func:`provenance` to ``output_dir/args.json``."""
+    content = {"args": dict(args), "command": sys.argv, **provenance()}
+    write_json(Path(output_dir) / ARGS_NAME, content)

@@ -1,17 +1,17 @@
-"""All that a training run changes and must save: weights, their average, optimizer, gradient scaler, epoch, step."""
+"""The state of a training run that checkpoints hold: weights, EMA, optimizer, gradient scaler, epoch and step."""
 
 import argparse
-import math
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import distributed
@@ -24,196 +24,200 @@ from util.checksums import bit_sum, checksum
 from util.errors import UserError
 from util.log import log
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
-#: After n steps the average decays by n / (n + 10), at most --ema_rate: it spans the last tenth of a short run, not
-#: the drawn weights. At 0.9999 that ends after 100,000 steps; of the published recipe 150,000 are left, after which
-#: averages with and without it differ by a share of exp(-15), less than float32 rounds in them.
-#: The paper's and the release's averages have no warm-up (--no_ema_warmup).
-AVERAGE_WARMUP = {"warmup_gamma": 10.0, "warmup_power": 1.0}
+ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter
+#: After n steps the EMA decays by n / (n + 10), at most --ema_rate: it covers the last tenth of a
+#: short run, not the initial weights. At rate 0.9999 the warm-up ends after 100,000 steps. The
+#: published recipe takes 150,000 more, after which an EMA with warm-up differs from one without by
+#: a share of exp(-15), less than float32 rounds. The paper and the release have no warm-up
+#: (--no_ema_warmup).
+EMA_WARMUP = {"warmup_gamma": 10.0, "warmup_power": 1.0}
 
 
-class Step(NamedTuple):
-    """A step that was computed, and taken if its gradient was finite."""
+@dataclass
+class TrainingSettings:
+    """Settings of a training run. The flags of the same names describe them."""
 
-    loss: Tensor  # on the device
-    norm: Tensor  # of the gradient before clipping, on the device
-    finite: Tensor  # whether loss and gradient were; in fp16 the loss alone: the scaler sees to the gradient
-    taken: Tensor  # whether the weights changed
+    output_dir: str | Path
+    epochs: int
+    batch_size: int  # images of a batch on each rank
     lr: float
-    epoch: int  # from 0
-    step: int  # of the epoch, from 0
+    accum_iter: int = 1
+    min_lr: float = 0.0
+    lr_schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.02
+    grad_clip: float = 1.0
+    ema_rate: float = 0.9999
+    no_ema_warmup: bool = False
+    precision: str = "bf16"
+    compile: bool = False
+    seed: int = 1
+    start_epoch: int = 0
+    save_last_freq: int = 5
+    save_every_steps: int = 0
+    keep_last: int = 2
+    eval_freq: int = 40
+    max_bad_steps: int = 0
+    dry_run: bool = False
+    freeze: Sequence[str] = ()
+    #: All flags of the run, which checkpoints and ``args.json`` record.
+    args: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "TrainingSettings":
+        """Return the settings that a command line gives; what it has no flag for keeps its default."""
+        flags = vars(args)
+        names = {setting.name for setting in fields(cls)} - {"args"}
+        return cls(**{name: flags[name] for name in names & set(flags)}, args=flags)
+
+
+def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return optimizer groups: one-dimensional parameters and biases without decay, then all others with decay.
+
+    Frozen parameters are left out. Within a group, the order is that of published optimizer states.
+    """
+    spared, decayed = [], []
+    for name, parameter in to_published(dict(model.named_parameters())).items():
+        if parameter.requires_grad:
+            spare = parameter.ndim == 1 or name.endswith(".bias")
+            (spared if spare else decayed).append(parameter)
+    return [
+        {"params": spared, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay},
+    ]
 
 
 class TrainingState:
-    """A run's model, average, optimizer and scaler, and its next step.
-
-    A step's outcome is looked at when the next one has been computed, so that the device never waits for the host:
-    :meth:`take_step` starts a step, :meth:`settle` ends it. The average sees no step that was not taken.
+    """The model, EMA, optimizer and gradient scaler of a run, and the epoch and step that come next.
 
     Args:
-        model: on its device; with several processes all take the weights of the first.
-        args: ``ema_rate``, ``no_ema_warmup``, ``weight_decay``, ``lr``, ``grad_clip``, ``precision``, ``compile``,
-            ``start_epoch``.
+        model: on its device. With several ranks all take the weights of rank 0.
+        settings: of the run.
         steps_per_epoch: optimizer steps of an epoch.
         name: the file name of checkpoints.
-        parts: the optimizer's groups, in lists, each of which has its gradients clipped by a norm of its own; by
-            default one list, of all of ``model``.
+        parts: lists of optimizer groups. The gradients of each list are clipped by their own norm.
+            By default one list holds all parameters of ``model``.
 
     Attributes:
-        wrapped: the model that computes losses: in its DDP wrapper where there are several processes.
-        epoch, step: the next step to take; epochs and an epoch's steps count from 0.
-        average_steps: steps that the average has seen.
-        saver: writes the main process's checkpoints.
+        wrapped: the model that computes losses, in its DDP wrapper if there are several ranks.
+        ema: timm's ``ModelEmaV3``; :attr:`ema_model` is its model.
+        epoch, step: the next step to take. Epochs, and the steps of an epoch, count from 0.
+        ema_steps: updates of the EMA so far.
+        clipped: parameters whose gradients are clipped together, one list for each of ``parts``.
         resumed: whether :meth:`load` has been called.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        args: argparse.Namespace,
+        settings: TrainingSettings,
         steps_per_epoch: int,
         name: str = CHECKPOINT_NAME,
         parts: Sequence[list[dict]] | None = None,
     ):
-        self.model, self.steps_per_epoch, self.grad_clip, self.name = (
-            model,
-            steps_per_epoch,
-            args.grad_clip,
-            name,
-        )
-        self.device, self.precision = next(model.parameters()).device, args.precision
-        several = distributed.get_world_size() > 1
-        self.wrapped = (
-            DistributedDataParallel(model, gradient_as_bucket_view=True) if several else model
-        )
-        if several:  # buffers are tables that never change; as an argument, this would also keep them from being shared
+        self.model, self.settings = model, settings
+        self.steps_per_epoch = steps_per_epoch
+        self.path = Path(settings.output_dir) / name
+        self.device = next(model.parameters()).device
+        self.wrapped: nn.Module = model
+        if distributed.get_world_size() > 1:
+            self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+            # Buffers are tables that never change. As an argument of the constructor this would
+            # also keep them from being sent to other ranks once.
             self.wrapped.broadcast_buffers = False
-        # A copy of the weights that all processes have once DDP has shared those of the first.
-        warmup = {"use_warmup": not args.no_ema_warmup, **AVERAGE_WARMUP}
-        self.average = ModelEmaV3(model, decay=args.ema_rate, exclude_buffers=True, **warmup)
-        self.average_steps = 0
-        if args.compile:
+        # A copy of the weights that all ranks have after DDP has sent those of rank 0
+        self.ema = ModelEmaV3(
+            model,
+            decay=settings.ema_rate,
+            exclude_buffers=True,
+            use_warmup=not settings.no_ema_warmup,
+            **EMA_WARMUP,
+        )
+        self.ema_steps = 0
+        if settings.compile:
             model.compile_blocks()
-        parts = parts or [add_weight_decay(model, args.weight_decay)]
-        self.clipped = [
-            [parameter for group in part for parameter in group["params"]] for part in parts
-        ]
-        # On Apple GPUs the fused optimizer cannot leave out a step by a flag on the device: there the host looks at it.
-        self.fused = self.device.type != "mps"
+        parts = parts or [add_weight_decay(model, settings.weight_decay)]
+        self.clipped = [[p for group in part for p in group["params"]] for part in parts]
         self.optimizer = torch.optim.AdamW(
-            [*chain(*parts)], lr=args.lr, betas=(0.9, 0.95), fused=self.fused
+            [*chain(*parts)],
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+            fused=self.device.type != "mps",  # which cannot skip a step by a flag on the device
         )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
-        self.epoch, self.step = args.start_epoch, 0
-        self._pending: tuple[Step, distributed.HostCopy] | None = None
-        self._sums: distributed.HostCopy | None = (
-            None  # checksums of the weights and the EMA at the last save, of all ranks
-        )
-        self.saver, self._saved_at, self.resumed = Saver(), None, False
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.epoch, self.step = settings.start_epoch, 0
+        self.saver, self.resumed = Saver(), False
+        self._saved_at: tuple[Path, int, int] | None = None
+        # Checksums of weights and EMA at the last save, of all ranks
+        self._sums: distributed.HostCopy | None = None
 
     @property
     def steps_done(self) -> int:
-        """Steps of the whole run up to here."""
+        """Steps of the whole run so far."""
         return self.epoch * self.steps_per_epoch + self.step
 
-    def take_step(self, loss: Tensor, lr: float) -> None:
-        """Clips the gradients of ``loss``, and takes the optimizer's step unless their norm is not finite.
+    @property
+    def ema_model(self) -> Any:
+        """The model with the averaged weights."""
+        return self.ema.module
 
-        Nothing is waited for: the fused optimizer looks at the flag on the device. ``lr`` is kept for the record.
-        """
-        self.scaler.unscale_(self.optimizer)
-        norm = sum(
-            nn.utils.clip_grad_norm_(part, self.grad_clip or math.inf) for part in self.clipped
-        )
-        # After DDP's exchange every process sees the same norm. With fp16 an overflowing gradient is the scaler's
-        # business: it leaves the step out by itself and lowers the scale.
-        finite = taken = torch.isfinite(norm)
-        if self.scaler.is_enabled():
-            finite = torch.isfinite(distributed.all_reduce_mean(loss))
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif not self.fused:
-            if finite:
-                self.optimizer.step()
-        else:
-            self.optimizer.found_inf, self.optimizer.grad_scale = (
-                (~finite).float(),
-                None,
-            )  # as a scaler would tell it
-            self.optimizer.step()
-            del self.optimizer.found_inf, self.optimizer.grad_scale
-        self.optimizer.zero_grad(set_to_none=True)
-        answers = distributed.HostCopy(torch.stack([finite, taken]))
-        self._pending = Step(loss, norm, finite, taken, lr, self.epoch, self.step), answers
+    def update_ema(self) -> None:
+        """Update the EMA by the weights."""
+        self.ema_steps += 1
+        self.ema.update(self.model, self.ema_steps if self.ema.use_warmup else None)
+
+    def advance(self) -> None:
+        """Count a step."""
         self.epoch, self.step = divmod(self.steps_done + 1, self.steps_per_epoch)
 
-    def settle(self) -> Step | None:
-        """Waits for the last step and updates the average by it if it was taken; None if it is settled already.
+    # ----------------------------------------------------------------------------------------------
+    # Saving
+
+    def save(self) -> None:
+        """Start to write a checkpoint in the background, unless the file already holds this step.
+
+        All ranks call this. Rank 0 writes the present state, if the weights of all ranks are equal.
+        The pending step must be finished before; :meth:`finish` waits for the file.
 
         Raises:
             UserError: see :meth:`check_ranks`.
         """
-        self.check_ranks()
-        if self._pending is None:
-            return None
-        (last, answers), self._pending = self._pending, None
-        finite, taken = answers.read()
-        last = last._replace(finite=finite, taken=taken)
-        if last.taken:
-            self.average_steps += 1
-            self.average.update(self.model, self.average_steps if self.average.use_warmup else None)
-        return last
-
-    # ----------------------------------------------------------------------------------------------------------------
-    # Files.
-
-    def save(self, args: argparse.Namespace) -> None:
-        """Start to write the checkpoint :attr:`name`, unless the file is of this very step already.
-
-        All ranks call this; the main process writes the run as it is at this moment, if all ranks have equal weights.
-        :meth:`settle` comes before, :meth:`finish` at the end.
-
-        Args:
-            args: ``output_dir``, ``keep_last``, and everything else that the file stores about the run.
-
-        Raises:
-            UserError: see :meth:`check_ranks`.
-        """
-        path = Path(args.output_dir) / self.name
-        place = path.resolve(), self.epoch, self.step
-        if self._saved_at == place:
+        saved_at = self.path.resolve(), self.epoch, self.step
+        if self._saved_at == saved_at:
             return
         self.check_ranks()
-        self._saved_at = place
+        self._saved_at = saved_at
         if distributed.get_world_size() > 1:
-            sums = [bit_sum(model.parameters()) for model in (self.model, self.average.module)]
+            sums = [bit_sum(model.parameters()) for model in (self.model, self.ema_model)]
             self._sums = distributed.gather_async(torch.stack(sums))
         if not distributed.is_main_process():
             return
-        averaged = {name: value.detach() for name, value in self.average.module.named_parameters()}
+        averaged = {name: value.detach() for name, value in self.ema_model.named_parameters()}
         content = {
             "model": to_published(self.model.state_dict()),
             "model_ema": to_published(averaged),
             "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch - 1,  # the last finished
-            "step": self.step,  # the next one to take, of the epoch after that
+            "epoch": self.epoch - 1,  # the last finished one
+            "step": self.step,  # the next one to take, in the epoch after that
             "steps_per_epoch": self.steps_per_epoch,
             "world_size": distributed.get_world_size(),
-            "average_steps": self.average_steps,
-            "ema_warmup": self.average.use_warmup,
+            "average_steps": self.ema_steps,
+            "ema_warmup": self.ema.use_warmup,
             "config": {**self.model.config, **self.model.metadata},
-            "args": vars(args),
+            "args": self.settings.args,
         }
         if self.scaler.is_enabled():
             content["scaler"] = self.scaler.state_dict()
         sums = self._sums
-        self.saver.save(path, content, args.keep_last, lambda: not differing_ranks(sums))
+        self.saver.save(
+            self.path, content, self.settings.keep_last, lambda: not differing_ranks(sums)
+        )
 
     def check_ranks(self) -> None:
         """Compare the weights and the EMA that the ranks had at the last save; all ranks call this.
 
         Raises:
-            UserError: they differ, on all ranks; the main one prints which ranks, and where.
+            UserError: they differ. All ranks raise it; rank 0 prints which ranks, and their hosts.
         """
         differing, self._sums = differing_ranks(self._sums), None
         if not differing:
@@ -221,13 +225,13 @@ class TrainingState:
         path, epoch, step = self._saved_at
         hosts = distributed.gather_objects(socket.gethostname())
         where = ", ".join(f"{rank} on {hosts[rank]}" for rank in differing)
-        advice = (
-            f"{path} is of an earlier step, continue from it" if path.exists() else "start again"
-        )
+        advice = "start again"
+        if path.exists():
+            advice = f"{path} is of an earlier step, continue from it"
         distributed.raise_on_all_ranks(
-            f"at epoch {epoch}, step {step} the weights of {len(differing)} of {len(hosts)} ranks differ from the "
-            f"others': {where}; no checkpoint was written of this step; {advice}, without the machines whose memory, "
-            "GPU or connection is at fault"
+            f"at epoch {epoch}, step {step} the weights of {len(differing)} of {len(hosts)} ranks differ "
+            f"from the others': {where}; no checkpoint was written of this step; {advice}, without the "
+            "machines whose memory, GPU or connection is at fault"
         )
 
     def finish(self) -> None:
@@ -239,142 +243,131 @@ class TrainingState:
         self.check_ranks()
         distributed.on_rank_0(self.saver.finish)
 
-    def load(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
-        """Takes over a checkpoint's weights, and its average, optimizer, scaler, epoch and step where it has them.
+    # ----------------------------------------------------------------------------------------------
+    # Resuming
 
-        The main process alone needs the content; all others get what it made of it.
+    def load(self, content: Mapping[str, Any], path: Path) -> None:
+        """Load weights, EMA, optimizer, scaler, epoch and step from a checkpoint, as far as it holds them.
+
+        Only rank 0 needs the content; it sends the state to the other ranks.
 
         Args:
             content: see :func:`util.checkpoint.runs.read_run`.
             path: the file, for messages.
-            frozen: this run's ``--freeze``.
 
         Raises:
-            UserError: something in it is damaged, of another model, or was trained with other frozen parameters.
+            UserError: an entry is damaged or of another model, or other parameters were frozen.
         """
-        distributed.on_rank_0(lambda: self._take_over(content, path, frozen))
-        self._share()
+        distributed.on_rank_0(lambda: self._load_on_rank_0(content, path))
+        self._send_to_all_ranks()
         self.resumed, self._saved_at = True, (path.resolve(), self.epoch, self.step)
-        text = "resumed from %s, continuing at epoch %d, step %d of %d"
-        log.info(text, path, self.epoch, self.step, self.steps_per_epoch)
+        log.info(
+            "resumed from %s, continuing at epoch %d, step %d of %d",
+            *(path, self.epoch, self.step, self.steps_per_epoch),
+        )
 
-    def _take_over(self, content: Mapping[str, Any], path: Path, frozen: list[str]) -> None:
+    def _load_on_rank_0(self, content: Mapping[str, Any], path: Path) -> None:
         load_weights(self.model, content, path, ema=False)
-        self.average.module.load_state_dict(self.model.state_dict())
+        self.ema_model.load_state_dict(self.model.state_dict())
         if "model_ema" in content:
-            load_weights(self.average.module, content, path, ema=True)
-            self._take_ema_warmup(content, path)
+            load_weights(self.ema_model, content, path, ema=True)
+            self._load_ema_warmup(content, path)
         if "optimizer" in content and "epoch" in content:
-            args = content.get("args")
-            args = vars(args) if isinstance(args, argparse.Namespace) else args
-            args = args if isinstance(args, dict) else {}
-            before, precision = args.get("freeze", []), args.get("precision", self.precision)
-            if not is_plain(before):
-                raise UserError(f"{path} is damaged: its args.freeze is no list of patterns")
-            if before != frozen:
-                raise UserError(
-                    f"{path} was trained with --freeze {before or 'nothing'}, not {frozen or 'nothing'}: to go on "
-                    "differently, start anew from it with --finetune and another --output_dir"
-                )
-            if precision != self.precision:
-                text = "%s was written by a run in %s, this one computes in %s: its steps round differently"
-                log.warning(text, path, precision, self.precision)
+            self._compare_settings(content, path)
             load_optimizer(self.optimizer, content["optimizer"], path)
-            self._take_place(content, path)
-            if "model_ema" in content:  # files of earlier versions do not count
-                self.average_steps = content.get("average_steps", self.steps_done)
+            self._load_epoch_and_step(content, path)
+            if "model_ema" in content:  # files of earlier versions do not store the number
+                self.ema_steps = content.get("average_steps", self.steps_done)
         if self.scaler.is_enabled() and content.get("scaler"):
             load_scaler(self.scaler, content["scaler"], path)
         self.saver.whole = file_stamp(path)
 
-    def _take_ema_warmup(self, content: Mapping[str, Any], path: Path) -> None:
-        """Warm the EMA up or not as the checkpoint's run did; UserError if ``--no_ema_warmup`` is against that."""
-        # The release's files have no config, and constant rates; those of earlier versions here do not tell.
-        warmup = content.get("ema_warmup", "config" in content)
-        if warmup and not self.average.use_warmup:
+    def _compare_settings(self, content: Mapping[str, Any], path: Path) -> None:
+        """Compare ``--freeze`` and ``--precision`` with those of the run that wrote the file."""
+        args = content.get("args")
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        args = args if isinstance(args, dict) else {}
+        freeze, saved_freeze = list(self.settings.freeze), args.get("freeze", [])
+        if not is_plain(saved_freeze):
+            raise UserError(f"{path} is damaged: its args.freeze is no list of patterns")
+        if saved_freeze != freeze:
             raise UserError(
-                f"{path} was trained with a warm-up of the EMA: leave out --no_ema_warmup, or start from it with "
-                "--finetune and another --output_dir"
+                f"{path} was trained with --freeze {saved_freeze or 'nothing'}, not {freeze or 'nothing'}: "
+                "to change it, start a new run with --finetune and another --output_dir"
             )
-        if self.average.use_warmup and not warmup:
-            log.info(
-                "EMA with the constant rate %g, without a warm-up, as in %s",
-                self.average.decay,
-                path,
+        precision = self.settings.precision
+        if args.get("precision", precision) != precision:
+            log.warning(
+                "%s was written by a run in %s, this run computes in %s: its steps round differently",
+                *(path, args["precision"], precision),
             )
-        self.average.use_warmup = warmup
 
-    def _share(self) -> None:
-        """Gives all processes the main one's state, and compares what they then have."""
+    def _load_ema_warmup(self, content: Mapping[str, Any], path: Path) -> None:
+        """Warm the EMA up if the checkpoint's run did; UserError if ``--no_ema_warmup`` contradicts."""
+        # The release has no warm-up and writes no config; earlier versions of this project store
+        # a config but not the entry.
+        warmup = content.get("ema_warmup", "config" in content)
+        if warmup and not self.ema.use_warmup:
+            raise UserError(
+                f"{path} was trained with a warm-up of the EMA: remove --no_ema_warmup, or start a new "
+                "run with --finetune and another --output_dir"
+            )
+        if self.ema.use_warmup and not warmup:
+            log.info(
+                "EMA with the constant rate %g, without a warm-up, as in %s", self.ema.decay, path
+            )
+        self.ema.use_warmup = warmup
+
+    def _load_epoch_and_step(self, content: Mapping[str, Any], path: Path) -> None:
+        steps, ranks = self.steps_per_epoch, distributed.get_world_size()
+        saved_steps = content.get("steps_per_epoch", steps)
+        saved_ranks = content.get("world_size", ranks)
+        # Rounded down: no image of the epoch is left out
+        step = content.get("step", 0) * steps // saved_steps
+        self.epoch, self.step = divmod((content["epoch"] + 1) * steps + step, steps)
+        if (saved_steps, saved_ranks) != (steps, ranks):
+            differing = (
+                "random numbers" if saved_steps == steps else "random numbers and image order"
+            )
+            log.warning(
+                "%s was written by %d ranks with %d steps per epoch, this run has %d with %d: it continues "
+                "at the same share of the epoch, rounded down to a step, but its %s differ from those of "
+                "an uninterrupted run",
+                *(path, saved_ranks, saved_steps, ranks, steps, differing),
+            )
+
+    def _send_to_all_ranks(self) -> None:
+        """Send the state of rank 0 to all ranks, and compare what they received."""
         if distributed.get_world_size() == 1:
             return
-        learned = [
-            parameter for group in self.optimizer.param_groups for parameter in group["params"]
-        ]
-        moments = self.optimizer.state
-        stepped = [parameter in moments for parameter in learned]
-        counts = self.epoch, self.step, self.average_steps, self.average.use_warmup
-        counts, stepped, scale = distributed.broadcast_object(
-            (counts, stepped, self.scaler.state_dict())
+        learned = [p for group in self.optimizer.param_groups for p in group["params"]]
+        adam = self.optimizer.state
+        has_state = [parameter in adam for parameter in learned]
+        counts = self.epoch, self.step, self.ema_steps, self.ema.use_warmup
+        counts, has_state, scaler = distributed.broadcast_object(
+            (counts, has_state, self.scaler.state_dict())
         )
-        self.epoch, self.step, self.average_steps, self.average.use_warmup = counts
-        if scale:
-            self.scaler.load_state_dict(scale)
-        learned = [parameter for parameter, has in zip(learned, stepped, strict=True) if has]
-        tensors = [
-            each
-            for model in (self.model, self.average.module)
-            for each in model.state_dict().values()
-        ]
-        for parameter in learned:
-            if parameter not in moments:
+        self.epoch, self.step, self.ema_steps, self.ema.use_warmup = counts
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+        tensors = [*self.model.state_dict().values(), *self.ema_model.state_dict().values()]
+        for parameter in (p for p, stored in zip(learned, has_state, strict=True) if stored):
+            if parameter not in adam:
                 step = torch.zeros((), device=parameter.device)
-                moments[parameter] = {
-                    "step": step,
-                    **{name: torch.zeros_like(parameter) for name in MOMENTS},
-                }
-            tensors += [moments[parameter][name] for name in ("step", *MOMENTS)]
+                adam[parameter] = {"step": step}
+                adam[parameter] |= {name: torch.zeros_like(parameter) for name in ADAM_STATE}
+            tensors += [adam[parameter][name] for name in ("step", *ADAM_STATE)]
         distributed.broadcast_tensors(tensors)
-        state = {"the checksum of weights, average and optimizer": checksum(tensors)}
         distributed.check_equal(
-            state, "memory or the connection between these machines is at fault"
+            {"the checksum of weights, EMA and optimizer": checksum(tensors)},
+            "memory or the connection between these machines is at fault",
         )
-
-    def _take_place(self, content: Mapping[str, Any], path: Path) -> None:
-        steps, process_group = self.steps_per_epoch, distributed.get_world_size()
-        steps_there, processes_there = (
-            content.get("steps_per_epoch", steps),
-            content.get("world_size", process_group),
-        )
-        # Rounded down: part of an epoch never counts as a whole one, and no image of the epoch is left out.
-        step = content.get("step", 0) * steps // steps_there
-        self.epoch, self.step = divmod((content["epoch"] + 1) * steps + step, steps)
-        if (steps_there, processes_there) != (steps, process_group):
-            differing = "draws" if steps_there == steps else "draws and order of images"
-            log.warning(
-                "%s was written by %d processes with %d steps an epoch, this run has %d with %d: it continues at the "
-                "same place of the epoch, rounded down to a step, but its %s are not those of an unbroken run",
-                *(path, processes_there, steps_there, process_group, steps, differing),
-            )
 
 
 def differing_ranks(sums: distributed.HostCopy | None) -> list[int]:
-    """Return the ranks whose checksums, a row for each rank, are not those of most ranks; none without checksums."""
-    rows = [] if sums is None else [tuple(row) for row in sums.read().tolist()]
-    most = Counter(rows).most_common(1)
-    return [rank for rank, row in enumerate(rows) if row != most[0][0]]
-
-
-def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return optimizer groups: one-dimensional parameters and biases without decay, then all others with decay.
-
-    Frozen parameters are left out. Within a group, the order is that of published optimizer states.
-    """
-    spared, decayed = [], []
-    for name, parameter in to_published(dict(model.named_parameters())).items():
-        if parameter.requires_grad:
-            (spared if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
-    return [
-        {"params": spared, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": weight_decay},
-    ]
+    """Return the ranks whose row of checksums differs from that of most ranks; none without checksums."""
+    if sums is None:
+        return []
+    rows = [tuple(row) for row in sums.read().tolist()]
+    most_common = Counter(rows).most_common(1)[0][0]
+    return [rank for rank, row in enumerate(rows) if row != most_common]

@@ -1,6 +1,5 @@
 """What runs on CUDA leaves nothing on the host, and has the host wait for the device only where a test says so."""
 
-import argparse
 from unittest import mock
 
 import pytest
@@ -9,21 +8,22 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 import engine_tokenbridge as engine
+import evaluation
 import main_vae
+import models.tokenizer
 import reconstruction
-from models import fast, pipeline
+from models import fast
 from models.fast import Recordings
 from models.pipeline import TokenBridgePipeline
 from models.sampling import HEAD_ORDERS
 from models.tokenbridge import TokenBridge
+from models.tokenizer import CachedMoments, Tokenizer
 from models.vae import AutoencoderKL
-from tests.conftest import HEADS, batch, training_state, variant
+from tests.conftest import HEADS, batch, new_trainer, variant
 from tests.fake_cuda import DEVICE, FakeCuda, HiddenWait, WrongPlace, gradients, site
 from tests.models.test_fast import rerun
-from util.meters import BadSteps
 from util.precision import autocast, double
 from util.signals import StopSignals
 
@@ -46,8 +46,8 @@ def model_of(kind: str, **options) -> TokenBridge:
     return variant(**{"vae_embed_dim": 4, "channel_depth": 1, **KINDS[kind], **options})
 
 
-def tokenizer(cuda: FakeCuda) -> AutoencoderKL:
-    return cuda.put(AutoencoderKL(4, (1, 1, 2), ch=8, num_res_blocks=1).eval())
+def tokenizer(cuda: FakeCuda) -> Tokenizer:
+    return Tokenizer(cuda.put(AutoencoderKL(4, (1, 1, 2), ch=8, num_res_blocks=1).eval()), 0.5)
 
 
 def loaded(model: TokenBridge, images: bool = False) -> tuple[Tensor, Tensor]:
@@ -132,25 +132,18 @@ def test_loss_in_parts_and_gradients(kind, monkeypatch):
 
 @pytest.mark.parametrize(("precision", "images"), [("bf16", False), ("fp16", True)])
 def test_an_epoch_waits_for_a_flag_a_step_and_for_figures_at_its_end(precision, images, tmp_path):
-    args = {
-        "seed": 0,
-        "accum_iter": 2,
-        "precision": precision,
-        "batch_size": 2,
-        "save_every_steps": 0,
-    }
-    args |= {"lr": 1e-3, "min_lr": 0.0, "lr_schedule": "constant", "warmup_epochs": 0, "epochs": 1}
-    with FakeCuda(*["read"] * 4) as cuda:  # Arriving.read after each step, and Meter.read
+    with FakeCuda(*["read"] * 4) as cuda:  # HostCopy.read after each step, and Meter.read
         model = cuda.put(model_of("ar"))
-        state = training_state(model, steps_per_epoch=2, precision=precision)
-        loader, vae = [loaded(model, images) for _ in range(4)], tokenizer(cuda) if images else None
-        options = StopSignals(DEVICE), BadSteps(0, tmp_path), tqdm(disable=True)
-        figures = engine.train_one_epoch(
-            state, loader, vae, 0.5, argparse.Namespace(**args), *options
-        )
-        assert state.epoch == 1 and figures["train/loss"] == 1  # what comes from this device is 1
+        loader = [loaded(model, images) for _ in range(4)]
+        encoder = tokenizer(cuda) if images else CachedMoments(0.5)
+        options = {"accum_iter": 2, "lr_schedule": "constant", "output_dir": tmp_path}
+        trainer = new_trainer(model, loader, encoder, precision=precision, **options)
+        trainer.start_loading()
+        metrics = engine.train_one_epoch(trainer, StopSignals(DEVICE))
+        state = trainer.state
+        assert state.epoch == 1 and metrics["train/loss"] == 1  # what comes from this device is 1
         moments = [x for slot in state.optimizer.state.values() for x in slot.values()]
-        assert {x.device for x in [*moments, *state.average.module.parameters()]} == {DEVICE}
+        assert {x.device for x in [*moments, *state.ema_model.parameters()]} == {DEVICE}
 
 
 @pytest.mark.parametrize("kind", ["ar", "masked"])
@@ -158,7 +151,7 @@ def test_held_out_likelihood_waits_once(kind):
     with FakeCuda("held_out_likelihood") as cuda:
         model = cuda.put(model_of(kind))
         loader, vae = [loaded(model, images=True) for _ in range(2)], tokenizer(cuda)
-        assert engine.held_out_likelihood(model, vae, 0.5, loader, DEVICE, "bf16")["images"] == 1
+        assert evaluation.held_out_likelihood(model, vae, loader, DEVICE, "bf16")["images"] == 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -236,7 +229,9 @@ def test_recorded_sampling_never_waits(kind):
 
 
 def test_a_chunk_of_images_is_waited_for_at_its_end(monkeypatch):
-    monkeypatch.setitem(pipeline.PIXEL_BUDGET, "cuda", 2 * 16**2)  # three images in two parts
+    monkeypatch.setitem(
+        models.tokenizer.PIXEL_BUDGET, "cuda", 2 * 16**2
+    )  # three images in two parts
     options = {
         "num_iter": 2,
         "cfg": 2.0,
@@ -244,13 +239,13 @@ def test_a_chunk_of_images_is_waited_for_at_its_end(monkeypatch):
         "temperature": 1.0,
         "gen_seed": 0,
     }
-    settings = engine.SampleSettings(
+    settings = evaluation.SampleSettings(
         num_images=4, eval_bsz=3, precision="bf16", vae_precision="fp16", **options
     )
     # The check reads a number that is there: it was computed before the images, which the host has waited for.
     with FakeCuda("decode_images", "check_finite", "sample_chunk") as cuda:
         model, vae = cuda.put(model_of("ar")), tokenizer(cuda)
-        images, confidence = engine.sample_chunk(model, vae, 0.5, range(3), settings, DEVICE)
+        images, confidence = evaluation.sample_chunk(model, vae, range(3), settings, DEVICE)
     assert (
         images.shape == (3, 3, 16, 16)
         and images.dtype == torch.uint8
@@ -269,7 +264,7 @@ def test_edited_pictures_are_waited_for_at_their_end():
     )  # the checks read what is computed by then
     with FakeCuda(*waits) as cuda, mock.patch.object(TokenBridgePipeline, "to"):  # fakes stay
         model = cuda.put(model_of("ar", img_size=16, vae_stride=4))
-        pipe = TokenBridgePipeline(model, tokenizer(cuda), 0.5)
+        pipe = TokenBridgePipeline(model, tokenizer(cuda))
         made = pipe([0, 1], image=image, mask_image=mask, num_iter=2, cfg=2.0)
     assert pipe.device == DEVICE and [picture.size for picture in made.images] == [(16, 16)] * 2
 
@@ -315,11 +310,12 @@ def test_float64_on_such_a_device_raises():
 def test_training_sampling_and_likelihood_without_float64(kind):
     with WithoutFloat64() as device:
         model, vae = device.put(model_of(kind)), tokenizer(device)
-        state, batches = training_state(model.train()), [loaded(model, images=True)]
-        state.take_step(engine.backward(state, batches, vae, 0.5, "bf16"), 1e-3)
-        state.settle()
-        engine.held_out_likelihood(
-            model, vae, 0.5, batches, DEVICE, "bf16", one_order=kind == "masked"
+        batches = [loaded(model, images=True)]
+        trainer = new_trainer(model.train(), batches, vae, precision="bf16")
+        trainer.clip_and_step(trainer.backward(batches), 1e-3)
+        trainer.finish_step()
+        evaluation.held_out_likelihood(
+            model, vae, batches, DEVICE, "bf16", one_order=kind == "masked"
         )
         sampled(model)
 
@@ -327,10 +323,13 @@ def test_training_sampling_and_likelihood_without_float64(kind):
 def test_measures_of_images_and_latents_without_float64():
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
     with WithoutFloat64() as device:
-        vae, loader = tokenizer(device), [(torch.randn(2, 3, 32, 32).pin_memory(), torch.arange(2))]
-        engine.channel_statistics(vae, loader, 4, 0.5, DEVICE, "bf16")
-        main_vae.measure_reconstructions(vae, loader, DEVICE, "bf16")
-        main_vae.measure_latents(vae, loader, 2, 8, DEVICE)
+        tokens, loader = (
+            tokenizer(device),
+            [(torch.randn(2, 3, 32, 32).pin_memory(), torch.arange(2))],
+        )
+        engine.channel_statistics(tokens, loader, 4, DEVICE, "bf16")
+        main_vae.measure_reconstructions(tokens.vae, loader, DEVICE, "bf16")
+        main_vae.measure_latents(tokens.vae, loader, 2, 8, DEVICE)
         x, real = device.tensor(torch.randn(2, 4, 8, 8)), device.tensor(images)
         stats = reconstruction.ReconstructionStats(reconstruction.Setting(-1, 5.0), 4, DEVICE)
         stats.add(real, real, None, double(x), x > 1)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine_tokenbridge import held_out_likelihood
+from evaluation import held_out_likelihood
 from models.masked_head import MaskedHead
 from models.sampling import HEAD_ORDERS, SamplingOptions
 from models.tokenbridge import MASKED_SIZES, MODELS, SIZES, TokenBridge
+from models.tokenizer import CachedMoments
 from tests.conftest import FEW, NO_DROPOUT, SMALL, batch, variant
 
 
@@ -210,14 +211,14 @@ def test_held_out_likelihood_follows_the_images_own_draws():
         torch.manual_seed(size)
         loader = list(zip(moments.split(size), (torch.arange(6) % 4).split(size), strict=True))
         values.append(
-            held_out_likelihood(model, None, 1.0, loader, torch.device("cpu"), "fp32")[
+            held_out_likelihood(model, CachedMoments(1.0), loader, torch.device("cpu"), "fp32")[
                 "nats_per_dim"
             ]
         )
     assert values[1:] == pytest.approx(values[:1] * 2, rel=1e-5)
     torch.nn.init.zeros_(model.head.channel_heads.weight)
     torch.nn.init.zeros_(model.head.channel_heads.bias)
-    figures = held_out_likelihood(model, None, 1.0, loader, torch.device("cpu"), "fp32")
+    figures = held_out_likelihood(model, CachedMoments(1.0), loader, torch.device("cpu"), "fp32")
     assert figures["bits_per_dim"] == pytest.approx(4, abs=1e-5)
 
 
@@ -229,7 +230,7 @@ def test_held_out_likelihood_in_one_order_is_that_in_all_if_channels_ignore_each
 
     def nats(one_order: bool) -> float:
         """Over masks and known channels of ten seeds."""
-        how = model, None, 1.0, loader, torch.device("cpu"), "fp32"
+        how = model, CachedMoments(1.0), loader, torch.device("cpu"), "fp32"
         return (
             sum(held_out_likelihood(*how, seed, one_order)["nats_per_dim"] for seed in range(10))
             / 10
@@ -245,7 +246,7 @@ def test_held_out_likelihood_of_one_step_is_exact():
     loader = [
         (torch.cat([torch.randn(5, 8, 4, 4), torch.zeros(5, 8, 4, 4)], dim=1), torch.arange(5) % 4)
     ]
-    how = model, None, 1.0, loader, torch.device("cpu"), "fp32"
+    how = model, CachedMoments(1.0), loader, torch.device("cpu"), "fp32"
     one, every = (held_out_likelihood(*how, one_order=one)["nats_per_dim"] for one in (True, False))
     assert one == pytest.approx(every, rel=1e-6)
 

@@ -11,6 +11,7 @@ from PIL import Image
 from models.editing import edit_of, grown, kept_tokens, outpainted, put_into
 from models.pipeline import TokenBridgePipeline
 from models.tokenbridge import TokenBridge, tokenbridge_tiny
+from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from tests.conftest import OWN, TINY, filled
 from util.crop import center_crop_arr
@@ -31,9 +32,8 @@ def pipe() -> TokenBridgePipeline:
     """A tiny model of 16 tokens, 4 pixels wide, and its tokenizer."""
     model = filled(tokenbridge_tiny(**SIZES))
     model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
-    return TokenBridgePipeline(
-        model, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5, "fp32"
-    )
+    vae = filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1))
+    return TokenBridgePipeline(model, Tokenizer(vae, 0.5), "fp32")
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -191,7 +191,7 @@ def test_models_and_tokenizers_come_from_folders_files_and_the_hub(
         TokenBridgePipeline.from_pretrained(trained)
     data = f"--vae_path {vae_path} --data_path {tmp_path}/data --output_dir {tmp_path}/b"
     run("main_tokenbridge", f"{TINY} {data} --epochs 1")
-    assert TokenBridgePipeline.from_pretrained(tmp_path / "b").latent_factor == 0.5
+    assert TokenBridgePipeline.from_pretrained(tmp_path / "b").tokenizer.latent_factor == 0.5
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -467,14 +467,14 @@ def test_what_cannot_be_made_is_told(pipe, given, says):
 
 def test_a_tokenizer_of_another_model_is_refused(pipe):
     for vae, factor in (
-        (pipe.vae, 0.6),
+        (pipe.tokenizer.vae, 0.6),
         (filled(AutoencoderKL(4, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5),
     ):
         with pytest.raises(
             UserError,
-            match=r"the tokenizer is another model's: it has \d latent channels, stride 4",
+            match=r"was trained on another tokenizer: .* has \d latent channels, stride 4",
         ):
-            TokenBridgePipeline(pipe.model, vae, factor)
+            TokenBridgePipeline(pipe.model, Tokenizer(vae, factor))
 
 
 def test_a_tokenizer_of_other_weights_is_refused_by_name(trained, vae_path, tmp_path):

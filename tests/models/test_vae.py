@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.pipeline import decode_images
+from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import filled, manifest, reference
 from tests.fill import deterministic_fill
@@ -32,9 +32,10 @@ def test_fp16_decodes_closer_to_float32_than_bf16_does(kl16, monkeypatch):
         "util.precision.effective_precision", lambda device, precision: precision
     )  # this CPU's may be fp32
     latents = reference("vae")[1]["moments"][:, :16, :1, :1]
-    exact = decode_images(kl16, latents, "fp32").int()
+    exact = Tokenizer(kl16, 1.0).decode_images(latents, "fp32").int()
     off = {
-        name: (decode_images(kl16, latents, name).int() - exact).abs() for name in ("fp16", "bf16")
+        name: (Tokenizer(kl16, 1.0).decode_images(latents, name).int() - exact).abs()
+        for name in ("fp16", "bf16")
     }
     assert off["fp16"].max() <= 1 and off["fp16"].float().mean() < off["bf16"].float().mean() / 3
 

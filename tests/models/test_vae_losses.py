@@ -1,7 +1,5 @@
 """The losses of a tokenizer and its discriminator: their values, and which weights each of them reaches."""
 
-import argparse
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +8,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from models.vae import AutoencoderKL
 from models.vae_losses import PatchDiscriminator, VAELosses, perceptual_distance
+from tests.conftest import new_trainer
 from util.errors import UserError
-from util.training_state import TrainingState
 
 
 def tokenizer() -> AutoencoderKL:
@@ -85,21 +83,10 @@ def test_before_its_start_a_discriminator_changes_nothing_and_learns_nothing():
 def test_tokenizer_and_discriminator_have_their_gradients_clipped_apart():
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     losses = VAELosses(tokenizer(), 16, kl_weight=0.0, disc_weight=1.0)
-    flags = {
-        "ema_rate": 0.5,
-        "weight_decay": 0.0,
-        "lr": 1e-3,
-        "grad_clip": 1e-2,
-        "precision": "fp32",
-    }
-    state = TrainingState(
-        losses,
-        argparse.Namespace(**flags, no_ema_warmup=False, compile=False, start_epoch=0),
-        4,
-        parts=losses.optimizer_parts(),
-    )
+    trainer = new_trainer(losses, parts=losses.optimizer_parts(), grad_clip=1e-2)
+    state = trainer.state
     losses(images).backward()
-    state.take_step(torch.zeros(()), 1e-3)
+    trainer.clip_and_step(torch.zeros(()), 1e-3)
     for module, decay in ((losses.vae, 0.9), (losses.discriminator, 0.5)):
         moments = [
             state.optimizer.state[parameter]["exp_avg"].norm() for parameter in module.parameters()

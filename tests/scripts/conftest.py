@@ -168,7 +168,7 @@ BASE = f"{QUICK} --warmup_epochs 0 --lr 1e-3"
 @pytest.fixture
 def known_peak(monkeypatch):
     """Nothing is measured, and the peak that utilization is told against is known."""
-    monkeypatch.setattr("training.matmul_flops", lambda device, precision: 1e9)
+    monkeypatch.setattr("engine_tokenbridge.matmul_flops", lambda device, precision: 1e9)
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import pytest
 from demo import web
 from models.pipeline import TokenBridgePipeline
 from models.tokenbridge import tokenbridge_tiny
+from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from tests.conftest import ROOT, filled
 from tests.scripts.conftest import pixels
@@ -49,10 +50,12 @@ class Site:
         model = filled(tokenbridge_tiny(**SIZES))
         model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
         self.pipe = TokenBridgePipeline(
-            model, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5, "fp32"
+            model,
+            Tokenizer(filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5),
+            "fp32",
         )
         self.alone = TokenBridgePipeline(
-            filled(tokenbridge_tiny(**SIZES)), self.pipe.vae, 0.5, "fp32"
+            filled(tokenbridge_tiny(**SIZES)), self.pipe.tokenizer, "fp32"
         )
         self.steps, self.leave, self.waits = 0, threading.Semaphore(0), False
         sample = model.sample_tokens

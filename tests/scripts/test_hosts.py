@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine_tokenbridge import Trainer
 from models.vae import AutoencoderKL
 from tests.conftest import filled, load, write_images
 from tests.scripts.conftest import BASE
@@ -155,19 +156,19 @@ def test_a_step_waits_less_for_others_than_a_checkpoint(
 ):
     monkeypatch.setattr(distributed, "STEP_TIMEOUT", timedelta(seconds=2))
     command = f"{BASE} --epochs 1 --batch_size 2 --use_cached --cached_path {cached} --output_dir"
-    save, take_step = TrainingState.save, TrainingState.take_step
+    save, take_step = TrainingState.save, Trainer.clip_and_step
 
-    def save_slowly(state, args):
+    def save_slowly(state):
         time.sleep(5 * distributed.is_main_process())
-        save(state, args)
+        save(state)
 
     monkeypatch.setattr(TrainingState, "save", save_slowly)
     run_two("main_tokenbridge", f"{command} {tmp_path}/saved --save_every_steps 2")  # of 4 steps
 
-    def step_slowly(state, loss, lr):
-        time.sleep(5 * (distributed.get_rank() == 1 and state.step == 2))
-        take_step(state, loss, lr)
+    def step_slowly(trainer, loss, lr):
+        time.sleep(5 * (distributed.get_rank() == 1 and trainer.state.step == 2))
+        take_step(trainer, loss, lr)
 
-    monkeypatch.setattr(TrainingState, "take_step", step_slowly)
+    monkeypatch.setattr(Trainer, "clip_and_step", step_slowly)
     run_two("main_tokenbridge", f"{command} {tmp_path}/lost", status=1)
     assert LOST in capfd.readouterr().err

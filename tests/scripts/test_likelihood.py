@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine_tokenbridge import held_out_likelihood
+from evaluation import held_out_likelihood
 from models.tokenbridge import TokenBridge
 from models.vae import DiagonalGaussianDistribution
 from tests.conftest import SHORT, SMALL, TINY, filled, torchrun

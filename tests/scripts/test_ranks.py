@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import main_tokenbridge
+from engine_tokenbridge import Trainer
 from models.vae import AutoencoderKL
 from tests.conftest import load, same
 from tests.processes import run_two
@@ -16,7 +17,6 @@ from util import distributed
 from util.checkpoint import runs
 from util.checkpoint.files import locate
 from util.files import read_json
-from util.training_state import TrainingState
 
 
 def elsewhere() -> bool:
@@ -169,15 +169,16 @@ def test_a_checkpoint_that_cannot_be_read_ends_all_with_one_line(command, error,
 def test_weights_that_differ_end_the_run_and_are_not_saved(
     command, error, tmp_path, monkeypatch, flags, saved
 ):
-    take_step = TrainingState.take_step
+    take_step = Trainer.clip_and_step
 
-    def diverging(state, *args):
-        take_step(state, *args)
+    def diverging(trainer, *args):
+        take_step(trainer, *args)
+        state = trainer.state
         if state.steps_done == 3 and elsewhere():
             with torch.no_grad():
                 next(state.model.parameters()).mul_(1.5)
 
-    monkeypatch.setattr(TrainingState, "take_step", diverging)
+    monkeypatch.setattr(Trainer, "clip_and_step", diverging)
     monkeypatch.setattr("socket.gethostname", lambda: f"node{os.environ.get('RANK')}")
     line = error(f"{command} --epochs 2 {flags}")  # of 4 steps
     assert "the weights of 1 of 2 ranks differ from the others': 1 on node1" in line

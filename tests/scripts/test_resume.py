@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-import engine_tokenbridge
+from engine_tokenbridge import Trainer
 from models.tokenbridge import TokenBridge
 from tests.conftest import (
     ROOT,
     SHORT,
     TINY,
     load,
+    new_trainer,
     processes_of,
     scalars,
     torchrun,
@@ -36,7 +37,6 @@ from tests.scripts.trace import Trace
 from tools import checkpoint as commands
 from util.data.caches import CachedFolder
 from util.data.loaders import ShuffledRankSampler
-from util.training_state import TrainingState
 
 
 def change(folder: Path, **entries) -> dict:
@@ -279,9 +279,9 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
                 raise KeyboardInterrupt
             return original(*args)
 
-        monkeypatch.setattr(TrainingState, "take_step", take_step)
+        monkeypatch.setattr(Trainer, "clip_and_step", take_step)
 
-    original = TrainingState.take_step
+    original = Trainer.clip_and_step
     for steps in (
         4,
         3,
@@ -293,7 +293,7 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
                 f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts",
             )
     assert (load(tmp_path / "parts")["epoch"], load(tmp_path / "parts")["step"]) == (0, 2)
-    monkeypatch.setattr(TrainingState, "take_step", original)
+    monkeypatch.setattr(Trainer, "clip_and_step", original)
     run("main_tokenbridge", f"{common} --output_dir {tmp_path}/parts --resume {tmp_path}/parts")
     assert same_weights(tmp_path / "whole", tmp_path / "parts")
 
@@ -527,7 +527,7 @@ def test_another_number_of_steps_continues_at_the_same_place(
     caplog.set_level("INFO")
     common = f"{TINY.replace('--batch_size 4', '--batch_size 2')} {SHORT} --use_cached --cached_path {cached} --epochs 2"
     run("main_tokenbridge", f"{common} --resume {trained} --output_dir {tmp_path}/more")
-    assert "written by 4 processes with 4 steps an epoch, this run has 1 with 8" in caplog.text
+    assert "written by 4 ranks with 4 steps per epoch, this run has 1 with 8" in caplog.text
     assert "continuing at epoch 1, step 4 of 8" in caplog.text
 
 
@@ -546,7 +546,7 @@ def test_another_number_of_steps_continues_at_the_same_place(
 def test_the_epoch_and_its_part_stay_with_other_steps_an_epoch(step, steps, place):
     state = training_state(variant(), steps_per_epoch=steps)
     content = {"epoch": 2, "step": step, "steps_per_epoch": 4}
-    state._take_place(content, Path("checkpoint-last.pth"))
+    state._load_epoch_and_step(content, Path("checkpoint-last.pth"))
     assert (state.epoch, state.step) == place
 
 
@@ -631,17 +631,17 @@ def test_training_continues_from_a_released_checkpoint(run, cached, trained, tmp
 def test_steps_that_are_not_finite_are_left_out_and_written_down(
     run, refused, cached, tmp_path, monkeypatch, caplog, precision
 ):
-    original, calls = engine_tokenbridge.backward, []
+    original, calls = Trainer.backward, []
 
-    def backward(state, *args):
-        loss = original(state, *args)
+    def backward(trainer, batches):
+        loss = original(trainer, batches)
         calls.append(loss)
         if len(calls) in (2, 5):
-            next(state.model.parameters()).grad.fill_(torch.nan)
+            next(trainer.state.model.parameters()).grad.fill_(torch.nan)
             loss = loss * torch.nan
         return loss
 
-    monkeypatch.setattr(engine_tokenbridge, "backward", backward)
+    monkeypatch.setattr(Trainer, "backward", backward)
     common = (
         f"{TINY} {SHORT} --use_cached --cached_path {cached} --epochs 2 --precision {precision}"
     )
@@ -678,7 +678,8 @@ def test_the_files_of_a_step_are_those_the_loader_gave(cached):
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=sampler)
     labels = [label for _, labels in loader for label in labels.tolist()]
     expected = [dataset.samples[label][0] for label in labels[4:8]]
-    assert engine_tokenbridge.files_of_step(loader, 1, 4) == expected
+    trainer = new_trainer(variant(), loader, batch_size=4)
+    assert trainer.files_of_step(1) == expected
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -702,7 +703,7 @@ def test_a_run_that_goes_on_in_another_precision_says_so(train, tmp_path, instru
     train("run", "--epochs 1 --precision bf16")
     instructions()  # on a CPU of another kind
     train("run", f"--epochs 2 --precision bf16 --resume {tmp_path}/run")
-    assert "was written by a run in bf16, this one computes in fp32" in caplog.text
+    assert "was written by a run in bf16, this run computes in fp32" in caplog.text
     caplog.clear()
     train("run", f"--epochs 3 --precision bf16 --resume {tmp_path}/run")
     assert "was written" not in caplog.text

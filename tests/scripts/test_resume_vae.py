@@ -9,11 +9,11 @@ import time
 import pytest
 import torch
 
+from engine_tokenbridge import Trainer
 from models.vae_losses import VAELosses
 from tests.conftest import ROOT, load, same
 from tests.scripts.test_main_vae import SMALL_VAE
 from util import distributed
-from util.training_state import TrainingState
 
 #: 4 steps an epoch of 16 images.
 STEPS = f"{SMALL_VAE} --batch_size 4 --warmup_epochs 1 --lr 1e-3 --ema_rate 0.9"
@@ -40,7 +40,7 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
 ):
     command = f"{STEPS} {flags} --data_path {images} --epochs 2 --save_every_steps 3 --output_dir {tmp_path}"
     run("main_vae", f"{command}/whole")
-    original = TrainingState.take_step
+    original = Trainer.clip_and_step
     for steps in (
         4,
         3,
@@ -53,13 +53,13 @@ def test_a_run_interrupted_anywhere_ends_as_one_never_interrupted(
                 raise KeyboardInterrupt
             return original(*args)
 
-        monkeypatch.setattr(TrainingState, "take_step", take_step)
+        monkeypatch.setattr(Trainer, "clip_and_step", take_step)
         with pytest.raises(SystemExit):
             run("main_vae", f"{command}/parts --resume {tmp_path}/parts")
     assert not (tmp_path / "parts" / "vae.ckpt").exists()
     content = load(tmp_path / "parts", "vae-last.pth")
     assert (content["epoch"], content["step"]) == (0, 2)
-    monkeypatch.setattr(TrainingState, "take_step", original)
+    monkeypatch.setattr(Trainer, "clip_and_step", original)
     run("main_vae", f"{command}/parts --resume {tmp_path}/parts")
     assert same_runs(tmp_path / "whole", tmp_path / "parts")
     run("main_vae", f"{command}/parts --resume {tmp_path}/parts")  # nothing is left to train

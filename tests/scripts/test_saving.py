@@ -6,29 +6,28 @@ import os
 import signal
 import threading
 import time
-from argparse import Namespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import engine_tokenbridge
+from engine_tokenbridge import Trainer
 from models.tokenbridge import TokenBridge
-from tests.conftest import SMALL, described, load, same, training_state
+from tests.conftest import SMALL, described, load, new_trainer, same
 from tests.scripts.conftest import BASE
 from util.checkpoint import saver
 from util.checkpoint.runs import read_run
 from util.signals import StopSignals
-from util.training_state import TrainingState
 
 WAIT = 60  # seconds until what should have come is given up
 
 
-def take_step(state: TrainingState) -> None:
-    loss = state.model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]))
-    state.scaler.scale(loss).backward()
-    state.take_step(loss.detach(), 1e-3)
-    state.settle()
+def take_step(trainer: Trainer) -> None:
+    loss = trainer.state.model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]))
+    trainer.state.scaler.scale(loss).backward()
+    trainer.clip_and_step(loss.detach(), 1e-3)
+    trainer.finish_step()
 
 
 @pytest.fixture
@@ -51,12 +50,8 @@ def slow_disk(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_file_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch, precision):
-    state, at_once, written, write = (
-        training_state(described(), precision=precision),
-        io.BytesIO(),
-        [],
-        torch.save,
-    )
+    trainer = new_trainer(described(), precision=precision, output_dir=tmp_path, keep_last=1)
+    at_once, written, write = io.BytesIO(), [], torch.save
     save, go = saver.Saver.save, threading.Event()
 
     def both(self, path, content, *others):
@@ -65,11 +60,12 @@ def test_a_file_is_of_its_step_though_training_goes_on(tmp_path, monkeypatch, pr
 
     monkeypatch.setattr(saver.Saver, "save", both)
     monkeypatch.setattr(torch, "save", lambda *args: written.append(go.wait(WAIT)) or write(*args))
-    take_step(state)
-    state.save(Namespace(output_dir=str(tmp_path), keep_last=1))
+    state = trainer.state
+    take_step(trainer)
+    state.save()
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     for _ in range(2):
-        take_step(state)
+        take_step(trainer)
     go.set()
     state.saver.finish()
     assert not all(map(torch.equal, before.values(), state.model.state_dict().values()))
@@ -102,33 +98,33 @@ def test_a_snapshot_copies_each_storage_once():
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(train, slow_disk, monkeypatch):
-    step = TrainingState.take_step
+    step = Trainer.clip_and_step
 
     def take_step(
-        state, *args
+        trainer, *args
     ):  # of the next epoch, whose loader's processes were forked meanwhile
-        step(state, *args)
-        if state.steps_done == 6:
+        step(trainer, *args)
+        if trainer.state.steps_done == 6:
             slow_disk.release(2)
 
-    monkeypatch.setattr(TrainingState, "take_step", take_step)
+    monkeypatch.setattr(Trainer, "clip_and_step", take_step)
     folder = train("run", "--epochs 2 --save_last_freq 1 --num_workers 2")
     assert slow_disk.came == [True, True]
     assert [load(folder, f"checkpoint-last{age}.pth")["epoch"] for age in (".1", "")] == [0, 1]
 
 
 def test_a_save_waits_for_the_one_before_and_says_so_once(slow_disk, monkeypatch, tmp_path):
-    state, said = training_state(described()), []
+    trainer, said = new_trainer(described(), output_dir=tmp_path, keep_last=3), []
     monkeypatch.setattr(
         saver.log, "warning", lambda message: said.append(message) or slow_disk.release()
     )
     for number in range(3):
-        take_step(state)
+        take_step(trainer)
         if number == 2:
             threading.Timer(0.5, slow_disk.release).start()
-        state.save(Namespace(output_dir=str(tmp_path), keep_last=3))
+        trainer.state.save()
     slow_disk.release()
-    state.saver.finish()
+    trainer.state.saver.finish()
     assert (
         slow_disk.came == [True] * 3 and len(said) == 1 and "training waits for the disk" in said[0]
     )
@@ -156,14 +152,14 @@ def full_disk(monkeypatch):
 def test_a_full_disk_ends_a_run_with_one_line_at_its_end(
     refused, cached, known_peak, monkeypatch, tmp_path, full_disk, end
 ):
-    steps, step = [], TrainingState.take_step
+    steps, step = [], Trainer.clip_and_step
 
-    def take_step(state, *args):
-        steps.append(step(state, *args))
+    def take_step(*args):
+        steps.append(step(*args))
         if end == "signal":
             signal.raise_signal(signal.SIGUSR1)
 
-    monkeypatch.setattr(TrainingState, "take_step", take_step)
+    monkeypatch.setattr(Trainer, "clip_and_step", take_step)
     often = "--save_every_steps 2" if end == "later save" else ""
     folder = f"--use_cached --cached_path {cached} --output_dir {tmp_path}/run"
     line = refused("main_tokenbridge", f"{BASE} {folder} --epochs 2 --save_last_freq 9 {often}")
@@ -177,14 +173,14 @@ def test_a_full_disk_ends_a_run_with_one_line_at_its_end(
 
 
 def test_a_full_disk_does_not_hide_why_a_run_ended(train, monkeypatch, full_disk, caplog):
-    step = TrainingState.take_step
+    step = Trainer.clip_and_step
 
-    def take_step(state, *args):
-        step(state, *args)
-        if state.steps_done == 3:
+    def take_step(trainer, *args):
+        step(trainer, *args)
+        if trainer.state.steps_done == 3:
             raise RuntimeError("something else")
 
-    monkeypatch.setattr(TrainingState, "take_step", take_step)
+    monkeypatch.setattr(Trainer, "clip_and_step", take_step)
     with pytest.raises(RuntimeError, match="something else"):
         train("run", "--epochs 1 --save_every_steps 2")
     assert (
@@ -198,7 +194,7 @@ def test_a_run_warns_at_once_of_a_full_disk_and_writes_when_there_is_space_again
 ):
     monkeypatch.setattr("util.provenance.write_json", lambda *_: None)
     monkeypatch.setattr(saver, "PAUSE", 0.01)
-    fsync, step, attempts, written = os.fsync, TrainingState.take_step, [], threading.Event()
+    fsync, step, attempts, written = os.fsync, Trainer.clip_and_step, [], threading.Event()
 
     def full_at_first(number):
         attempts.append(number)
@@ -207,13 +203,13 @@ def test_a_run_warns_at_once_of_a_full_disk_and_writes_when_there_is_space_again
         fsync(number)
         written.set()
 
-    def take_step(state, *args):  # the step after the save
-        if state.steps_done == 2:
+    def take_step(trainer, *args):  # the step after the save
+        if trainer.state.steps_done == 2:
             assert written.wait(WAIT)
-        step(state, *args)
+        step(trainer, *args)
 
     monkeypatch.setattr(os, "fsync", full_at_first)
-    monkeypatch.setattr(TrainingState, "take_step", take_step)
+    monkeypatch.setattr(Trainer, "clip_and_step", take_step)
     folder = train("run", "--epochs 1 --save_every_steps 2")
     assert [load(folder, f"checkpoint-last{age}.pth")["step"] for age in (".1", "")] == [2, 0]
     warnings = [

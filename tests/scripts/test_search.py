@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine_tokenbridge import held_out_likelihood
+from evaluation import held_out_likelihood
 from models.tokenbridge import TokenBridge
 from tests.conftest import FID, SHORT, TINY, load, scalars, write_images
 from tests.scripts.conftest import BASE, all_pixels, averaged, pictures, pixels

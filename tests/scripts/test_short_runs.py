@@ -14,7 +14,7 @@ from tests.conftest import SHORT, TINY, damaged, filled, load, variant
 from tests.scripts.conftest import BASE
 from util.errors import UserError
 from util.files import read_json
-from util.lr_sched import tell_rates
+from util.lr_sched import log_learning_rates
 from util.training_state import AVERAGE_WARMUP
 
 RATES = {"lr": 1e-3, "min_lr": 0.0, "warmup_epochs": 1.0, "epochs": 10, "lr_schedule": "cosine"}
@@ -41,7 +41,7 @@ def test_at_the_end_of_the_published_recipe_the_warm_up_of_the_average_is_forgot
 )
 def test_rates_that_teach_nothing_are_told(caplog, flags, steps, words):
     with caplog.at_level("INFO", logger="tokenbridge"):
-        tell_rates(Namespace(**RATES | flags), steps)
+        log_learning_rates(Namespace(**RATES | flags), steps)
     assert f"{steps * (RATES | flags)['epochs']} steps, {steps} in each" in caplog.text
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == bool(words) and all(words in warning for warning in warnings)

@@ -247,7 +247,7 @@ def test_two_processes_share_data_and_gradients_but_no_draws(run, cached, tmp_pa
     # The first alone writes and speaks.
     assert traces[0]["saved"] and not traces[1]["saved"]
     assert len(list((tmp_path / "run").glob("events.*"))) == 1
-    assert "whole batch 8" in said[0] and "whole batch" not in said[1]
+    assert "global batch size 8" in said[0] and "global batch size" not in said[1]
     run("main_tokenbridge", f"{common} --epochs 1 --lr 0 --output_dir {tmp_path}/alone")
     alone = load(tmp_path / "alone")["config"]
     for name in ("channel_mean", "channel_std"):
@@ -483,7 +483,7 @@ def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
     assert {int(s["step"]) for s in content["optimizer"]["state"].values()} == {
         2
     }  # 16 images, 4 for each of two
-    assert result.stderr.count("whole batch 8") == 1
+    assert result.stderr.count("global batch size 8") == 1
     assert (content["world_size"], content["steps_per_epoch"], content["epoch"]) == (2, 2, 0)
     assert content["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-3 / 2)
     assert len(list((tmp_path / "run2").glob("events.*"))) == 1

@@ -16,7 +16,7 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import training
+import engine_tokenbridge
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import errors
@@ -146,7 +146,7 @@ def main(path: str, script: str, *flags: str) -> None:
     """Runs ``script`` and writes the trace; with ``SIGNAL_RANK`` set, that process is signalled in its second pass."""
     trace = Trace()
     trace.install(setattr)
-    training.matmul_flops = lambda device, precision: 1e9
+    engine_tokenbridge.matmul_flops = lambda device, precision: 1e9
     if os.environ.get("SIGNAL_RANK") == os.environ.get("RANK", "0"):
         forward, calls = TokenBridge.forward, []
 

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import random
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,23 +168,25 @@ def resumed(path: Path) -> tuple[TokenBridge, ModelEmaV3, torch.optim.AdamW]:
     state = training_state(TokenBridge(**SMALL), precision="fp16")
     content, found = read_newest_checkpoint(path)
     check_config(content.get("config", {}), {**state.model.config, "latent_factor": 0.5}, found)
-    state.load(content, found, frozen=[])
-    return state.model, state.average, state.optimizer
+    state.load(content, found)
+    return state.model, state.ema, state.optimizer
 
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory) -> dict:
     """A checkpoint as training writes it, after one step."""
     torch.manual_seed(0)
-    state = training_state(TokenBridge(**SMALL), precision="fp16")
+    folder = tmp_path_factory.mktemp("run")
+    state = training_state(
+        TokenBridge(**SMALL), precision="fp16", output_dir=folder, keep_last=1,
+        args={"model": "tokenbridge_tiny"},
+    )  # fmt: skip
     state.model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1])).backward()
     state.optimizer.step()
-    state.average.update(state.model)
-    folder = tmp_path_factory.mktemp("run")
-    args = Namespace(output_dir=str(folder), model="tokenbridge_tiny", keep_last=1)
+    state.update_ema()
     state.model.metadata = {"latent_factor": 0.5, "class_names": ["a", "b"]}
     state.epoch, state.step = 1, 2
-    state.save(args)
+    state.save()
     state.saver.finish()
     return torch.load(folder / "checkpoint-last.pth", weights_only=True)
 

@@ -6,7 +6,7 @@ import pytest
 
 from models.tokenbridge import TokenBridge
 from tests.conftest import SMALL
-from util.config import FINETUNE, Start, Tokenizer, check_config, checkpoint_values
+from util.config import FINETUNE, Start, TokenizerInfo, check_config, checkpoint_values
 from util.errors import UserError
 
 
@@ -58,7 +58,7 @@ def test_order_and_calibration_are_of_the_same_channels_only():
         args = argparse.Namespace(
             vae_embed_dim=vae_embed_dim, patch_size=patch_size, quant_calibrate=False, head=None
         )
-        tokenizer = Tokenizer({"embed_dim": vae_embed_dim, "ch_mult": [1, 1]}, 0.5, "vae.ckpt")
+        tokenizer = TokenizerInfo({"embed_dim": vae_embed_dim, "ch_mult": [1, 1]}, 0.5, "vae.ckpt")
         return checkpoint_values(args, tokenizer, Start(FINETUNE, config={**stored, **more}))
 
     assert taken(16, 1) == {name: stored[name] for name in ("channel_order", "channel_mean")}

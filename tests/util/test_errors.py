@@ -57,7 +57,9 @@ def test_ctrl_c_is_one_line_and_the_status_of_shells(capsys):
 
 @pytest.mark.parametrize("output", ["/dev/full", "a pipe that nobody reads"])
 def test_a_run_whose_messages_cannot_be_written_goes_on_to_its_own_status(output):
-    code = "import sys; from util import errors; from util.log import log, progress_bar, start_log\n"
+    code = (
+        "import sys; from util import errors; from util.log import log, progress_bar, start_log\n"
+    )
     code += "def main():\n start_log(); log.info('text')\n for _ in progress_bar(range(3)): pass\n"
     code += " raise errors.Preempted('text')\nerrors.run(main)"
     if output == "/dev/full":

@@ -11,10 +11,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from engine_tokenbridge import backward
+from engine_tokenbridge import Trainer
 from models import fast
 from models.tokenbridge import TokenBridge
-from tests.conftest import SMALL, batch, filled, load, published_state, released, training_state
+from models.tokenizer import CachedMoments
+from tests.conftest import (
+    SMALL,
+    batch,
+    filled,
+    load,
+    new_trainer,
+    published_state,
+    released,
+    training_state,
+)
 from tests.fill import deterministic_fill
 from tests.processes import free_port, in_processes
 from util.checkpoint.load import load_optimizer
@@ -49,7 +59,7 @@ def test_tensors_in_the_place_of_flags_are_named_without_their_values(small_mode
     content = released(small_model.train())
     content["args"] = argparse.Namespace(freeze=[torch.full((3,), 1.2345)])
     with pytest.raises(UserError, match=r"args\.freeze") as error:
-        training_state(TokenBridge(**SMALL)).load(content, tmp_path / "file.pth", frozen=[])
+        training_state(TokenBridge(**SMALL)).load(content, tmp_path / "file.pth")
     assert "1.23" not in str(error.value)
 
 
@@ -130,7 +140,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     # All tokens masked, so that the drawn masks are the same for every part.
     model = TokenBridge(**NO_DROPOUT, mask_ratio_min=1.0)
     model.load_state_dict(deterministic_fill(published_state(model)))
-    state = training_state(model)
+    trainer = new_trainer(model, tokenizer=CachedMoments(1.0))
     moments = torch.cat(
         [latents, torch.full_like(latents, -30.0)], dim=1
     )  # whose samples are their means
@@ -138,7 +148,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     for parts in (1, 4):
         model.zero_grad()
         batches = list(zip(moments.chunk(parts), labels.chunk(parts), strict=True))
-        loss = backward(state, batches, None, 1.0, "fp32")
+        loss = trainer.backward(batches)
         results.append((loss, [p.grad.clone() for p in model.parameters()]))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
     assert all(
@@ -148,48 +158,49 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_all_processes_go_on_from_what_the_main_one_read(tmp_path, precision):
-    def state(mask_token: float) -> TrainingState:
+    def trainer(mask_token: float) -> Trainer:
         model = TokenBridge(**NO_DROPOUT)
         model.metadata = {}
         torch.nn.init.constant_(model.backbone.mask_token, mask_token)
-        state = training_state(model, precision=precision)
-        state.scaler = torch.amp.GradScaler(
+        trainer = new_trainer(model, precision=precision, output_dir=tmp_path)
+        trainer.state.scaler = torch.amp.GradScaler(
             "cpu", init_scale=2.0, growth_interval=1, enabled=precision == "fp16"
         )
-        return state
+        return trainer
 
-    def step(state: TrainingState, gradient: float) -> TrainingState:
+    def step(trainer: Trainer, gradient: float) -> TrainingState:
+        state = trainer.state
         loss = state.scaler.scale(
             sum(parameter.sum() for parameter in state.model.parameters()) * gradient
         )
         loss.backward()
-        state.take_step(loss.detach(), 1e-3)
-        state.settle()
+        trainer.clip_and_step(loss.detach(), 1e-3)
+        trainer.finish_step()
         return state
 
     def described(state: TrainingState) -> tuple:
         moments = [state.optimizer.state[each] for each in state.model.parameters()]
         tensors = [value for entry in moments for name, value in sorted(entry.items())]
-        tensors += [*state.model.state_dict().values(), *state.average.module.state_dict().values()]
+        tensors += [*state.model.state_dict().values(), *state.ema_model.state_dict().values()]
         return state.epoch, state.step, state.scaler.get_scale(), checksum(tensors)
 
-    saved = step(state(0.5), 0.1)
-    saved.save(argparse.Namespace(output_dir=str(tmp_path), keep_last=1))
+    run = trainer(0.5)
+    saved = step(run, 0.1)
+    saved.save()
     saved.saver.finish()
 
     def resume(rank: int) -> tuple:
-        resumed = state(float(rank))
-        resumed.load(
-            load(tmp_path) if rank == 0 else {}, tmp_path / "checkpoint-last.pth", frozen=[]
-        )
+        resumed = trainer(float(rank))
+        content = load(tmp_path) if rank == 0 else {}
+        resumed.state.load(content, tmp_path / "checkpoint-last.pth")
         return described(step(resumed, 0.2))
 
-    assert in_processes(2, resume) == [described(step(saved, 0.2))] * 2
+    assert in_processes(2, resume) == [described(step(run, 0.2))] * 2
 
 
 def test_a_damaged_checkpoint_ends_all_processes_and_one_tells():
     def resume(rank: int) -> None:
-        training_state(TokenBridge(**NO_DROPOUT)).load({}, Path("here.pth"), frozen=[])
+        training_state(TokenBridge(**NO_DROPOUT)).load({}, Path("here.pth"))
 
     first, second = in_processes(2, resume)
     assert "here.pth has no weights" in str(first)
@@ -199,22 +210,23 @@ def test_a_damaged_checkpoint_ends_all_processes_and_one_tells():
 def test_a_step_that_the_scaler_leaves_out_changes_neither_weights_nor_average():
     model = TokenBridge(**NO_DROPOUT)
     model.load_state_dict(deterministic_fill(published_state(model)))
-    state = training_state(model, precision="fp16", ema_rate=0.5)
+    trainer = new_trainer(model, precision="fp16", ema_rate=0.5)
+    state = trainer.state
     for overflows in (False, True, False):
         state.scaler.scale(model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1]))).backward()
         if overflows:
             next(model.parameters()).grad.fill_(torch.inf)
         before = [
             parameter.clone()
-            for kept in (model, state.average.module)
+            for kept in (model, state.ema_model)
             for parameter in kept.parameters()
         ]
-        state.take_step(torch.tensor(1.0), 1e-3)
-        step = state.settle()
-        after = [
-            parameter for kept in (model, state.average.module) for parameter in kept.parameters()
-        ]
-        assert step.finite and step.taken == (not overflows)
+        trainer.clip_and_step(torch.tensor(1.0), 1e-3)
+        _, finite, taken = trainer.wait_for_step()
+        if taken:
+            state.update_ema()
+        after = [parameter for kept in (model, state.ema_model) for parameter in kept.parameters()]
+        assert finite and taken == (not overflows)
         assert all(map(torch.equal, before, after)) == overflows
     assert state.scaler.get_scale() == 2**15
 

@@ -23,7 +23,7 @@ from torch.utils.data import (
 from util import distributed
 from util.args import check_range
 from util.checksums import checksum
-from util.config import Tokenizer
+from util.config import TokenizerInfo
 from util.data.caches import CachedFolder
 from util.data.classes import check_classes
 from util.data.datasets import BadImages, ImageFolder, image_transform
@@ -55,7 +55,10 @@ def data_root(args: argparse.Namespace, split: str) -> Path | str:
 
 
 def load_data(
-    args: argparse.Namespace, split: str, tokenizer: Tokenizer, trained: Sequence[str] | None = None
+    args: argparse.Namespace,
+    split: str,
+    tokenizer: TokenizerInfo,
+    trained: Sequence[str] | None = None,
 ) -> Data:
     """The images of ``train`` or ``val``, or their cached moments, which must be of ``tokenizer``.
 
