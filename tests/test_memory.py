@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.memory import PeakMemory, run_without_content, smallest_gpu, step_memory
+from benchmarks.memory import PeakMemory, fake_training, smallest_gpu, step_memory
 from models import fast, layers
 from models.tokenbridge import CHECKPOINTED
 from tests.conftest import SMALL
@@ -27,7 +27,7 @@ def test_what_operations_make_counts_for_as_long_as_it_is_held():
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 def test_a_run_holds_weights_average_gradients_and_two_moments():
-    with run_without_content("tokenbridge_tiny", "bf16", **OPTIONS) as (state, memory):
+    with fake_training("tokenbridge_tiny", "bf16", **OPTIONS) as (state, memory):
         parameters = sum(p.numel() for p in state.model.parameters())
         assert 5 * 4 * parameters < memory.live < 5 * 4 * parameters * 1.05
 
@@ -41,7 +41,7 @@ def test_a_steps_peak_is_that_of_cudas_kernels(monkeypatch):
     monkeypatch.setattr(layers.DropBits, "apply", None)
     monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 2**30)
     for precision in ("bf16", "fp16", "fp32"):
-        with run_without_content("tokenbridge_tiny", precision, **OPTIONS) as (state, memory):
+        with fake_training("tokenbridge_tiny", precision, **OPTIONS) as (state, memory):
             held = memory.live / BYTES
 
             def peak(batch: int, parts=(), state=state, memory=memory, precision=precision, held=held) -> float:
