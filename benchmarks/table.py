@@ -46,8 +46,9 @@ def tables(device: str) -> str:
 def describe_machine(machine: dict) -> str:
     """Return the device, peak rates and versions of a measurement, as a line of text."""
     peaks = ", ".join(f"{rate} TFLOP/s {p}" for p, rate in machine["matmul_tflops"].items())
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
     return (
-        f"{machine['device']}, {machine['threads']} threads; matrix products {peaks}; "
+        f"{machine['device']}, {threads}; matrix products {peaks}; "
         f"copies {machine['copy_gb_per_s']} GB/s. "
         f"torch {machine['torch_version']}, commit {machine['commit'][:12]}."
     )

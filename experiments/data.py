@@ -1,4 +1,4 @@
-"""Arrange the images of an experiment as ``train/<class>/`` and ``val/<class>/`` (plain python)."""
+"""Arrange the images of an experiment as ``train/<class>/`` and ``val/<class>/``."""
 
 import argparse
 import shutil

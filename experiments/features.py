@@ -1,4 +1,4 @@
-"""Train a small classifier whose features are used to compare images (plain python)."""
+"""Train a small classifier whose features are used to compare images."""
 
 import argparse
 from collections.abc import Sequence

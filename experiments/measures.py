@@ -1,4 +1,4 @@
-"""Measure images against held-out images, and likelihoods of held-out latents (plain python)."""
+"""Measure images against held-out images, and likelihoods of held-out latents."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""Scale a tokenizer's latent channels unequally without changing reconstructions (plain python)."""
+"""Scale a tokenizer's latent channels unequally without changing reconstructions."""
 
 import argparse
 from pathlib import Path
