@@ -1,1 +1,1 @@
-"""Measurements: ``python -m benchmarks.<name>`` from the project's root. They assert nothing."""
+"""Speed and memory benchmarks. Run ``python -m benchmarks.<name>`` from the project's root."""

@@ -1,4 +1,4 @@
-"""Baselines of the benchmarks: the release's way of computing the same, and MAR's diffusion head."""
+"""Baselines: the released implementation, and MAR's diffusion head."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,19 +15,25 @@ from models.channel_head import ChannelHead, FinalLayer, ada_ln, modulate
 from models.layers import gather_tokens
 from models.quantizer import ScalarQuantizer
 
-# --------------------------------------------------------------------------------------------------------------------
-# The release's way.
+# --------------------------------------------------------------------------------------------------
+# The released implementation.
 
 
 def argmin_over_levels(quantizer: ScalarQuantizer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 4 and 5 for latents of any shape, by comparing each with all K levels: an array of K times its size."""
+    """Return indices and values of the nearest levels (Eq. 4 and 5), of the shape of ``x``.
+
+    Compares each latent with all K levels, in an array of K times the size of ``x``.
+    """
     distance = (quantizer.normalize(x)[..., None] - quantizer.reconstruction_values).abs()
     indices = distance.argmin(dim=-1)
     return indices, quantizer.dequantize(indices)
 
 
 class RecomputingHead(ChannelHead):
-    """A channel head that keeps no keys and values: each step runs the steps before it again, 136 in all, not 16."""
+    """A channel head without a cache of keys and values.
+
+    Every channel step recomputes all steps before it: 136 steps for 16 channels instead of 16.
+    """
 
     def _cached_steps(
         self, features: Tensor, first_place: str
@@ -35,18 +41,16 @@ class RecomputingHead(ChannelHead):
         condition = self.condition_proj(features)[:, None]  # [M, 1, D]
 
         def logits_of(step: int, classes: Sequence[Tensor]) -> Tensor:
-            upto = slice(0, step + 1)
-            known = [
-                embedding(c)[:, None]
-                for embedding, c in zip(self.token_embeddings, classes, strict=False)
+            prefix = slice(0, step + 1)
+            embedded = [
+                embedding(index)[:, None].to(condition.dtype)
+                for embedding, index in zip(self.token_embeddings, classes, strict=False)
             ]
-            x = torch.cat(
-                [condition, *(each.to(condition.dtype) for each in known)], dim=1
-            )  # [M, step + 1, D]
-            x = x + self.channel_embed[:, upto]
-            conditions = condition + self.timesteps_embeddings[:, upto]
+            x = torch.cat([condition, *embedded], dim=1)  # [M, step + 1, D]
+            x = x + self.channel_embed[:, prefix]
+            conditions = condition + self.timesteps_embeddings[:, prefix]
             for block in self.channel_blocks:
-                x = block.all_steps(x, conditions, self.channel_mask[upto, upto])
+                x = block.all_steps(x, conditions, self.channel_mask[prefix, prefix])
             x = self.channel_final(
                 self.channel_norm(x), self.channel_final.adaLN_modulation(conditions)
             )
@@ -57,16 +61,18 @@ class RecomputingHead(ChannelHead):
 
 @contextmanager
 def plain_kernels() -> Iterator[None]:
-    """Have models compute as the release does: PyTorch's attention and dropout, features of all positions, all tokens
-    at once."""
+    """Make models compute as the release does.
+
+    Attention and dropout are PyTorch's, the decoder returns all positions, and the head's loss
+    takes all tokens at once.
+    """
     decode = MaskedBackbone.decode
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, drop: float = 0.0
     ) -> Tensor:
-        return F.scaled_dot_product_attention(
-            q, k, v, None if mask is None else mask.to(q.dtype), drop
-        )
+        mask = None if mask is None else mask.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, mask, drop)
 
     def decode_all(
         self: MaskedBackbone, encoded: Tensor, known: Tensor, wanted: Tensor | None = None
@@ -83,12 +89,13 @@ def plain_kernels() -> Iterator[None]:
         yield
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# MAR's diffusion head (Li et al. 2024, section 3 and appendix): an MLP that denoises a token, given its feature.
+# --------------------------------------------------------------------------------------------------
+# MAR's diffusion head (Li et al. 2024, section 3 and appendix): an MLP that denoises a token, given
+# its feature.
 
 
 def cosine_alphas(steps: int) -> Tensor:
-    """Cumulative products of the cosine schedule (Nichol and Dhariwal 2021), float64 ``[steps]``."""
+    """Return alpha-bar of the cosine schedule (Nichol and Dhariwal 2021), float64 ``[steps]``."""
     t = torch.arange(steps + 1, dtype=torch.float64) / steps
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -96,7 +103,7 @@ def cosine_alphas(steps: int) -> Tensor:
 
 
 class DiffusionBlock(nn.Module):
-    """Residual MLP with AdaLN: ``x`` and ``condition`` are ``[M, width]``."""
+    """Residual MLP block with AdaLN; ``x`` and ``condition`` are ``[M, width]``."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -110,7 +117,7 @@ class DiffusionBlock(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """Predicts the noise in tokens ``[M, C]`` and its variance at a diffusion step, given their features ``[M, F]``."""
+    """Predict the noise in tokens ``[M, C]`` and its variance, given features ``[M, F]``."""
 
     def __init__(
         self,
@@ -128,12 +135,15 @@ class DiffusionHead(nn.Module):
         self.blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(depth))
         self.final = FinalLayer(width)
         self.out = nn.Linear(width, 2 * channels)
-        # Sampling takes ``steps`` of the 1000 training steps, evenly spaced.
+        # Sampling uses `steps` evenly spaced steps of the 1000 training steps.
         self.kept = torch.linspace(0, 999, steps).round().long()
         self.alphas = cosine_alphas(1000)[self.kept]
 
     def forward(self, x: Tensor, t: int, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """The noise at training step ``t``, and its log-variance from lowest (-1) to highest (1): ``[M, C]`` each."""
+        """Return the noise at training step ``t`` and its relative log-variance in [-1, 1].
+
+        Both have shape ``[M, C]``.
+        """
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=x.device) / 128)
         angles = (t * frequencies)[None]
         condition = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.condition(
@@ -146,28 +156,32 @@ class DiffusionHead(nn.Module):
 
     @torch.no_grad()
     def sample(self, features: Tensor, guidance: float = 1.0) -> Tensor:
-        """Draws tokens ``[M, C]`` from ``features [M, F]``; guidance takes ``[2M, F]``, the conditional ones first."""
+        """Sample tokens ``[M, C]``.
+
+        Args:
+            features: ``[M, F]``. With guidance ``[2M, F]``: conditional, then unconditional.
+            guidance: guidance scale; 1 disables guidance.
+        """
         guided = guidance != 1.0
         x = torch.randn(len(features) // (1 + guided), self.channels, device=features.device)
         alphas = self.alphas.tolist()
         for step in reversed(range(len(alphas))):
-            noise, ratio = self(torch.cat([x, x]) if guided else x, int(self.kept[step]), features)
+            noise, log_ratio = self(
+                torch.cat([x, x]) if guided else x, int(self.kept[step]), features
+            )
             if guided:
                 conditional, unconditional = noise.chunk(2)
-                noise, ratio = (
-                    unconditional + guidance * (conditional - unconditional),
-                    ratio.chunk(2)[0],
-                )
-            alpha, before = alphas[step], alphas[step - 1] if step else 1.0
-            beta = 1 - alpha / before
+                noise = unconditional + guidance * (conditional - unconditional)
+                log_ratio = log_ratio.chunk(2)[0]
+            alpha, previous = alphas[step], alphas[step - 1] if step else 1.0
+            beta = 1 - alpha / previous
             start = (x - math.sqrt(1 - alpha) * noise) / math.sqrt(alpha)
-            mean = (math.sqrt(before) * beta * start + math.sqrt(1 - beta) * (1 - before) * x) / (
-                1 - alpha
-            )
+            mean = math.sqrt(previous) * beta * start + math.sqrt(1 - beta) * (1 - previous) * x
+            mean = mean / (1 - alpha)
             if not step:
                 return mean
-            smallest = math.log(max(beta * (1 - before) / (1 - alpha), 1e-20))
-            share = (ratio + 1) / 2
-            variance = torch.exp(share * math.log(beta) + (1 - share) * smallest)
+            min_log_variance = math.log(max(beta * (1 - previous) / (1 - alpha), 1e-20))
+            weight = (log_ratio + 1) / 2
+            variance = torch.exp(weight * math.log(beta) + (1 - weight) * min_log_variance)
             x = mean + variance.sqrt() * torch.randn_like(x)
         return x

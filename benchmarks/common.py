@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, timing, the machine's peak rates, tables of results."""
+"""Shared by the benchmarks: flags, timing, peak rates of the machine, result tables, trainings."""
 
 import argparse
 import json
@@ -9,58 +9,61 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine_tokenbridge import Trainer
 from models.tokenbridge import MODELS, TokenBridge
 from util.args import add_device_arg, new_parser
 from util.devices import find_device, keep_freed_memory, matmul_flops, memory_in_use
 from util.files import write_json
 from util.provenance import provenance
 from util.tables import markdown
-from util.training_state import TrainingState
+from util.training_state import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Column titles that differ from the keys in the JSON files.
+COLUMN_TITLES = {"way": "variant"}
+
+Key = TypeVar("Key", bound=Hashable)
+
+# --------------------------------------------------------------------------------------------------
+# Command line.
 
 
 def benchmark_parser(description: str, repeats: int) -> argparse.ArgumentParser:
-    """A parser with the flags of every benchmark."""
+    """Return a parser with the flags of every benchmark."""
     parser = new_parser(description)
     add_device_arg(parser)
-    parser.add_argument(
-        "--repeats", type=int, default=repeats, help="measured runs, after one that warms up"
-    )
-    parser.add_argument("--threads", type=int, help="threads of the CPU; by default torch's choice")
+    text = "timed runs, after one warm-up run"
+    parser.add_argument("--repeats", type=int, default=repeats, help=text)
+    parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch decides")
     parser.add_argument("--json", help="file to write the results to")
     return parser
 
 
-def add_ways(parser: argparse.ArgumentParser, batch: int, what: str) -> None:
-    """Adds the flags of :func:`compare_ways`."""
-    parser.add_argument(
-        "--model", choices=MODELS, default="tokenbridge_base", help="size of the model"
-    )
-    parser.add_argument("--batch", type=int, default=batch, help=what)
-    ways = "the release's way, and precisions of ours: fp32, bf16, fp16"
-    parser.add_argument("--ways", nargs="+", default=["release", "fp32", "bf16"], help=ways)
-    parser.add_argument(
-        "--heads",
-        nargs="+",
-        choices=("ar", "masked"),
-        default=["ar", "masked"],
-        help="of our models",
-    )
-    parser.add_argument("--compile", action="store_true", help="also measure our models compiled")
+def add_variant_flags(parser: argparse.ArgumentParser, batch: int, batch_help: str) -> None:
+    """Add the flags of :func:`compare_variants`."""
+    text = "size of the model"
+    parser.add_argument("--model", choices=MODELS, default="tokenbridge_base", help=text)
+    parser.add_argument("--batch", type=int, default=batch, help=batch_help)
+    text = "release: the released implementation in fp32; fp32, bf16, fp16: this code"
+    parser.add_argument("--ways", nargs="+", default=["release", "fp32", "bf16"], help=text)
+    heads = ["ar", "masked"]
+    text = "heads of this code to measure"
+    parser.add_argument("--heads", nargs="+", choices=heads, default=heads, help=text)
+    text = "also measure this code with torch.compile"
+    parser.add_argument("--compile", action="store_true", help=text)
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line's arguments, ``device`` as a torch.device; ``--threads`` takes effect."""
+    """Parse the command line, convert ``device`` to a torch.device and apply ``--threads``."""
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -70,112 +73,124 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def timings(
-    works: dict[str, Callable[[], Any]], repeats: int, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Median, fastest and slowest of ``repeats`` runs of each function in seconds, after one run that warms up.
+# --------------------------------------------------------------------------------------------------
+# Timing.
 
-    The functions take turns: a machine that slows down meanwhile slows all of them down, and ratios stay fair.
+
+def timings(
+    functions: Mapping[Key, Callable[[], Any]], repeats: int, device: torch.device
+) -> dict[Key, dict[str, float]]:
+    """Return median, minimum and maximum seconds of ``repeats`` calls, after one warm-up call.
+
+    The functions take turns, so that a machine that slows down affects all of them equally.
     """
-    synchronize = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for work in works.values():
-        work()
+    on_cuda = device.type == "cuda"
+    synchronize = partial(torch.cuda.synchronize, device) if on_cuda else lambda: None
+    seconds: dict[Key, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
     for _ in range(repeats):
-        for name, work in works.items():
+        for name, function in functions.items():
             synchronize()
             start = time.perf_counter()
-            work()
+            function()
             synchronize()
-            times[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return {
-        name: {"median_s": statistics.median(taken), "min_s": min(taken), "max_s": max(taken)}
-        for name, taken in times.items()
+        name: {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
+        for name, values in seconds.items()
     }
 
 
-def measure_way(prepare: Callable, args: argparse.Namespace, way: str) -> dict[str, float]:
-    """Times, images a second, operations, utilization and peak memory of one way; see :func:`compare_ways`."""
-    release = way == "release"
+def measure_variant(prepare: Callable, args: argparse.Namespace, variant: str) -> dict[str, float]:
+    """Return seconds, images per second, FLOPs, utilization and peak memory of one variant.
+
+    See :func:`compare_variants`.
+    """
+    release = variant == "release"
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device.type == "cpu" and not release:
         keep_freed_memory()  # as our scripts do
     torch.manual_seed(0)
-    precision = "fp32" if release else way
-    work, operations = prepare(args, release, precision)
-    times = timings({way: work}, args.repeats, args.device)[way]
-    memory = memory_in_use(args.device)  # before the matrix products below
+    precision = "fp32" if release else variant
+    function, flops = prepare(args, release, precision)
+    times = timings({variant: function}, args.repeats, args.device)[variant]
+    memory = memory_in_use(args.device)  # read before matmul_flops allocates matrices
     return {
         **times,
         "images_per_s": args.batch / times["median_s"],
-        "tflop": operations / 1e12,
-        "utilization": operations / times["median_s"] / matmul_flops(args.device, precision),
+        "tflop": flops / 1e12,
+        "utilization": flops / times["median_s"] / matmul_flops(args.device, precision),
         "peak_memory_gib": memory,
     }
 
 
-def compare_ways(name: str, prepare: Callable, args: argparse.Namespace, **columns: Any) -> None:
-    """Measures each of ``args.ways``, ``release`` or a precision of ours with each of ``args.heads``: a row for each.
+def compare_variants(
+    name: str, prepare: Callable, args: argparse.Namespace, **columns: Any
+) -> None:
+    """Measure every combination of ``args.ways``, ``args.heads`` and ``args.compile``, and report.
 
     Args:
-        prepare: takes ``args`` with the row's ``head`` and ``compile``, whether the way is the release's, and the
-            precision; returns the function to measure and its number of floating-point operations. Must be a module's
-            function: other processes import it.
-        columns: shown in every row.
+        name: the benchmark's name.
+        prepare: takes ``args`` (with ``head`` and ``compile`` of one variant), whether to run the
+            released implementation, and the precision. Returns the function to time and its FLOPs.
+            Must be a module-level function, since spawned processes import it.
+        columns: further columns, equal in all rows.
     """
-    hardware, rows, slow = machine(args.device), [], None
-    runs = [
-        (way, head) for way in args.ways for head in (["ar"] if way == "release" else args.heads)
+    hardware, rows, release_seconds = machine(args.device), [], None
+    variants = [
+        (variant, head)
+        for variant in args.ways
+        for head in (["ar"] if variant == "release" else args.heads)
     ]
     compiled = [False, True] if args.compile else [False]
-    for (way, args.head), args.compile in product(runs, compiled):
-        if way == "release" and args.compile:
+    for (variant, args.head), args.compile in product(variants, compiled):
+        release = variant == "release"
+        if release and args.compile:
             continue
-        with multiprocessing.get_context("spawn").Pool(
-            1
-        ) as pool:  # a process has one peak of memory
-            figures = pool.apply(measure_way, (prepare, args, way))
-        release = way == "release"
-        slow = figures["median_s"] if release else slow
-        ours = (
-            f"ours, {'masked head, ' * (args.head == 'masked')}{way}{', compiled' * args.compile}"
-        )
-        row = {
-            "way": "the release's, fp32" if release else ours,
-            "model": args.model,
-            "batch": args.batch,
-        }
-        row |= {
-            **columns,
-            **figures,
-            "ratio": slow / figures["median_s"] if slow and not release else None,
-        }
-        rows.append(row)
+        # Peak memory is a property of the process, so that each variant needs its own.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            metrics = pool.apply(measure_variant, (prepare, args, variant))
+        if release:
+            release_seconds = metrics["median_s"]
+            label, ratio = "release, fp32", None
+        else:
+            head_label = "masked head, " if args.head == "masked" else ""
+            label = f"ours, {head_label}{variant}{', compiled' * args.compile}"
+            ratio = release_seconds / metrics["median_s"] if release_seconds else None
+        row = {"way": label, "model": args.model, "batch": args.batch}
+        rows.append({**row, **columns, **metrics, "ratio": ratio})
     finish(name, rows, hardware, args.json)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """The device and software of a measurement, and the rates reached now: matrix products, and copies (read + write).
+# --------------------------------------------------------------------------------------------------
+# Machine and results.
 
-    Other programs on the machine lower the rates, and the measurements with them.
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return device, software versions and current peak rates: matrix products and memory copies.
+
+    A copy counts bytes read plus bytes written. Other load on the machine lowers the rates, and
+    the measurements with them.
     """
     size = 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = timings({"copy": lambda: target.copy_(source)}, 4, device)["copy"]["min_s"]
+    copy_seconds = timings({"copy": lambda: target.copy_(source)}, 4, device)["copy"]["min_s"]
+    matmul = {p: round(matmul_flops(device, p) / 1e12, 3) for p in ("fp32", "bf16")}
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "matmul_tflops": {p: round(matmul_flops(device, p) / 1e12, 3) for p in ("fp32", "bf16")},
-        "copy_gb_per_s": round(2 * size / copy / 1e9, 1),
+        "matmul_tflops": matmul,
+        "copy_gb_per_s": round(2 * size / copy_seconds / 1e9, 1),
         **provenance(),
     }
 
 
-def processor() -> str:
-    """The CPU's name."""
+def cpu_name() -> str:
+    """Return the model name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(
@@ -186,43 +201,35 @@ def processor() -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table, with a column for every key."""
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    return markdown(header, [[row.get(key) for key in header] for row in rows])
+    """Return rows as a Markdown table with a column for every key."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    titles = [COLUMN_TITLES.get(key, key) for key in keys]
+    return markdown(titles, [[row.get(key) for key in keys] for row in rows])
 
 
 def finish(
     name: str, rows: list[dict[str, Any]], hardware: dict[str, Any], path: str | None
 ) -> None:
-    """Prints the rows and the :func:`machine` they were measured on, and writes both to ``path`` as JSON."""
+    """Print the rows and their :func:`machine`, and write both to ``path`` as JSON."""
     print(table(rows))
-    print(
-        json.dumps(
-            {key: hardware[key] for key in ("device", "threads", "matmul_tflops", "copy_gb_per_s")}
-        )
-    )
+    shown = ("device", "threads", "matmul_tflops", "copy_gb_per_s")
+    print(json.dumps({key: hardware[key] for key in shown}))
     if path:
         write_json(path, {"benchmark": name, "machine": hardware, "rows": rows})
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Whole trainings.
+# --------------------------------------------------------------------------------------------------
+# Trainings.
 
 
-def start_training(processes: int, flags: str, folder: Path) -> subprocess.Popen:
-    """Starts main_tokenbridge.py under torchrun, in processes of one thread each; all it writes goes to ``folder``."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
-    command = [*launcher, "main_tokenbridge.py", *flags.split(), "--output_dir", str(folder)]
+def start_training(ranks: int, flags: str, folder: Path) -> subprocess.Popen:
+    """Start main_tokenbridge.py under torchrun, one thread per rank, with output in ``folder``."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = ["main_tokenbridge.py", *flags.split(), "--output_dir", str(folder)]
     folder.mkdir(parents=True)
     with open(folder / "log.txt", "w") as log:
         return subprocess.Popen(
-            command,
+            [*torchrun, f"--nproc_per_node={ranks}", *script],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=log,
@@ -230,29 +237,22 @@ def start_training(processes: int, flags: str, folder: Path) -> subprocess.Popen
         )
 
 
-def logged(training: subprocess.Popen, folder: Path, tag: str) -> dict[int, float]:
-    """Waits for a training that :func:`start_training` started; what it logged under ``tag``, by step.
+def logged_scalars(training: subprocess.Popen, folder: Path, tag: str) -> dict[int, float]:
+    """Wait for the training of :func:`start_training`; return its TensorBoard scalars by step.
 
     Raises:
-        RuntimeError: it failed; its last words.
+        RuntimeError: the training failed. The message is the end of its log.
     """
     if training.wait():
         raise RuntimeError((folder / "log.txt").read_text()[-2000:])
-    return {
-        event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(tag)
-    }
+    events = EventAccumulator(str(folder)).Reload().Scalars(tag)
+    return {event.step: event.value for event in events}
 
 
-def training_state(model: TokenBridge, precision: str, compiled: bool = False) -> TrainingState:
-    """Return the state of a run of ``model`` with one step per epoch and the settings of the paper's training."""
-    flags = {
-        "ema_rate": 0.9999,
-        "no_ema_warmup": False,
-        "weight_decay": 0.02,
-        "lr": 1e-4,
-        "grad_clip": 1.0,
-        "start_epoch": 0,
-    }
-    return TrainingState(
-        model, argparse.Namespace(**flags, precision=precision, compile=compiled), steps_per_epoch=1
+def new_trainer(model: TokenBridge, precision: str, compiled: bool = False) -> Trainer:
+    """Return a training run of ``model`` with one step per epoch and the paper's settings."""
+    settings = TrainingSettings(
+        output_dir="unused", epochs=1, batch_size=1, lr=1e-4, precision=precision, compile=compiled
     )
+    loader: Any = [None]
+    return Trainer(model, settings, loader)

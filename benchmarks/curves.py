@@ -1,6 +1,6 @@
-"""Loss curves at one whole batch: several processes and accumulation, beside seeds of one process.
+"""Loss curves at one global batch size: several ranks or accumulation, against seeds of one rank.
 
-The trainings are the demo's, on the cache of digits that ``make demo`` leaves.
+Trains the demo's model on the cache of digits that ``make demo`` writes.
 """
 
 import argparse
@@ -15,103 +15,105 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import t
 
-from benchmarks.common import finish, logged, machine, start_training
+from benchmarks.common import finish, logged_scalars, machine, start_training
 from util.args import new_parser
 from util.metrics.plots import save_figure
 
-NAME = "processes x batch x accumulation"
-#: The products are the whole batch.
+#: Ranks, batch size per rank, accumulation steps: ways to divide one global batch.
 DIVISIONS = ((2, 32, 1), (4, 16, 1), (2, 16, 2), (1, 16, 4))
+UNDIVIDED = (1, 64, 1)
+TITLE = "ranks x batch x accumulation"
 
 
-def curve(division: tuple[int, int, int], seed: int, args: argparse.Namespace) -> list[float]:
-    """The mean training loss of every epoch."""
-    processes, batch, accum = division
+def loss_curve(division: tuple[int, int, int], seed: int, args: argparse.Namespace) -> list[float]:
+    """Train, and return the mean training loss of every epoch."""
+    ranks, batch, accumulation = division
     flags = (
-        "--model tokenbridge_tiny --img_size 16 --class_num 10 --buffer_size 8 --quant_bits 5 --no_mirror "
-        "--num_workers 0 --warmup_epochs 3 --lr 2e-3 --attn_dropout 0 --proj_dropout 0 --precision fp32 "
-        f"--use_cached --cached_path {args.cached_path} --epochs {args.epochs} --seed {seed} "
-        f"--batch_size {batch} --accum_iter {accum} --device {args.device}"
+        "--model tokenbridge_tiny --img_size 16 --class_num 10 --buffer_size 8 --quant_bits 5 "
+        "--no_mirror --num_workers 0 --warmup_epochs 3 --lr 2e-3 --attn_dropout 0 --proj_dropout 0 "
+        f"--precision fp32 --use_cached --cached_path {args.cached_path} --epochs {args.epochs} "
+        f"--seed {seed} --batch_size {batch} --accum_iter {accumulation} --device {args.device}"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        losses = logged(start_training(processes, flags, out), out, "train/loss")
-    steps = max(losses) // args.epochs  # of an epoch
-    weighted, before = [], 0  # a look's loss is the mean since the one before
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "run"
+        losses = logged_scalars(start_training(ranks, flags, folder), folder, "train/loss")
+    epoch_steps = max(losses) // args.epochs
+    weighted, previous = [], 0  # a logged loss is the mean since the previous logged step
     for step, loss in losses.items():
-        weighted.append(((step - 1) // steps, step - before, loss))
-        before = step
+        weighted.append(((step - 1) // epoch_steps, (step - previous) * loss))
+        previous = step
     return [
-        sum(n * loss for _, n, loss in looks) / steps
-        for _, looks in groupby(weighted, key=lambda look: look[0])
+        sum(loss for _, loss in group) / epoch_steps
+        for _, group in groupby(weighted, key=lambda entry: entry[0])
     ]
 
 
-def plot(curves: dict[str, list[float]], seeds: list[list[float]], path: Path) -> None:
-    """Draws the curves, and their differences from the mean of the seeds, to ``path``, a PNG."""
+def plot(curves: dict[str, list[float]], seed_curves: list[list[float]], path: Path) -> None:
+    """Save a PNG of the curves and of their differences from the mean over seeds."""
     figure = Figure(figsize=(11, 4), layout="constrained")
-    whole, difference = figure.subplots(1, 2)
-    epochs, mean = (
-        range(1, len(seeds[0]) + 1),
-        [statistics.mean(each) for each in zip(*seeds, strict=True)],
+    left, right = figure.subplots(1, 2)
+    epochs = range(1, len(seed_curves[0]) + 1)
+    means = [statistics.mean(losses) for losses in zip(*seed_curves, strict=True)]
+
+    def draw(losses: list[float], **style) -> None:
+        left.plot(epochs, losses, **style)
+        differences = [loss - mean for loss, mean in zip(losses, means, strict=True)]
+        right.plot(epochs, differences, **style)
+
+    for number, losses in enumerate(seed_curves):
+        label = None if number else f"one rank, {len(seed_curves)} seeds"
+        draw(losses, color="0.7", lw=1, label=label)
+    for name, losses in curves.items():
+        draw(losses, lw=1, label=name)
+    left.set(xlabel="epoch", ylabel="training loss (nats per channel)", title="Loss")
+    right.set(
+        xlabel="epoch", ylabel="nats per channel", title="Difference from the mean over seeds"
     )
-    for number, seed in enumerate(seeds):
-        label = {"label": f"one process, {len(seeds)} seeds"} if not number else {}
-        difference.plot(
-            epochs, [a - b for a, b in zip(seed, mean, strict=True)], color="0.7", lw=1, **label
-        )
-        whole.plot(epochs, seed, color="0.7", lw=1, **label)
-    for name, values in curves.items():
-        whole.plot(epochs, values, lw=1, label=name)
-        difference.plot(
-            epochs, [a - b for a, b in zip(values, mean, strict=True)], lw=1.2, label=name
-        )
-    whole.set(xlabel="epoch", ylabel="training loss (nats a channel)", title="Loss")
-    difference.set(
-        xlabel="epoch", ylabel="nats a channel", title="Difference from the mean of the seeds"
-    )
-    whole.legend(title=NAME, fontsize=8, title_fontsize=8)
-    for axes in (whole, difference):
+    left.legend(title=TITLE, fontsize=8, title_fontsize=8)
+    for axes in (left, right):
         axes.grid(alpha=0.3)
     save_figure(figure, path)
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all runs")
-    parser.add_argument("--cached_path", default="output/demo/cache", help="the demo's cache")
-    parser.add_argument("--epochs", type=int, default=6, help="of each run")
-    parser.add_argument("--seeds", type=int, default=5, help="of one process, two or more")
-    parser.add_argument("--json", help="file to write the results to; a picture goes beside it")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device to train on"
+    )
+    parser.add_argument("--cached_path", default="output/demo/cache", help="cache of the demo")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of each run")
+    parser.add_argument("--seeds", type=int, default=5, help="one-rank runs, at least 2")
+    parser.add_argument(
+        "--json", help="file to write the results to; the plot is written beside it"
+    )
     args = parser.parse_args()
     hardware = machine(torch.device(args.device))
-    with ThreadPool(2) as pool:  # nothing is timed
-        runs = [((1, 64, 1), seed, args) for seed in range(1, args.seeds + 1)]
-        runs += [(division, 1, args) for division in DIVISIONS]
-        every = pool.starmap(curve, runs, chunksize=1)
-    ends = [statistics.mean(losses[-len(losses) // 4 :]) for losses in every]
-    mean, deviation = statistics.mean(ends[: args.seeds]), statistics.stdev(ends[: args.seeds])
-    # Where another seed's run would end in 95 of 100 cases.
-    expected = t.ppf(0.975, args.seeds - 1) * deviation * math.sqrt(1 + 1 / args.seeds)
+    runs = [(UNDIVIDED, seed, args) for seed in range(1, args.seeds + 1)]
+    runs += [(division, 1, args) for division in DIVISIONS]
+    with ThreadPool(2) as pool:  # two at a time, since nothing is timed
+        curves = pool.starmap(loss_curve, runs, chunksize=1)
+    end_losses = [statistics.mean(losses[-len(losses) // 4 :]) for losses in curves]
+    seed_ends = end_losses[: args.seeds]
+    mean = statistics.mean(seed_ends)
+    # 95% prediction interval for one more seed (Student's t).
+    half_width = t.ppf(0.975, args.seeds - 1) * statistics.stdev(seed_ends)
+    half_width *= math.sqrt(1 + 1 / args.seeds)
+    names = [" x ".join(map(str, division)) for division, _, _ in runs]
     rows = [
         {
-            NAME: " x ".join(map(str, division)),
+            TITLE: name,
             "seed": seed,
-            "loss_at_end": end,
-            "off_the_mean": end - mean,
+            "loss_at_end": loss,
+            "difference_from_mean": loss - mean,
+            "interval_half_width": half_width,
         }
-        | {"another_seed_within": expected}
-        for (division, seed, _), end in zip(runs, ends, strict=True)
+        for name, (_, seed, _), loss in zip(names, runs, end_losses, strict=True)
     ]
     finish("curves", rows, hardware, args.json)
     if args.json:
-        names = [row[NAME] for row in rows[args.seeds :]]
-        plot(
-            dict(zip(names, every[args.seeds :], strict=True)),
-            every[: args.seeds],
-            Path(args.json).with_suffix(".png"),
-        )
+        divided = dict(zip(names[args.seeds :], curves[args.seeds :], strict=True))
+        plot(divided, curves[: args.seeds], Path(args.json).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The paper's Table 5: the channel head, with and without cache and with 4 channels, against MAR's diffusion head.
+"""The paper's Table 5: seconds to sample tokens with the channel head and MAR's diffusion head.
 
-The masked head, which the paper does not have, is measured with them, in 4 steps and in 1.
+The channel head is measured with and without its cache, and for 4 channels. The masked head, which
+the paper does not have, is measured with 4 steps and with 1.
 """
 
 import copy
@@ -17,86 +18,83 @@ from models.masked_head import MaskedHead
 from models.tokenbridge import MODELS, compile_blocks
 from util.precision import PRECISIONS, autocast
 
+RECOMPUTING = "channel head, prefix recomputed"
+DIFFUSION = "diffusion head (MAR), 100 steps"
+
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = benchmark_parser(__doc__, repeats=5)
-    parser.add_argument(
-        "--model", choices=MODELS, default="tokenbridge_base", help="size of the model"
-    )
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1, 4, 16, 64], help="tokens sampled at once"
-    )
-    parser.add_argument("--compile", action="store_true", help="also measure our heads compiled")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, nargs="+", default=["fp32", "bf16"], help="of autocast"
-    )
+    text = "size of the model"
+    parser.add_argument("--model", choices=MODELS, default="tokenbridge_base", help=text)
+    text = "numbers of tokens sampled at once"
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64], help=text)
+    text = "also measure our heads with torch.compile"
+    parser.add_argument("--compile", action="store_true", help=text)
+    precisions = ["fp32", "bf16"]
+    text = "autocast precisions"
+    parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=precisions, help=text)
     args = parse(parser)
     hardware, device = machine(args.device), args.device
-    with torch.device("meta"):  # for their configurations: a head is measured without its backbone
-        models = {
-            channels: MODELS[args.model](vae_embed_dim=channels, quant_levels=64)
-            for channels in (16, 4)
-        }
-        masked = MODELS[args.model](quant_levels=64, head="masked")
+    create = MODELS[args.model]
+    with torch.device("meta"):  # only configurations are needed: heads run without their backbone
+        models = {c: create(vae_embed_dim=c, quant_levels=64) for c in (16, 4)}
+        masked = create(quant_levels=64, head="masked")
 
-    def head_of(config: dict[str, Any], kind: type[Head] = ChannelHead) -> Head:
+    def build(config: dict[str, Any], kind: type[ChannelHead] | type[MaskedHead]) -> Head:
         return kind(config, partial(nn.LayerNorm, eps=1e-6)).to(device).eval()
 
-    ours = {
-        "channel head": head_of(models[16].config),
-        "channel head, 4 channels": head_of(models[4].config),
+    heads = {
+        RECOMPUTING: build(models[16].config, RecomputingHead),
+        "channel head": build(models[16].config, ChannelHead),
+        "channel head, 4 channels": build(models[4].config, ChannelHead),
+        "masked head": build(masked.config, MaskedHead),
     }
-    ours["masked head"] = head_of(masked.config, MaskedHead)
     if args.compile:
-        ours |= {
-            f"{name}, compiled": copy.deepcopy(ours[name])
-            for name in ("channel head", "masked head")
-        }
-    for name, head in ours.items():
-        if name.endswith("compiled"):
-            compile_blocks(head)
-    heads = {"channel head, prefix recomputed": head_of(models[16].config, RecomputingHead), **ours}
-    feature_dim, token_flops = models[16].config["decoder_embed_dim"], models[16].token_flops()
+        for name in ("channel head", "masked head"):
+            compiled = heads[f"{name}, compiled"] = copy.deepcopy(heads[name])
+            compile_blocks(compiled)
+    feature_dim = models[16].config["decoder_embed_dim"]
+    token_flops = models[16].token_flops()
     diffusion = DiffusionHead(feature_dim).to(device).eval()
 
     def sample(head: nn.Module, precision: str, *inputs, **options) -> None:
-        with autocast(
-            device, precision
-        ):  # anew in each run: autocast keeps weights' copies to its end
+        # One autocast context per call: it keeps copies of the weights until it ends.
+        with autocast(device, precision):
             head.sample(*inputs, **options)
 
     rows = []
     for precision in args.precision:
-        torch.compiler.reset()  # it keeps few programs of a function, too few for all precisions and sizes
+        # The cache of compiled programs is too small for all precisions and sizes.
+        torch.compiler.reset()
+        peak = hardware["matmul_tflops"].get(precision)
         for tokens in args.tokens:
             features = torch.randn(tokens, feature_dim, device=device)
-            works = {
-                "diffusion head (MAR), 100 steps": partial(sample, diffusion, precision, features),
+            doubled = features.repeat(2, 1)
+            functions = {
+                DIFFUSION: partial(sample, diffusion, precision, features),
                 "diffusion head (MAR), guidance": partial(
-                    sample, diffusion, precision, features.repeat(2, 1), 3.0
+                    sample, diffusion, precision, doubled, 3.0
                 ),
             }
             for name, head in heads.items():
                 uniform = torch.rand(tokens, head.numbers, device=device)
-                for steps in (4, 1) if isinstance(head, MaskedHead) else (None,):
-                    options = {} if steps is None else {"head_steps": steps}
-                    work = partial(sample, head, precision, features, 1.0, uniform, **options)
-                    works[name if steps is None else f"{name}, head_steps {steps}"] = work
-            times = timings(works, args.repeats, device)
-            recomputed, mar = (
-                times["channel head, prefix recomputed"],
-                times["diffusion head (MAR), 100 steps"],
-            )
-            for name, figures in times.items():
-                row = {"way": name, "precision": precision, "tokens": tokens, **figures}
-                row["times faster than recomputing"] = recomputed["median_s"] / figures["median_s"]
-                row["times faster than diffusion"] = mar["median_s"] / figures["median_s"]
+                function = partial(sample, head, precision, features, 1.0, uniform)
+                if isinstance(head, MaskedHead):
+                    for steps in (4, 1):
+                        label = f"{name}, head_steps {steps}"
+                        functions[label] = partial(function, head_steps=steps)
+                else:
+                    functions[name] = function
+            times = timings(functions, args.repeats, device)
+            for name, seconds in times.items():
+                median = seconds["median_s"]
+                row = {"way": name, "precision": precision, "tokens": tokens, **seconds}
+                row["speedup over recomputation"] = times[RECOMPUTING]["median_s"] / median
+                row["speedup over diffusion"] = times[DIFFUSION]["median_s"] / median
                 if name in ("channel head", "channel head, compiled"):
-                    peak = hardware["matmul_tflops"].get(precision)
-                    row["utilization"] = (
-                        token_flops * tokens / figures["median_s"] / peak / 1e12 if peak else None
-                    )
+                    rate = token_flops * tokens / median / 1e12
+                    row["utilization"] = rate / peak if peak else None
                 rows.append(row)
     finish("head_speed", rows, hardware, args.json)
 

@@ -1,6 +1,7 @@
-"""Reading cached moments: one file an image against packed caches, with and without worker processes."""
+"""Loading cached moments: one file per image against packed caches, with and without workers."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from util.data.packed import DTYPES, PackedCache, pack
 
 
 def write_cache(root: Path, images: int, side: int = 16) -> None:
-    """Writes random moments, ``[32, side, side]``, of ``images`` images in MAR's layout, one file each."""
+    """Write random moments ``[32, side, side]`` in MAR's layout, one file per image."""
     random = np.random.RandomState(0)
     for number in range(images):
         path = root / f"{number % 10}" / f"{number:06d}.JPEG.npz"
@@ -21,38 +22,44 @@ def write_cache(root: Path, images: int, side: int = 16) -> None:
         np.savez(path, moments=moments[0], moments_flip=moments[1])
 
 
+def read_all(loader: DataLoader) -> None:
+    """Read one epoch."""
+    for _ in loader:
+        pass
+
+
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = benchmark_parser(__doc__, repeats=5)
     parser.add_argument("--images", type=int, default=4000, help="images in each cache")
-    parser.add_argument("--batch", type=int, default=64, help="images of a batch")
-    parser.add_argument(
-        "--workers", type=int, nargs="+", default=[0, 2], help="processes that read; 0 for none"
-    )
+    parser.add_argument("--batch", type=int, default=64, help="batch size")
+    text = "numbers of DataLoader workers; 0 reads in the main process"
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help=text)
     args = parse(parser)
     hardware, rows = machine(args.device), []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_cache(root / "files", args.images)
-        caches = {"one file an image": CachedFolder(root / "files")}
+        caches: dict[str, CachedFolder | PackedCache] = {
+            "one file per image": CachedFolder(root / "files")
+        }
         for dtype in DTYPES:
-            pack(
-                CachedFolder(root / "files"), root / dtype, dtype, shard_images=20000, num_workers=0
-            )
+            files = CachedFolder(root / "files")
+            pack(files, root / dtype, dtype, shard_images=20000, num_workers=0)
             caches[f"packed, {dtype}"] = PackedCache(root / dtype)
         for workers in args.workers:
-            works = {}
+            functions = {}
             for name, cache in caches.items():
                 cache.set_draws(0, 0)
                 options = {"batch_size": args.batch, "shuffle": True, "num_workers": workers}
                 loader = DataLoader(cache, **options, persistent_workers=workers > 0)
-                works[name] = lambda loader=loader: [None for _ in loader]
-            times = timings(works, args.repeats, args.device)
-            slow = times["one file an image"]["median_s"]
-            for name, figures in times.items():
-                row = {"cache": name, "workers": workers, "images": args.images, **figures}
-                row["images_per_s"] = args.images / figures["median_s"]
-                rows.append({**row, "ratio": slow / figures["median_s"]})
+                functions[name] = partial(read_all, loader)
+            times = timings(functions, args.repeats, args.device)
+            baseline = times["one file per image"]["median_s"]
+            for name, seconds in times.items():
+                row = {"cache": name, "workers": workers, "images": args.images, **seconds}
+                row["images_per_s"] = args.images / seconds["median_s"]
+                rows.append({**row, "ratio": baseline / seconds["median_s"]})
     finish("loader", rows, hardware, args.json)
 
 

@@ -1,7 +1,8 @@
-"""Memory that a training step takes on a GPU, counted without one: tensors have shapes but no content.
+"""GPU memory of a training step, counted without a GPU on tensors that have shapes but no data.
 
-Counted are all tensors of a step from images: weights, optimizer, average, gradients, which DDP keeps, activations, and
-the tokenizer. Not counted are gaps between them, workspaces of libraries, NCCL and the CUDA context.
+Counts all tensors of a step that starts from images: weights, optimizer state, EMA, gradients
+(which DDP keeps), activations and the tokenizer. Does not count fragmentation, workspaces of
+libraries, NCCL and the CUDA context.
 """
 
 import itertools
@@ -20,11 +21,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.common import training_state
-from engine_tokenbridge import backward
+from benchmarks.common import new_trainer
+from engine_tokenbridge import Trainer
 from models import fast
 from models.quantizer import GaussianQuantizer
 from models.tokenbridge import CHECKPOINTED, MODELS
+from models.tokenizer import Encoder, Tokenizer
 from models.vae import AutoencoderKL
 from util.args import new_parser
 from util.config import KL16_CONFIG
@@ -32,23 +34,30 @@ from util.files import write_json
 from util.precision import PRECISIONS
 from util.provenance import provenance
 from util.tables import markdown
-from util.training_state import TrainingState
 
-#: Columns of the table: parts whose blocks are recomputed.
+#: Columns of the table: the parts that recompute activations.
 PARTS = {"none": (), "decoder": ("decoder",), "all": CHECKPOINTED}
-#: GB of GPUs, and the GiB that a program can use, about: A100; A100 and H100; H200.
+#: GB by which a GPU is sold, and the GiB that a program can use (A100; A100 and H100; H200).
 GPUS = {40: 39.4, 80: 79.1, 141: 139.7}
-#: GiB for what is not counted but gaps, and the gaps' share.
-RESERVE, GAPS = 1.5, 0.1
+#: GiB for libraries, NCCL and the CUDA context.
+RESERVE = 1.5
+#: Fragmentation, as a fraction of the tensors' memory.
+FRAGMENTATION = 0.1
 
 
 def smallest_gpu(gib: float) -> int | None:
-    """GB of the smallest of :data:`GPUS` where tensors of ``gib`` GiB fit, gaps and :data:`RESERVE` included."""
-    return next((gb for gb, usable in GPUS.items() if gib * (1 + GAPS) + RESERVE <= usable), None)
+    """Return the GB of the smallest of :data:`GPUS` for ``gib`` GiB of tensors, or None."""
+    total = gib * (1 + FRAGMENTATION) + RESERVE
+    return next((gb for gb, usable in GPUS.items() if total <= usable), None)
 
 
 class PeakMemory(TorchDispatchMode):
-    """Within it, ``live`` and ``peak`` count the bytes of all tensors that operations made and something holds."""
+    """Context manager that counts the bytes of all tensors that operations create.
+
+    Attributes:
+        live: bytes that are allocated now.
+        peak: the maximum of ``live``.
+    """
 
     def __init__(self):
         super().__init__()
@@ -63,7 +72,7 @@ class PeakMemory(TorchDispatchMode):
         return result
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        """Counts a storage for as long as a tensor holds it."""
+        """Count a storage until no tensor refers to it."""
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
             self.known[key] = weakref.ref(storage, lambda _: self.remove(key, size))
@@ -71,26 +80,30 @@ class PeakMemory(TorchDispatchMode):
             self.peak = max(self.peak, self.live)
 
     def remove(self, key: int, size: int) -> None:
-        """Forgets a storage."""
+        """Stop counting a storage."""
         del self.known[key]
         self.live -= size
 
 
 @contextmanager
 def kernels_of_cuda() -> Iterator[None]:
-    """Lets tensors without content go the ways of CUDA, although they are the host's: autograd takes no others here."""
+    """Run the kernels of CUDA on fake CPU tensors.
+
+    Without a GPU, autograd does not accept fake CUDA tensors.
+    """
 
     def attention(
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        attn_mask=None,
+        attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
-    ):
+    ) -> Tensor:
         if q.dtype == torch.float32:
             kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-            return kernel(q, k, v, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal)[0]
+            grad = torch.is_grad_enabled()
+            return kernel(q, k, v, attn_mask, grad, dropout_p, is_causal)[0]
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal)[0]
 
     def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
@@ -99,7 +112,7 @@ def kernels_of_cuda() -> Iterator[None]:
     plain_norm = F.layer_norm
 
     def layer_norm(x: Tensor, *args) -> Tensor:
-        return plain_norm(x.float(), *args)  # as CUDA's autocast has it
+        return plain_norm(x.float(), *args)  # CUDA's autocast runs it in float32
 
     with (
         mock.patch.object(FakeTensor, "is_cuda", True, create=True),
@@ -107,7 +120,7 @@ def kernels_of_cuda() -> Iterator[None]:
         mock.patch.multiple(
             F, scaled_dot_product_attention=attention, dropout=dropout, layer_norm=layer_norm
         ),
-        # These two ask for the type of the device.
+        # These depend on the type of the device.
         mock.patch("models.layers.dropout", lambda x, p: F.dropout(x, p) if p else x),
         mock.patch("models.tokenbridge.TokenBridge.check_labels"),
         mock.patch("util.precision.effective_precision", lambda kind, precision: precision),
@@ -116,16 +129,18 @@ def kernels_of_cuda() -> Iterator[None]:
 
 
 @contextmanager
-def run_without_content(
+def fake_training(
     name: str, precision: str, **options: Any
-) -> Iterator[tuple[TrainingState, PeakMemory]]:
-    """A run of the model ``name`` after its first step, all of whose tensors are counted.
+) -> Iterator[tuple[Trainer, PeakMemory]]:
+    """Build a training run of model ``name`` from fake tensors, as it is after a first step.
+
+    Yields the run and the counter of its tensors.
 
     Args:
         precision: bf16, fp16 or fp32.
         options: further arguments of :class:`models.tokenbridge.TokenBridge`.
     """
-    quantizer = GaussianQuantizer(64)  # it has to look at its numbers
+    quantizer = GaussianQuantizer(64)  # built outside, since its tables need data
     with (
         mock.patch(
             "models.tokenbridge.build_quantizer", lambda _: quantizer._apply(torch.empty_like)
@@ -134,78 +149,83 @@ def run_without_content(
         PeakMemory() as memory,
     ):
         model = MODELS[name](quant_levels=64, **options).train()
-        state = training_state(model, precision)
-        state.scaler.scale(torch.zeros(()))  # it and the optimizer make what they keep
-        end_step(state)
-        yield state, memory
+        trainer = new_trainer(model, precision)
+        trainer.state.scaler.scale(torch.zeros(()))  # allocates the scaler's state
+        end_step(trainer)
+        yield trainer, memory
 
 
-def end_step(state: TrainingState) -> None:
-    """The part of a step that follows the backward pass, before and after which gradients are held as in DDP."""
-    for ends in (False, True):
-        if ends:
-            state.take_step(torch.zeros(()), 1e-4)
-            state.average.update(state.model)
-        for parameter in state.model.parameters():
-            parameter.grad = (
-                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            )
+def end_step(trainer: Trainer) -> None:
+    """Take the part of a step after the backward pass.
+
+    Gradients stay allocated before and after it, as in DDP.
+    """
+    allocate_gradients(trainer.state.model)
+    trainer.clip_and_step(torch.zeros(()), lr=1e-4)
+    trainer.state.update_ema()
+    allocate_gradients(trainer.state.model)
+
+
+def allocate_gradients(model: torch.nn.Module) -> None:
+    """Set missing gradients to 0."""
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def step_memory(
-    state: TrainingState,
+    trainer: Trainer,
     memory: PeakMemory,
-    vae: AutoencoderKL | None,
+    tokenizer: Encoder,
     batch: int,
-    precision: str,
     parts: Sequence[str],
 ) -> float:
-    """GiB of a training step on ``batch`` images, or their moments where ``vae`` is None.
+    """Return the GiB of a training step on ``batch`` images, or on cached moments.
 
-    The fewest tokens are masked: then the encoder has most.
+    The fewest tokens are masked, since the encoder then takes most memory.
 
     Args:
-        parts: the blocks of which are recomputed.
+        parts: the parts that recompute activations.
     """
-    model = state.model
+    model: Any = trainer.state.model
     model.draw_num_masked = partial(model.num_masked_at, 0.0)
     model.backbone.checkpointed, model.head.grad_checkpointing = parts, "head" in parts
     _, *sides = model.latent_shape
-    shape = (3, *[model.config["img_size"]] * 2) if vae else (2 * model.vae_embed_dim, *sides)
+    shape = (2 * model.vae_embed_dim, *sides)
+    if isinstance(tokenizer, Tokenizer):
+        shape = (3, *[model.config["img_size"]] * 2)
     images = torch.empty(batch, *shape), torch.empty(batch, dtype=torch.int64)
     memory.peak = memory.live
     with kernels_of_cuda():
-        backward(state, [images], vae, 1.0, precision)
-    end_step(state)
+        trainer.tokenizer = tokenizer
+        trainer.backward([images])
+    end_step(trainer)
     return memory.peak / 2**30
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "--model", nargs="+", choices=MODELS, default=list(MODELS)[1:], help="sizes of the model"
-    )
-    parser.add_argument("--batch", nargs="+", type=int, default=[32, 64], help="images of a GPU")
-    parser.add_argument(
-        "--precision",
-        nargs="+",
-        choices=PRECISIONS,
-        default=["bf16", "fp32"],
-        help="of autocast; fp32 means none",
-    )
+    text = "sizes of the model"
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS)[1:], help=text)
+    text = "batch sizes per GPU"
+    parser.add_argument("--batch", nargs="+", type=int, default=[32, 64], help=text)
+    precisions = ["bf16", "fp32"]
+    text = "autocast precisions; fp32 means no autocast"
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=precisions, help=text)
     parser.add_argument("--json", help="file to write the results to")
     args, rows = parser.parse_args(), []
     warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     for name, precision in itertools.product(args.model, args.precision):
-        with run_without_content(name, precision) as (state, memory):
-            vae = AutoencoderKL(**KL16_CONFIG).requires_grad_(False)
+        with fake_training(name, precision) as (trainer, memory):
+            vae_config: dict[str, Any] = KL16_CONFIG
+            tokenizer = Tokenizer(AutoencoderKL(**vae_config).requires_grad_(False), 1.0)
             for batch in args.batch:
-                figures = {
-                    to: step_memory(state, memory, vae, batch, precision, parts)
-                    for to, parts in PARTS.items()
+                gib = {
+                    title: step_memory(trainer, memory, tokenizer, batch, parts)
+                    for title, parts in PARTS.items()
                 }
-                rows.append({"model": name, "precision": precision, "batch": batch, **figures})
+                rows.append({"model": name, "precision": precision, "batch": batch, **gib})
                 print(markdown(list(rows[-1]), [list(rows[-1].values())]), flush=True)
     if args.json:
         write_json(args.json, {"benchmark": "memory", "machine": provenance(), "rows": rows})

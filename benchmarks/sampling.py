@@ -1,4 +1,4 @@
-"""Sampling whole images, guidance included: this project's way against the release's in float32."""
+"""Sampling images with guidance: this code against the released implementation in float32."""
 
 import argparse
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.baselines import RecomputingHead, plain_kernels
-from benchmarks.common import add_ways, benchmark_parser, compare_ways, parse
+from benchmarks.common import add_variant_flags, benchmark_parser, compare_variants, parse
 from models.masked_head import DEFAULT_STEPS
 from models.sampling import SamplingOptions, sampling_plan
 from models.tokenbridge import MODELS
@@ -16,13 +16,9 @@ from util.precision import autocast
 def prepare(
     args: argparse.Namespace, release: bool, precision: str
 ) -> tuple[Callable[[], None], float]:
-    """A function that samples a batch, and its operations; see :func:`benchmarks.common.compare_ways`."""
-    model = (
-        MODELS[args.model](quant_levels=64, head=args.head)
-        .to(args.device)
-        .eval()
-        .requires_grad_(False)
-    )
+    """Return a function that samples a batch, and its FLOPs; see ``compare_variants``."""
+    model = MODELS[args.model](quant_levels=64, head=args.head)
+    model = model.to(args.device).eval().requires_grad_(False)
     if release:
         model.head.__class__ = RecomputingHead
     elif args.compile:
@@ -34,22 +30,23 @@ def prepare(
         with autocast(args.device, precision):
             model.sample_tokens(args.batch, args.num_iter, args.cfg, labels=labels, seeds=seeds)
 
-    # All ways are charged for what is needed: two passes of the backbone a step, the head for the tokens taken.
+    # All variants count the FLOPs that are necessary: two passes of the backbone per step
+    # (guidance), and one pass of the head per token.
     plan = sampling_plan(SamplingOptions(args.num_iter), model.seq_len)
     backbone = sum(2 * model.backbone_flops(step.masked) for step in plan)
-    passes = DEFAULT_STEPS if args.head == "masked" else 1
-    work = plain_kernels()(sample) if release else sample
-    return work, args.batch * (backbone + model.seq_len * model.token_flops(passes))
+    head_passes = DEFAULT_STEPS if args.head == "masked" else 1
+    flops = args.batch * (backbone + model.seq_len * model.token_flops(head_passes))
+    return plain_kernels()(sample) if release else sample, flops
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = benchmark_parser(__doc__, repeats=3)
-    add_ways(parser, batch=1, what="images at once")
+    add_variant_flags(parser, batch=1, batch_help="images sampled at once")
     parser.add_argument("--num_iter", type=int, default=16, help="autoregressive steps")
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
     args = parse(parser)
-    compare_ways("sampling", prepare, args, steps=args.num_iter)
+    compare_variants("sampling", prepare, args, steps=args.num_iter)
 
 
 if __name__ == "__main__":

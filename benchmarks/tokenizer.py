@@ -1,6 +1,8 @@
-"""KL-16 encoding and decoding images: layouts of memory, and cuDNN's choice of kernels by trying them all."""
+"""Encoding and decoding with KL-16: memory formats, and cudnn.benchmark on CUDA."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,53 +14,47 @@ from util.precision import PRECISIONS, autocast
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     parser = benchmark_parser(__doc__, repeats=5)
-    parser.add_argument("--batch", type=int, default=1, help="images at once")
-    parser.add_argument(
-        "--img_size", type=int, default=256, help="height and width of the images in pixels"
-    )
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32", "bf16"])
+    parser.add_argument("--batch", type=int, default=1, help="batch size")
+    text = "height and width of the images in pixels"
+    parser.add_argument("--img_size", type=int, default=256, help=text)
+    precisions = ["fp32", "bf16"]
+    text = "precisions to measure"
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=precisions, help=text)
     args = parse(parser)
     hardware, rows = machine(args.device), []
     layouts = {"plain": torch.contiguous_format, "channels last": torch.channels_last}
-    models = {
-        name: AutoencoderKL(**KL16_CONFIG)
-        .eval()
-        .requires_grad_(False)
-        .to(args.device, memory_format=layout)
-        for name, layout in layouts.items()
-    }
+    config: dict[str, Any] = KL16_CONFIG
+    models = {}
+    for layout, memory_format in layouts.items():
+        vae = AutoencoderKL(**config).eval().requires_grad_(False).to(args.device)
+        models[layout] = vae.to(memory_format=memory_format)
+    side = args.img_size // 16
     images = torch.randn(args.batch, 3, args.img_size, args.img_size, device=args.device)
-    latents = torch.randn(
-        args.batch, 16, args.img_size // 16, args.img_size // 16, device=args.device
-    )
+    latents = torch.randn(args.batch, 16, side, side, device=args.device)
 
-    def way(
-        precision: str, tries: bool, work: Callable[[Tensor], object], given: Tensor
-    ) -> Callable[[], None]:
-        def run() -> None:
-            torch.backends.cudnn.benchmark = tries
-            with autocast(args.device, precision):
-                work(given)
-
-        return run
+    def run(precision: str, cudnn_benchmark: bool, work: Callable, batch: Tensor) -> None:
+        torch.backends.cudnn.benchmark = cudnn_benchmark
+        with autocast(args.device, precision):
+            work(batch)
 
     for precision in args.precision:
-        for task, given in (("encode", images), ("decode", latents)):
-            works = {
-                (name, tries): way(precision, tries, getattr(model, task), given)
-                for name, model in models.items()
-                for tries in (False, True)[: 1 + (args.device.type == "cuda")]
-            }
-            times = timings(works, args.repeats, args.device)
-            for (layout, tries), figures in times.items():
-                row = {"task": task, "precision": precision, "batch": args.batch, "layout": layout}
-                row |= {"cudnn.benchmark": str(tries), **figures}
-                row["images_per_s"] = args.batch / figures["median_s"]
-                rows.append(
-                    {**row, "ratio": times["plain", False]["median_s"] / figures["median_s"]}
+        for task, batch in (("encode", images), ("decode", latents)):
+            functions = {
+                (layout, cudnn_benchmark): partial(
+                    run, precision, cudnn_benchmark, getattr(model, task), batch
                 )
+                for layout, model in models.items()
+                for cudnn_benchmark in ([False, True] if args.device.type == "cuda" else [False])
+            }
+            times = timings(functions, args.repeats, args.device)
+            baseline = times["plain", False]["median_s"]
+            for (layout, cudnn_benchmark), seconds in times.items():
+                row = {"task": task, "precision": precision, "batch": args.batch, "layout": layout}
+                row |= {"cudnn.benchmark": str(cudnn_benchmark), **seconds}
+                row["images_per_s"] = args.batch / seconds["median_s"]
+                rows.append({**row, "ratio": baseline / seconds["median_s"]})
     finish("tokenizer", rows, hardware, args.json)
 
 

@@ -1,1 +1,1 @@
-"""The paper's findings at sizes that can be rerun: experiments as data, their runner, measures and report."""
+"""The paper's experiments on small data sets: definitions, runner, measures and report."""

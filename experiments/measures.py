@@ -1,4 +1,4 @@
-"""Measures images against held-out ones, and held-out likelihoods in continuous space (plain python)."""
+"""Measure images against held-out images, and likelihoods of held-out latents."""
 
 import argparse
 import math
@@ -25,73 +25,74 @@ from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import numbered_draws
 
-DENSITY_NEIGHBOURS = 5  # of density and coverage (Naeem et al. 2020)
-SIDE = 8  # pixels that images are reduced to, each way
+DENSITY_NEIGHBORS = 5  # k of density and coverage (Naeem et al. 2020)
+SIDE = 8  # images are reduced to SIDE x SIDE pixels
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images.
 
 
 def pixels(images: Tensor, gray: bool) -> Tensor:
-    """Byte images ``[N, 3, H, W]`` reduced to 8x8 by averaging, values of 0 to 16: ``[N, 192]``, or ``[N, 64]``.
+    """Return uint8 images ``[N, 3, H, W]`` averaged to 8x8 pixels with values from 0 to 16.
 
-    Args:
-        gray: average over the colours, too.
+    The shape is ``[N, 192]``, or ``[N, 64]`` if ``gray`` averages the color channels, too.
     """
     small = F.adaptive_avg_pool2d(images.double(), SIDE) * (16 / 255)
     return (small.mean(1) if gray else small).flatten(1)
 
 
-def radii(points: Tensor, neighbours: int) -> Tensor:
-    """Distance ``[N]`` of each of ``points [N, D]`` to its nearest ``neighbours``-th other."""
-    return (
-        torch.cdist(points, points).kthvalue(neighbours + 1, dim=1).values
-    )  # the first is the point itself
+def radii(points: Tensor, k: int) -> Tensor:
+    """Return the distance ``[N]`` of each of ``points [N, D]`` to its k-th nearest neighbor."""
+    distances = torch.cdist(points, points)
+    return distances.kthvalue(k + 1, dim=1).values  # the nearest point is the point itself
 
 
-def neighbourhoods(made: Tensor, real: Tensor) -> dict[str, float]:
-    """``precision`` and ``recall`` (Kynkaanniemi et al. 2019), ``density`` and ``coverage`` (Naeem et al. 2020).
+def neighborhood_metrics(generated: Tensor, real: Tensor) -> dict[str, float]:
+    """Return precision and recall, density and coverage of points ``[M, D]`` and ``[N, D]``.
 
-    Args:
-        made, real: points ``[M, D]`` and ``[N, D]``.
+    Sources: Kynkaanniemi et al. 2019; Naeem et al. 2020.
     """
-    distances = torch.cdist(real, made)  # [N, M]
-    ball, wide = (radii(real, count)[:, None] for count in (NEIGHBORS, DENSITY_NEIGHBOURS))
+    distances = torch.cdist(real, generated)  # [N, M]
+    real_radii, density_radii = (radii(real, k)[:, None] for k in (NEIGHBORS, DENSITY_NEIGHBORS))
+    generated_radii = radii(generated, NEIGHBORS)
+    neighbors = (distances < density_radii).double().sum(0)  # [M]
     return {
-        "precision": (distances <= ball).any(0).double().mean().item(),
-        "recall": (distances <= radii(made, NEIGHBORS)).any(1).double().mean().item(),
-        "density": (distances < wide).double().sum(0).mean().item() / DENSITY_NEIGHBOURS,
-        "coverage": (distances.amin(1) < wide[:, 0]).double().mean().item(),
+        "precision": (distances <= real_radii).any(0).double().mean().item(),
+        "recall": (distances <= generated_radii).any(1).double().mean().item(),
+        "density": neighbors.mean().item() / DENSITY_NEIGHBORS,
+        "coverage": (distances.amin(1) < density_radii[:, 0]).double().mean().item(),
     }
 
 
-def compare(made: Tensor, real: Tensor) -> dict[str, float]:
-    """Frechet distance and :func:`neighbourhoods` of points ``[M, D]`` and ``[N, D]``."""
-    for points in (made, real):
+def compare(generated: Tensor, real: Tensor) -> dict[str, float]:
+    """Return Frechet distance and :func:`neighborhood_metrics` of ``[M, D]`` and ``[N, D]``."""
+    for points in (generated, real):
         check_finite(points, "the network of --features", "fp32")
-    statistics = [fid_features_to_statistics(points.double().cpu()) for points in (made, real)]
-    return {
-        "frechet": frechet_distance(*statistics),
-        **neighbourhoods(made.double(), real.double()),
-    }
+    statistics = [fid_features_to_statistics(points.double().cpu()) for points in (generated, real)]
+    distance = frechet_distance(*statistics)
+    return {"frechet": distance, **neighborhood_metrics(generated.double(), real.double())}
 
 
 def all_images(path: str | Path, limit: int | None = None) -> Tensor:
-    """The images of a folder and its subfolders, as bytes ``[N, 3, H, W]``; at most ``limit``, evenly spaced."""
+    """Return the images of a folder and its subfolders ``[N, 3, H, W]`` (uint8).
+
+    With a limit, at most that many, evenly spaced.
+    """
     images = PlainImages(path)
     count = min(len(images), limit or len(images))
     return torch.stack([images[number * len(images) // count] for number in range(count)])
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Likelihood in continuous space.
 
 
 def level_bits(quantizer: ScalarQuantizer, latents: Tensor) -> Tensor:
-    """-log2 of the density that each of ``latents [..., C]`` has within its level: bits, of the same shape.
+    """Return -log2 of the density of each of ``latents [..., C]`` within its level, in bits.
 
-    A level's density is uniform between its thresholds. The two outermost levels have but one: from there theirs
-    falls exponentially, with the mean at the level's value, so that all latents, however far out, have a density.
+    An inner level has uniform density between its thresholds. An outermost level has a single
+    threshold: its density decays exponentially beyond it, with the level's value as mean, so that
+    every latent has a positive density.
     """
     low, high = (torch.as_tensor(bound, dtype=torch.float64) for bound in quantizer.bounds())
     scale = (high - low) / (2 * quantizer.std_range)  # of normalized values, Eq. 5
@@ -99,103 +100,100 @@ def level_bits(quantizer: ScalarQuantizer, latents: Tensor) -> Tensor:
     normalized = (latents.double() - low) / scale - quantizer.std_range  # Eq. 1, not clipped
     index = torch.bucketize(normalized, limits)
     widths = torch.cat([limits[:1] - values[:1], limits.diff(), values[-1:] - limits[-1:]])
-    beyond = torch.maximum(limits[0] - normalized, normalized - limits[-1]).clamp(
-        min=0
-    )  # 0 in the inner levels
-    return (widths[index] * scale).log2() + beyond / widths[index] / math.log(2)
+    outside = torch.maximum(limits[0] - normalized, normalized - limits[-1])
+    outside = outside.clamp(min=0)  # 0 in inner levels
+    return (widths[index] * scale).log2() + outside / widths[index] / math.log(2)
 
 
 def held_out_latents(cached_val_path: str, latent_factor: float, seed: int = 0) -> Tensor:
-    """Latents ``[N h w, C]`` of all held-out images, drawn as for ``--evaluate_nll``."""
+    """Sample latents ``[N h w, C]`` of all held-out images, as ``--evaluate_nll`` does."""
     cache = open_cache(cached_val_path, mirror=False)
     cache.shape = tuple(cache[0][0].shape)
-    posterior = DiagonalGaussianDistribution(
-        torch.stack([cache[number][0] for number in range(len(cache))]).float()
-    )
+    moments = torch.stack([cache[number][0] for number in range(len(cache))]).float()
+    posterior = DiagonalGaussianDistribution(moments)
     noise = numbered_draws(seed, range(len(cache))).normal(*posterior.mean.shape[1:])
     return (posterior.sample(noise) * latent_factor).movedim(1, -1).flatten(0, -2)
 
 
 def likelihood(folder: Path, resume: str, cached_val_path: str) -> dict[str, float]:
-    """Held-out likelihoods of the run ``resume``: that which ``folder/likelihood.json`` holds, and in continuous space.
+    """Return the nats per dimension of ``folder/likelihood.json``, and the continuous bits.
 
-    ``continuous_bits`` are bits a dimension of dequantized latents (:func:`level_bits`), each channel divided by its
-    deviation over the held-out images, so that neither quantizer nor scale of the channels matters.
+    ``continuous_bits`` are bits per dimension of dequantized latents (:func:`level_bits`). Each
+    channel is divided by its std over the held-out images, so that models with different
+    quantizers or channel scales are comparable.
+
+    Args:
+        resume: the run that was evaluated.
     """
-    figures = read_json(folder / "likelihood.json")
+    discrete = read_json(folder / "likelihood.json")
     config = read_run(find_checkpoint(resume))["config"]
     quantizer = build_quantizer({**config, "patch_size": 1})
     latents = held_out_latents(cached_val_path, config["latent_factor"])
-    bits = (
-        figures["bits_per_dim"]
-        + (level_bits(quantizer, latents) - latents.double().std(0).log2()).mean().item()
-    )
-    return {"nats": figures["nats_per_dim"], "continuous_bits": bits}
+    bits = level_bits(quantizer, latents) - latents.double().std(0).log2()
+    continuous_bits = discrete["bits_per_dim"] + bits.mean().item()
+    return {"nats": discrete["nats_per_dim"], "continuous_bits": continuous_bits}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The command.
+# --------------------------------------------------------------------------------------------------
+# Command line.
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this module."""
+    """Return the command line of this module."""
     parser = new_parser(__doc__, "experiments.measures")
-    parser.add_argument(
-        "--images", default="", help="folder of images, or of samples*/ or */recon/ that hold them"
-    )
-    parser.add_argument(
-        "--limit", type=int, help="measure this many of them, evenly spaced; by default all"
-    )
+    text = "folder of images, or a folder that has samples*/ or */recon/"
+    parser.add_argument("--images", default="", help=text)
+    text = "measure at most this many images, evenly spaced; by default all"
+    parser.add_argument("--limit", type=int, help=text)
     parser.add_argument("--reference", default="", help="folder of held-out images")
-    parser.add_argument("--features", default="", help="what experiments.features wrote")
-    parser.add_argument(
-        "--gray", action="store_true", help="compare the mean of the colours, not each"
-    )
-    parser.add_argument(
-        "--resume",
-        default="",
-        help="run whose likelihood --evaluate_nll wrote to --images, if it did",
-    )
-    parser.add_argument(
-        "--cached_val_path", default="", help="cache of held-out images, for --resume"
-    )
+    parser.add_argument("--features", default="", help="weights saved by experiments.features")
+    parser.add_argument("--gray", action="store_true", help="average the color channels")
+    text = "run whose likelihood to measure, if --evaluate_nll wrote likelihood.json to --images"
+    parser.add_argument("--resume", default="", help=text)
+    text = "cache of held-out images, for --resume"
+    parser.add_argument("--cached_val_path", default="", help=text)
     add_device_arg(parser)
-    parser.add_argument("--json", default="", help="file to write the figures to")
+    parser.add_argument("--json", default="", help="file to write the results to")
     return parser
 
 
 def image_folders(path: Path) -> dict[str, Path]:
-    """The folders to measure by what is told of them: samples by their guidance scale, others by ``images``."""
-    samples = [folder for folder in sorted(path.glob("samples*")) if folder.is_dir()]
-    if samples:
-        settings = [
-            read_json(folder.with_name(f"{folder.name}.json"))["settings"] for folder in samples
-        ]
-        return {f"{each['cfg']:g}": folder for each, folder in zip(settings, samples, strict=True)}
-    return {"images": next(iter(path.glob("*/recon")), path)}
+    """Return the folders to measure: samples by guidance scale, other images as ``images``."""
+    sample_folders = [folder for folder in sorted(path.glob("samples*")) if folder.is_dir()]
+    if not sample_folders:
+        return {"images": next(iter(path.glob("*/recon")), path)}
+    folders = {}
+    for folder in sample_folders:
+        settings = read_json(folder.with_name(f"{folder.name}.json"))["settings"]
+        folders[f"{settings['cfg']:g}"] = folder
+    return folders
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What is measured: ``images`` by the names of :func:`image_folders`, and likelihoods where they were asked for."""
-    net, real = load_net(args.features, device), all_images(args.reference).to(device)
-    spaces = {"pixels": lambda images: pixels(images, args.gray), "features": net.features}
-    found: dict[str, Any] = {"images": {}}
-    check_number(len(real), "reference images", DENSITY_NEIGHBOURS)
-    for name, folder in image_folders(Path(args.images)).items():
-        made = all_images(folder, args.limit).to(device)
-        check_number(len(made), f"images in {folder}", NEIGHBORS)
-        figures = {space: compare(of(made), of(real)) for space, of in spaces.items()}
-        found["images"][name] = {"count": len(made), **figures}
-    if args.resume and (Path(args.images) / "likelihood.json").exists():
-        found |= likelihood(Path(args.images), args.resume, args.cached_val_path)
-    results = next(Path(args.images).glob("*/results.json"), None)  # of a reconstruction
-    if results is not None:
-        found["psnr_db"] = read_json(results)["psnr_db"]
-    return found
+    """Return metrics of all :func:`image_folders`, and likelihoods and PSNR if available."""
+    net = load_net(args.features, device)
+    real = all_images(args.reference).to(device)
+    check_number(len(real), "reference images", DENSITY_NEIGHBORS)
+    folder = Path(args.images)
+    metrics: dict[str, Any] = {"images": {}}
+    for name, image_folder in image_folders(folder).items():
+        generated = all_images(image_folder, args.limit).to(device)
+        check_number(len(generated), f"images in {image_folder}", NEIGHBORS)
+        metrics["images"][name] = {
+            "count": len(generated),
+            "pixels": compare(pixels(generated, args.gray), pixels(real, args.gray)),
+            "features": compare(net.features(generated), net.features(real)),
+        }
+    if args.resume and (folder / "likelihood.json").exists():
+        metrics |= likelihood(folder, args.resume, args.cached_val_path)
+    reconstruction = next(folder.glob("*/results.json"), None)
+    if reconstruction is not None:
+        metrics["psnr_db"] = read_json(reconstruction)["psnr_db"]
+    return metrics
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     args = get_args_parser().parse_args()
     with process_group(args.device) as device:
         for name in ("images", "reference", "features", "json"):

@@ -1,4 +1,4 @@
-"""Reads the experiments of ``tables.yaml``, and plans the commands that they need."""
+"""Read the experiments of ``tables.yaml`` and plan their commands."""
 
 import shlex
 from collections.abc import Iterable, Mapping
@@ -10,108 +10,115 @@ import yaml
 from util.errors import UserError
 
 DEFAULT = Path(__file__).parent / "tables.yaml"
-FLOOR = "training-images"  # the row of training images, against which others are read
+#: The result of measuring training images in place of samples.
+BASELINE = "training-images"
 
 
 class Row(NamedTuple):
     """A row of a table at one scale."""
 
     name: str
-    result: str  # "run/sampling" or "reconstruction/name": what is run and measured, once for all tables
-    cfg: float | None  # guidance scale, where one is shown alone
+    #: "<run>/<sampling>" or "reconstruction/<name>": measured once for all tables.
+    result: str
+    cfg: float | None  # the guidance scale to show; None for all
     paper: tuple[float, float] | None  # gFID or rFID, and Inception Score
     paper_head: str | None = None  # the head's parameters as the paper counts them
 
 
 class Step(NamedTuple):
-    """A command, in the words behind ``python``, and the names of the steps that it needs."""
+    """A command, and the names of the steps that have to run before it."""
 
     name: str
-    words: list[str]
+    words: list[str]  # without the leading "python"
     needs: list[str]
-    measures: str = ""  # the result that it measures, if it does
+    measures: str = ""  # the result that the command measures, if any
 
     def path(self, flag: str) -> Path:
-        """The path that the command has for a flag."""
+        """Return the value of a flag as a path."""
         return Path(self.words[self.words.index(flag) + 1])
 
 
 class Experiments:
-    """The experiments of a file, at one scale.
+    """The experiments of a file at one scale.
 
     Args:
-        path: a file such as ``tables.yaml``, which explains its parts.
-        scale: one of its scales.
+        path: a file such as ``tables.yaml``, which documents the format.
+        scale: name of a scale in the file.
 
     Raises:
-        UserError: there is no such file, or no such scale in it.
+        UserError: the file cannot be read, or does not have the scale.
     """
 
     def __init__(self, path: str | Path, scale: str):
         try:
             self.content: dict[str, Any] = yaml.safe_load(Path(path).read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise UserError(
-                f"cannot read the experiments of {path}: {' '.join(str(error).split())}"
-            ) from error
-        if scale not in self.content["scales"]:
-            raise UserError(f"--scale {scale}: {path} has {', '.join(self.content['scales'])}")
-        self.scale, self.commands = scale, self.content["scales"][scale]
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot read the experiments of {path}: {reason}") from error
+        scales = self.content["scales"]
+        if scale not in scales:
+            raise UserError(f"--scale {scale} is not in {path}: choose one of {', '.join(scales)}")
+        self.scale, self.commands = scale, scales[scale]
 
     def has(self, part: str, name: str) -> bool:
-        """Whether the scale has an entry of ``runs`` or ``samplings``."""
-        return isinstance(self.content[part][name], str) or self.scale in self.content[part][name]
+        """Return whether an entry of ``runs`` or ``samplings`` exists at this scale."""
+        entry = self.content[part][name]
+        return isinstance(entry, str) or self.scale in entry
 
     def flags(self, part: str, name: str) -> str:
-        """The flags of an entry of ``runs``, ``samplings`` or ``reconstructions``."""
-        flags = self.content[part][name]
-        return flags if isinstance(flags, str) else flags[self.scale]
+        """Return the flags of an entry of ``runs``, ``samplings`` or ``reconstructions``."""
+        entry = self.content[part][name]
+        return entry if isinstance(entry, str) else entry[self.scale]
+
+    def tokenizer(self, run: str) -> str:
+        """Return the name of the tokenizer that a run uses."""
+        entry = self.content["runs"][run]
+        return "plain" if isinstance(entry, str) else entry.get("tokenizer", "plain")
 
     def rows(self, table: str) -> list[Row]:
-        """The rows of a table that the scale has."""
-        found = []
+        """Return the rows of a table that exist at this scale."""
+        rows = []
         for row in self.content["tables"][table]["rows"]:
-            paper = tuple(row["paper"]) if "paper" in row else None
             if "reconstruction" in row:
-                there, result = (
-                    "reconstruction" in self.commands,
-                    f"reconstruction/{row['reconstruction']}",
-                )
+                exists = "reconstruction" in self.commands
+                result = f"reconstruction/{row['reconstruction']}"
             else:
                 sampling = row.get("sampling", "plain")
-                there = self.has("runs", row["run"]) and self.has("samplings", sampling)
+                exists = self.has("runs", row["run"]) and self.has("samplings", sampling)
                 result = f"{row['run']}/{sampling}"
-            if there and self.scale in row.get("scales", [self.scale]):
-                found.append(Row(row["name"], result, row.get("cfg"), paper, row.get("paper_head")))
-        return found
+            if exists and self.scale in row.get("scales", [self.scale]):
+                paper = tuple(row["paper"]) if "paper" in row else None
+                rows.append(Row(row["name"], result, row.get("cfg"), paper, row.get("paper_head")))
+        return rows
 
 
 def merged(*texts: str) -> list[str]:
-    """The words of a command: a program with flags, and further flags, which replace those of the same name."""
-    program, flags = [], {}
+    """Return the words of a command; later flags replace earlier ones of the same name."""
+    program: list[str] = []
+    flags: dict[str, list[str]] = {}
+    values = program
     for word in (word for text in texts for word in shlex.split(text)):
         if word.startswith("--"):
-            flags[word] = values = []
-        elif flags:
-            values.append(word)
+            values = flags[word] = []
         else:
-            program.append(word)
+            values.append(word)
     return [*program, *(word for flag, values in flags.items() for word in (flag, *values))]
 
 
 class Planner:
-    """Collects the steps of experiments, each once.
+    """Collects the steps of experiments without repetition.
 
     Args:
-        experiments: what the steps are for.
-        folder: of everything that the steps write.
-        source: of the images, where the scale does not make them.
-        device: of the commands.
+        experiments: the experiments of one scale.
+        folder: output folder of all steps.
+        source: folder of images, for scales that do not generate them.
+        device: device of the commands.
     """
 
     def __init__(self, experiments: Experiments, folder: str, source: str, device: str):
-        self.experiments, self.commands, self.folder = experiments, experiments.commands, folder
-        self.names = {"source": source, "data": f"{folder}/data", "device": device}
+        self.experiments, self.commands = experiments, experiments.commands
+        self.folder = folder
+        self.placeholders = {"source": source, "data": f"{folder}/data", "device": device}
         self.steps: dict[str, Step] = {}
 
     def add(
@@ -121,89 +128,72 @@ class Planner:
         needs: list[str],
         *texts: str,
         measures: str = "",
-        **names: str,
+        **placeholders: str,
     ) -> str:
-        """Adds a step, unless it is there, with the scale's names filled in; returns its name."""
-        at = self.folder if seed is None else f"{self.folder}/seed{seed}"
+        """Add a step if it is new, with placeholders replaced, and return its name."""
+        seed_dir = self.folder if seed is None else f"{self.folder}/seed{seed}"
         name = name if seed is None else f"seed{seed}/{name}"
-        names = {**self.names, "at": at, "seed": str(seed), **names}
-        words = merged(*(text.format(**names) for text in texts))
+        common = {**self.placeholders, "seed_dir": seed_dir, "seed": str(seed)}
+        words = merged(*(text.format(**{**common, **placeholders}) for text in texts))
         self.steps.setdefault(name, Step(name, words, needs, measures))
         return name
 
-    def base(self, seed: int, tokenizer: str) -> list[str]:
-        """The steps that every training of a seed needs: data, tokenizer and caches of its latents."""
-        commands, options = self.commands, {"tokenizer": tokenizer}
-        tokenizers = commands["tokenizers"]
+    def add_tokenizer(self, seed: int, tokenizer: str) -> list[str]:
+        """Add data, tokenizer and caches of its latents; return the names, tokenizer first."""
+        commands, tokenizers = self.commands, self.commands["tokenizers"]
         needs = [self.add("data", None, [], commands["data"])] if "data" in commands else []
         trained = self.add("tokenizers/plain", seed, needs, tokenizers["plain"])
         if tokenizer != "plain":
             trained = self.add(f"tokenizers/{tokenizer}", seed, [trained], tokenizers[tokenizer])
-        steps = {}
-        for name, need in {
-            "cache": trained,
-            "val_cache": trained,
-            "pack": "cache",
-            "order": "pack",
-        }.items():
+        added = {"tokenizer": trained}
+        parents = {"cache": "tokenizer", "val_cache": "tokenizer", "pack": "cache", "order": "pack"}
+        for name, parent in parents.items():
             if name in commands:
-                done = f"tokenizers/{tokenizer}-{name}"
-                steps[name] = self.add(
-                    done, seed, [steps.get(need, need)], commands[name], **options
-                )
-        return [trained, *steps.values()]
+                step = f"tokenizers/{tokenizer}-{name}"
+                needs = [added[parent]]
+                added[name] = self.add(step, seed, needs, commands[name], tokenizer=tokenizer)
+        return [*added.values()]
 
-    def add_row(self, result: str, seed: int) -> None:
-        """Adds all steps that a row's result of a seed needs."""
-        commands, (run, sampling) = self.commands, result.split("/")
+    def add_result(self, result: str, seed: int) -> None:
+        """Add all steps that lead to a result of one seed."""
+        run, sampling = result.split("/")
         if run == "reconstruction":
-            needs, options = self.base(seed, "plain")[:1], {"result": result, "tokenizer": "plain"}
-            texts = commands["reconstruction"], self.experiments.flags("reconstructions", sampling)
+            tokenizer = self.add_tokenizer(seed, "plain")[0]
+            names = {"result": result, "tokenizer": "plain"}
+            flags = self.experiments.flags("reconstructions", sampling)
+            command = self.commands["reconstruction"]
+            step = self.add(result, seed, [tokenizer], command, flags, **names)
         else:
-            entry = self.experiments.content["runs"][run]
-            tokenizer = "plain" if isinstance(entry, str) else entry.get("tokenizer", "plain")
-            options = {"result": result, "run": run, "tokenizer": tokenizer}
+            names = {"result": result, "run": run, "tokenizer": self.experiments.tokenizer(run)}
+            needs = self.add_tokenizer(seed, names["tokenizer"])
             flags = self.experiments.flags("runs", run)
-            needs = self.base(seed, tokenizer)
-            needs = [
-                self.add(f"{run}/training", seed, needs, commands["training"], flags, **options)
-            ]
-            texts = commands["sampling"], self.experiments.flags("samplings", sampling)
-        needs = [
-            self.add(
-                f"{result}-sampling" if run != "reconstruction" else result,
-                seed,
-                needs,
-                *texts,
-                **options,
+            command = self.commands["training"]
+            training = self.add(f"{run}/training", seed, needs, command, flags, **names)
+            flags = self.experiments.flags("samplings", sampling)
+            command = self.commands["sampling"]
+            step = self.add(f"{result}-sampling", seed, [training], command, flags, **names)
+        likelihood = ""
+        if "--evaluate_nll" in flags:
+            likelihood = (
+                "--resume {seed_dir}/{run} "
+                "--cached_val_path {seed_dir}/tokenizers/{tokenizer}/val_cache"
             )
-        ]
-        more = ""
-        if "--evaluate_nll" in texts[1]:
-            more = "--resume {at}/{run} --cached_val_path {at}/tokenizers/{tokenizer}/val_cache"
-        self.measure(seed, needs, more, **options)
+        self.add_measuring(seed, [step], likelihood, **names)
 
-    def measure(self, seed: int, needs: list[str], more: str, **options: str) -> None:
-        """Adds the measuring of a result, where the scale's commands do not measure themselves."""
+    def add_measuring(self, seed: int, needs: list[str], flags: str, **names: str) -> None:
+        """Add the command that measures a result, if the scale has one."""
         if "measuring" not in self.commands:
             return
         data = self.add("data", None, [], self.commands["data"])
-        net = self.add("features", seed, [data], self.commands["features"])
-        name = f"{options['result']}-measuring"
-        self.add(
-            name,
-            seed,
-            [*needs, net],
-            self.commands["measuring"],
-            more,
-            measures=options["result"],
-            **options,
-        )
+        features = self.add("features", seed, [data], self.commands["features"])
+        result, command = names["result"], self.commands["measuring"]
+        needs = [*needs, features]
+        self.add(f"{result}-measuring", seed, needs, command, flags, measures=result, **names)
 
-    def add_floor(self, seed: int) -> None:
-        """Adds the measuring of training images."""
-        if "measuring" in self.commands:
-            self.measure(seed, [], self.commands["floor"], result=FLOOR)
+    def add_baseline(self, seed: int) -> None:
+        """Add the measuring of training images in place of samples, if the scale has it."""
+        if "baseline" in self.commands:
+            self.add_measuring(seed, [], self.commands["baseline"], result=BASELINE)
 
 
 def plan(
@@ -214,29 +204,30 @@ def plan(
     source: str,
     device: str,
 ) -> dict[str, Step]:
-    """All steps of some tables, by name: those of the first seed first, each after those that it needs.
+    """Return all steps of some tables by name: seed after seed, each step after those it needs.
 
     Raises:
-        UserError: there is no such table, or none of them has a row at this scale.
+        UserError: a table does not exist, or none of them has a row at this scale.
     """
     known = experiments.content["tables"]
     if unknown := [table for table in tables if table not in known]:
-        raise UserError(f"there is no table {unknown[0]}: choose of {', '.join(known)}, or all")
+        raise UserError(
+            f"there is no table {unknown[0]}: choose from {', '.join(known)}, or pass all"
+        )
     results = dict.fromkeys(row.result for table in tables for row in experiments.rows(table))
     if not results:
-        raise UserError(
-            f"none of these tables has rows at --scale {experiments.scale}: {', '.join(tables)}"
-        )
+        names = ", ".join(tables)
+        raise UserError(f"none of these tables has rows at --scale {experiments.scale}: {names}")
     planner = Planner(experiments, folder, source, device)
     for seed in seeds:
-        planner.add_floor(seed)
+        planner.add_baseline(seed)
         for result in results:
-            planner.add_row(result, seed)
+            planner.add_result(result, seed)
     return planner.steps
 
 
 def needed(steps: Mapping[str, Step], targets: Iterable[str]) -> set[str]:
-    """The names of the steps ``targets``, and of all that they need."""
+    """Return the names of ``targets`` and of all steps that they need."""
     found: set[str] = set()
     for target in targets:
         found |= {target} | needed(steps, steps[target].needs)

@@ -1,4 +1,4 @@
-"""Runs the experiments of ``tables.yaml``: trains, samples and measures every row that has no result yet."""
+"""Run the experiments of ``tables.yaml``: train, sample and measure every row without a result."""
 
 import argparse
 import multiprocessing
@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from experiments.plan import DEFAULT, Experiments, Step, needed, plan
-from experiments.results import RESULTS, Results, beside
+from experiments.results import RESULTS, Results, comparison_table
 from util.args import add_device_arg, check_positive, new_parser
 from util.data.caches import PACKED_METADATA
 from util.devices import find_device
@@ -31,7 +31,7 @@ from util.files import read_json, write_json
 from util.metrics.sample_folder import SampleFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Imported once: commands are forked from a process that has them.
+#: Imported once, in the process from which all commands are forked.
 PRELOADED = [
     "main_vae",
     "main_cache",
@@ -44,45 +44,56 @@ FAILED_STATUS = 1
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+    """Return the command line of this script."""
     parser = new_parser(__doc__)
-    parser.add_argument(
-        "tables", nargs="+", metavar="TABLE", help="table1a ... figure8, or all of them"
-    )
+    text = "tables of the experiments, such as table2a, or all"
+    parser.add_argument("tables", nargs="+", metavar="TABLE", help=text)
     text = "digits, cifar10, or imagenet, whose commands are only printed"
     parser.add_argument("--scale", default="digits", help=text)
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="a replicate each, from its tokenizer on"
-    )
-    parser.add_argument(
-        "--data_path",
-        default="",
-        help="images of cifar10 and imagenet: train/<class>/<image>, val/",
-    )
-    parser.add_argument(
-        "--output_dir", default="output/experiments", help="checkpoints, caches, samples, logs"
-    )
-    parser.add_argument(
-        "--results", default=str(RESULTS), help="folder of the results, a JSON a row and seed"
-    )
-    parser.add_argument("--experiments", default=str(DEFAULT), help="YAML of the experiments")
-    parser.add_argument("--jobs", type=int, default=1, help="commands at a time")
+    text = "random seeds; each trains its own tokenizer and models"
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help=text)
+    text = "images of cifar10 and imagenet: train/<class>/<image> and val/"
+    parser.add_argument("--data_path", default="", help=text)
+    text = "folder of checkpoints, caches, samples and logs"
+    parser.add_argument("--output_dir", default="output/experiments", help=text)
+    text = "folder of the results, a JSON file per row and seed"
+    parser.add_argument("--results", default=str(RESULTS), help=text)
+    text = "YAML file that defines the experiments"
+    parser.add_argument("--experiments", default=str(DEFAULT), help=text)
+    parser.add_argument("--jobs", type=int, default=1, help="commands to run at the same time")
     add_device_arg(parser)
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run nothing")
+    text = "print the commands without running them"
+    parser.add_argument("--dry_run", action="store_true", help=text)
     return parser
 
 
-def shown(step: Step) -> str:
-    """The step's command line, as one would type it."""
+# --------------------------------------------------------------------------------------------------
+# Commands.
+
+
+def command_line(step: Step) -> str:
+    """Return a step's command as one would type it."""
     return shlex.join(["python", *step.words])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# One command.
+def commands_of(steps: dict[str, Step], step: Step) -> list[str]:
+    """Return the command lines that lead to a step, in the order in which they run."""
+    names = needed(steps, [step.name])
+    return [command_line(other) for name, other in steps.items() if name in names]
 
 
-def end_with_runner() -> None:
-    """Waits for the end of the process that runs everything, and asks this one, its child, to stop: it may save."""
+def comparable(commands: list[str], folder: str, source: str) -> list[str]:
+    """Return command lines without device, output folder and image source.
+
+    Results that differ only in these count as results of the same experiment.
+    """
+    lines = [re.sub(r" --device \S+", "", line) for line in commands]
+    lines = [re.sub(rf"(?<= ){re.escape(folder)}/", "FOLDER/", line) for line in lines]
+    return [line.replace(f"--source {source} ", "--source SOURCE ") for line in lines]
+
+
+def stop_with_runner() -> None:
+    """Wait until the parent process ends, then send SIGTERM to this one, which may save."""
     runner = multiprocessing.parent_process()
     assert runner is not None
     runner.join()
@@ -90,8 +101,8 @@ def end_with_runner() -> None:
 
 
 def execute(words: list[str], log: Path) -> None:
-    """Runs ``python words`` in this process, forked for it; what it prints is added to ``log``."""
-    threading.Thread(target=end_with_runner, daemon=True).start()
+    """Run ``python <words>`` in this forked process, with output appended to ``log``."""
+    threading.Thread(target=stop_with_runner, daemon=True).start()
     with open(log, "ab") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -104,144 +115,196 @@ def execute(words: list[str], log: Path) -> None:
 
 
 class Record:
-    """What is known of a step, in a file: the seconds that it took, whether it has finished.
+    """A step's state on disk: seconds it has run, and whether it has finished.
 
-    It starts anew where the command, or one that leads to it, has changed.
+    Starts from zero if the command, or a command that it depends on, has changed.
 
     Args:
         path: the file.
-        commands: see :func:`commands_of`.
+        commands: command lines, see :func:`commands_of`.
     """
 
     def __init__(self, path: Path, commands: list[str]):
         self.path, self.log = path, path.with_suffix(".log")
         self.content: dict[str, Any] = {"commands": commands, "seconds": 0.0, "finished": False}
         with suppress(UserError):
-            before = read_json(path)
-            if before["commands"] == commands:
-                self.content = before
+            saved = read_json(path)
+            if saved["commands"] == commands:
+                self.content = saved
 
     def add(self, seconds: float, finished: bool) -> None:
-        """Adds a part of the command's run."""
+        """Add seconds to the record and save it."""
         self.content["seconds"] += seconds
         self.content["finished"] = finished
         write_json(self.path, self.content)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# All of them.
+# --------------------------------------------------------------------------------------------------
+# Results.
+
+
+def seed_of(step: Step) -> int:
+    """Return the seed of a step that has one."""
+    return int(step.name.split("/")[0].removeprefix("seed"))
+
+
+def result_path(args: argparse.Namespace, step: Step) -> Path:
+    """Return the file for the result of a measuring step."""
+    name = step.measures.replace("/", "-")
+    return Path(args.results) / args.scale / f"{name}-seed{seed_of(step)}.json"
+
+
+def has_result(steps: dict[str, Step], step: Step, args: argparse.Namespace) -> bool:
+    """Return whether a result of ``step`` exists that the same commands produced."""
+    path = result_path(args, step)
+    if not path.exists():
+        return False
+    result = read_json(path)
+    saved = comparable(result["commands"], result["output_dir"], result["data_path"])
+    return saved == comparable(commands_of(steps, step), args.output_dir, args.data_path)
+
+
+def missing(steps: dict[str, Step], args: argparse.Namespace) -> dict[str, Step]:
+    """Return the steps that lead to results that do not exist."""
+    targets = [
+        step.name for step in steps.values() if step.measures and not has_result(steps, step, args)
+    ]
+    names = needed(steps, targets)
+    return {name: step for name, step in steps.items() if name in names}
+
+
+def device_name(device: str) -> str:
+    """Return the name of a GPU, or the CPU's instruction set and number of threads."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"CPU, {capability}, {os.environ['OMP_NUM_THREADS']} threads"
+
+
+# --------------------------------------------------------------------------------------------------
+# Running all steps.
+
+
+class Job(NamedTuple):
+    """A step whose command is running."""
+
+    step: Step
+    process: Any
+    started: float  # time.perf_counter()
 
 
 class Runner:
-    """Runs steps, several at a time, each once those that it needs have finished.
+    """Runs steps in parallel, each as soon as the steps that it needs have finished.
 
     Args:
-        steps: by name, in the order in which they start where there is a choice; those that lead to results which are
-            there are left out.
+        steps: all steps by name. Steps whose results exist are skipped; the others start in this
+            order where possible.
         args: the command line.
     """
 
     def __init__(self, steps: dict[str, Step], args: argparse.Namespace):
-        self.steps, self.args, self.folder = steps, args, Path(args.output_dir) / args.scale
+        self.steps, self.args = steps, args
+        folder = Path(args.output_dir) / args.scale / "steps"
         self.records = {
-            name: Record(
-                self.folder / "steps" / f"{name.replace('/', '-')}.json", commands_of(steps, step)
-            )
+            name: Record(folder / f"{name.replace('/', '-')}.json", commands_of(steps, step))
             for name, step in steps.items()
         }
-        self.failed: dict[str, str] = {}  # why, by name
-        self.running: dict[Any, tuple[Step, Any, float]] = {}  # by sentinel
+        self.waiting: list[Step] = []
+        self.jobs: dict[Any, Job] = {}  # by sentinel of the process
+        self.failures: dict[str, str] = {}  # reasons by step name
+        self.total = self.done = 0
         self.device = device_name(args.device)
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOADED)
 
     def run(self) -> None:
-        """Runs all steps that have not finished; Ctrl-C and SIGTERM stop those that run, which save."""
+        """Run all steps that have not finished.
+
+        On Ctrl-C or SIGTERM, terminate running commands, which save their state.
+        """
         for step in missing(self.steps, self.args).values():
-            if step.measures and self.finished(
-                step
-            ):  # for other --results, or in a run that was stopped just then
+            # Measured before, but interrupted, or for another --results folder.
+            if step.measures and self.finished(step):
                 self.write_result(step)
-        waiting = [
-            step for step in missing(self.steps, self.args).values() if not self.finished(step)
-        ]
-        self.total, self.done = len(waiting), 0
-        # A shell starts background jobs with SIGINT ignored; commands hear it all the same.
+        steps = missing(self.steps, self.args).values()
+        self.waiting = [step for step in steps if not self.finished(step)]
+        self.total = len(self.waiting)
+        # A shell starts background jobs with SIGINT ignored. Both signals stop this run anyway.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         try:
-            while waiting or self.running:
-                waiting = self.start_some(waiting)
-                for sentinel in wait([*self.running]) if self.running else ():
-                    self.end(sentinel)
+            while self.waiting or self.jobs:
+                self.start_ready_steps()
+                for sentinel in wait([*self.jobs]) if self.jobs else ():
+                    self.finish(self.jobs.pop(sentinel))
         except KeyboardInterrupt:
-            for _, process, _ in self.running.values():
-                process.terminate()
-            for step, process, started in self.running.values():
-                process.join()
-                self.records[step.name].add(
-                    time.perf_counter() - started, finished=process.exitcode == 0
-                )
+            for job in self.jobs.values():
+                job.process.terminate()
+            for job in self.jobs.values():
+                self.record(job)
             raise
 
     def finished(self, step: Step) -> bool:
-        """Whether a step's command has finished, in this run or before."""
+        """Return whether a step's command has finished, in this run or an earlier one."""
         return self.records[step.name].content["finished"]
 
-    def start_some(self, waiting: list[Step]) -> list[Step]:
-        """Starts what can start; returns what still waits."""
-        unfinished = {step.name for step in waiting} | {
-            step.name for step, _, _ in self.running.values()
-        }
-        left = []
+    def start_ready_steps(self) -> None:
+        """Start steps whose needs have finished, up to ``--jobs``; fail those that cannot run."""
+        unfinished = {step.name for step in self.waiting}
+        unfinished |= {job.step.name for job in self.jobs.values()}
+        waiting, self.waiting = self.waiting, []
         for step in waiting:
-            if lost := [need for need in step.needs if need in self.failed]:
-                self.fail(step, f"needs {lost[0]}")
-            elif len(self.running) < self.args.jobs and unfinished.isdisjoint(step.needs):
+            failed = [need for need in step.needs if need in self.failures]
+            if failed:
+                self.fail(step, f"needs {failed[0]}")
+            elif len(self.jobs) < self.args.jobs and unfinished.isdisjoint(step.needs):
                 self.start(step)
             else:
-                left.append(step)
-        return left
+                self.waiting.append(step)
 
     def start(self, step: Step) -> None:
-        """Starts a step's command in a process of its own."""
+        """Start a step's command in its own process."""
         record = self.records[step.name]
         record.path.parent.mkdir(parents=True, exist_ok=True)
-        if "tools.pack" in step.words:  # which refuses a folder that holds a cache
+        if "tools.pack" in step.words:  # which refuses a folder that has a cache
             (step.path("--output_dir") / PACKED_METADATA).unlink(missing_ok=True)
         process = self.context.Process(target=execute, args=(step.words, record.log))
         process.start()
-        self.running[process.sentinel] = step, process, time.perf_counter()
+        self.jobs[process.sentinel] = Job(step, process, time.perf_counter())
 
-    def end(self, sentinel: Any) -> None:
-        """Notes that a step's process has ended, and writes the result if it has measured one."""
-        step, process, started = self.running.pop(sentinel)
-        process.join()
-        record, seconds = self.records[step.name], time.perf_counter() - started
-        record.add(seconds, finished=process.exitcode == 0)
-        if process.exitcode:
-            self.fail(step, f"ended with status {process.exitcode}, see {record.log}")
+    def record(self, job: Job) -> float:
+        """Wait for a job to end, record its seconds and whether it succeeded; return seconds."""
+        job.process.join()
+        seconds = time.perf_counter() - job.started
+        self.records[job.step.name].add(seconds, finished=job.process.exitcode == 0)
+        return seconds
+
+    def finish(self, job: Job) -> None:
+        """Record a job that has ended, and write its result if it has one."""
+        step, seconds = job.step, self.record(job)
+        if job.process.exitcode:
+            log = self.records[step.name].log
+            self.fail(step, f"ended with status {job.process.exitcode}, see {log}")
             return
         self.done += 1
         print(f"[{self.done}/{self.total}] {step.name}: {seconds:.0f} s", flush=True)
         if step.measures:
             self.write_result(step)
 
-    def fail(self, step: Step, why: str) -> None:
-        """Notes that a step failed."""
-        self.failed[step.name] = why
-        print(f"failed: {step.name} {why}", file=sys.stderr, flush=True)
+    def fail(self, step: Step, reason: str) -> None:
+        """Report that a step failed."""
+        self.failures[step.name] = reason
+        print(f"failed: {step.name} {reason}", file=sys.stderr, flush=True)
 
     def write_result(self, step: Step) -> None:
-        """Writes what a step has measured, and how it came about, to the results; removes its images."""
-        figures = read_json(step.path("--json"))
+        """Write a measured result with its commands and device; delete the samples."""
         seed = seed_of(step)
         training = self.records.get(f"seed{seed}/{step.measures.split('/')[0]}/training")
         result = {
             "scale": self.args.scale,
             "result": step.measures,
             "seed": seed,
-            **figures,
+            **read_json(step.path("--json")),
             "device": self.device,
             "jobs": self.args.jobs,
             "training_seconds": training and round(training.content["seconds"], 1),
@@ -249,78 +312,34 @@ class Runner:
             "data_path": self.args.data_path,
             "commands": commands_of(self.steps, step),
         }
-        write_json(result_path(self.args, step.measures, seed), result)
+        write_json(result_path(self.args, step), result)
         for folder in step.path("--images").glob("samples*/"):
-            SampleFolder(folder).remove_images()  # a grid of some stays beside it
+            SampleFolder(folder).remove_images()  # keeps the grid of samples
             self.records[step.needs[0]].add(0.0, finished=False)
 
 
-def device_name(device: str) -> str:
-    """The name of the device that commands compute on, and of the CPU's cores."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return (
-        f"CPU, {torch.backends.cpu.get_cpu_capability()}, {os.environ['OMP_NUM_THREADS']} threads"
-    )
+# --------------------------------------------------------------------------------------------------
+# Command line.
 
 
-def result_path(args: argparse.Namespace, result: str, seed: int) -> Path:
-    """The file of a result of one seed."""
-    return Path(args.results) / args.scale / f"{result.replace('/', '-')}-seed{seed}.json"
+def complete_args(args: argparse.Namespace, experiments: Experiments) -> None:
+    """Check the arguments and set those that depend on others.
 
-
-def seed_of(step: Step) -> int:
-    """The seed of a step that has one."""
-    return int(step.name.split("/")[0].removeprefix("seed"))
-
-
-def commands_of(steps: dict[str, Step], step: Step) -> list[str]:
-    """The command lines that lead to a step, in the order in which they run."""
-    names = needed(steps, [step.name])
-    return [shown(each) for name, each in steps.items() if name in names]
-
-
-def comparable(commands: list[str], folder: str, source: str) -> list[str]:
-    """Command lines without what does not matter for their results: folder, source of the images, and device."""
-    lines = [re.sub(r" --device \S+", "", line) for line in commands]
-    lines = [re.sub(rf"(?<= ){re.escape(folder)}/", "FOLDER/", line) for line in lines]
-    return [line.replace(f"--source {source} ", "--source SOURCE ") for line in lines]
-
-
-def is_there(steps: dict[str, Step], step: Step, args: argparse.Namespace) -> bool:
-    """Whether there is a result of ``step``, made by the same commands."""
-    path = result_path(args, step.measures, seed_of(step))
-    if not path.exists():
-        return False
-    before, commands = read_json(path), commands_of(steps, step)
-    made = comparable(before["commands"], before["output_dir"], before["data_path"])
-    return made == comparable(commands, args.output_dir, args.data_path)
-
-
-def missing(steps: dict[str, Step], args: argparse.Namespace) -> dict[str, Step]:
-    """The steps that lead to results which are not there."""
-    targets = [
-        step.name for step in steps.values() if step.measures and not is_there(steps, step, args)
-    ]
-    names = needed(steps, targets)
-    return {name: step for name, step in steps.items() if name in names}
-
-
-def fill_in(args: argparse.Namespace, experiments: Experiments) -> None:
-    """Fills in what flags leave open; UserError for values that cannot work."""
+    Raises:
+        UserError: an argument is invalid or missing.
+    """
     check_positive(args, "jobs")
     if "all" in args.tables:
         args.tables = [*experiments.content["tables"]]
     if not args.data_path:
-        if (
-            "{source}" in str(experiments.commands)
-            and not args.dry_run
-            and "prints" not in experiments.commands
-        ):
-            wanted = "a folder of train/<class>/<image>, and val/ or test/ likewise"
-            raise UserError(f"--scale {args.scale} needs --data_path, {wanted}")
+        needs_images = "{source}" in str(experiments.commands)
+        if needs_images and not args.dry_run and "launcher" not in experiments.commands:
+            raise UserError(
+                f"--scale {args.scale} needs --data_path: "
+                "a folder with train/<class>/<image> and val/ or test/"
+            )
         args.data_path = f"data/{args.scale}"
-    if Path.cwd() != ROOT:  # where commands run
+    if Path.cwd() != ROOT:  # commands run in ROOT
         for name in ("data_path", "output_dir", "results"):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     device, problem = find_device(args.device)
@@ -329,42 +348,47 @@ def fill_in(args: argparse.Namespace, experiments: Experiments) -> None:
     args.device = args.device or device.type
 
 
+def print_commands(steps: dict[str, Step], launcher: str | None) -> None:
+    """Print the commands of all steps, scripts with ``launcher``."""
+    for step in steps.values():
+        if launcher is None or step.words[0] == "-m":
+            print(command_line(step))
+        else:
+            print(shlex.join([*shlex.split(launcher), *step.words]))
+
+
 def print_results(args: argparse.Namespace, experiments: Experiments) -> None:
-    """Prints what this run's seeds have, beside the intervals in which the committed results expect them."""
-    ours = Results(args.results, args.scale, seeds=args.seeds)
-    others = Results(RESULTS, args.scale, without=args.seeds)
+    """Print the results of this run's seeds and the intervals predicted by committed results."""
+    results = Results(args.results, args.scale, seeds=args.seeds)
+    committed = Results(RESULTS, args.scale, without=args.seeds)
     for table in args.tables:
         title = experiments.content["tables"][table]["title"]
-        print(
-            f"\n{title}: values (95% prediction intervals)\n\n{beside(ours, others, experiments.rows(table))}",
-            end="",
-        )
+        text = comparison_table(results, committed, experiments.rows(table))
+        print(f"\n{title}: values (95% prediction intervals)\n\n{text}", end="")
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     args = get_args_parser().parse_args()
     experiments = Experiments(args.experiments, args.scale)
-    fill_in(args, experiments)
+    complete_args(args, experiments)
     folder = f"{args.output_dir}/{args.scale}"
     steps = plan(experiments, args.tables, args.seeds, folder, args.data_path, args.device)
-    launcher = experiments.commands.get("prints")
+    launcher = experiments.commands.get("launcher")
     if args.dry_run or launcher:
-        for step in steps.values():
-            alone = launcher is None or step.words[0] == "-m"
-            print(shown(step) if alone else shlex.join([*shlex.split(launcher), *step.words]))
+        print_commands(steps, launcher)
         return
     os.chdir(ROOT)
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
+    pythonpath = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(pythonpath)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     runner = Runner(steps, args)
     runner.run()
     print_results(args, experiments)
-    if runner.failed:
-        count = f"{len(runner.failed)} of {runner.total}"
-        print(f"{count} commands failed; the same command tries them again", file=sys.stderr)
+    if runner.failures:
+        count = f"{len(runner.failures)} of {runner.total}"
+        print(f"{count} commands failed; run the same command to retry them", file=sys.stderr)
         sys.exit(FAILED_STATUS)
 
 

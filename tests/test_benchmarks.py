@@ -1,4 +1,4 @@
-"""What benchmarks compare with does the same, and every benchmark runs."""
+"""The baselines compute the same results as the models, and every benchmark runs."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from tests.conftest import NO_DROPOUT, ROOT, batch, small
 
 @torch.no_grad()
 @pytest.mark.parametrize("head", ["ar", "pairs", "patches"])
-def test_the_head_that_recomputes_gives_the_same(head):
+def test_recomputing_head_samples_the_same(head):
     plain = small(head).head
     features, uniform = torch.randn(9, 32), torch.rand(9, plain.channel_steps)
     plain.__class__ = RecomputingHead
@@ -25,7 +25,7 @@ def test_the_head_that_recomputes_gives_the_same(head):
     assert torch.equal(recomputed, small(head).head.sample(features, 1.0, uniform)[0])
 
 
-def test_the_argmin_over_all_levels_gives_the_same():
+def test_argmin_over_levels_equals_the_quantizer():
     quantizer, x = GaussianQuantizer(64), 3 * torch.randn(4, 256, 16)
     assert all(
         torch.equal(a, b)
@@ -33,16 +33,16 @@ def test_the_argmin_over_all_levels_gives_the_same():
     )
 
 
-def test_the_releases_way_trains_the_same():
+def test_plain_kernels_give_the_same_loss():
     model = small("ar", **NO_DROPOUT).train()
-    given = batch(model)
+    inputs = batch(model)
     with plain_kernels():
-        expected = model(*given).item()
-    assert model(*given).item() == pytest.approx(expected, abs=1e-4)
+        expected = model(*inputs).item()
+    assert model(*inputs).item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_diffusion_head_samples_what_it_should():
-    # A head whose noise estimate is exact for data of one value gives that value back.
+def test_diffusion_head_samples_the_data():
+    # If the noise estimate is exact for data of a single value, sampling returns that value.
     head = DiffusionHead(8, channels=3, width=16, depth=1)
     value = torch.tensor([0.5, -1.0, 2.0])
 
@@ -79,7 +79,7 @@ def test_benchmarks_run(name, flags, tmp_path):
 
 @pytest.mark.slow
 def test_curves_run(tmp_path):
-    write_cache(tmp_path / "cache", 128, side=1)  # one token an image
+    write_cache(tmp_path / "cache", 128, side=1)  # one token per image
     flags = f"--cached_path {tmp_path}/cache --epochs 2 --seeds 2 --json {tmp_path}/curves.json"
     subprocess.run(
         [sys.executable, "-m", "benchmarks.curves", *flags.split()], cwd=ROOT, check=True
@@ -88,6 +88,7 @@ def test_curves_run(tmp_path):
     assert [row["seed"] for row in rows] == [1, 2, 1, 1, 1, 1] and (
         tmp_path / "curves.png"
     ).exists()
-    assert sum(row["off_the_mean"] for row in rows[:2]) == pytest.approx(0, abs=1e-6)
+    assert sum(row["difference_from_mean"] for row in rows[:2]) == pytest.approx(0, abs=1e-6)
     ends = [row["loss_at_end"] for row in rows]
-    assert min(ends) > 1 and max(ends) < 1.3 * math.log(32)  # of 32 levels, hardly trained
+    # Hardly trained: the loss is still close to that of 32 uniform levels.
+    assert min(ends) > 1 and max(ends) < 1.3 * math.log(32)

@@ -241,7 +241,7 @@ def loading(c: Counts, a: argparse.Namespace) -> str:
         for kind, gpu in GPUS.items():
             rate = 1 / seconds_an_image(model.training_flops(), gpu, a)
             feeds = [
-                f"{measured[way] / rate:,.0f}" for way in ("one file an image", "packed, fp32")
+                f"{measured[way] / rate:,.0f}" for way in ("one file per image", "packed, fp32")
             ]
             workers = 1 / seconds_an_image(model.training_flops(), gpu, a, c.encode) / a.decoded
             read = f"{COUNTS[-1] * rate * 2**15 / 1e9:.2f} GB/s"

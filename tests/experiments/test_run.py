@@ -1,4 +1,4 @@
-"""Experiments run as a user types it: interrupted, continued, with a row that fails."""
+"""experiments/run.py as a process: interrupted, resumed, with a row that fails."""
 
 import json
 import os
@@ -11,23 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from experiments.run import comparable
 from tests.conftest import ROOT, write_images
 
 TINY = Path(__file__).with_name("tiny.yaml")
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:
-    """``experiments/run.py`` on the images of ``folder``, in a session of its own."""
-    names = [
-        "--data_path",
-        folder / "images",
-        "--output_dir",
-        folder / "out",
-        "--results",
-        folder / "results",
-    ]
-    command = ["small", "--scale", "tiny", "--experiments", TINY, "--device", "cpu", *names, *flags]
+    """Start ``experiments/run.py`` on the images of ``folder``, in its own session."""
+    command = ["small", "--scale", "tiny", "--experiments", TINY, "--device", "cpu"]
+    command += ["--data_path", folder / "images", "--output_dir", folder / "out"]
+    command += ["--results", folder / "results", *flags]
     return subprocess.Popen(
         [sys.executable, "experiments/run.py", *map(str, command)],
         cwd=ROOT,
@@ -40,16 +33,14 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
 
 
 def results(folder: Path) -> dict[str, dict]:
-    """The results that there are, by name."""
-    return {
-        path.stem: json.loads(path.read_text())
-        for path in (folder / "results" / "tiny").glob("*.json")
-    }
+    """Return the results of a run by name."""
+    paths = (folder / "results" / "tiny").glob("*.json")
+    return {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupts: its folder, status, and what it printed."""
+    """An uninterrupted run: its folder, exit status, standard output and standard error."""
     folder = tmp_path_factory.mktemp("whole")
     images = write_images(folder / "images", each=8)
     shutil.copytree(images / "train", images / "val")
@@ -59,7 +50,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_failed_row_is_reported_and_the_others_go_on(whole):
+def test_other_rows_continue_after_a_failure(whole):
     folder, status, _, err = whole
     assert status == 1
     failures = [line for line in err.splitlines() if line.startswith("failed: ")]
@@ -80,92 +71,73 @@ def test_a_failed_row_is_reported_and_the_others_go_on(whole):
 
 
 @pytest.mark.slow
-def test_results_hold_figures_and_how_they_came_about(whole):
+def test_results_have_metrics_commands_and_device(whole):
     folder, _, out, _ = whole
     result = results(folder)["ar-plain-seed0"]
-    assert [*result["images"]] == ["1", "2"] and result["images"]["1"]["count"] == 12
-    assert {"frechet", "precision", "recall", "density", "coverage"} == {
-        *result["images"]["2"]["features"]
-    }
+    images = result["images"]
+    assert [*images] == ["1", "2"] and images["1"]["count"] == 12
+    names = {"frechet", "precision", "recall", "density", "coverage"}
+    assert names == {*images["2"]["features"]}
     assert result["nats"] > 0 and result["training_seconds"] > 0 and "psnr_db" not in result
-    assert result["commands"][-1].startswith("python -m experiments.measures") and result[
-        "device"
-    ].startswith("CPU")
+    assert result["commands"][-1].startswith("python -m experiments.measures")
+    assert result["device"].startswith("CPU")
     assert results(folder)["reconstruction-continuous-seed0"]["psnr_db"] > 0
-    assert not [*(folder / "out").rglob("samples*/*.png")]  # a grid stays
+    assert not [*(folder / "out").rglob("samples*/*.png")]  # only the grid is kept
     (line,) = [line for line in out.splitlines() if line.startswith("| autoregressive again")]
-    assert (
-        line.split(" | ")[1:3] == ["2", "0"]
-        and f"{result['images']['2']['pixels']['frechet']:.1f} (-)" in line
-    )
+    assert line.split(" | ")[1:3] == ["2", "0"]
+    assert f"{images['2']['pixels']['frechet']:.1f} (-)" in line
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_to_the_same_results(sent, whole, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_results(sent, whole, tmp_path):
     shutil.copytree(whole[0] / "images", tmp_path / "images")
     stopped = start(tmp_path)
-    at = tmp_path / "out" / "tiny" / "seed0"
-    while not (at / "ar" / "checkpoint-last.pth").exists():
+    seed_dir = tmp_path / "out" / "tiny" / "seed0"
+    while not (seed_dir / "ar" / "checkpoint-last.pth").exists():
         assert stopped.poll() is None, stopped.stderr.read()
         time.sleep(0.05)
-    # Ctrl-C reaches every process, kill the first one alone.
+    # Ctrl-C reaches every process; kill reaches only the runner.
     (os.killpg if sent == signal.SIGINT else os.kill)(stopped.pid, sent)
     assert "interrupted" in stopped.communicate()[1] and stopped.returncode == 130
-    with pytest.raises(ProcessLookupError):  # soon no process of its session is left
+    with pytest.raises(ProcessLookupError):  # all processes of the session end
         for _ in range(600):
             os.killpg(stopped.pid, 0)
             time.sleep(0.05)
-    record = at.parent / "steps" / "seed0-ar-training.json"
+    record = seed_dir.parent / "steps" / "seed0-ar-training.json"
     assert not json.loads(record.read_text())["finished"]
-    tokenizer = (at / "tokenizers" / "plain" / "vae.ckpt").stat().st_mtime_ns
+    tokenizer = seed_dir / "tokenizers" / "plain" / "vae.ckpt"
+    saved = tokenizer.stat().st_mtime_ns
 
-    ended = start(tmp_path)
-    out, _ = ended.communicate()
-    assert ended.returncode == 1 and "seed0/tokenizers/plain:" not in out
-    assert (at / "tokenizers" / "plain" / "vae.ckpt").stat().st_mtime_ns == tokenizer
+    resumed = start(tmp_path)
+    out, _ = resumed.communicate()
+    assert resumed.returncode == 1 and "seed0/tokenizers/plain:" not in out
+    assert tokenizer.stat().st_mtime_ns == saved
     assert "resume" in record.with_suffix(".log").read_text().lower()
     assert {*results(tmp_path)} == {*results(whole[0])}
     for name, result in results(tmp_path).items():
-        there = results(whole[0])[name]
-        assert result.keys() == there.keys() and result["images"] == there["images"], name
-        assert result.get("nats") == there.get("nats")
+        expected = results(whole[0])[name]
+        assert result.keys() == expected.keys() and result["images"] == expected["images"], name
+        assert result.get("nats") == expected.get("nats")
 
 
 @pytest.mark.slow
-def test_what_is_there_is_not_run_again(whole):
+def test_existing_results_are_not_run_again(whole):
     folder = whole[0]
-    before = {
-        path: path.stat().st_mtime_ns
-        for path in folder.rglob("*.json")
-        if "broken" not in path.name
-    }
-    again = start(folder)
-    out, err = again.communicate()
-    assert (
-        again.returncode == 1
-        and err.count("failed: ") == 3
-        and "/" not in out.split("A small table")[0]
-    )
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    paths = [path for path in folder.rglob("*.json") if "broken" not in path.name]
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    second = start(folder)
+    out, err = second.communicate()
+    assert second.returncode == 1 and err.count("failed: ") == 3
+    assert "/" not in out.split("A small table")[0]
+    assert {path: path.stat().st_mtime_ns for path in paths} == before
 
 
 @pytest.mark.slow
-def test_what_was_measured_is_written_to_other_results_without_running_again(whole):
+def test_measured_results_are_written_to_another_folder_without_running_again(whole):
     folder = whole[0]
     out, _ = start(folder, "--jobs", "2", "--results", str(folder / "other")).communicate()
     assert "/" not in out.split("A small table")[0]
     for name, result in results(folder).items():
-        assert json.loads((folder / "other" / "tiny" / f"{name}.json").read_text()) == result
-
-
-def test_commands_compare_but_for_folder_source_and_device():
-    def line(folder: str, source: str, device: str, more: str = "") -> str:
-        return f"python main_vae.py --source {source} --output_dir {folder}/vae --device {device} --lr 1{more}"
-
-    expected = comparable([line("output/experiments", "data", "cpu")], "output/experiments", "data")
-    for folder in ("output", str(ROOT / "x"), "o"):
-        assert (
-            comparable([line(folder, "images/cifar", "cuda:1")], folder, "images/cifar") == expected
-        )
-    assert comparable([line("o", "data", "cpu", more="0")], "o", "data") != expected
+        other = folder / "other" / "tiny" / f"{name}.json"
+        assert json.loads(other.read_text()) == result

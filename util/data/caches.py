@@ -24,17 +24,6 @@ from util.data.sources import (
 from util.errors import UserError, some
 from util.files import inside, read_arrays, read_json
 
-
-def cache_metadata(root: Path) -> dict[str, Any]:
-    """What a cache, packed or not, holds about its tokenizer and images; empty if nothing.
-
-    Raises:
-        UserError: the file that holds it is damaged.
-    """
-    packed = root / PACKED_METADATA
-    return read_json(packed) if packed.exists() else read_cache_metadata(root) or {}
-
-
 #: The description of a cache, and of a packed one: tokenizer, image size, number of images.
 CACHE_METADATA, PACKED_METADATA = "cache.json", "packed.json"
 
@@ -236,3 +225,13 @@ def read_cache_metadata(root: str | Path) -> dict | None:
     if not whole:
         raise UserError(f"{path} is damaged; delete the cache and make it anew with main_cache.py")
     return metadata
+
+
+def cache_metadata(root: Path) -> dict[str, Any]:
+    """What a cache, packed or not, holds about its tokenizer and images; empty if nothing.
+
+    Raises:
+        UserError: the file that holds it is damaged.
+    """
+    packed = root / PACKED_METADATA
+    return read_json(packed) if packed.exists() else read_cache_metadata(root) or {}

@@ -38,6 +38,70 @@ from util.data.sources import (
 from util.errors import UserError
 from util.log import warn
 
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Has a worker ignore the signals that ask a run to stop, which schedulers send to every process of a job.
+
+    The parent still needs its workers until it has taken and saved a last step. A SIGTERM that the parent itself sends,
+    as it does on its exit, ends the worker.
+    """
+    for name in ("SIGUSR1", "SIGINT"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(
+        signal, "sigwaitinfo"
+    ):  # macOS cannot tell who sent a signal: there any SIGTERM ends the worker
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Waits for a SIGTERM of the parent process, and ends this one."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def make_loader(
+    dataset: Dataset, args: argparse.Namespace, device: torch.device, **options
+) -> DataLoader:
+    """A DataLoader with the run's batch size and workers; ``options`` go to torch (``sampler``, ``drop_last``, ...)."""
+    check_range(
+        args, 0, math.inf, *(name for name in ("num_workers", "seed") if hasattr(args, name))
+    )
+    options = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0, **options}
+    options["worker_init_fn"] = leave_signals_to_parent
+    pin = args.pin_mem and device.type == "cuda"
+    return DataLoader(dataset, num_workers=args.num_workers, pin_memory=pin, **options)
+
+
+def evenly_spaced(dataset: Dataset, limit: int) -> Subset:
+    """At most ``limit`` items of ``dataset`` at equal distances, the first among them."""
+    return Subset(dataset, range(0, len(dataset), -(-len(dataset) // limit)))
+
+
+class ShuffledRankSampler(DistributedSampler):
+    """A process's share of a shuffled epoch, without its first ``start`` items, seen before an interruption."""
+
+    start = 0
+
+    def __iter__(self):
+        return islice(super().__iter__(), self.start, None)
+
+
+class RankSampler(Sampler):
+    """Every ``world_size``-th index from ``rank`` on, so that each index goes to one process."""
+
+    def __init__(self, length: int, rank: int, world_size: int):
+        self.indices = range(rank, length, world_size)
+
+    def __iter__(self):
+        return iter(self.indices)
+
+    def __len__(self):
+        return len(self.indices)
+
+
 Data = CachedFolder | PackedCache | ImageFolder
 
 
@@ -156,66 +220,3 @@ def loader_of_all(dataset, device: torch.device, args: argparse.Namespace, **opt
     """Batches of all items in order, each item in one process; ``options`` as torch's DataLoader takes them."""
     sampler = RankSampler(len(dataset), distributed.get_rank(), distributed.get_world_size())
     return make_loader(dataset, args, device, sampler=sampler, **options)
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """Has a worker ignore the signals that ask a run to stop, which schedulers send to every process of a job.
-
-    The parent still needs its workers until it has taken and saved a last step. A SIGTERM that the parent itself sends,
-    as it does on its exit, ends the worker.
-    """
-    for name in ("SIGUSR1", "SIGINT"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(
-        signal, "sigwaitinfo"
-    ):  # macOS cannot tell who sent a signal: there any SIGTERM ends the worker
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """Waits for a SIGTERM of the parent process, and ends this one."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def make_loader(
-    dataset: Dataset, args: argparse.Namespace, device: torch.device, **options
-) -> DataLoader:
-    """A DataLoader with the run's batch size and workers; ``options`` go to torch (``sampler``, ``drop_last``, ...)."""
-    check_range(
-        args, 0, math.inf, *(name for name in ("num_workers", "seed") if hasattr(args, name))
-    )
-    options = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0, **options}
-    options["worker_init_fn"] = leave_signals_to_parent
-    pin = args.pin_mem and device.type == "cuda"
-    return DataLoader(dataset, num_workers=args.num_workers, pin_memory=pin, **options)
-
-
-def evenly_spaced(dataset: Dataset, limit: int) -> Subset:
-    """At most ``limit`` items of ``dataset`` at equal distances, the first among them."""
-    return Subset(dataset, range(0, len(dataset), -(-len(dataset) // limit)))
-
-
-class ShuffledRankSampler(DistributedSampler):
-    """A process's share of a shuffled epoch, without its first ``start`` items, seen before an interruption."""
-
-    start = 0
-
-    def __iter__(self):
-        return islice(super().__iter__(), self.start, None)
-
-
-class RankSampler(Sampler):
-    """Every ``world_size``-th index from ``rank`` on, so that each index goes to one process."""
-
-    def __init__(self, length: int, rank: int, world_size: int):
-        self.indices = range(rank, length, world_size)
-
-    def __iter__(self):
-        return iter(self.indices)
-
-    def __len__(self):
-        return len(self.indices)
