@@ -41,18 +41,18 @@ GPUS = {  # H200 has more and faster memory than H100, and the same rates otherw
 }
 COUNTS = (8, 32, 256)
 ASSUMED = {
-    "utilization": (0.4, "share of the peak that matrix products reach, over a whole step"),
-    "batch": (2048, "images of a step over all GPUs"),
+    "utilization": (0.4, "fraction of the peak that matrix products reach, averaged over a step"),
+    "batch": (2048, "global batch size"),
     "images": (1281167, "training images (ImageNet)"),
-    "node": (8, "GPUs in a machine, joined by NVLink"),
-    "ports": (8, "InfiniBand ports of a machine"),
-    "decoded": (100.0, "images a second that one worker decodes and crops"),
-    "disk": (1.0, "GB a second that a checkpoint is written with"),
+    "node": (8, "GPUs per machine, connected by NVLink"),
+    "ports": (8, "InfiniBand ports per machine"),
+    "decoded": (100.0, "images per second that one worker decodes and crops"),
+    "disk": (1.0, "write speed for checkpoints, GB/s"),
     "save_last_freq": (5, "epochs between two checkpoints"),
-    "launch": (5.0, "microseconds that the launch of one operation takes"),
-    "launches": (35, "operations that a transformer block launches"),
-    "num_iter": (256, "steps of sampling, with guidance"),
-    "eval_bsz": (256, "images sampled at once on a GPU"),
+    "launch": (5.0, "time to launch one operation, microseconds"),
+    "launches": (35, "operations per transformer block"),
+    "num_iter": (256, "sampling steps, with guidance"),
+    "eval_bsz": (256, "images sampled at once per GPU"),
 }
 
 
@@ -160,15 +160,8 @@ def operations(c: Counts, a: argparse.Namespace) -> str:
         + [epochs * a.images * m.training_flops() / 1e18 for epochs in (400, 800)]
         for name, m in c.models.items()
     ]
-    header = [
-        "model",
-        "parameters",
-        "training, an image",
-        "VAE, an image",
-        "400 epochs (10^18)",
-        "800 epochs (10^18)",
-    ]
-    return markdown(header, rows)
+    header = ["model", "parameters", "training, per image", "VAE, per image"]
+    return markdown([*header, *(f"{epochs} epochs (10^18)" for epochs in (400, 800))], rows)
 
 
 def hours(c: Counts, a: argparse.Namespace) -> str:
@@ -210,7 +203,7 @@ def communication(c: Counts, a: argparse.Namespace) -> str:
         "gradients",
         "GPU",
         "GPUs",
-        "images a GPU",
+        "images per GPU",
         "backward pass",
         "all-reduce",
         "with one port",
@@ -230,7 +223,7 @@ def binding(c: Counts, a: argparse.Namespace) -> str:
                 for ports in (a.ports, 1)
             ]
             rows.append([name, kind, *(f"{backward * rate:,.0f}" for rate in rates)])
-    return markdown(["model", "GPU", "communication binds from, GPUs", "with one port"], rows)
+    return markdown(["model", "GPU", "limit, GPUs", "with one port"], rows)
 
 
 def loading(c: Counts, a: argparse.Namespace) -> str:
@@ -246,8 +239,10 @@ def loading(c: Counts, a: argparse.Namespace) -> str:
             workers = 1 / seconds_an_image(model.training_flops(), gpu, a, c.encode) / a.decoded
             read = f"{COUNTS[-1] * rate * 2**15 / 1e9:.2f} GB/s"
             rows.append([name, kind, f"{rate:.0f}", *feeds, read, f"{workers:.1f}"])
-    header = ["model", "GPU", "images/s a GPU", "GPUs that one process feeds: files", "packed"]
-    return markdown([*header, f"read by {COUNTS[-1]} GPUs", "from images: workers a GPU"], rows)
+    header = ["model", "GPU", "images/s per GPU", "GPUs per reader: files", "packed"]
+    return markdown(
+        [*header, f"read rate, {COUNTS[-1]} GPUs", "from images: workers per GPU"], rows
+    )
 
 
 def files(c: Counts, a: argparse.Namespace) -> str:
@@ -269,7 +264,7 @@ def files(c: Counts, a: argparse.Namespace) -> str:
         shares = [f"{seconds / (between / count):.1%}" for count in COUNTS]
         rows.append([f"checkpoint, {name}", size / 2**30, f"{seconds:.1f} s", *shares])
     return markdown(
-        ["file", "GiB", "written in", *(f"share of the time, {n} H100" for n in COUNTS)], rows
+        ["file", "GiB", "time to write", *(f"share of training, {n} H100" for n in COUNTS)], rows
     )
 
 
@@ -285,16 +280,7 @@ def fid(c: Counts, a: argparse.Namespace) -> str:
             rows.append(
                 [name, kind, " + ".join(f"{count:,}" for count in launches(model, a)), *minutes]
             )
-    header = [
-        "model",
-        "GPU",
-        "launches a step",
-        "backbone",
-        "head",
-        "VAE",
-        "Inception",
-        f"minutes on {a.node}",
-    ]
+    header = ["model", "GPU", "launches per step", "backbone", "head", "VAE", "Inception", "total"]
     return markdown(header, rows)
 
 
@@ -320,7 +306,7 @@ def sentences(c: Counts, a: argparse.Namespace) -> dict[str, str]:
         "cpu": f"{of_cpu['ours, bf16']:.0%}",
         "h200": f"{cuda['machine']['matmul_tflops']['bf16'] * 1e12 / h100.bf16 * of_h200['ours, bf16, compiled']:.0%}",
         "mar": f"{mar:.0%}",
-        "days": f"{days[400]:.1f} days ({days[800]:.1f} for 800 epochs) at a utilization of {a.utilization:.0%}",
+        "days": f"{days[400]:.1f} days ({days[800]:.1f} for 800 epochs) at {a.utilization:.0%} utilization",
     }
 
 
@@ -332,7 +318,7 @@ def pages(a: argparse.Namespace) -> dict[Path, str]:
     counts = Counts.make()
     values = {table.__name__: f"\n{table(counts, a)}" for table in TABLES} | sentences(counts, a)
     assumed = [[f"`--{name}`", getattr(a, name), what] for name, (_, what) in ASSUMED.items()]
-    values["assumptions"] = "\n" + markdown(["flag", "value", "what"], assumed)
+    values["assumptions"] = "\n" + markdown(["flag", "value", "meaning"], assumed)
     texts = {path: path.read_text() for path in (ROOT / "docs" / "scaling.md", ROOT / "README.md")}
     for path, text in texts.items():
         for name in re.findall(r"<!-- (\w+) -->", text):
