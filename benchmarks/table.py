@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks.common import table
 from benchmarks.memory import PARTS, smallest_gpu
 from util.files import read_json
-from util.tables import fill, markdown, write_text
+from util.tables import fill, write_text
 
 HERE = Path(__file__).parent
 COMMANDS = {
@@ -48,45 +48,28 @@ def rows(name: str, device: str = "cpu") -> list[dict]:
 
 
 def masked_head() -> dict[str, str]:
-    """Return what docs/variants.md says about the masked head's speed, by name of the place."""
-    cpu, cuda, sampling = rows("training"), rows("training", "cuda"), rows("sampling")
-    compared = [
-        ("training step, `tokenbridge_base`, batch 4, two CPU cores", cpu, "bf16"),
-        ("training step, `tokenbridge_large`, batch 64, H200", cuda, "bf16"),
-        ("the same, compiled", cuda, "bf16, compiled"),
-        ("one image, `tokenbridge_base`, 16 steps, guidance, two CPU cores", sampling, "bf16"),
-    ]
-    cells = []
-    for what, measured, way in compared:
-        by_way = {row["way"]: row for row in measured}
-        pair = [by_way[f"ours, {head}{way}"] for head in ("", "masked head, ")]
-        costs = [f"{row['median_s']:.2f} s, {row['peak_memory_gib']:.1f} GiB" for row in pair]
-        cells.append([what, *costs])
-    return {
-        "masked_speed": "\n" + markdown(["measurement", "autoregressive", "masked"], cells),
-        "masked_head": masked_head_speedup(),
-    }
-
-
-def masked_head_speedup() -> str:
-    """Return how many times faster than other heads the masked head samples, in 4 steps."""
+    """What docs/variants.md tells of the masked head's speed against the autoregressive one's, by place."""
+    cpu, cuda = ({row["way"]: row for row in rows("training", device)} for device in ("cpu", "cuda"))
+    sampling = {row["way"]: row for row in rows("sampling")}
     seconds = {(row["way"], row["precision"], row["tokens"]): row["median_s"] for row in rows("head_speed")}
     tokens = sorted({key[2] for key in seconds})
 
-    def ratios(precision: str, other: str) -> list[float]:
-        masked = "masked head, head_steps 4"
-        return [seconds[other, precision, n] / seconds[masked, precision, n] for n in tokens]
+    def pair(table: dict[str, dict], key: str, ways: str = "bf16", form: str = ".1f") -> str:
+        return ", not ".join(f"{table[f'ours, {head}{ways}'][key]:{form}}" for head in ("masked head, ", ""))
 
-    def extent(ratios: list[float], digits: int) -> str:
-        return f"{min(ratios):.{digits}f} to {max(ratios):.{digits}f} times"
+    def times(precision: str, of: str) -> list[float]:
+        return [seconds[of, precision, n] / seconds["masked head, head_steps 4", precision, n] for n in tokens]
 
-    bf16, fp32 = (extent(ratios(precision, "channel head"), 1) for precision in ("bf16", "fp32"))
-    diffusion = "diffusion head (MAR), 100 steps"
-    mar = extent(ratios("bf16", diffusion) + ratios("fp32", diffusion), 0)
-    return (
-        f"{bf16} faster than the autoregressive head in bf16, {fp32} in fp32, and {mar} faster than MAR's diffusion "
-        "head with 100 steps"
-    )
+    mar = [ratio for precision in ("bf16", "fp32") for ratio in times(precision, "diffusion head (MAR), 100 steps")]
+    faster = {p: ", ".join(f"{ratio:.1f}" for ratio in times(p, "channel head")) for p in ("bf16", "fp32")}
+    return {
+        "masked_sampling": f"{pair(sampling, 'median_s')} s",
+        "masked_training": f"{pair(cpu, 'median_s')} s, and {pair(cpu, 'peak_memory_gib')} GiB",
+        "masked_cuda": f"{pair(cuda, 'median_s', form='.2f')} s, compiled "
+        f"{pair(cuda, 'median_s', 'bf16, compiled', '.2f')}, and {pair(cuda, 'peak_memory_gib')} GiB",
+        "masked_head": f"{faster['bf16']} times faster in bf16, {faster['fp32']} times in fp32, and {min(mar):.0f} to "
+        f"{max(mar):.0f} times faster than MAR's diffusion head does with 100 steps",
+    }
 
 
 def reached() -> dict[str, str]:
