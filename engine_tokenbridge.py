@@ -64,7 +64,8 @@ class Trainer:
         parts: Sequence[list[dict]] | None = None,
         log_dir: str | Path | None = None,
     ):
-        self.settings, self.loader, self.tokenizer = settings, loader, tokenizer
+        self.settings, self.tokenizer = settings, tokenizer
+        self.loader: Any = loader
         self.log_dir = Path(log_dir or settings.output_dir)
         steps_per_epoch = len(loader) // settings.accum_iter  # the last, incomplete step is dropped
         self.state = TrainingState(model, settings, steps_per_epoch, checkpoint_name, parts)
@@ -164,7 +165,8 @@ class Trainer:
         state = self.state
         limit = self.settings.grad_clip or float("inf")
         state.scaler.unscale_(state.optimizer)
-        norm = sum(nn.utils.clip_grad_norm_(part, limit) for part in state.clipped)
+        norms = [nn.utils.clip_grad_norm_(part, limit) for part in state.clipped]
+        norm = torch.stack(norms).sum()
         # All ranks have the same gradients, and so the same norm
         finite = taken = torch.isfinite(norm)
         if state.scaler.is_enabled():
@@ -177,10 +179,10 @@ class Trainer:
                 state.optimizer.step()
         else:
             # The fused optimizer reads this flag on the device
-            state.optimizer.found_inf = (~finite).float()
-            state.optimizer.grad_scale = None
-            state.optimizer.step()
-            del state.optimizer.found_inf, state.optimizer.grad_scale
+            optimizer: Any = state.optimizer
+            optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None
+            optimizer.step()
+            del optimizer.found_inf, optimizer.grad_scale
         state.optimizer.zero_grad(set_to_none=True)
         result = StepResult(loss, norm, lr, state.epoch, state.step)
         self._pending = result, distributed.HostCopy(torch.stack([finite, taken]))
@@ -214,8 +216,7 @@ class Trainer:
         """Return the files of the images of a ``step`` of this epoch."""
         start = (step - self._first_step) * self.images_per_step
         indices = list(self.loader.sampler)[start : start + self.images_per_step]
-        dataset: Any = self.loader.dataset
-        return [dataset.samples[index][0] for index in indices]
+        return [self.loader.dataset.samples[index][0] for index in indices]
 
     def order_gradients(self, shape: Sequence[int]) -> None:
         """Compute gradients of zeros of ``shape``, and discard them.
@@ -237,10 +238,10 @@ class Trainer:
 
     def start_epoch(self) -> None:
         """Start to load the batches of the epoch, from the next step on."""
-        state, sampler, dataset = self.state, self.loader.sampler, self.loader.dataset
-        sampler.set_epoch(state.epoch)
-        sampler.start = state.step * self.images_per_step
-        dataset.set_draws(self.settings.seed, state.epoch)
+        state, loader = self.state, self.loader
+        loader.sampler.set_epoch(state.epoch)
+        loader.sampler.start = state.step * self.images_per_step
+        loader.dataset.set_draws(self.settings.seed, state.epoch)
         self.start_loading()
 
     def start_loading(self) -> None:

@@ -4,7 +4,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.posterior import DiagonalGaussianDistribution
 from models.vae import AutoencoderKL
@@ -69,11 +69,10 @@ class Tokenizer:
         stride: pixels that a latent position covers, in each direction.
     """
 
-    def __init__(self, vae: nn.Module, latent_factor: float, source: str = "the tokenizer"):
-        self.vae: Any = vae
+    def __init__(self, vae: Any, latent_factor: float, source: str = "the tokenizer"):
+        self.vae = vae
         self.latent_factor, self.source = latent_factor, source
-        self.embed_dim: int = self.vae.embed_dim
-        self.stride: int = self.vae.stride
+        self.embed_dim, self.stride = self.vae.embed_dim, self.vae.stride
 
     @classmethod
     def from_pretrained(cls, path: str) -> "Tokenizer":
