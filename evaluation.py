@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,13 +29,15 @@ from util.devices import to_device
 from util.errors import NotFinite, Preempted, UserError
 from util.files import check_shared, write_json
 from util.log import log, progress_bar, warn
-from util.metrics.compute import METRIC_TITLES, Evaluator, default_statistics, metrics_table
-from util.metrics.plots import write_search
 from util.metrics.sample_folder import SampleFolder
+from util.metrics.tables import METRIC_TITLES, default_statistics, metrics_table
 from util.precision import autocast, check_finite, double, extremes
 from util.provenance import provenance
 from util.rng import image_seeds, numbered_draws
 from util.signals import StopSignals, until_stopped
+
+if TYPE_CHECKING:  # metrics load torch_fidelity and torchvision, which take longer than torch
+    from util.metrics.compute import Evaluator
 
 # --------------------------------------------------------------------------------------------------
 # Sampling images
@@ -270,11 +273,11 @@ class Run:
     device: torch.device
     tokenizer: Tokenizer | None  # None if cached moments are enough
     encoder: Encoder  # of the batches of `held_out`: the tokenizer, or that of cached moments
-    evaluator: Evaluator | None  # None if only images are wanted
+    evaluator: "Evaluator | None"  # None if only images are wanted
     held_out: DataLoader | None  # images or moments to measure likelihoods on, if asked for
 
 
-def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator | None:
+def make_evaluator(args: argparse.Namespace, device: torch.device) -> "Evaluator | None":
     """Everything that metrics need, loaded before the first image is made; None for pictures alone.
 
     Raises:
@@ -282,6 +285,8 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> Evaluator 
     """
     if not (args.evaluate or args.online_eval):
         return None
+    from util.metrics.compute import Evaluator
+
     check_shared(args.output_dir)
     if args.no_metrics:
         return None
@@ -444,6 +449,8 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
         metrics = metrics or sample_and_measure(run, model, path, cfg, temperature, weights)
         rows.append({"cfg": cfg, "temperature": temperature, **metrics})
     if len(pairs) > 1 and run.evaluator is not None and distributed.is_main_process():
+        from util.metrics.plots import write_search  # loads matplotlib
+
         write_search(rows, out)
         log.info("wrote %s/search.md, search.json and search.png", out)
 

@@ -4,16 +4,11 @@ import argparse
 
 from util import distributed, errors
 from util.args import WORKERS, add_device_arg, add_metrics_args, check_positive, new_parser
+from util.data.datasets import PlainImages
 from util.files import write_json
 from util.log import log
-from util.metrics.compute import (
-    Evaluator,
-    check_number,
-    metrics_table,
-    save_statistics,
-    warn_if_few,
-)
-from util.metrics.inception import PlainImages
+from util.metrics.compute import Evaluator, check_number, save_statistics, warn_if_few
+from util.metrics.tables import metrics_table
 from util.process_group import process_group
 from util.provenance import provenance
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.utils import make_grid
 
 from engine_tokenbridge import Trainer, channel_statistics, train
 from models.tokenizer import CachedMoments
@@ -325,6 +324,8 @@ def measure_reconstructions(
 
     distributed.on_rank_0(check)
     total, count = found[:2].tolist()
+    from torchvision.utils import make_grid  # loads torch._dynamo: only when it is needed
+
     picture = (
         make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2)
         if rows

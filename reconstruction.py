@@ -38,13 +38,13 @@ from util.metrics.compute import (
     Evaluator,
     check_number,
     compute_metrics,
-    default_statistics,
     frechet_distance,
     statistics,
     warn_if_few,
 )
 from util.metrics.inception import gather_features
 from util.metrics.sample_folder import SampleFolder, check_own, read_results
+from util.metrics.tables import default_statistics
 from util.precision import autocast, check_finite, double, extremes
 from util.process_group import process_group
 from util.provenance import provenance

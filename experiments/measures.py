@@ -16,10 +16,10 @@ from models.quantizer import ScalarQuantizer, build_quantizer
 from util import errors
 from util.args import add_device_arg, check_positive, new_parser
 from util.checkpoint.runs import find_checkpoint, read_run
+from util.data.datasets import PlainImages
 from util.data.packed import open_cache
 from util.files import read_json, write_json
 from util.metrics.compute import NEIGHBORS, check_number, frechet_distance
-from util.metrics.inception import PlainImages
 from util.precision import check_finite
 from util.process_group import process_group
 from util.provenance import provenance

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
 from util.crop import center_crop_arr
 from util.data.datasets import to_pixels
@@ -204,6 +203,9 @@ def put_into(made: Tensor, original: Tensor, mask: Tensor) -> Tensor:
 
     At the seam, ``made`` is shifted by what it differs from ``original`` just outside; the shift fades within the mask.
     """
+    # Loads torch._dynamo, which takes longer than torch
+    from torchvision.transforms.functional import gaussian_blur
+
     outside, sigma = (~mask[:, None]).float(), made.shape[-1] / 32
     kernel = 2 * int(3 * sigma) + 1
     difference = gaussian_blur((original.float() - made.float()) * outside, kernel, sigma)

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.models import VGG16_Weights
-from torchvision.models.vgg import cfgs, make_layers
 
 from models.vae import AutoencoderKL, group_norm
 from util.checkpoint.files import read_checkpoint
@@ -22,7 +20,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 # --------------------------------------------------------------------------------------------------------------------
 # The perceptual distance.
 
-VGG_URL = VGG16_Weights.IMAGENET1K_V1.url
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"  # torchvision's
 #: VGG-16's layers that are compared: the last ReLU of each resolution.
 VGG_LAYERS = (3, 8, 15, 22, 29)
 #: Mean and deviation of ImageNet's colours, for images in [-1, 1].
@@ -44,6 +42,11 @@ def perceptual_distance(path: str | Path | None, device: torch.device) -> Distan
     Raises:
         UserError: there are no weights, or not VGG-16's.
     """
+    from torchvision.models.vgg import (  # loads torch._dynamo: only if it is needed
+        cfgs,
+        make_layers,
+    )
+
     path = (
         Path(path)
         if path

@@ -26,7 +26,7 @@ from util.checkpoint.runs import check_run
 from util.errors import UserError
 from util.files import read_json, written_whole
 from util.log import log, start_log
-from util.metrics.compute import METRIC_TITLES
+from util.metrics.tables import METRIC_TITLES
 
 #: Files to look for in a folder of a model or tokenizer, in this order.
 CONTENT_NAMES = (CHECKPOINT_NAME, SAFE_NAME, *VAE_NAMES)

@@ -22,8 +22,8 @@ from util.checkpoint import hub
 from util.errors import UserError
 from util.files import read_arrays
 from util.log import log, start_log
-from util.metrics.compute import ADM_STATS
 from util.metrics.inception import INCEPTION_SHA256, URL_INCEPTION_V3, inception_path
+from util.metrics.tables import ADM_STATS
 
 #: The repositories that may have a file, and the end of its path there.
 ON_THE_HUB = {

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -115,6 +114,8 @@ class TrainingState:
         name: str = CHECKPOINT_NAME,
         parts: Sequence[list[dict]] | None = None,
     ):
+        from timm.utils import ModelEmaV3  # loads torchvision, which takes longer than torch
+
         self.model, self.settings = model, settings
         self.steps_per_epoch = steps_per_epoch
         self.path = Path(settings.output_dir) / name

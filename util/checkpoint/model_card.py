@@ -10,7 +10,7 @@ from torch import nn
 
 from util.checkpoint import hub
 from util.config import KL16_LATENT_FACTOR
-from util.metrics.compute import METRIC_TITLES
+from util.metrics.tables import METRIC_TITLES
 from util.tables import markdown
 
 #: The card's template.

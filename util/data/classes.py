@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from timm.data import ImageNetInfo
-
 from util.errors import UserError, some
 from util.log import log, warn
 
 
 def readable(names: Sequence[str]) -> list[str]:
     """Class names with ImageNet's descriptions in place of its folders' names (n01440764)."""
+    from timm.data import ImageNetInfo  # loads torchvision, which takes longer than torch
+
     info = ImageNetInfo("imagenet-1k")
     if len(names) == 1000 and names[0] == "0":  # a published checkpoint has no class names
         return [info.index_to_description(label) for label in range(1000)]

@@ -1,6 +1,8 @@
 """Data sets of images."""
 
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -10,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import transforms
 
 from util import distributed
 from util.crop import center_crop_arr
-from util.data.sources import Folder, Rows
+from util.data.sources import AllImages, Folder, Rows, open_unlabeled, read_image
 from util.errors import UserError, reason
+from util.files import read_arrays
 from util.log import log, warn
 
 
@@ -24,10 +26,14 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def image_transform(img_size: int) -> transforms.Compose:
-    """ADM's centre crop to ``img_size``, then :func:`to_pixels`."""
-    # A partial, not a lambda: worker processes that are not forked unpickle it.
-    return transforms.Compose([partial(center_crop_arr, image_size=img_size), to_pixels])
+def cropped_pixels(image: Image.Image, img_size: int) -> Tensor:
+    """Return ADM's center crop of an image to ``img_size`` as :func:`to_pixels`."""
+    return to_pixels(center_crop_arr(image, img_size))
+
+
+def image_transform(img_size: int) -> Callable[[Image.Image], Tensor]:
+    """Return :func:`cropped_pixels` for one size."""
+    return partial(cropped_pixels, img_size=img_size)  # workers that are not forked unpickle it
 
 
 class TrainingItems:
@@ -195,3 +201,67 @@ class ImageFolderWithFilename(ImageFolder):
 
     def __getitem__(self, index: int):
         return *self.read(index), self.source.name(index)
+
+
+class PlainImages(Dataset):
+    """Byte images ``[3, H, W]``, sorted, of a folder and its subfolders, of a data set in rows, or of an npz.
+
+    Args:
+        source: what :func:`util.data.sources.open_unlabeled` opens: a folder, or a data set in rows, of which it is the
+            ``train`` split if there are several; or an ``.npz`` with ``arr_0``, uint8 ``[N, H, W, 3]`` (ADM's layout).
+        img_size: crop and resize to this size as for training; by default images stay as they are.
+        paths: the files to take of a folder, in their order; by default all images in it.
+
+    Raises:
+        UserError: there is no such folder or file, or it holds no images.
+    """
+
+    def __init__(
+        self, source: str | Path, img_size: int | None = None, paths: Sequence[Path] | None = None
+    ):
+        self.source, self.img_size = Path(source), img_size
+        self.opened: AllImages | Rows | None = None
+        if paths is not None:
+            self.items = paths
+        elif self.source.suffix == ".npz":
+            self.items = read_arrays(self.source, "arr_0")["arr_0"]
+            if self.items.dtype != np.uint8 or self.items.ndim != 4 or self.items.shape[3] != 3:
+                found = f"{self.items.dtype} {list(self.items.shape)}"
+                raise UserError(f"{self.source}: arr_0 is {found}, expected uint8 [N, H, W, 3]")
+        else:
+            self.opened = open_unlabeled(source)
+            self.items = [name for name, _ in self.opened.samples]
+        if not len(self.items):
+            raise UserError(f"{self.source} holds no images")
+        self.size = self._read(0).size  # of the first image, which all must have
+
+    def uncropped(self) -> "PlainImages":
+        """Return the same images as they are."""
+        images = copy(self)
+        images.img_size = None
+        images.size = images._read(0).size
+        return images
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def _read(self, index: int) -> Image.Image:
+        if self.opened is not None:
+            image = self.opened.read(index)
+        else:
+            item = self.items[index]
+            image = Image.fromarray(item) if isinstance(item, np.ndarray) else read_image(str(item))
+        try:
+            return image if self.img_size is None else center_crop_arr(image, self.img_size)
+        except ValueError as error:
+            name = index if isinstance(self.items, np.ndarray) else self.items[index]
+            raise UserError(f"cannot crop image {name} ({error})") from error
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self._read(index)
+        if image.size != self.size:  # in a folder: an array's images are alike
+            raise UserError(
+                f"{self.items[index]} has {image.size[0]}x{image.size[1]} pixels, {self.items[0]} has "
+                f"{self.size[0]}x{self.size[1]}: images to measure must be of one size"
+            )
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)

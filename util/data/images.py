@@ -5,14 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from util.errors import UserError
 from util.files import written_whole
@@ -61,6 +59,8 @@ def save_grid(
 
     Images of fewer than ``min_size`` pixels are enlarged.
     """
+    from torchvision.utils import make_grid  # loads torch._dynamo: only when it is needed
+
     zoom = max(1, -(-min_size // images.shape[-1]))
     images = images.cpu().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
     grid = make_grid(images, nrow=columns, padding=2, pad_value=64).permute(1, 2, 0).numpy()
@@ -76,6 +76,8 @@ def save_grid(
 
 def confidence_maps(values: Tensor, size: int) -> Tensor:
     """Maps ``[N, h, w]`` as coloured bytes ``[N, 3, size, size]``, each from dark (its lowest value) to bright."""
+    import matplotlib  # takes half a second: only when it is needed
+
     low, high = values.amin(dim=(1, 2), keepdim=True), values.amax(dim=(1, 2), keepdim=True)
     shares = ((values - low) / (high - low).clamp(min=1e-12)).numpy()
     colours = torch.from_numpy(

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import distributed
 from util.errors import UserError, reason
@@ -23,8 +22,11 @@ from util.log import log, warn
 
 #: The one class of images that have none: a folder of caches, and the label 0.
 UNLABELED = "images"
-#: Endings of image files, for every command: torchvision's, and those of formats that Pillow always reads.
-ENDINGS = (*IMG_EXTENSIONS, ".jpe", ".jfif", ".mpo", ".gif", ".apng", ".pbm", ".pnm", ".dib")
+#: Endings of image files, for every command: torchvision's, and of other formats that Pillow always reads.
+ENDINGS = (
+    *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"),
+    *(".jpe", ".jfif", ".mpo", ".gif", ".apng", ".pbm", ".pnm", ".dib"),
+)
 if find_spec("PIL._avif"):  # only newer versions of Pillow
     ENDINGS += (".avif",)
 HEIC_ENDINGS = (".heic", ".heif", ".hif")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +16,17 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from util import distributed
+from util.data.datasets import PlainImages
 from util.errors import UserError
 from util.files import read_arrays, written_whole
 from util.log import warn
-from util.metrics.inception import LOGITS, POOL, PlainImages, extract_features, load_inception
+from util.metrics.inception import LOGITS, POOL, extract_features, load_inception
 from util.signals import StopSignals
 
 IS_SPLITS = 10
 
 
 NEIGHBORS = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
-
-
-#: ADM's statistics of ImageNet 256, which the paper's FID and rFID are measured against.
-ADM_STATS = "fid_stats/adm_in256_stats.npz"
 
 
 def load_statistics(path: str | Path) -> dict[str, np.ndarray]:
@@ -72,11 +68,6 @@ def statistics(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 def frechet_distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
     """FID between two statistics."""
     return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
-
-
-def default_statistics(img_size: int, classes: int) -> str | None:
-    """Return :data:`ADM_STATS` for images of ImageNet's 1,000 classes at 256 pixels; None for others."""
-    return ADM_STATS if (img_size, classes) == (256, 1000) else None
 
 
 def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:
@@ -196,22 +187,3 @@ class Evaluator:
         count = len(features[POOL])
         warn_if_few(count, "images")
         return {"images": count, **compute_metrics(features, self.stats, self.reference)}
-
-
-#: Names of the metrics in tables, in the order of the papers' tables.
-METRIC_TITLES = {
-    "frechet_inception_distance": "FID",
-    "inception_score_mean": "Inception Score",
-    "inception_score_std": "Inception Score, deviation over splits",
-    "precision": "precision",
-    "recall": "recall",
-}
-
-
-def metrics_table(figures: Mapping[str, Any]) -> str:
-    """The metrics as aligned lines for the terminal."""
-    return "\n".join(
-        f"{title:<40}{figures[name]:>12.4f}"
-        for name, title in METRIC_TITLES.items()
-        if name in figures
-    )

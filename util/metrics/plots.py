@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from util.files import write_json, written_whole
-from util.metrics.compute import METRIC_TITLES
+from util.metrics.tables import METRIC_TITLES
 from util.tables import markdown, write_text
 
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from util.data.datasets import PlainImages
 from util.data.images import save_grid, save_png
 from util.errors import UserError
 from util.files import wait_until, write_json, written_whole
 from util.log import log
-from util.metrics.inception import PlainImages
 
 
 class SampleFolder:
