@@ -2,7 +2,7 @@
 
 import math
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -194,25 +194,16 @@ def show(figures: dict[str, float], bar: tqdm, writer: SummaryWriter | None, epo
 # Generation for evaluation.
 
 
-@dataclass(frozen=True)
-class SampleSettings:
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(SamplingOptions):
     """How images are sampled for evaluation; two runs of equal settings and weights make equal images."""
 
     num_images: int
     eval_bsz: int
-    num_iter: int
-    cfg: float
-    cfg_schedule: str
-    temperature: float
     gen_seed: int
     precision: str
-    order: str = "random"
-    confidence_noise: float = 0.0
-    first_place: str = "trained"
     save_confidence: bool = False
     vae_precision: str | None = None  # by default that of the model
-    head_steps: int | None = None
-    head_order: str | None = None
 
 
 @torch.no_grad()
@@ -324,18 +315,18 @@ def held_out_likelihood(
     device: torch.device,
     precision: str,
     seed: int = 0,
-    one_order: bool = False,
+    head_options: Mapping[str, Any] | None = None,
     stop_signals: misc.StopSignals | None = None,
 ) -> dict[str, float]:
     """Cross-entropy a latent dimension over held-out images, at fixed masks and posterior samples.
 
     Each image is measured at :data:`LIKELIHOOD_MASKS` mask ratios, quantiles of training's distribution. Its masks and
-    posterior sample follow from ``seed`` and its number, so results do not depend on batch size or processes. So do the
-    channels that the masked head knows: its figure estimates the mean over all orders of channels, without bias.
+    posterior sample follow from ``seed`` and its number, so results do not depend on batch size or processes. So do
+    the random numbers that the head's loss takes, if any.
 
     Args:
         loader: batches of images, or of moments where ``vae`` is None, dealt by :class:`util.loader.RankSampler`.
-        one_order: for the masked head, the exact figure of one channel a step in the generation order instead.
+        head_options: arguments of :meth:`models.channel_head.Head.nats`.
         stop_signals: end measuring after the batch in which a process received one.
 
     Returns:
@@ -359,18 +350,15 @@ def held_out_likelihood(
         latents = posterior.sample(misc.to_device(draws.normal(*posterior.mean.shape[1:]), device)) * latent_factor
         limits += misc.extremes(latents)
         orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
-        channels = [()] * LIKELIHOOD_MASKS
-        if model.config["head"] == "masked" and not one_order:
-            uniform = draws.uniform(LIKELIHOOD_MASKS, model.seq_len, model.head.channel_steps + 1)
-            channels = [(each,) for each in misc.to_device(uniform, device).unbind(1)]
+        head_numbers: list[tuple[Tensor, ...]] = [()] * LIKELIHOOD_MASKS
+        if model.head.loss_numbers:
+            uniform = draws.uniform(LIKELIHOOD_MASKS, model.seq_len, model.head.loss_numbers)
+            head_numbers = [(numbers,) for numbers in misc.to_device(uniform, device).unbind(1)]
         for i, count in enumerate(counts):
             mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
             with misc.autocast(device, precision):
-                if one_order:
-                    features, levels = model.masked_tokens(latents, labels, mask)
-                    nats = -model.head.log_likelihood(features, levels).mean() / model.head.channel_steps
-                else:
-                    nats = model(latents, labels, mask, *channels[i])
+                tokens = model.masked_tokens(latents, labels, mask, *head_numbers[i])
+                nats = model.head.nats(*tokens, **(head_options or {}))
             sums[0] += misc.double(nats * len(batch) / len(counts))
         sums[1] += len(batch)
     model.train(training)

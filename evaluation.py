@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -195,15 +196,20 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
 
 
 def measure_likelihood(run: Run, model: TokenBridge, stop_signals: misc.StopSignals | None = None) -> dict[str, float]:
-    """See :func:`engine_tokenbridge.held_out_likelihood`, in one order for ``--head_order frequency``; logged, too."""
+    """See :func:`engine_tokenbridge.held_out_likelihood`, with the flags' options of the head; logged, too."""
     vae = None if run.args.use_cached else run.vae
-    one_order = run.args.head_order == "frequency"
+    head_options = likelihood_options(run, model)
     assert run.held_out is not None
     how = run.latent_factor, run.held_out, run.device, run.args.precision
-    figures = held_out_likelihood(model, vae, *how, one_order=one_order, stop_signals=stop_signals)
+    figures = held_out_likelihood(model, vae, *how, head_options=head_options, stop_signals=stop_signals)
     text = "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension"
     misc.log.info(text, *(figures[name] for name in ("images", "nats_per_dim", "bits_per_dim")))
     return figures
+
+
+def likelihood_options(run: Run, model: TokenBridge) -> dict[str, Any]:
+    """Return the flags' values of the head's options on which the likelihood depends."""
+    return {name: getattr(run.args, name) for name in model.head.likelihood_options}
 
 
 def likelihood_once(
@@ -211,7 +217,7 @@ def likelihood_once(
 ) -> dict[str, float]:
     """Return :func:`measure_likelihood`, or what ``path``.json holds of it for the same weights."""
     record = SampleFolder(path)
-    made_with = {"weights": weights, "precision": run.args.precision, "head_order": run.args.head_order}
+    made_with = {"weights": weights, "precision": run.args.precision, **likelihood_options(run, model)}
     figures = misc.by_main_process(lambda: record.results() if record.is_of(made_with) else None)
     if figures is None:
         figures = measure_likelihood(run, model, stop_signals)

@@ -13,9 +13,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import channel_statistics, check_num_images, order_gradients
 from evaluation import Run, evaluate_online, make_evaluator, measure_likelihood, search, weights_identity
+from models.heads import HEADS
 from models.quantizer import QUANTIZERS
-from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, check_guidance, check_head_options
-from models.tokenbridge import CHECKPOINTED, MASKED_SIZES, MODELS, SIZES, TokenBridge
+from models.sampling import SamplingOptions, check_guidance, check_head_options
+from models.tokenbridge import MODELS, TokenBridge, sizes_of
 from models.vae import AutoencoderKL
 from training import train_epochs
 from util import checkpoint, errors, misc
@@ -26,6 +27,7 @@ from util.args import (
     add_ema_args,
     add_metrics_args,
     add_mirror_arg,
+    add_model_args,
     add_run_args,
     add_sampling_args,
     add_skip_arg,
@@ -37,7 +39,7 @@ from util.args import (
 )
 from util.checkpoint import finetune
 from util.checkpoint.load import fingerprint, load_weights
-from util.config import EVALUATE, FINETUNE, KL16_LATENT_FACTOR, RESUME, Start, Tokenizer, add_model_args, resolve
+from util.config import EVALUATE, FINETUNE, KL16_LATENT_FACTOR, RESUME, Start, Tokenizer, resolve
 from util.datasets import Data, cache_metadata, check_same_inputs, data_root, load_data, loader_of_all, training_loader
 from util.files import remove_parts, write_json
 from util.loader import evenly_spaced
@@ -97,9 +99,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--eval_freq", type=int, default=40, help="epochs between two measurements during training")
     sample.add_argument("--eval_bsz", type=int, default=64, help="images sampled at once on each device")
     sample.add_argument("--num_images", type=int, default=50000, help="over all classes evenly")
-    add_sampling_args(sample, ORDERS, FIRST_PLACES, HEAD_ORDERS)
-    sample.add_argument("--cfg", type=float, nargs="+", default=1.0, help="guidance scale, or several to search")
-    sample.add_argument("--temperature", type=float, nargs="+", default=1.0, help="or several to search")
+    add_sampling_args(sample, SamplingOptions, search=True)
     sample.add_argument("--gen_seed", type=int, default=0, help="with an image's number, the seed of that image")
     sample.add_argument("--no_ema", action="store_true", help="evaluate the weights themselves, not their average")
     sample.add_argument("--no_metrics", action="store_true", help="pictures alone")
@@ -131,7 +131,7 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    add_model_args(parser, MODELS, QUANTIZERS, CHECKPOINTED)
+    add_model_args(parser, {"model": MODELS, "head": HEADS, "quantizer": QUANTIZERS})
     add_training_args(parser)
     add_evaluation_args(parser)
     add_file_args(parser)
@@ -266,7 +266,7 @@ def load_inputs(
         UserError: something is missing, damaged, or does not fit the rest.
     """
     vae, tokenizer = load_tokenizer(args, defaults, splits, start)
-    config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, start)
+    config = resolve(args, defaults, MODELS, sizes_of, tokenizer, start)
     if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
         check_num_images(args.num_images, args.class_num)
     data, classes = {}, None if start.use == FINETUNE else start.config.get("class_names")

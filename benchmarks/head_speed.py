@@ -14,8 +14,9 @@ from benchmarks.baselines import DiffusionHead, RecomputingHead
 from benchmarks.common import benchmark_parser, finish, machine, parse, timings
 from models.channel_head import ChannelHead, Head
 from models.masked_head import MaskedHead
-from models.tokenbridge import MODELS, compile_blocks
+from models.tokenbridge import MODELS
 from util import misc
+from util.model_config import ModelConfig
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
         masked = MODELS[args.model](quant_levels=64, head="masked")
 
     def head_of(config: dict[str, Any], kind: type[Head] = ChannelHead) -> Head:
-        return kind(config, partial(nn.LayerNorm, eps=1e-6)).to(device).eval()
+        return kind(ModelConfig.from_stored(config)).to(device).eval()
 
     ours = {"channel head": head_of(models[16].config), "channel head, 4 channels": head_of(models[4].config)}
     ours["masked head"] = head_of(masked.config, MaskedHead)
@@ -40,9 +41,9 @@ def main() -> None:
         ours |= {f"{name}, compiled": copy.deepcopy(ours[name]) for name in ("channel head", "masked head")}
     for name, head in ours.items():
         if name.endswith("compiled"):
-            compile_blocks(head)
+            head.compile_blocks()
     heads = {"channel head, prefix recomputed": head_of(models[16].config, RecomputingHead), **ours}
-    feature_dim, token_flops = models[16].config["decoder_embed_dim"], models[16].token_flops()
+    feature_dim, token_flops = models[16].config["decoder_embed_dim"], models[16].head.sampling_flops()
     diffusion = DiffusionHead(feature_dim).to(device).eval()
 
     def sample(head: nn.Module, precision: str, *inputs, **options) -> None:
@@ -59,7 +60,7 @@ def main() -> None:
                 "diffusion head (MAR), guidance": partial(sample, diffusion, precision, features.repeat(2, 1), 3.0),
             }
             for name, head in heads.items():
-                uniform = torch.rand(tokens, head.numbers, device=device)
+                uniform = torch.rand(tokens, head.sample_numbers, device=device)
                 for steps in (4, 1) if isinstance(head, MaskedHead) else (None,):
                     options = {} if steps is None else {"head_steps": steps}
                     work = partial(sample, head, precision, features, 1.0, uniform, **options)

@@ -24,12 +24,12 @@ from benchmarks.common import training_state
 from engine_tokenbridge import backward
 from models import fast
 from models.quantizer import GaussianQuantizer
-from models.tokenbridge import CHECKPOINTED, MODELS
+from models.tokenbridge import MODELS
 from models.vae import AutoencoderKL
 from util import misc
 from util.args import new_parser
-from util.config import KL16_CONFIG
 from util.files import write_json
+from util.model_config import CHECKPOINTED, KL16_CONFIG
 from util.provenance import provenance
 from util.tables import markdown
 from util.training_state import TrainingState

@@ -7,7 +7,6 @@ import torch
 
 from benchmarks.baselines import RecomputingHead, plain_kernels
 from benchmarks.common import add_ways, benchmark_parser, compare_ways, parse
-from models.masked_head import DEFAULT_STEPS
 from models.sampling import SamplingOptions, sampling_plan
 from models.tokenbridge import MODELS
 from util import misc
@@ -29,10 +28,9 @@ def prepare(args: argparse.Namespace, release: bool, precision: str) -> tuple[Ca
 
     # All ways are charged for what is needed: two passes of the backbone a step, the head for the tokens taken.
     plan = sampling_plan(SamplingOptions(args.num_iter), model.seq_len)
-    backbone = sum(2 * model.backbone_flops(step.masked) for step in plan)
-    passes = DEFAULT_STEPS if args.head == "masked" else 1
+    backbone = sum(2 * model.backbone.flops(step.masked) for step in plan)
     work = plain_kernels()(sample) if release else sample
-    return work, args.batch * (backbone + model.seq_len * model.token_flops(passes))
+    return work, args.batch * (backbone + model.seq_len * model.head.sampling_flops())
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from models.editing import outpainted
 from models.pipeline import TokenBridgePipeline
-from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions
+from models.sampling import SamplingOptions
 from util import errors, misc
 from util.args import add_device_arg, add_sampling_args, check_positive, check_range, new_parser
 from util.files import written_whole
@@ -59,10 +59,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     edit.add_argument("--outpaint", type=int, metavar="PIXELS", help=text)
     edit.add_argument("--strength", type=float, default=0.5, help="share of the tokens that a variation makes anew")
     how = parser.add_argument_group("sampling")
-    add_sampling_args(how, ORDERS, FIRST_PLACES, HEAD_ORDERS)
-    parser.set_defaults(num_iter=64)
-    how.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
-    how.add_argument("--temperature", type=float, default=1.0, help="of every channel's distribution")
+    add_sampling_args(how, SamplingOptions)
+    parser.set_defaults(num_iter=SamplingOptions.num_iter, cfg=3.0)
     how.add_argument("--batch_size", type=int, default=64, help="pictures at once, as --eval_bsz")
     parser.add_argument(
         "--output", default="generated.png", help="a PNG: a row of the classes, or a row of candidates for each class"

@@ -17,6 +17,7 @@ from util import checkpoint, errors, misc
 from util.args import add_device_arg, check_positive, new_parser
 from util.files import read_json, write_json
 from util.metrics import NEIGHBOURS, PlainImages, check_number, frechet_distance
+from util.model_config import ModelConfig
 from util.packed import open_cache
 from util.provenance import provenance
 from util.rng import numbered_draws
@@ -111,7 +112,7 @@ def likelihood(folder: Path, resume: str, cached_val_path: str) -> dict[str, flo
     """
     figures = read_json(folder / "likelihood.json")
     config = checkpoint.read_run(checkpoint.find(resume))["config"]
-    quantizer = build_quantizer({**config, "patch_size": 1})
+    quantizer = build_quantizer(ModelConfig.from_stored({**config, "patch_size": 1, "channel_order": None}))
     latents = held_out_latents(cached_val_path, config["latent_factor"])
     bits = figures["bits_per_dim"] + (level_bits(quantizer, latents) - latents.double().std(0).log2()).mean().item()
     return {"nats": figures["nats_per_dim"], "continuous_bits": bits}

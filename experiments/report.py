@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 import main_tokenbridge
 from experiments.plan import DEFAULT, FLOOR, Experiments, Row, Step, plan
 from experiments.results import FLOOR_ROW, MEASURES, RESULTS, Results, finding_table, row_table, short_table
-from models.tokenbridge import MASKED_SIZES, SIZES, TokenBridge
+from models.tokenbridge import MODELS, TokenBridge, sizes_of
 from tools import scaling
 from util import errors
 from util.config import KL16_CONFIG, KL16_LATENT_FACTOR, Start, Tokenizer, resolve
@@ -89,7 +89,7 @@ def model_of(words: Sequence[str]) -> TokenBridge:
     args, defaults = (main_tokenbridge.get_args_parser().parse_args(typed) for typed in (words[1:], []))
     main_tokenbridge.check_args(args)
     tokenizer = Tokenizer(KL16_CONFIG, KL16_LATENT_FACTOR, args.vae_path)
-    config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, Start())
+    config = resolve(args, defaults, MODELS, sizes_of, tokenizer, Start())
     with torch.device("meta"):  # where the tables of linear levels cannot be checked
         return TokenBridge(**{**config, "quantizer": "gaussian"})
 

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.memory import PeakMemory, run_without_content, smallest_gpu, step_memory
 from models import fast, layers
-from models.tokenbridge import CHECKPOINTED
 from tests.conftest import SMALL
+from util.model_config import CHECKPOINTED
 
 BYTES = 2**30
 OPTIONS = {name: value for name, value in SMALL.items() if name != "quant_levels"}

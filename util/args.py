@@ -1,21 +1,26 @@
 """Flags that several scripts share, and checks of what was typed."""
 
 import argparse
+import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
 
 from util.errors import UserError, where
 from util.misc import PRECISIONS, check_same, effective_precision
+from util.model_config import CHECKPOINTED, Metadata, ModelConfig
+from util.options import field_of, option_names
 
 #: Data loading processes by default: one for each core that this process may use, 10 at most.
-WORKERS = min(10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+WORKERS = min(
+    10, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+)
 
 LAUNCHER = "torchrun decides this"
 DIFFUSION = "MAR's diffusion loss has this, TokenBridge has none"
@@ -41,7 +46,8 @@ class Parser(argparse.ArgumentParser):
     """A command line or a subcommand's: help shows defaults, flags cannot be abbreviated, errors are one line.
 
     Args:
-        config: whether it has ``--config``, a file of flags; one whose flags are all its subcommands' has not.
+        config: whether it has ``--config``, a file of flags; one whose flags are all its
+            subcommands' has not.
     """
 
     def __init__(self, *args, config: bool = True, **options):
@@ -49,7 +55,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{"formatter_class": formatter, "allow_abbrev": False, **options})
         self.has_config = config
         if config:
-            self.add_argument("--config", metavar="FILE", help="YAML of flags and values; flags typed here win")
+            self.add_argument(
+                "--config", metavar="FILE", help="YAML of flags and values; flags typed here win"
+            )
 
     def error(self, message: str) -> NoReturn:
         """Prints ``error: <message>`` and exits with status 2."""
@@ -77,9 +85,15 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{path} cannot be read as YAML: {' '.join(str(error).split())}")
         if not isinstance(flags, dict):
             self.error(f"{path} must hold lines of the form 'flag: value'")
-        named = [action for action in self._actions if action.option_strings and action.dest not in ("help", "config")]
+        named = [
+            action
+            for action in self._actions
+            if action.option_strings and action.dest not in ("help", "config")
+        ]
         known = {action.dest: action for action in named}
-        known |= {flag.removeprefix("--"): action for action in named for flag in action.option_strings}
+        known |= {
+            flag.removeprefix("--"): action for action in named for flag in action.option_strings
+        }
         words = []
         for name, value in flags.items():
             if name not in known:
@@ -100,9 +114,15 @@ class Parser(argparse.ArgumentParser):
         if text not in ("true", "false"):
             self.error(f"{path}: {name} is true or false, not {value}")
         wanted = text == "true"
-        if f"--{name}" in self._option_string_actions:  # such as no_pin_mem, which turns pin_mem off
+        if (
+            f"--{name}" in self._option_string_actions
+        ):  # such as no_pin_mem, which turns pin_mem off
             wanted = wanted == action.const
-        return [each.option_strings[0] for each in self._actions if (each.dest, each.const) == (action.dest, wanted)]
+        return [
+            each.option_strings[0]
+            for each in self._actions
+            if (each.dest, each.const) == (action.dest, wanted)
+        ]
 
 
 def advice(name: str, known: Iterable[str]) -> str:
@@ -124,16 +144,24 @@ def new_parser(description: str, module: str | None = None, config: bool = True)
 def add_run_args(parser: Flags, batch_size: int, seed: int, precision: str) -> None:
     """Adds the flags of batches, workers, device, precision and seed."""
     group = parser.add_argument_group("run")
-    group.add_argument("--batch_size", type=int, default=batch_size, help="images at once on each device")
+    group.add_argument(
+        "--batch_size", type=int, default=batch_size, help="images at once on each device"
+    )
     group.add_argument("--seed", type=int, default=seed, help="of everything random")
-    group.add_argument("--num_workers", type=int, default=WORKERS, help="data loading processes for each device")
-    group.add_argument("--pin_mem", action="store_true", help="pin host memory for faster transfers")
+    group.add_argument(
+        "--num_workers", type=int, default=WORKERS, help="data loading processes for each device"
+    )
+    group.add_argument(
+        "--pin_mem", action="store_true", help="pin host memory for faster transfers"
+    )
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not")
     group.set_defaults(pin_mem=True)
     add_device_arg(group)
     text = "on CUDA, compute the same bits in every run, more slowly; on the CPU they are the same anyhow"
     group.add_argument("--deterministic", action="store_true", help=text)
-    group.add_argument("--precision", choices=PRECISIONS, default=precision, help="of autocast; fp32 means none")
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default=precision, help="of autocast; fp32 means none"
+    )
 
 
 def add_device_arg(parser: Flags) -> None:
@@ -144,24 +172,22 @@ def add_device_arg(parser: Flags) -> None:
 
 def add_vae_arg(parser: Flags) -> None:
     """Adds the flag of the tokenizer's file."""
-    text = (
-        "tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring their own sizes and "
-    )
+    text = "tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring their own sizes and "
     text += "latent factor; or hf://owner/repo[/path]"
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help=text)
 
 
 def add_mirror_arg(parser: Flags) -> None:
     """Adds the flag that says whether training sees mirror images."""
-    text = (
-        "never train on mirror images, for data whose meaning they change (digits, text); by default half are mirrored"
-    )
+    text = "never train on mirror images, for data whose meaning they change (digits, text); by default half are mirrored"
     parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
 def add_ema_args(parser: Flags, rate: float) -> None:
     """Add the flags of the exponential moving average of the weights."""
-    parser.add_argument("--ema_rate", type=float, default=rate, help="what the weights' average keeps in a step")
+    parser.add_argument(
+        "--ema_rate", type=float, default=rate, help="what the weights' average keeps in a step"
+    )
     text = "keep --ema_rate from the first step on, as the paper; by default the rate rises to it, for short runs"
     parser.add_argument("--no_ema_warmup", action="store_true", help=text)
 
@@ -189,7 +215,9 @@ def add_column_args(parser: Flags) -> None:
     """Adds the flags that name columns of a data set in rows."""
     text = "of the images in parquet files or a data set of the Hub; by default found by its type and name"
     parser.add_argument("--image_column", help=text)
-    parser.add_argument("--label_column", help="of the labels, likewise; none: all images are of one class")
+    parser.add_argument(
+        "--label_column", help="of the labels, likewise; none: all images are of one class"
+    )
 
 
 def add_metrics_args(parser: Flags) -> None:
@@ -198,35 +226,74 @@ def add_metrics_args(parser: Flags) -> None:
     parser.add_argument("--fid_stats", help=text)
     text = "reference images for precision and recall, and for FID without statistics; as --images of main_metrics.py"
     parser.add_argument("--reference", help=text)
-    parser.add_argument("--inception_weights", help="torch-fidelity's Inception; by default where it is downloaded to")
+    parser.add_argument(
+        "--inception_weights",
+        help="torch-fidelity's Inception; by default where it is downloaded to",
+    )
 
 
-def add_quantizer_args(parser: Flags, quantizers: Sequence[str], default: str | None) -> None:
-    """Adds the flags that say where the quantizer's levels lie."""
-    text = "levels of equal probability under a normal, or of equal distance"
-    parser.add_argument("--quantizer", choices=quantizers, default=default, help=text)
-    text = "each channel's range is 3 sqrt(3) deviations around the mean, both measured on its latents, not the bounds"
+def add_option(parser: Flags, options: type, name: str, **changes: Any) -> None:
+    """Add the flag of one field of a dataclass, see :func:`util.options.option`.
+
+    Args:
+        options: the dataclass.
+        name: the field.
+        changes: arguments of ``add_argument`` that replace those of the field.
+    """
+    field = field_of(options, name)
+    argument = {"default": field.default, **field.metadata["argument"], **changes}
+    if field.default is False:
+        argument["action"] = "store_true"
+    else:
+        argument["type"] = scalar_type(get_type_hints(options)[name])
+    parser.add_argument(field.metadata["flag"] or f"--{name}", **argument)
+
+
+def scalar_type(annotation: Any) -> type:
+    """Return the type of a flag's value: int or float if ``annotation`` is or contains it, else str."""
+    return next((kind for kind in (int, float) if kind in (annotation, *get_args(annotation))), str)
+
+
+def add_model_args(parser: argparse.ArgumentParser, choices: Mapping[str, Iterable[str]]) -> None:
+    """Add the flags of the model.
+
+    Args:
+        choices: values of ``model``, ``head`` and ``quantizer``.
+    """
+    group = parser.add_argument_group("model")
+    add_option(group, Metadata, "model", choices=choices["model"])
+    add_vae_arg(group)
+    for field in dataclasses.fields(ModelConfig):
+        if field.metadata["flag"]:
+            values = {"choices": choices[field.name]} if field.name in choices else {}
+            add_option(group, ModelConfig, field.name, **values)
+    text = "the parts that --grad_checkpointing recomputes; by default all"
+    group.add_argument("--checkpoint_blocks", nargs="+", choices=CHECKPOINTED, help=text)
+    add_calibration_arg(group)
+
+
+def add_quantizer_args(parser: Flags, quantizers: Iterable[str], default: str) -> None:
+    """Add the flags that define the levels of the quantizer."""
+    add_option(parser, ModelConfig, "quantizer", choices=quantizers, default=default)
+    add_calibration_arg(parser)
+
+
+def add_calibration_arg(parser: Flags) -> None:
+    """Add the flag that measures each channel's mean and standard deviation for the quantizer."""
+    text = "set each channel's range to its mean +- 3 sqrt(3) standard deviations, measured on its latents"
     parser.add_argument("--quant_calibrate", action="store_true", help=text)
 
 
-def add_sampling_args(
-    parser: Flags, orders: Sequence[str], first_places: Sequence[str], head_orders: Sequence[str]
-) -> None:
-    """Adds the flags of the steps, guidance schedule and order in which tokens and their channels are sampled."""
-    parser.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
-    text = "guidance scale: growing to --cfg with the tokens known, or --cfg in every step"
-    parser.add_argument("--cfg_schedule", choices=["linear", "constant"], default="linear", help=text)
-    text = "of tokens: random, row by row, or the most confident of all unknown ones first (Figure 8)"
-    parser.add_argument("--order", choices=orders, default="random", help=text)
-    text = "Gumbel noise on confidences, falling to 0 over the steps"
-    parser.add_argument("--confidence_noise", type=float, default=0.0, help=text)
-    text = "input of head ar's first channel step: as in training, or as the release samples (the paper's results)"
-    parser.add_argument("--first_place", choices=first_places, default="trained", help=text)
-    text = "passes of the masked head for a token, 1 to its channel steps; by default 4, or as many as there are"
-    parser.add_argument("--head_steps", type=int, help=text)
-    text = "channels that such a pass takes: random ones (by default), the next of --channel_order (for which "
-    text += "--evaluate_nll is exact, not a mean over orders), or the surest"
-    parser.add_argument("--head_order", choices=head_orders, help=text)
+def add_sampling_args(parser: Flags, options: type, search: bool = False) -> None:
+    """Add the flags of sampling.
+
+    Args:
+        options: :class:`models.sampling.SamplingOptions`.
+        search: whether ``--cfg`` and ``--temperature`` take several values.
+    """
+    for name in option_names(options):
+        several = search and name in ("cfg", "temperature")
+        add_option(parser, options, name, **({"nargs": "+"} if several else {}))
 
 
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:
@@ -267,18 +334,25 @@ OF_A_MACHINE = (
 def check_same_flags(args: argparse.Namespace, device: torch.device) -> None:
     """Check that all ranks were started with the same flags, and that their CPUs compute in the same precision.
 
-    Replaces ``precision`` and ``vae_precision`` by :func:`util.misc.effective_precision`, so that files of the run
-    name the precision that they were computed in.
+    Replaces ``precision`` and ``vae_precision`` by :func:`util.misc.effective_precision`, so that
+    files of the run name the precision that they were computed in.
 
     Raises:
         UserError: ranks differ; all end with it.
     """
     flags = {f"--{name}": value for name, value in vars(args).items() if name not in OF_A_MACHINE}
     check_same(flags, "start all processes with the same flags")
-    typed = {name: value for name in ("precision", "vae_precision") if (value := getattr(args, name, None))}
+    typed = {
+        name: value
+        for name in ("precision", "vae_precision")
+        if (value := getattr(args, name, None))
+    }
     computed = {name: effective_precision(device.type, value) for name, value in typed.items()}
     check_same(
-        {f"the precision that --{name} {typed[name]} runs in": value for name, value in computed.items()},
+        {
+            f"the precision that --{name} {typed[name]} runs in": value
+            for name, value in computed.items()
+        },
         "the CPUs of these machines have different instructions: pass --precision fp32, or use machines of one kind",
     )
     vars(args).update(computed)

@@ -16,8 +16,8 @@ import main_vae
 import reconstruction
 from models import fast, pipeline
 from models.fast import Recordings
+from models.masked_head import HEAD_ORDERS
 from models.pipeline import TokenBridgePipeline
-from models.sampling import HEAD_ORDERS
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.conftest import HEADS, batch, training_state, variant
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_the_engine(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_in_parts_and_gradients(kind, monkeypatch):
     model = model_of(kind, grad_checkpointing=["head"] * (kind == "pairs")).train()
-    monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 13 * model.head.places * model.head.dim)
+    monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 13 * model.head.sequence_length * model.head.dim)
     with FakeCuda() as cuda:
         latents, labels, mask = batch(cuda.put(model), 2)
         with misc.autocast(DEVICE, "bf16"):
@@ -270,7 +270,8 @@ def test_training_sampling_and_likelihood_without_float64(kind):
         state, batches = training_state(model.train()), [loaded(model, images=True)]
         state.take_step(engine.backward(state, batches, vae, 0.5, "bf16"), 1e-3)
         state.settle()
-        engine.held_out_likelihood(model, vae, 0.5, batches, DEVICE, "bf16", one_order=kind == "masked")
+        options = {"head_order": "frequency"} if kind == "masked" else {}
+        engine.held_out_likelihood(model, vae, 0.5, batches, DEVICE, "bf16", head_options=options)
         sampled(model)
 
 

@@ -110,7 +110,7 @@ def test_evaluation_and_show_know_sizes_from_the_export_alone(run, trained, vae_
         "--evaluate --no_metrics --num_images 4 --num_iter 3 --eval_bsz 4 --device cpu --num_workers 0 --keep_images"
     )
     run("main_tokenbridge", f"{common} --resume {tmp_path}/model --vae_path {vae_path} --output_dir {tmp_path}/a")
-    assert "--model tokenbridge_tiny, as the weights tell" in caplog.text
+    assert "--model tokenbridge_tiny, from the checkpoint" in caplog.text
     run("main_tokenbridge", f"{TINY} {common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/b")
     assert (tmp_path / "a/samples/00002.png").read_bytes() == (tmp_path / "b/samples/00002.png").read_bytes()
 

@@ -1,7 +1,7 @@
 """The card, ``README.md``, of a model's folder or repository: its sizes, its metrics, an example of its use."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from util.tables import markdown
 
 #: The card's template.
 CARD = Path(__file__).with_suffix(".md")
-#: Settings of an evaluation that its figures depend on.
+#: Settings of an evaluation that its metrics depend on, besides the head's own sampling options.
 SETTINGS = ("num_images", "num_iter", "cfg", "cfg_schedule", "temperature", "order", "precision")
-SETTINGS += ("head_steps", "head_order")
 
 
 def model_card(
@@ -50,7 +49,7 @@ def model_card(
         tokenizer=tokenizer,
         images=min(8, model.class_num),
         sizes=sizes_table(model),
-        figures=figures_table(figures or {}),
+        figures=figures_table(figures or {}, [*SETTINGS, *model.head.option_names()]),
         licence=f"{licence}." if licence else "Not stated: ask whoever trained it.",
     )
 
@@ -69,9 +68,9 @@ def sizes_table(model: nn.Module) -> str:
     return markdown(["", ""], rows)
 
 
-def figures_table(figures: Mapping[str, Any]) -> str:
-    """A table of an evaluation's metrics and settings; empty if there are no metrics."""
+def figures_table(figures: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return a table of an evaluation's metrics and the settings ``names``; empty if there are no metrics."""
     metrics = [[title, figures[name]] for name, title in TITLES.items() if name in figures]
     settings = figures.get("settings", {})
-    rows = metrics + [[name, settings[name]] for name in SETTINGS if settings.get(name) is not None]
+    rows = metrics + [[name, settings[name]] for name in names if settings.get(name) is not None]
     return markdown(["metric", "value"], rows) if metrics else ""
