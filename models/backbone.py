@@ -1,4 +1,4 @@
-"""The masked autoregressive backbone (section 3.3; MAR's encoder and decoder): known tokens in, features z out."""
+"""The masked autoregressive backbone (section 3.3): MAR's encoder and decoder."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from util.model_config import ModelConfig
 
 
 class MaskedBackbone(nn.Module):
-    """An encoder over the known tokens and a decoder over all positions, both of pre-norm transformer blocks.
+    """Map known tokens to features z: an encoder over known tokens, a decoder over all positions.
 
     Args:
         config: arguments of :class:`models.tokenbridge.TokenBridge`.
@@ -78,14 +78,19 @@ class MaskedBackbone(nn.Module):
         return self.encoder_norm(self.run("encoder", self.encoder_blocks, self.z_proj_ln(x)))
 
     def decoder_input(self, encoded: Tensor, known: Tensor) -> Tensor:
-        """Put the encoded ``[B, buffer + N, D]`` among mask tokens and add positions: ``[B, buffer + L, D]``."""
+        """Put the encoded tokens among mask tokens and add positions: ``[B, buffer + L, D]``.
+
+        Args:
+            encoded: buffer and known tokens ``[B, buffer + N, D]``.
+            known: their positions ``[B, N]``.
+        """
         buffer, x = self.decoder_embed(encoded).tensor_split([self.buffer_size], dim=1)
         tokens = self.mask_token.to(x.dtype).expand(len(x), self.seq_len, -1)
         tokens = tokens.scatter(1, known[..., None].expand(-1, -1, x.shape[-1]), x)  # [B, L, D]
         return torch.cat([buffer, tokens], dim=1) + self.decoder_pos_embed_learned
 
     def decode(self, encoded: Tensor, known: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Decode the features z of all positions, ``[B, L, D]``, or only of ``wanted`` ones, ``[B, W, D]``.
+        """Return features z of all positions ``[B, L, D]``, or of ``wanted`` ones ``[B, W, D]``.
 
         Args:
             encoded: buffer and known tokens ``[B, buffer + N, D]``.
@@ -107,11 +112,11 @@ class MaskedBackbone(nn.Module):
     def forward(
         self, tokens: Tensor, known: Tensor, class_embedding: Tensor, wanted: Tensor | None = None
     ) -> Tensor:
-        """Return features of all or the ``wanted`` positions: :meth:`encode`, then :meth:`decode`."""
+        """Return features of all or the ``wanted`` positions: encode, then decode."""
         return self.decode(self.encode(tokens, known, class_embedding), known, wanted)
 
     def flops(self, num_masked: float) -> float:
-        """Count the operations of the forward pass for one image of which ``num_masked`` tokens are unknown."""
+        """Count the operations of the forward pass for an image with ``num_masked`` masked."""
         known = self.seq_len - num_masked
         encoded, decoded = self.buffer_size + known, self.buffer_size + self.seq_len
         projection = known * self.z_proj.in_features * self.z_proj.out_features

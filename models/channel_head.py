@@ -1,4 +1,4 @@
-"""The channel head (section 3.2, Eq. 6): predicts a token's channels one after the other, or independently.
+"""The channel head (section 3.2, Eq. 6), which predicts a token's channels one after the other.
 
 :class:`Head` is the interface of all heads. :data:`models.heads.HEADS` lists them.
 """
@@ -31,7 +31,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def ada_ln(dim: int, parts: int) -> nn.Sequential:
-    """Return the layers that map a condition to its modulations: ``[..., dim]`` to ``[..., parts * dim]``."""
+    """Return layers that map a condition ``[..., dim]`` to modulations ``[..., parts * dim]``."""
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
@@ -58,7 +58,7 @@ class ChannelAttention(nn.Module):
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend among all steps of ``x [M, S, D]`` under a causal ``mask [S, S]`` of 0 and -inf, or none."""
+        """Attend among all steps of ``x [M, S, D]`` under a causal ``mask [S, S]``, or none."""
         drop = self.attn_dropout if self.training else 0.0
         out = layers.attend(*self.project(x), mask, drop)
         return self.proj_drop(self.proj(rearrange(out, "m h s d -> m s (h d)")))
@@ -78,7 +78,7 @@ class ChannelAttention(nn.Module):
 
 
 class ChannelBlock(nn.Module):
-    """Pre-norm transformer block whose norms and residuals are modulated by the step's condition (AdaLN)."""
+    """Pre-norm transformer block, modulated by the condition of each step (AdaLN)."""
 
     def __init__(self, dim: int, config: ModelConfig):
         super().__init__()
@@ -104,7 +104,7 @@ class ChannelBlock(nn.Module):
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
     def all_steps(self, x: Tensor, conditions: Tensor, mask: Tensor | None) -> Tensor:
-        """Apply the block to all steps ``x [M, S, D]``, given ``conditions [M, S, D]`` and a ``mask [S, S]``."""
+        """Apply the block to all steps ``x [M, S, D]``, given their ``conditions [M, S, D]``."""
         return self(x, self.adaLN_modulation(conditions), lambda y: self.attn(y, mask))
 
     def one_step(self, x: Tensor, modulation: Tensor, cache: Tensor, step: int) -> Tensor:
@@ -121,7 +121,7 @@ class ChannelBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm before the logits, without gate; scale comes before shift, as in published weights."""
+    """Modulated norm before the logits; scale comes before shift, as in published weights."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -144,7 +144,7 @@ class NoOptions:
 
 
 class Head(nn.Module):
-    """Base class of heads: a token's C channels as the classes of S channel steps, and the loss over them.
+    """Base class of heads, which predict a token's C channels as the classes of S channel steps.
 
     A step is one channel, or one group of consecutive channels of the generation order as one of
     levels^group joint classes (Table 2d). :meth:`loss` and :meth:`sample` take and return levels in
@@ -182,8 +182,8 @@ class Head(nn.Module):
         if self.classes > MAX_CLASSES:
             weights = self.classes * self.dim * self.channel_steps
             raise ValueError(
-                f"{group} channels of {levels} levels have {self.classes:,} joint classes, the limit is "
-                f"{MAX_CLASSES:,}: the output layers would hold {weights:,} parameters "
+                f"{group} channels of {levels} levels have {self.classes:,} joint classes, the "
+                f"limit is {MAX_CLASSES:,}: the output layers would hold {weights:,} parameters "
                 f"({4 * weights / 2**30:,.0f} GiB in fp32)"
             )
         #: Positions of the sequence that a token makes in training.
@@ -206,13 +206,13 @@ class Head(nn.Module):
     # Channels and classes.
 
     def to_classes(self, levels: Tensor) -> Tensor:
-        """Map levels ``[..., C]`` in generation order to the classes ``[..., S]`` of the channel steps."""
+        """Map levels ``[..., C]`` in generation order to the classes ``[..., S]`` of the steps."""
         if self.channels_per_group == 1:
             return levels
         return (levels.unflatten(-1, (-1, self.channels_per_group)) * self.group_weights).sum(-1)
 
     def to_levels(self, classes: Tensor) -> Tensor:
-        """Map classes ``[..., S]`` to levels ``[..., C]`` in generation order (inverse of :meth:`to_classes`)."""
+        """Map classes ``[..., S]`` to levels ``[..., C]`` in generation order."""
         if self.channels_per_group == 1:
             return classes
         return (classes[..., None] // self.group_weights % self.levels).flatten(-2)
@@ -221,7 +221,9 @@ class Head(nn.Module):
     # Training and likelihood.
 
     def loss(self, features: Tensor, targets: Tensor, *uniform: Tensor) -> Tensor:
-        """Return the mean cross-entropy in nats over tokens and channel steps, in parts that fit in memory.
+        """Return the mean cross-entropy in nats over tokens and channel steps.
+
+        It is computed in parts that fit in memory.
 
         Args:
             features: ``[M, D]`` of the backbone, one row per token.
@@ -232,7 +234,7 @@ class Head(nn.Module):
         return fast.loss_in_parts(self, features, self.given(targets, *uniform))
 
     def given(self, targets: Tensor) -> Tensor:
-        """Return the second argument of :meth:`summed_loss`: the classes ``[M, S]`` of levels ``[M, C]``."""
+        """Return the classes ``[M, S]`` of levels ``[M, C]``, for :meth:`summed_loss`."""
         return self.to_classes(targets[:, self.generation_order])
 
     def summed_loss(self, features: Tensor, given: Tensor) -> Tensor:
@@ -245,9 +247,10 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def nats(self, features: Tensor, targets: Tensor, *uniform: Tensor, **options: Any) -> Tensor:
-        """Return the mean cross-entropy by which held-out images are measured; arguments as of :meth:`loss`.
+        """Return the mean cross-entropy in nats by which held-out images are measured.
 
         Args:
+            features, targets, uniform: see :meth:`loss`.
             options: those of :attr:`likelihood_options`.
         """
         return self.loss(features, targets, *uniform)
@@ -277,7 +280,9 @@ class Head(nn.Module):
     def sample(
         self, features: Tensor, temperature: float, uniform: Tensor, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Draw all channels of M tokens, in parts that fit in memory; on CUDA, few tokens by one recorded launch.
+        """Draw all channels of M tokens, in parts that fit in memory.
+
+        On CUDA, a compiled head draws few tokens by one recorded launch.
 
         Args:
             features: ``[M, D]`` of the backbone, one row per token.
@@ -304,7 +309,7 @@ class Head(nn.Module):
     # Cost.
 
     def training_flops(self) -> float:
-        """Count the operations of the forward pass for one token; see :meth:`TokenBridge.training_flops`."""
+        """Count the operations of the forward pass for one token."""
         raise NotImplementedError
 
     def sampling_flops(self, **options: Any) -> float:
@@ -323,7 +328,7 @@ class Head(nn.Module):
 
     def _apply(self, *args, **kwargs) -> "Head":
         if self.recordings is not None:
-            self.recordings.kept.clear()  # weights may move, and recordings read them where they were
+            self.recordings.kept.clear()  # recordings read weights at fixed addresses
         return super()._apply(*args, **kwargs)
 
 
@@ -340,20 +345,22 @@ class ChannelHeadOptions:
 
     first_place: str = option(
         "trained",
-        "input of the first channel step: as in training, or as the release samples (the paper's results)",
+        "input of the first channel step: as in training, or as the release samples "
+        "(the paper's results)",
         choices=FIRST_PLACES,
     )
 
 
 class ChannelHead(Head):
-    """p(q | z) as a product over channels (Eq. 6), with the same weights at all positions of the image.
+    """p(q | z) as a product over channels (Eq. 6).
 
-    The head predicts a token's C channels in S steps, in the generation order. The sequence for one
-    token is the projected feature, then the embeddings of the classes already known; step i gives
-    the logits of class i. The feature also conditions every step through AdaLN.
+    The weights are the same at all positions of the image. The head predicts a token's C channels
+    in S steps, in the generation order. The sequence for one token is the projected feature, then
+    the embeddings of the classes already known; step i gives the logits of class i. The feature
+    also conditions every step through AdaLN.
     """
 
-    Options = ChannelHeadOptions
+    Options: ClassVar[type] = ChannelHeadOptions
     step_parameters = (
         "channel_embed",
         "timesteps_embeddings",
@@ -403,10 +410,11 @@ class ChannelHead(Head):
             condition: projected feature ``[M, 1, D]``.
             targets: see :meth:`forward`.
         """
+        assert targets is not None
         return torch.cat([condition, self.embed(targets).to(condition.dtype)], dim=1)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Map ``x [M, S, D]`` to logits ``[M, S, K]`` by a linear layer per step, as one batched product."""
+        """Map ``x [M, S, D]`` to logits ``[M, S, K]`` by a linear layer per step."""
         weight = torch.stack([head.weight for head in self.channel_heads])  # [S, K, D]
         bias = torch.stack([head.bias for head in self.channel_heads])  # [S, K]
         return torch.einsum("msd,skd->msk", x, weight) + bias
@@ -475,7 +483,7 @@ class ChannelHead(Head):
         temperature: float,
         uniform: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Draw the class of each step in turn; return levels and log-probabilities as :meth:`Head.sample`.
+        """Draw the classes of all steps in turn; see :meth:`Head.sample`.
 
         Args:
             next_logits: returns the logits ``[M, K]`` of a step, given the classes ``[M]`` of those
@@ -496,7 +504,7 @@ class ChannelHead(Head):
     def _cached_steps(
         self, features: Tensor, first_place: str
     ) -> Callable[[int, Sequence[Tensor]], Tensor]:
-        """Return ``next_logits`` of :meth:`draw_steps`, which keeps the keys and values of earlier steps.
+        """Return ``next_logits`` for :meth:`draw_steps`, with a cache of keys and values.
 
         It must be called for all steps in turn.
         """
@@ -539,14 +547,16 @@ class ParallelHead(ChannelHead):
     projected feature at every step, with attention among all steps.
     """
 
-    Options = NoOptions
+    Options: ClassVar[type] = NoOptions
     causal = False
 
     def inputs(self, condition: Tensor, targets: Tensor | None) -> Tensor:
         """Return the projected feature ``[M, 1, D]``, the input of every step."""
         return condition
 
-    def draw(self, features: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(  # type: ignore[override]  # it has no options
+        self, features: Tensor, temperature: float, uniform: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Draw all channels of M tokens independently; see :meth:`Head.sample`."""
         logits = self(features, None).float()  # [M, S, K]
         return self.draw_steps(lambda step, _: logits[:, step], temperature, uniform)
@@ -557,9 +567,10 @@ class ParallelHead(ChannelHead):
 
 
 def sample_categorical(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
-    """Draw classes ``[M]`` from ``logits [M, K]`` by inverting the distribution function at ``uniform [M]``.
+    """Draw classes ``[M]`` from ``logits [M, K]``, given uniform random numbers ``[M]``.
 
-    Temperature 0 is the argmax; otherwise softmax(logits / temperature) is sampled.
+    The distribution function is inverted at these numbers. Temperature 0 is the argmax; otherwise
+    softmax(logits / temperature) is sampled.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)

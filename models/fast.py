@@ -1,4 +1,4 @@
-"""Speed and memory of heads: the loss in parts, and CUDA graphs that sample few tokens by one launch."""
+"""Speed and memory of heads: the loss in parts, and CUDA graphs for sampling few tokens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +19,7 @@ RECORDED_ROWS = 256
 
 
 class LossInParts(torch.autograd.Function):
-    """The head's loss and its gradients, ``rows`` tokens at a time, to keep the activations of no more.
+    """The head's loss and its gradients, ``rows`` tokens at a time, to save memory.
 
     These activations are most of a training step's memory, with 16 channel steps per token. Nothing
     is computed twice: gradients are taken while a part's activations exist, and scaled in the
@@ -66,7 +66,7 @@ class LossInParts(torch.autograd.Function):
 
 
 def loss_in_parts(head: Any, features: Tensor, given: Tensor) -> Tensor:
-    """Return the mean of ``head.summed_loss`` over tokens and channel steps, in parts that fit in memory.
+    """Return the mean loss over tokens and channel steps, computed in parts that fit in memory.
 
     Args:
         features: ``[M, D]`` of the backbone, one row per token.
@@ -85,7 +85,7 @@ def loss_in_parts(head: Any, features: Tensor, given: Tensor) -> Tensor:
 def cuda_graph(
     work: Callable[[], tuple[Tensor, ...]], pool: Any
 ) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """Record ``work`` as a CUDA graph; return the function that replays it, and the outputs it writes to.
+    """Record ``work`` as a CUDA graph; return the function that replays it, and its outputs.
 
     Recordings share the memory of ``pool``: each has finished with it before another starts.
 
@@ -126,7 +126,7 @@ class Recordings:
     def __call__(
         self, work: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, key: tuple[Any, ...]
     ):
-        """Return ``work(*inputs)``; each row of it depends on that row of the inputs and on ``key`` only."""
+        """Return ``work(*inputs)``, whose rows depend on that row of the inputs and on ``key``."""
         rows = len(inputs[0])
         size = 1 << (rows - 1).bit_length()
         kind = inputs[0].device.type
@@ -150,7 +150,7 @@ class Recordings:
 
 @cache
 def compiled(method: Callable) -> Callable:
-    """Return the program that ``torch.compile`` makes of a method of a class, for any number of tokens.
+    """Return a method of a class compiled by ``torch.compile``, for any number of tokens.
 
     All blocks of a class share it. A copy of a block, such as the EMA's, runs it with weights of
     its own.
@@ -160,7 +160,7 @@ def compiled(method: Callable) -> Callable:
 
 @contextmanager
 def weights_cast_once(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let autocast keep its low-precision copies of frozen weights within the block, as of trained ones."""
+    """Let autocast keep its low-precision copies of frozen weights within the block."""
     frozen = [
         p
         for p in model.parameters()

@@ -54,7 +54,7 @@ class DropBits(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zero each entry of ``x`` with probability ``p`` in [0, 1]; scale the others by ``1 / (1 - p)``.
+    """Zero entries of ``x`` with probability ``p`` in [0, 1]; scale others by ``1 / (1 - p)``.
 
     On the CPU ``p`` is rounded to a multiple of 2^-16.
     """
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         self.proj_drop = Dropout(proj_dropout)
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Attend over ``x [B, S, D]`` from all positions, or only from ``rows [B, N]``: ``[B, N, D]``."""
+        """Attend over ``x [B, S, D]`` from all positions, or from ``rows [B, N]`` only."""
         if rows is None:
             parts = self.qkv(x).chunk(3, dim=-1)
         else:
@@ -186,7 +186,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
     def at(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Return the output for ``x [B, S, D]`` only at the positions ``rows [B, N]``: ``[B, N, D]``."""
+        """Return the output for ``x [B, S, D]`` only at ``rows [B, N]``: ``[B, N, D]``."""
         x = gather_tokens(x, rows) + self.attn(self.norm1(x), rows)
         return x + self.mlp(self.norm2(x))
 

@@ -1,4 +1,4 @@
-"""The masked head: predicts all unknown channels of a token from the known ones, in few steps (not in the paper)."""
+"""The masked head, which predicts a token's channels in few steps (not in the paper)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +30,9 @@ class MaskedHeadOptions:
     )
     head_order: str | None = option(
         None,
-        "channels that a pass takes: random ones (by default), the next of --channel_order, or those that "
-        "the head is surest of; with frequency, --evaluate_nll is exact, not a mean over orders",
+        "channels that a pass takes: random ones (by default), the next of --channel_order, or "
+        "those that the head is surest of; with frequency, --evaluate_nll is exact, not a mean "
+        "over orders",
         choices=HEAD_ORDERS,
     )
 
@@ -62,7 +63,7 @@ class MaskedHead(Head):
     once, they are independent.
     """
 
-    Options = MaskedHeadOptions
+    Options: ClassVar[type] = MaskedHeadOptions
     likelihood_options = ("head_order",)
     #: Its blocks have 0.6 times the parameters of the channel head's. With these depths, the heads
     #: of the three published sizes have 0.92 times the parameters, the tiny one 1.55 times.
@@ -101,7 +102,7 @@ class MaskedHead(Head):
         return [projected, *(layer.adaLN_modulation(projected) for layer in layers)]
 
     def logits(self, conditions: list[Tensor], seen: Tensor) -> Tensor:
-        """Return the logits ``[M, S, K]`` of all channel steps; those of unknown ones depend on known ones only.
+        """Return the logits ``[M, S, K]`` of all channel steps, given the known ones.
 
         Args:
             conditions: see :meth:`conditions`.
@@ -123,7 +124,7 @@ class MaskedHead(Head):
     # Training and likelihood.
 
     def given(self, targets: Tensor, uniform: Tensor | None = None) -> Tensor:
-        """Return the classes and those of them that are seen: ``[M, 2, S]``, K where a class is unknown.
+        """Return the classes and the seen ones of them (K where unknown): ``[M, 2, S]``.
 
         The number of known channel steps of a token is uniform on 0 to S - 1, and every set of that
         size equally probable. The mean cross-entropy of the unknown ones is then an unbiased
@@ -142,7 +143,7 @@ class MaskedHead(Head):
         return torch.stack([classes, torch.where(known, classes, self.classes)], dim=1)
 
     def summed_loss(self, features: Tensor, given: Tensor) -> Tensor:
-        """Return the sum over tokens of S times the mean cross-entropy of their unknown steps, in nats.
+        """Return S times the mean cross-entropy of a token's unknown steps, summed over tokens.
 
         Args:
             features: ``[M, D]``.
@@ -157,7 +158,7 @@ class MaskedHead(Head):
     def forward(
         self, features: Tensor, targets: Tensor, order: Sequence[int] | None = None
     ) -> Tensor:
-        """Return the teacher-forced logits ``[M, S, K]`` in generation order, by a pass per channel step.
+        """Return the teacher-forced logits ``[M, S, K]`` in generation order, by S passes.
 
         Args:
             features: ``[M, D]`` of the backbone, one row per token.
@@ -176,7 +177,7 @@ class MaskedHead(Head):
     def log_likelihood(
         self, features: Tensor, targets: Tensor, order: Sequence[int] | None = None
     ) -> Tensor:
-        """Return the exact log-probability ``[M]`` in nats of tokens whose channels are sampled one per step.
+        """Return the log-probability ``[M]`` in nats of tokens sampled one channel per step.
 
         Args:
             features: ``[M, D]`` of the backbone, one row per token.
@@ -284,7 +285,7 @@ class MaskedHead(Head):
         return self.flops(self.num_passes(head_steps))
 
     def elements_per_token(self) -> int:
-        """Count the elements of a token's modulations, of its activations in a block, and of its logits."""
+        """Count the elements of a token's modulations, activations in a block, and logits."""
         return (3 * self.depth + 10) * self.dim + 3 * self.channel_steps * self.classes
 
     def compile_blocks(self) -> None:

@@ -1,4 +1,4 @@
-"""Published checkpoints: their names and order, and the configuration that their weights' shapes show."""
+"""Published checkpoints: names and order of weights, and the configuration that shapes show."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ __all__ = ["accept_published_names", "from_published", "published_config", "to_p
 def accept_published_names(
     model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Rename published entries of ``state`` before ``model`` loads it: a ``load_state_dict`` pre-hook."""
+    """Rename published entries of ``state`` before loading (a ``load_state_dict`` pre-hook)."""
     for name in [name for name in state if name.startswith(prefix)]:
         state[prefix + nested_name(name.removeprefix(prefix))] = state.pop(name)
 

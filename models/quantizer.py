@@ -1,4 +1,4 @@
-"""Post-training quantization of latents, one dimension at a time (section 3.1 of the paper, equations 1 to 5)."""
+"""Post-training quantization of latents, one dimension at a time (section 3.1, Eq. 1 to 5)."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from util.model_config import ModelConfig
 
 
 def gaussian_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Return boundaries and reconstruction values of ``levels`` equiprobable bins of a standard normal.
+    """Return boundaries and values of ``levels`` equiprobable bins of a standard normal.
 
     The outer boundaries are clamped to ``[-std_range, std_range]`` *before* the means are taken, as
     in the published tables, and the means are computed in float32, as there: in float64 they differ
@@ -37,7 +37,7 @@ def gaussian_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor
     if not (boundaries.diff() > 0).all():
         raise ValueError(
             f"{levels} levels are too many for a range of {std_range} standard deviations: "
-            "the outer bins lie outside of it (for 3 standard deviations use at most 512 levels, 9 bits)"
+            "the outer bins lie outside of it (for 3 standard deviations use at most 512 levels)"
         )
     density = torch.exp(-(boundaries**2) / 2) / math.sqrt(2 * math.pi)
     cdf = (1 + torch.erf(boundaries / math.sqrt(2))) / 2
@@ -52,7 +52,11 @@ def linear_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor]:
 
 
 def bisect(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the largest float32 in [low, high], elementwise, up to which the monotone ``holds`` is true."""
+    """Return the largest float32 in [low, high], elementwise, for which ``holds`` is true.
+
+    Args:
+        holds: true up to some number, then false.
+    """
     while True:
         middle = low + (high - low) / 2
         if (~(middle > low) | ~(middle < high)).all():
@@ -62,7 +66,7 @@ def bisect(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor]) -> Tens
 
 
 def nearest_thresholds(values: Tensor) -> Tensor:
-    """Return the largest float32 that is nearer to each of K values than to the next one: ``[K - 1]``.
+    """Return the largest float32 nearer to each of K values than to the next one: ``[K - 1]``.
 
     ``torch.bucketize(x, thresholds)`` is then Eq. 4's argmin over ``|x - value|``, bit for bit,
     with ties to the lower level, at a cost that does not grow with levels times elements. The
@@ -144,7 +148,7 @@ class ScalarQuantizer(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, _: module._update_thresholds())
 
     def _update_thresholds(self) -> None:
-        """Compute the thresholds between levels: of normalized latents and, unless calibrated, of latents."""
+        """Compute the thresholds between levels, for normalized latents and for latents."""
         if not (self.reconstruction_values.diff() > 0).all():
             raise ValueError("a quantizer's reconstruction values must ascend")
         limits = nearest_thresholds(self.reconstruction_values.float().cpu())
@@ -177,7 +181,7 @@ class ScalarQuantizer(nn.Module):
         return (self.reconstruction_values[indices] + self.std_range) * scale + low
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize latents of any shape (Eq. 4, 5): int64 indices and float32 values of that shape."""
+        """Return int64 indices and float32 values of latents of any shape (Eq. 4, 5)."""
         if self.calibrated:
             indices = torch.bucketize(self.normalize(x).contiguous(), self.thresholds)
             return indices, self.dequantize(indices)
@@ -188,7 +192,7 @@ class ScalarQuantizer(nn.Module):
 def calibrated_bounds(
     channel_mean: Sequence[float] | None, channel_std: Sequence[float] | None, std_range: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the bounds alpha_min and alpha_max of each channel, ``mean -+ std_range sqrt(3) std``: ``[C]`` each.
+    """Return the bounds ``mean -+ std_range sqrt(3) std`` of each channel: ``[C]`` each.
 
     Raises:
         ValueError: means or stds are missing, of different numbers, not finite, or stds not above

@@ -1,4 +1,4 @@
-"""Generation (section 3.3, inference): planned on the host, run on the device without synchronization."""
+"""Generation (section 3.3, inference), planned on the CPU, run without synchronization."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ class TokenOptions:
     )
     order: str = option(
         "random",
-        "order of tokens: random, row by row, or in each step the most confident of all unknown ones (Figure 8)",
+        "order of tokens: random, row by row, or the most confident first (Figure 8)",
         choices=ORDERS,
     )
     confidence_noise: float = option(
@@ -75,7 +75,7 @@ HEAD_OPTIONS = dict.fromkeys(head.Options for head in reversed(HEADS.values()))
 
 @dataclass(frozen=True)
 class SamplingOptions(*HEAD_OPTIONS, TokenOptions):
-    """All sampling options: those of :class:`TokenOptions`, then each head's own, all as flat fields."""
+    """All sampling options: those of :class:`TokenOptions`, then each head's own."""
 
 
 def check_head_options(head: Head, options: Any) -> None:
@@ -102,8 +102,8 @@ def check_guidance(label_drop_prob: float, cfg: float, labeled: bool = True) -> 
     if label_drop_prob == 0 and (cfg != 1 or not labeled):
         cause = f"cfg {cfg:g}" if labeled else "sampling without a class"
         raise ValueError(
-            f"{cause} needs the embedding of no class, which a model of label_drop_prob 0 has never trained: "
-            "choose --cfg 1 and classes, or train with --label_drop_prob 0.1"
+            f"{cause} needs the embedding of no class, which a model of label_drop_prob 0 has "
+            "never trained: choose --cfg 1 and classes, or train with --label_drop_prob 0.1"
         )
 
 
@@ -158,8 +158,9 @@ def mask_schedule(num_iter: int, seq_len: int) -> list[int]:
 
 
 def sampling_plan(options: TokenOptions, seq_len: int, unknown: int | None = None) -> list[Step]:
-    """Return the steps that generate ``unknown`` tokens, by default all L; steps that take none are left out.
+    """Return the steps that generate ``unknown`` tokens, by default all L.
 
+    Steps that take no token are left out.
     The guidance scale is ``options.cfg``, or with the ``"linear"`` schedule 1 + (cfg - 1) times the
     share of tokens known after the step; the last step counts one as unknown, as in MAR.
     """
@@ -243,7 +244,7 @@ def sample_tokens(
     options: SamplingOptions,
     on_step: OnStep | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return token values ``[B, L, C]``, and the joint log-probability ``[B, L]`` of each when it was taken.
+    """Return token values ``[B, L, C]``, and their log-probabilities ``[B, L]`` when taken.
 
     Images with different numbers of known tokens are generated in separate batches; ``on_step`` is
     called for each batch.

@@ -1,4 +1,4 @@
-"""TokenBridge: quantized latents learned by a masked backbone and a channel-autoregressive head (section 3)."""
+"""TokenBridge: a masked backbone and a channel head over quantized latents (section 3)."""
 
 import math
 from collections.abc import Sequence
@@ -53,7 +53,10 @@ SIZES = {
 
 
 def sizes_of(model: str, head: str) -> dict[str, int]:
-    """Return the arguments of a size of :data:`SIZES` with a head; unknown heads are refused later."""
+    """Return the arguments of a size of :data:`SIZES` with a head.
+
+    A head that does not exist is refused when the model is built.
+    """
     kind = HEADS.get(head) if isinstance(head, str) else None
     return SIZES[model] | (kind.sizes.get(model, {}) if kind else {})
 
@@ -97,7 +100,7 @@ class TokenBridge(PretrainedTokenBridge):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Reinitialize all weights: Xavier for layers, std 0.02 for embeddings and free parameters, zero for AdaLN."""
+        """Initialize weights: Xavier for layers, zero for AdaLN, std 0.02 for all others."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -134,31 +137,34 @@ class TokenBridge(PretrainedTokenBridge):
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize tokens ``[B, L, C]``: levels in the latents' own channel order, and their values (Eq. 1, 4, 5)."""
+        """Return levels and values of tokens ``[B, L, C]``, in channel order (Eq. 1, 4, 5)."""
         return self.quantizer(x)
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raise ValueError if labels on the CPU are outside the classes; others would force a synchronization."""
+        """Raise ValueError if labels on the CPU are outside the classes."""
+        # Labels on a device are not checked, which would force a synchronization.
         if labels.device.type != "cpu" or not len(labels):
             return
         lowest, highest = int(labels.min()), int(labels.max())
         if lowest < 0 or highest >= self.class_num:
             raise ValueError(
                 f"labels run from {lowest} to {highest}, "
-                f"but the model's classes from 0 to {self.class_num - 1} (class_num {self.class_num})"
+                f"but the model's classes from 0 to {self.class_num - 1} "
+                f"(class_num {self.class_num})"
             )
 
     # ----------------------------------------------------------------------------------------------
     # Training (section 3.3).
 
     def sample_orders(self, bsz: int) -> Tensor:
-        """Draw a random order of the positions for each sample, ``[B, L]``; the first ones are masked."""
+        """Draw a random order of positions for each sample, ``[B, L]``; the first are masked."""
         return torch.rand(bsz, self.seq_len, device=self.device).argsort(dim=1)
 
     def num_masked_at(self, quantile: float) -> int:
-        """Return the number of masked tokens at a ``quantile`` of the mask ratios: L times the ratio, rounded up.
+        """Return the number of masked tokens at a ``quantile`` of the mask ratios.
 
-        Ratios are normal(1, 0.25) truncated to [mask_ratio_min, 1].
+        It is L times the ratio, rounded up. Ratios are normal(1, 0.25) truncated to
+        [mask_ratio_min, 1].
 
         Args:
             quantile: in [0, 1].
@@ -173,7 +179,7 @@ class TokenBridge(PretrainedTokenBridge):
 
     @staticmethod
     def _split(mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the positions of known ``[B, L - n]`` and masked ``[B, n]`` tokens of a mask ``[B, L]``."""
+        """Return positions of known ``[B, L - n]`` and masked ``[B, n]`` tokens of a mask."""
         counts = mask.sum(dim=1).long().tolist()
         if len(set(counts)) > 1:
             raise ValueError(
@@ -186,7 +192,7 @@ class TokenBridge(PretrainedTokenBridge):
     def forward(
         self, latents: Tensor, labels: Tensor, mask: Tensor | None = None, *uniform: Tensor
     ) -> Tensor:
-        """Return the mean cross-entropy in nats over masked tokens and all channels (or groups of channels).
+        """Return the mean cross-entropy in nats over masked tokens and channels (or groups).
 
         Args:
             latents: ``[B, C, h, w]``, scaled by the latent factor.
@@ -204,7 +210,7 @@ class TokenBridge(PretrainedTokenBridge):
     def masked_tokens(
         self, latents: Tensor, labels: Tensor, mask: Tensor | None, *others: Tensor
     ) -> list[Tensor]:
-        """Return features ``[M, D]`` and levels ``[M, C]`` of the masked tokens, and their rows of ``others``.
+        """Return features ``[M, D]``, levels ``[M, C]`` and ``others`` of the masked tokens.
 
         Args:
             latents, labels, mask: see :meth:`forward`.
@@ -224,9 +230,10 @@ class TokenBridge(PretrainedTokenBridge):
         return [gather_tokens(x, masked).flatten(0, 1) for x in (features, indices, *others)]
 
     def training_flops(self, num_masked: float | None = None) -> float:
-        """Count the operations of a training step for one image: three times those of the forward pass.
+        """Count the operations of a training step for one image.
 
-        Only matrix products count, with 2 operations per multiply-add.
+        They are three times those of the forward pass. Only matrix products count, with 2
+        operations per multiply-add.
 
         Args:
             num_masked: tokens that the head runs on; by default the expected number.
@@ -256,13 +263,13 @@ class TokenBridge(PretrainedTokenBridge):
     # MAR's interface to the same parts, by masks; :meth:`forward` works with positions instead.
 
     def random_masking(self, x: Tensor, orders: Tensor) -> Tensor:
-        """Draw a mask ``[B, L]`` of the first of ``orders [B, L]``, 1 where masked, on the device of ``x``."""
+        """Draw a mask ``[B, L]``, 1 at the first of ``orders [B, L]``, on the device of ``x``."""
         mask = torch.zeros(orders.shape, device=x.device)
         masked = orders[:, : self.draw_num_masked()].to(x.device)
         return mask.scatter(1, masked, 1.0)
 
     def forward_mae_encoder(self, x: Tensor, mask: Tensor, class_embedding: Tensor) -> Tensor:
-        """Encode the known of the tokens ``x [B, L, C]`` and the class ``[B, D]``: ``[B, buffer + known, D]``."""
+        """Encode the class and the known tokens of ``x [B, L, C]``: ``[B, buffer + known, D]``."""
         return self.backbone.encode(x, self._split(mask)[0], class_embedding)
 
     def forward_mae_decoder(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -357,7 +364,7 @@ class TokenBridge(PretrainedTokenBridge):
     def _known_tokens(
         self, bsz: int, latents: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return values ``[B, L, C]`` of known latents on the model's device, and their boolean mask ``[B, L]``."""
+        """Return values ``[B, L, C]`` of known latents, and their boolean mask ``[B, L]``."""
         if (latents is None) != (mask is None):
             raise ValueError("known_latents and known_mask go together")
         if latents is None or mask is None:
@@ -394,12 +401,12 @@ def tokenbridge_base(**arguments: Any) -> TokenBridge:
 
 
 def tokenbridge_large(**arguments: Any) -> TokenBridge:
-    """Build the large model: by default the published one, 486.89M parameters, FID 1.76 in the paper."""
+    """Build the large model: by default the published one, 486.89M parameters (FID 1.76)."""
     return _of_size("tokenbridge_large", arguments, quant_levels=PUBLISHED_LEVELS)
 
 
 def tokenbridge_huge(**arguments: Any) -> TokenBridge:
-    """Build the huge model: by default the published one, 910.04M parameters, FID 1.55 in the paper."""
+    """Build the huge model: by default the published one, 910.04M parameters (FID 1.55)."""
     return _of_size("tokenbridge_huge", arguments, quant_levels=PUBLISHED_LEVELS)
 
 

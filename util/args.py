@@ -43,7 +43,7 @@ Flags = argparse._ActionsContainer
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line or a subcommand's: help shows defaults, flags cannot be abbreviated, errors are one line.
+    """Parser with defaults in its help, without abbreviated flags, with errors of one line.
 
     Args:
         config: whether it has ``--config``, a file of flags; one whose flags are all its
@@ -60,11 +60,11 @@ class Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        """Prints ``error: <message>`` and exits with status 2."""
+        """Print ``error: <message>`` and exit with status 2."""
         self.exit(2, f"{where()}error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Refuses what it does not know, and adds what ``--config`` says: subcommands get here, too."""
+        """Parse flags and those of ``--config``; refuse unknown ones. Subcommands use this, too."""
         args = sys.argv[1:] if args is None else args
         parsed, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
         return parsed, []
 
     def words_of(self, path: str) -> list[str]:
-        """What one would type for the flags in a file; every value is text, as typed, whatever YAML makes of it."""
+        """Return the flags in a file as words of a command line; values stay text, as typed."""
         try:
             flags = yaml.load(Path(path).read_text(), yaml.BaseLoader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -109,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def switched(self, action: argparse.Action, value: object, path: str, name: str) -> list[str]:
-        """The flag without a value that ``name: value`` stands for; none where that is so by default."""
+        """Return the flag that sets ``name`` to true or false; none if that is the default."""
         text = str(value).lower()
         if text not in ("true", "false"):
             self.error(f"{path}: {name} is true or false, not {value}")
@@ -126,9 +126,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def advice(name: str, known: Iterable[str]) -> str:
-    """Return why a flag of the release or of MAR is not needed, or the known name that is most like ``name``.
+    """Suggest the closest known name, or point to --help if none is close.
 
-    Where no name is like it, point to --help.
+    For flags of the release or of MAR that are not needed here, return the reason.
     """
     if reason := NOT_NEEDED.get(name.lstrip("-").replace("-", "_")):
         return f"{reason}: leave it out"
@@ -137,94 +137,111 @@ def advice(name: str, known: Iterable[str]) -> str:
 
 
 def new_parser(description: str, module: str | None = None, config: bool = True) -> Parser:
-    """A parser of a script, or of ``python -m module``; without ``--config`` if all flags are its subcommands'."""
+    """Return the parser of a script, or of ``python -m module``.
+
+    Args:
+        config: see :class:`Parser`.
+    """
     return Parser(module and f"python -m {module}", description=description, config=config)
 
 
 def add_run_args(parser: Flags, batch_size: int, seed: int, precision: str) -> None:
-    """Adds the flags of batches, workers, device, precision and seed."""
+    """Add the flags of batches, workers, device, precision and seed."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--batch_size", type=int, default=batch_size, help="images at once on each device"
     )
-    group.add_argument("--seed", type=int, default=seed, help="of everything random")
+    group.add_argument("--seed", type=int, default=seed, help="seed of all random numbers")
     group.add_argument(
         "--num_workers", type=int, default=WORKERS, help="data loading processes for each device"
     )
     group.add_argument(
         "--pin_mem", action="store_true", help="pin host memory for faster transfers"
     )
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not")
+    group.add_argument(
+        "--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin host memory"
+    )
     group.set_defaults(pin_mem=True)
     add_device_arg(group)
-    text = "on CUDA, compute the same bits in every run, more slowly; on the CPU they are the same anyhow"
+    text = "on CUDA, compute the same bits in every run, more slowly; on the CPU this is always so"
     group.add_argument("--deterministic", action="store_true", help=text)
     group.add_argument(
-        "--precision", choices=PRECISIONS, default=precision, help="of autocast; fp32 means none"
+        "--precision",
+        choices=PRECISIONS,
+        default=precision,
+        help="precision of autocast; fp32 means none",
     )
 
 
 def add_device_arg(parser: Flags) -> None:
-    """Adds the flag of the device."""
+    """Add the flag of the device."""
     text = "cuda, cuda:N, mps (Apple GPUs) or cpu; by default cuda where there is one, else cpu"
     parser.add_argument("--device", help=text)
 
 
 def add_vae_arg(parser: Flags) -> None:
-    """Adds the flag of the tokenizer's file."""
-    text = "tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring their own sizes and "
-    text += "latent factor; or hf://owner/repo[/path]"
+    """Add the flag of the tokenizer's file."""
+    text = (
+        "tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring "
+        "their own sizes and latent factor; or hf://owner/repo[/path]"
+    )
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help=text)
 
 
 def add_mirror_arg(parser: Flags) -> None:
-    """Adds the flag that says whether training sees mirror images."""
-    text = "never train on mirror images, for data whose meaning they change (digits, text); by default half are mirrored"
+    """Add the flag that turns mirror images off in training."""
+    text = (
+        "never train on mirror images, for data whose meaning they change (digits, text); by "
+        "default half are mirrored"
+    )
     parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
 def add_ema_args(parser: Flags, rate: float) -> None:
     """Add the flags of the exponential moving average of the weights."""
     parser.add_argument(
-        "--ema_rate", type=float, default=rate, help="what the weights' average keeps in a step"
+        "--ema_rate", type=float, default=rate, help="decay of the weights' EMA per step"
     )
-    text = "keep --ema_rate from the first step on, as the paper; by default the rate rises to it, for short runs"
+    text = "use --ema_rate from the first step on, as the paper; by default the rate rises to it"
     parser.add_argument("--no_ema_warmup", action="store_true", help=text)
 
 
 def add_dry_run_arg(parser: Flags) -> None:
-    """Adds the flag that only looks at what a training would take."""
-    text = "build everything, take two steps, tell hours, memory and the size of a checkpoint, write nothing"
+    """Add the flag that measures what a training would take."""
+    text = "take two steps, report hours, memory and the size of a checkpoint, write nothing"
     parser.add_argument("--dry_run", action="store_true", help=text)
 
 
 def add_skip_arg(parser: Flags) -> None:
-    """Adds the flag that says what happens to images that cannot be read."""
-    text = "leave out images that cannot be read, count them, list them in bad_images-rank<n>.txt; by default errors"
+    """Add the flag that skips images that cannot be read."""
+    text = (
+        "skip images that cannot be read and list them in bad_images-rank<n>.txt; by default they "
+        "are errors"
+    )
     parser.add_argument("--skip_bad_images", action="store_true", help=text)
 
 
 #: What ``--data_path`` may be.
 DATA_PATH = (
-    "folder of train/<class>/<image>, and val/ or test/ likewise; of <class>/<image> or <image>, all for training; of "
-    "parquet files; or hf://datasets/owner/name"
+    "folder of train/<class>/<image>, and val/ or test/ of the same form; of <class>/<image> or "
+    "<image>, all for training; of parquet files; or hf://datasets/owner/name"
 )
 
 
 def add_column_args(parser: Flags) -> None:
-    """Adds the flags that name columns of a data set in rows."""
-    text = "of the images in parquet files or a data set of the Hub; by default found by its type and name"
+    """Add the flags that name columns of a data set in rows."""
+    text = "column of the images in parquet files or a data set of the Hub; found by default"
     parser.add_argument("--image_column", help=text)
     parser.add_argument(
-        "--label_column", help="of the labels, likewise; none: all images are of one class"
+        "--label_column", help="column of the labels; none: all images are of one class"
     )
 
 
 def add_metrics_args(parser: Flags) -> None:
-    """Adds the flags of Inception's weights and the reference that images are compared with."""
-    text = ".npz with mu and sigma of the reference, for FID; --evaluate finds ADM's of ImageNet 256 by itself"
+    """Add the flags of Inception's weights and of the reference for metrics."""
+    text = ".npz with mu and sigma of the reference, for FID; by default ADM's for ImageNet 256"
     parser.add_argument("--fid_stats", help=text)
-    text = "reference images for precision and recall, and for FID without statistics; as --images of main_metrics.py"
+    text = "reference images for precision and recall, and for FID without --fid_stats"
     parser.add_argument("--reference", help=text)
     parser.add_argument(
         "--inception_weights",
@@ -250,7 +267,7 @@ def add_option(parser: Flags, options: type, name: str, **changes: Any) -> None:
 
 
 def scalar_type(annotation: Any) -> type:
-    """Return the type of a flag's value: int or float if ``annotation`` is or contains it, else str."""
+    """Return the type of a flag's value: int or float if the annotation contains it, else str."""
     return next((kind for kind in (int, float) if kind in (annotation, *get_args(annotation))), str)
 
 
@@ -280,7 +297,7 @@ def add_quantizer_args(parser: Flags, quantizers: Iterable[str], default: str) -
 
 def add_calibration_arg(parser: Flags) -> None:
     """Add the flag that measures each channel's mean and standard deviation for the quantizer."""
-    text = "set each channel's range to its mean +- 3 sqrt(3) standard deviations, measured on its latents"
+    text = "set each channel's range to its measured mean +- 3 sqrt(3) standard deviations"
     parser.add_argument("--quant_calibrate", action="store_true", help=text)
 
 
@@ -297,21 +314,21 @@ def add_sampling_args(parser: Flags, options: type, search: bool = False) -> Non
 
 
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:
-    """Raises UserError unless ``bits`` is 1 to 9, or -1 if ``continuous`` latents are allowed."""
+    """Raise UserError unless ``bits`` is 1 to 9, or -1 if ``continuous`` latents are allowed."""
     if not (1 <= bits <= 9 or (continuous and bits == -1)):
         also = ", or -1 for continuous latents" if continuous else ""
         raise UserError(f"{flag} {bits}: choose 1 to 9 bits, that is 2 to 512 levels{also}")
 
 
 def check_range(args: argparse.Namespace, low: float, high: float, *names: str) -> None:
-    """Raises UserError unless each named flag lies in [low, high]."""
+    """Raise UserError unless each named flag lies in [low, high]."""
     for name in names:
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)}: it must lie between {low} and {high}")
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raises UserError unless each named flag is above zero."""
+    """Raise UserError unless each named flag is above zero."""
     for name in names:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: it must be above zero")
@@ -332,7 +349,7 @@ OF_A_MACHINE = (
 
 
 def check_same_flags(args: argparse.Namespace, device: torch.device) -> None:
-    """Check that all ranks were started with the same flags, and that their CPUs compute in the same precision.
+    """Check that all ranks have the same flags, and compute in the same precision.
 
     Replaces ``precision`` and ``vae_precision`` by :func:`util.misc.effective_precision`, so that
     files of the run name the precision that they were computed in.
@@ -353,6 +370,7 @@ def check_same_flags(args: argparse.Namespace, device: torch.device) -> None:
             f"the precision that --{name} {typed[name]} runs in": value
             for name, value in computed.items()
         },
-        "the CPUs of these machines have different instructions: pass --precision fp32, or use machines of one kind",
+        "the CPUs of these machines have different instructions: pass --precision fp32, or use "
+        "machines of one kind",
     )
     vars(args).update(computed)

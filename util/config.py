@@ -1,4 +1,4 @@
-"""What decides each entry of a run's model configuration: a flag, the checkpoint, the tokenizer, or a default.
+"""Resolve a run's model configuration from flags, checkpoint, tokenizer and defaults.
 
 :func:`resolve` applies the rules that :mod:`util.model_config` states for each entry. Published
 checkpoints hold weights alone; those rules also say which values are assumed for them.
@@ -37,18 +37,16 @@ SizesOf = Callable[[str, str], Mapping[str, int]]
 
 
 class Tokenizer(NamedTuple):
-    """What a tokenizer, or a cache of its moments, tells of itself."""
+    """Description of a tokenizer, or of a cache of its moments."""
 
     config: Mapping[str, Any]  # arguments of the tokenizer; `embed_dim` and `ch_mult` at least
-    latent_factor: float  # what its latents are multiplied by
+    latent_factor: float  # factor that scales its latents
     source: str | Path  # the tokenizer's file or the cache's folder, for messages
-    sha256: str | None = (
-        None  # of its weights (util.checkpoint.load.fingerprint); None for caches that store none
-    )
+    sha256: str | None = None  # hash of its weights; None for caches that store none
 
     @property
     def stride(self) -> int:
-        """Pixels that a latent position covers, each way."""
+        """Pixels per latent position, each way."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
 
     @property
@@ -58,7 +56,7 @@ class Tokenizer(NamedTuple):
         return same and self.same_factor(KL16_LATENT_FACTOR)
 
     def same_factor(self, latent_factor: float) -> bool:
-        """Whether ``latent_factor`` is this tokenizer's, but for rounding."""
+        """Return whether ``latent_factor`` is this tokenizer's, up to rounding."""
         return math.isclose(self.latent_factor, latent_factor, rel_tol=1e-6)
 
     def same_weights(self, sha256: str | None) -> bool:
@@ -138,7 +136,7 @@ def resolve(
 def set_flags(
     args: argparse.Namespace, defaults: argparse.Namespace, models: Collection[str], start: Start
 ) -> None:
-    """Set flags that are at their defaults to the checkpoint's values, for entries that are adopted."""
+    """Set flags at their defaults to the checkpoint's values, for entries that are adopted."""
     # A fine-tuned run that is restarted by its own command keeps what it adopted at first.
     uses = {start.use, FINETUNE} if start.use == RESUME and args.finetune else {start.use}
     for config in (Metadata, ModelConfig):
@@ -241,8 +239,9 @@ def read_channel_order(args: argparse.Namespace, known_order: bool) -> list[int]
     if text == "frequency":
         if not known_order:
             raise UserError(
-                "--channel_order frequency is known for the published KL-16 tokenizer and --patch_size 1 only: "
-                "measure this one's with tools.channel_order, and pass the file that it writes"
+                "--channel_order frequency is known for the published KL-16 tokenizer and "
+                "--patch_size 1 only: measure this one's with tools.channel_order, and pass the "
+                "file that it writes"
             )
         return list(KL16_CHANNEL_ORDER)
     try:
@@ -254,8 +253,8 @@ def read_channel_order(args: argparse.Namespace, known_order: bool) -> list[int]
         order = [int(channel) for channel in order]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"--channel_order {text}: neither frequency, sequential, numbers between commas, nor a file of "
-            f"tools.channel_order ({str(error) or type(error).__name__})"
+            f"--channel_order {text}: neither frequency, sequential, numbers between commas, nor a "
+            f"file of tools.channel_order ({str(error) or type(error).__name__})"
         ) from error
     if sorted(order) != list(range(channels)):
         raise UserError(f"--channel_order {text}: it must hold each of 0 to {channels - 1} once")
@@ -272,7 +271,9 @@ def check_config(
     path: str | Path | None,
     calibrate: bool = False,
 ) -> None:
-    """Check that a run's model is that of its checkpoint; warn if a published one is used differently.
+    """Check that a run's model is that of its checkpoint.
+
+    Warn if a published checkpoint is used differently than published.
 
     Args:
         stored: the checkpoint's ``config``; empty for a published one.
@@ -328,12 +329,13 @@ def check_tokenizer(
         tokenizer: the tokenizer of the run.
         path: the checkpoint, for messages.
     """
-    trained = stored.get("vae_sha256")
+    trained, current = stored.get("vae_sha256"), tokenizer.sha256
     if not tokenizer.same_weights(trained):
         raise UserError(
-            f"{path} was trained with another tokenizer than {tokenizer.source}: the SHA-256 of the weights is "
-            f"{str(trained)[:12]} in the checkpoint, {str(tokenizer.sha256)[:12]} in this run; name the "
-            "tokenizer, or the cache, that it was trained with (--vae_path, --cached_path)"
+            f"{path} was trained with another tokenizer than {tokenizer.source}: the SHA-256 of "
+            f"the weights is {str(trained)[:12]} in the checkpoint, {str(current)[:12]} in "
+            "this run; name the tokenizer, or the cache, that it was trained with (--vae_path, "
+            "--cached_path)"
         )
 
 

@@ -1,4 +1,4 @@
-"""The configuration of a model, in one place: what each entry means, its default, its flag, and its rules.
+"""The configuration of a model: meaning, default, flag and rules of each entry.
 
 These follow from :class:`ModelConfig`: the arguments of :class:`models.tokenbridge.TokenBridge`,
 the model's flags of main_tokenbridge.py, the entries of ``config`` in a checkpoint, and what
@@ -59,7 +59,7 @@ class Entry:
 
 
 def entry(value: Any, text: str, flag: str = "", *, set_by: str = "", **rules: Any) -> Any:
-    """Return a dataclass field with its flag, as :func:`util.options.option` does, and its :class:`Entry`.
+    """Return a dataclass field with its flag (:func:`util.options.option`) and its :class:`Entry`.
 
     The default of the flag is the published value. Flags of entries that every use adopts have
     none: if the flag is omitted, the checkpoint decides, or else the default of the field.
@@ -179,7 +179,7 @@ class ModelConfig:
         "--channels_per_group", adopted_in=EVERY_USE, published=1, unlike_published="refuse",
     )
     quantizer: str = entry(
-        "gaussian", "levels of equal probability under a normal, or at equal distances (section 3.1)",
+        "gaussian", "levels of equal probability under a normal, or at equal distances",
         "--quantizer", adopted_in=EVERY_USE, published="gaussian", unlike_published="refuse",
     )
     channel_mean: Sequence[float] | None = entry(
@@ -214,7 +214,7 @@ class ModelConfig:
 
     @classmethod
     def from_stored(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Return the configuration in a checkpoint's ``config``; ignore entries that are no arguments."""
+        """Return the configuration in a checkpoint's ``config``, without its metadata."""
         return cls(**{name: value for name, value in config.items() if name in MODEL_ENTRIES})
 
     def stored(self) -> dict[str, Any]:

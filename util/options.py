@@ -1,4 +1,4 @@
-"""Options that are declared once: a dataclass field also describes its flag of the command line."""
+"""Options that are declared once: a dataclass field also describes its flag."""
 
 import dataclasses
 from typing import Any
@@ -29,7 +29,7 @@ def option_names(options: type) -> list[str]:
 
 
 def check_choices(options: Any) -> None:
-    """Raise ValueError if an option of a dataclass instance is none of its choices, nor its default."""
+    """Raise ValueError if an option of an instance is neither a choice nor its default."""
     for field in dataclasses.fields(options):
         choices = field.metadata.get("argument", {}).get("choices", ())
         value = getattr(options, field.name)

@@ -59,7 +59,7 @@ def by_class(value: Any, parameter: Tensor, theirs: Any, classes: Sequence[str] 
 
 
 def start_from(
-    model: nn.Module,
+    model: Any,
     content: Mapping[str, Any],
     config: Mapping[str, Any],
     path: Path,
@@ -69,6 +69,7 @@ def start_from(
     """Loads those weights of a checkpoint that fit ``model``, and logs what is done with the others.
 
     Args:
+        model: a :class:`models.tokenbridge.TokenBridge`.
         content: the checkpoint, see :func:`util.checkpoint.read_run`.
         config: configuration of its model.
         ema: whether to take the averaged weights, if there are any.
@@ -87,7 +88,7 @@ def start_from(
     weights = to_published(weights)
     if ema and "model_ema" in content:
         warn_of_young_average(content, path)
-    learned = to_published(dict(model.named_parameters()))
+    learned: dict[str, Tensor] = to_published(dict(model.named_parameters()))
     order = model.config["channel_order"]
     # Files without an order were written when there was one order only.
     only_order = KL16_CHANNEL_ORDER if len(order) == len(KL16_CHANNEL_ORDER) else sorted(order)
@@ -101,15 +102,15 @@ def start_from(
     values = 0  # that are kept
     with torch.no_grad():
         for name, parameter in learned.items():
-            value = weights.get(name)
+            value: Any = weights.get(name)
             kind, count = "kept", parameter.numel()
             if name == "class_emb.weight":
                 value, rows = by_class(value, parameter, config.get("class_names"), classes, path)
                 if rows < len(parameter):
                     kind, count = "kept in part", rows * parameter.shape[1]
             if name in POSITIONS and isinstance(value, Tensor) and value.ndim == 3 and value.shape != parameter.shape:
-                buffers = (buffer, model.config["buffer_size"]) if POSITIONS[name] else (0, 0)
-                value, kind = resized(value, *buffers, model.grid_size), "resized"
+                old, new = (buffer, model.config["buffer_size"]) if POSITIONS[name] else (0, 0)
+                value, kind = resized(value, old, new, model.grid_size), "resized"
             if not fits(value, parameter) or (name.startswith(step_parameters) and not same_order):
                 kind = "drawn anew"
             elif not value.isfinite().all():

@@ -20,7 +20,7 @@ SETTINGS = ("num_images", "num_iter", "cfg", "cfg_schedule", "temperature", "ord
 
 
 def model_card(
-    model: nn.Module,
+    model: Any,
     data: ModelCardData,
     repo_id: str = "owner/repo",
     tokenizer: str | None = None,
@@ -30,6 +30,7 @@ def model_card(
     """The card of a TokenBridge.
 
     Args:
+        model: a :class:`models.tokenbridge.TokenBridge`.
         data: what the Hub shows beside the card.
         repo_id: where the card's example loads the model from.
         tokenizer: where it loads the tokenizer from; by default the published KL-16, if the latent factors agree.
