@@ -3,13 +3,13 @@
 import argparse
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -43,25 +43,16 @@ if TYPE_CHECKING:  # metrics load torch_fidelity and torchvision, which take lon
 # Sampling images
 
 
-@dataclass(frozen=True)
-class SampleSettings:
-    """How images are sampled for evaluation; two runs of equal settings and weights make equal images."""
+@dataclass(frozen=True, kw_only=True)
+class SampleSettings(SamplingOptions):
+    """Settings of an evaluation; two runs of equal settings and weights sample equal images."""
 
     num_images: int
     eval_bsz: int
-    num_iter: int
-    cfg: float
-    cfg_schedule: str
-    temperature: float
     gen_seed: int
     precision: str
-    order: str = "random"
-    confidence_noise: float = 0.0
-    first_place: str = "trained"
     save_confidence: bool = False
     vae_precision: str | None = None  # by default that of the model
-    head_steps: int | None = None
-    head_order: str | None = None
 
 
 @torch.no_grad()
@@ -189,20 +180,19 @@ def held_out_likelihood(
     device: torch.device,
     precision: str,
     seed: int = 0,
-    one_order: bool = False,
+    head_options: Mapping[str, Any] | None = None,
     stop_signals: StopSignals | None = None,
 ) -> dict[str, float]:
     """Measure the cross-entropy per latent dimension of held-out images, at fixed masks and posterior samples.
 
     Each image is measured at :data:`LIKELIHOOD_MASKS` mask ratios, quantiles of the training distribution.
     Its masks and posterior sample follow from ``seed`` and its number, so results do not depend on batch
-    size or ranks. So do the channels that the masked head is given: its result is an unbiased estimate
-    of the mean over all channel orders.
+    size or ranks. So do the random numbers of the head's loss, if it takes any.
 
     Args:
         tokenizer: encodes the batches.
         loader: batches of images or cached moments, from a :class:`util.data.loaders.RankSampler`.
-        one_order: for the masked head, measure one channel per step in the generation order instead, exactly.
+        head_options: arguments of :meth:`models.channel_head.Head.nats`.
         stop_signals: end measuring after the batch in which a rank received one.
 
     Returns:
@@ -227,21 +217,15 @@ def held_out_likelihood(
         latents = posterior.sample(to_device(draws.normal(*posterior.shape[1:]), device))
         limits += extremes(latents)
         orders = draws.uniform(LIKELIHOOD_MASKS, model.seq_len).argsort(dim=-1)  # [B, masks, L]
-        channels = [()] * LIKELIHOOD_MASKS
-        if model.config["head"] == "masked" and not one_order:
-            uniform = draws.uniform(LIKELIHOOD_MASKS, model.seq_len, model.head.channel_steps + 1)
-            channels = [(each,) for each in to_device(uniform, device).unbind(1)]
+        head_numbers: list[tuple[Tensor, ...]] = [()] * LIKELIHOOD_MASKS
+        if model.head.loss_numbers:
+            uniform = draws.uniform(LIKELIHOOD_MASKS, model.seq_len, model.head.loss_numbers)
+            head_numbers = [(numbers,) for numbers in to_device(uniform, device).unbind(1)]
         for i, count in enumerate(counts):
             mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
             with autocast(device, precision):
-                if one_order:
-                    features, levels = model.masked_tokens(latents, labels, mask)
-                    nats = (
-                        -model.head.log_likelihood(features, levels).mean()
-                        / model.head.channel_steps
-                    )
-                else:
-                    nats = model(latents, labels, mask, *channels[i])
+                tokens = model.masked_tokens(latents, labels, mask, *head_numbers[i])
+                nats = model.head.nats(*tokens, **(head_options or {}))
             sums[0] += double(nats * len(batch) / len(counts))
         sums[1] += len(batch)
     model.train(training)
@@ -458,16 +442,20 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
 def measure_likelihood(
     run: Run, model: TokenBridge, stop_signals: StopSignals | None = None
 ) -> dict[str, float]:
-    """See :func:`engine_tokenbridge.held_out_likelihood`, in one order for ``--head_order frequency``; logged, too."""
-    one_order = run.args.head_order == "frequency"
+    """Return :func:`held_out_likelihood` with the head's options that flags set; log it."""
     assert run.held_out is not None
     metrics = held_out_likelihood(
         model, run.encoder, run.held_out, run.device, run.args.precision,
-        one_order=one_order, stop_signals=stop_signals,
+        head_options=likelihood_options(run, model), stop_signals=stop_signals,
     )  # fmt: skip
     text = "held-out cross-entropy over %d images: %.4f nats, %.4f bits a dimension"
     log.info(text, *(metrics[name] for name in ("images", "nats_per_dim", "bits_per_dim")))
     return metrics
+
+
+def likelihood_options(run: Run, model: TokenBridge) -> dict[str, Any]:
+    """Return the flags' values of the head's options on which the likelihood depends."""
+    return {name: getattr(run.args, name) for name in model.head.likelihood_options}
 
 
 def likelihood_once(
@@ -478,7 +466,7 @@ def likelihood_once(
     made_with = {
         "weights": weights,
         "precision": run.args.precision,
-        "head_order": run.args.head_order,
+        **likelihood_options(run, model),
     }
     metrics = distributed.on_rank_0(lambda: record.results() if record.is_of(made_with) else None)
     if metrics is None:

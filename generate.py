@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from models.editing import outpainted
 from models.pipeline import TokenBridgePipeline
-from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, SamplingOptions
+from models.sampling import SamplingOptions
 from util import errors
 from util.args import add_device_arg, add_sampling_args, check_positive, check_range, new_parser
 from util.data.images import png_settings
@@ -84,12 +84,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="share of the tokens that a variation makes anew",
     )
     how = parser.add_argument_group("sampling")
-    add_sampling_args(how, ORDERS, FIRST_PLACES, HEAD_ORDERS)
-    parser.set_defaults(num_iter=64)
-    how.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
-    how.add_argument(
-        "--temperature", type=float, default=1.0, help="of every channel's distribution"
-    )
+    add_sampling_args(how, SamplingOptions)
+    parser.set_defaults(num_iter=SamplingOptions.num_iter, cfg=3.0)
     how.add_argument("--batch_size", type=int, default=64, help="pictures at once, as --eval_bsz")
     parser.add_argument(
         "--output",

@@ -21,9 +21,10 @@ from evaluation import (
     search,
     weights_identity,
 )
+from models.heads import HEADS
 from models.quantizer import QUANTIZERS
-from models.sampling import FIRST_PLACES, HEAD_ORDERS, ORDERS, check_guidance, check_head_options
-from models.tokenbridge import CHECKPOINTED, MASKED_SIZES, MODELS, SIZES, TokenBridge
+from models.sampling import SamplingOptions, check_guidance, check_head_options
+from models.tokenbridge import MODELS, TokenBridge, sizes_of
 from models.tokenizer import CachedMoments, Encoder, Tokenizer
 from util import distributed, errors
 from util.args import (
@@ -33,6 +34,7 @@ from util.args import (
     add_ema_args,
     add_metrics_args,
     add_mirror_arg,
+    add_model_args,
     add_run_args,
     add_sampling_args,
     add_skip_arg,
@@ -61,7 +63,6 @@ from util.config import (
     RESUME,
     Start,
     TokenizerInfo,
-    add_model_args,
     resolve,
 )
 from util.data.caches import cache_metadata
@@ -183,13 +184,7 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
         "--eval_bsz", type=int, default=64, help="images sampled at once on each device"
     )
     sample.add_argument("--num_images", type=int, default=50000, help="over all classes evenly")
-    add_sampling_args(sample, ORDERS, FIRST_PLACES, HEAD_ORDERS)
-    sample.add_argument(
-        "--cfg", type=float, nargs="+", default=1.0, help="guidance scale, or several to search"
-    )
-    sample.add_argument(
-        "--temperature", type=float, nargs="+", default=1.0, help="or several to search"
-    )
+    add_sampling_args(sample, SamplingOptions, search=True)
     sample.add_argument(
         "--gen_seed", type=int, default=0, help="with an image's number, the seed of that image"
     )
@@ -245,7 +240,7 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line of this script."""
     parser = new_parser(__doc__)
-    add_model_args(parser, MODELS, QUANTIZERS, CHECKPOINTED)
+    add_model_args(parser, {"model": MODELS, "head": HEADS, "quantizer": QUANTIZERS})
     add_training_args(parser)
     add_evaluation_args(parser)
     add_file_args(parser)
@@ -431,7 +426,7 @@ def load_inputs(
         UserError: something is missing, damaged, or does not fit the rest.
     """
     tokenizer, info = load_tokenizer(args, defaults, splits, start)
-    config = resolve(args, defaults, SIZES, MASKED_SIZES, info, start)
+    config = resolve(args, defaults, MODELS, sizes_of, info, start)
     if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
         check_num_images(args.num_images, args.class_num)
     data, classes = {}, None if start.use == FINETUNE else start.config.get("class_names")

@@ -15,7 +15,8 @@ from benchmarks.baselines import DiffusionHead, RecomputingHead
 from benchmarks.common import benchmark_parser, finish, machine, parse, timings
 from models.channel_head import ChannelHead, Head
 from models.masked_head import MaskedHead
-from models.tokenbridge import MODELS, compile_blocks
+from models.tokenbridge import MODELS
+from util.model_config import ModelConfig
 from util.precision import PRECISIONS, autocast
 
 RECOMPUTING = "channel head, prefix recomputed"
@@ -41,8 +42,8 @@ def main() -> None:
         models = {c: create(vae_embed_dim=c, quant_levels=64) for c in (16, 4)}
         masked = create(quant_levels=64, head="masked")
 
-    def build(config: dict[str, Any], kind: type[ChannelHead] | type[MaskedHead]) -> Head:
-        return kind(config, partial(nn.LayerNorm, eps=1e-6)).to(device).eval()
+    def build(config: dict[str, Any], kind: type[Head]) -> Head:
+        return kind(ModelConfig.from_stored(config)).to(device).eval()
 
     heads = {
         RECOMPUTING: build(models[16].config, RecomputingHead),
@@ -53,9 +54,9 @@ def main() -> None:
     if args.compile:
         for name in ("channel head", "masked head"):
             compiled = heads[f"{name}, compiled"] = copy.deepcopy(heads[name])
-            compile_blocks(compiled)
+            compiled.compile_blocks()
     feature_dim = models[16].config["decoder_embed_dim"]
-    token_flops = models[16].token_flops()
+    token_flops = models[16].head.sampling_flops()
     diffusion = DiffusionHead(feature_dim).to(device).eval()
 
     def sample(head: nn.Module, precision: str, *inputs, **options) -> None:
@@ -78,7 +79,7 @@ def main() -> None:
                 ),
             }
             for name, head in heads.items():
-                uniform = torch.rand(tokens, head.numbers, device=device)
+                uniform = torch.rand(tokens, head.sample_numbers, device=device)
                 function = partial(sample, head, precision, features, 1.0, uniform)
                 if isinstance(head, MaskedHead):
                     for steps in (4, 1):

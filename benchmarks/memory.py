@@ -25,12 +25,12 @@ from benchmarks.common import new_trainer
 from engine_tokenbridge import Trainer
 from models import fast
 from models.quantizer import GaussianQuantizer
-from models.tokenbridge import CHECKPOINTED, MODELS
+from models.tokenbridge import MODELS
 from models.tokenizer import Encoder, Tokenizer
 from models.vae import AutoencoderKL
 from util.args import new_parser
-from util.config import KL16_CONFIG
 from util.files import write_json
+from util.model_config import CHECKPOINTED, KL16_CONFIG
 from util.precision import PRECISIONS
 from util.provenance import provenance
 from util.tables import markdown

@@ -7,7 +7,6 @@ import torch
 
 from benchmarks.baselines import RecomputingHead, plain_kernels
 from benchmarks.common import add_variant_flags, benchmark_parser, compare_variants, parse
-from models.masked_head import DEFAULT_STEPS
 from models.sampling import SamplingOptions, sampling_plan
 from models.tokenbridge import MODELS
 from util.precision import autocast
@@ -33,9 +32,8 @@ def prepare(
     # All variants count the FLOPs that are necessary: two passes of the backbone per step
     # (guidance), and one pass of the head per token.
     plan = sampling_plan(SamplingOptions(args.num_iter), model.seq_len)
-    backbone = sum(2 * model.backbone_flops(step.masked) for step in plan)
-    head_passes = DEFAULT_STEPS if args.head == "masked" else 1
-    flops = args.batch * (backbone + model.seq_len * model.token_flops(head_passes))
+    backbone = sum(2 * model.backbone.flops(step.masked) for step in plan)
+    flops = args.batch * (backbone + model.seq_len * model.head.sampling_flops())
     return plain_kernels()(sample) if release else sample, flops
 
 

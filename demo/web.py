@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from generate import add_model_args, load_pipeline, side_by_side
 from models.editing import MAX_PIXELS, cropped, opened
 from models.pipeline import Pictures, TokenBridgePipeline, to_pictures
-from models.sampling import ORDERS
+from models.sampling import ORDERS, SCHEDULES, SamplingOptions
 from util import errors
 from util.args import check_range, new_parser
 from util.data.images import confidence_maps, png_settings, read_settings
@@ -270,9 +270,8 @@ def add_sampling(pipe: TokenBridgePipeline) -> list[gr.components.Component]:
     """Adds how it is made: controls of SAMPLING."""
     length, wide = pipe.model.seq_len, {"min_width": 240}
     with gr.Accordion("Sampling", open=True), gr.Row():
-        steps = gr.Slider(
-            1, length, min(64, length), step=1, label="Steps", elem_id="steps", **wide
-        )
+        usual_steps = min(SamplingOptions.num_iter, length)
+        steps = gr.Slider(1, length, usual_steps, step=1, label="Steps", elem_id="steps", **wide)
         text = "Towards the class; 1 is without"
         usual = (
             3.0 if pipe.model.config["label_drop_prob"] else 1.0
@@ -282,14 +281,29 @@ def add_sampling(pipe: TokenBridgePipeline) -> list[gr.components.Component]:
         )
         text = "Below 1 more typical"
         temperature = gr.Slider(
-            0, 2, 1.0, step=0.01, label="Temperature", info=text, elem_id="temperature", **wide
+            0,
+            2,
+            SamplingOptions.temperature,
+            step=0.01,
+            label="Temperature",
+            info=text,
+            elem_id="temperature",
+            **wide,
         )
         schedule = gr.Radio(
-            ["linear", "constant"], value="linear", label="Guidance over the steps", **wide
+            list(SCHEDULES),
+            value=SamplingOptions.cfg_schedule,
+            label="Guidance over the steps",
+            **wide,
         )
         text = "Of tokens: at random, by rows, the surest first"
         order = gr.Radio(
-            list(ORDERS), value="random", label="Order", info=text, elem_id="order", **wide
+            list(ORDERS),
+            value=SamplingOptions.order,
+            label="Order",
+            info=text,
+            elem_id="order",
+            **wide,
         )
     return [steps, cfg, schedule, temperature, order]
 

@@ -20,6 +20,7 @@ from util.data.datasets import PlainImages
 from util.data.packed import open_cache
 from util.files import read_json, write_json
 from util.metrics.compute import NEIGHBORS, check_number, frechet_distance
+from util.model_config import ModelConfig
 from util.precision import check_finite
 from util.process_group import process_group
 from util.provenance import provenance
@@ -127,7 +128,9 @@ def likelihood(folder: Path, resume: str, cached_val_path: str) -> dict[str, flo
     """
     discrete = read_json(folder / "likelihood.json")
     config = read_run(find_checkpoint(resume))["config"]
-    quantizer = build_quantizer({**config, "patch_size": 1})
+    quantizer = build_quantizer(
+        ModelConfig.from_stored({**config, "patch_size": 1, "channel_order": None})
+    )
     latents = held_out_latents(cached_val_path, config["latent_factor"])
     bits = level_bits(quantizer, latents) - latents.double().std(0).log2()
     continuous_bits = discrete["bits_per_dim"] + bits.mean().item()

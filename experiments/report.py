@@ -20,7 +20,7 @@ from experiments.results import (
     row_table,
     short_table,
 )
-from models.tokenbridge import MASKED_SIZES, SIZES, TokenBridge
+from models.tokenbridge import MODELS, TokenBridge, sizes_of
 from tools import scaling
 from util import errors
 from util.config import KL16_CONFIG, KL16_LATENT_FACTOR, Start, TokenizerInfo, resolve
@@ -116,7 +116,7 @@ def model_of(words: Sequence[str]) -> TokenBridge:
     args, defaults = parser.parse_args(words[1:]), parser.parse_args([])
     main_tokenbridge.check_args(args)
     tokenizer = TokenizerInfo(KL16_CONFIG, KL16_LATENT_FACTOR, args.vae_path)
-    config = resolve(args, defaults, SIZES, MASKED_SIZES, tokenizer, Start())
+    config = resolve(args, defaults, MODELS, sizes_of, tokenizer, Start())
     config["quantizer"] = "gaussian"  # linear levels are checked, which needs their values
     with torch.device("meta"):
         return TokenBridge(**config)

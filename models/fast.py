@@ -1,4 +1,4 @@
-"""What makes heads fast and lets them fit in memory: the loss in parts; sampling of few tokens by one launch."""
+"""Speed and memory of heads: the loss in parts, and CUDA graphs for sampling few tokens."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,21 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Elements of AdaLN modulations and logits held at once in sampling; more tokens than that allows go through in turn.
+#: Largest number of elements of AdaLN modulations and logits in sampling; more tokens are sampled
+#: in parts.
 MODULATION_BUDGET = 2**28
-#: Elements of the sequence (tokens x the head's places x width) that train at once, by device.
+#: Largest number of elements (tokens x sequence length x width of the head) in training, by device.
 TRAINING_BUDGET = {"cpu": 2**22, "cuda": 2**25}
-#: Rows up to which the head waits for launches, not for its products; more go through without a recording.
+#: Tokens up to which sampling is bound by kernel launches and is recorded; more are sampled without
+#: a recording.
 RECORDED_ROWS = 256
 
 
 class LossInParts(torch.autograd.Function):
-    """The head's loss and its gradients, ``rows`` tokens at a time, so that the activations of no more are held.
+    """The head's loss and its gradients, ``rows`` tokens at a time, to save memory.
 
-    They are most of a training step's memory, 16 channel steps for each token. Nothing is computed twice: gradients are
-    taken while a part's activations are there, and scaled in the backward pass. They are those of the sum of losses:
-    at the logits within [-1, 1] (the masked head's within [-S, S]), which fp16 holds whatever the scale that the loss
-    only gets later.
+    These activations are most of a training step's memory, with 16 channel steps per token. Nothing
+    is computed twice: gradients are taken while a part's activations exist, and scaled in the
+    backward pass. They are gradients of the sum of losses: at the logits within [-1, 1] (the masked
+    head's within [-S, S]), which fp16 represents whatever the scale of the loss, which is only
+    known in the backward pass.
     """
 
     @staticmethod
@@ -63,14 +66,16 @@ class LossInParts(torch.autograd.Function):
 
 
 def loss_in_parts(head: Any, features: Tensor, given: Tensor) -> Tensor:
-    """Mean of ``head.summed_loss`` over tokens and channel steps, computed in parts that fit in memory.
+    """Return the mean loss over tokens and channel steps, computed in parts that fit in memory.
 
     Args:
         features: ``[M, D]`` of the backbone, one row per token.
         given: the second argument of ``head.summed_loss``, one row per token.
     """
     learned = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    rows = max(1, TRAINING_BUDGET.get(features.device.type, 2**25) // (head.places * head.dim))
+    rows = max(
+        1, TRAINING_BUDGET.get(features.device.type, 2**25) // (head.sequence_length * head.dim)
+    )
     training = torch.is_grad_enabled() and (features.requires_grad or learned)
     if len(features) <= rows or not training:
         return head.summed_loss(features, given) / (len(features) * head.channel_steps)
@@ -80,11 +85,14 @@ def loss_in_parts(head: Any, features: Tensor, given: Tensor) -> Tensor:
 def cuda_graph(
     work: Callable[[], tuple[Tensor, ...]], pool: Any
 ) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """Records ``work``, which must not wait for the device: what replays it, and the outputs each replay writes.
+    """Record ``work`` as a CUDA graph; return the function that replays it, and its outputs.
 
-    Recordings share the memory of ``pool``: each is done with it before another starts.
+    Recordings share the memory of ``pool``: each has finished with it before another starts.
+
+    Args:
+        work: must not synchronize with the device.
     """
-    # Copies that autocast keeps must be of the graph's own memory, and live in no other.
+    # Autocast's copies of weights must lie in the graph's own memory, and be used in no other.
     torch.clear_autocast_cache()
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
@@ -94,7 +102,7 @@ def cuda_graph(
     torch.cuda.current_stream().wait_stream(aside)
     torch.clear_autocast_cache()
     graph = torch.cuda.CUDAGraph()
-    # Other threads, of loaders and collectives, may go on meanwhile.
+    # Other threads, of loaders and collectives, may use CUDA at the same time.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         outputs = work()
     torch.clear_autocast_cache()
@@ -102,9 +110,9 @@ def cuda_graph(
 
 
 class Recordings:
-    """Records functions of tensors, once for each power of two rows and each setting, and replays them.
+    """Records functions of tensors, once per power of two rows and per setting, and replays them.
 
-    A recording by :func:`cuda_graph` makes one launch of thousands of small kernels.
+    A recording by :func:`cuda_graph` launches thousands of small kernels as one.
     """
 
     def __init__(self, record: Callable = cuda_graph):
@@ -118,7 +126,7 @@ class Recordings:
     def __call__(
         self, work: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, key: tuple[Any, ...]
     ):
-        """``work(*inputs)``, each of whose rows follows from that row of the inputs, and from ``key``."""
+        """Return ``work(*inputs)``, whose rows depend on that row of the inputs and on ``key``."""
         rows = len(inputs[0])
         size = 1 << (rows - 1).bit_length()
         kind = inputs[0].device.type
@@ -126,7 +134,7 @@ class Recordings:
         key = (size, autocast, *(given.dtype for given in inputs), *key)
         if key not in self.kept:
             on_device = torch.cuda.device(inputs[0].device) if kind == "cuda" else nullcontext()
-            # What is kept is written again and again, within inference mode and without.
+            # Replays write to these tensors inside inference mode and outside of it.
             with on_device, torch.inference_mode(False), torch.no_grad():
                 buffers = [
                     torch.zeros(size, *each.shape[1:], dtype=each.dtype, device=each.device)
@@ -142,16 +150,17 @@ class Recordings:
 
 @cache
 def compiled(method: Callable) -> Callable:
-    """Return the program that ``torch.compile`` makes of a method of a class, for any number of tokens.
+    """Return a method of a class compiled by ``torch.compile``, for any number of tokens.
 
-    All blocks of a class share it. A copy of a block, such as the EMA's, runs it with weights of its own.
+    All blocks of a class share it. A copy of a block, such as the EMA's, runs it with weights of
+    its own.
     """
     return torch.compile(method, dynamic=True)
 
 
 @contextmanager
 def weights_cast_once(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within the block, autocast keeps its low-precision copies of frozen weights, as it does of trained ones."""
+    """Let autocast keep its low-precision copies of frozen weights within the block."""
     frozen = [
         p
         for p in model.parameters()

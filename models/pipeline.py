@@ -291,7 +291,7 @@ class TokenBridgePipeline:
             for name in ("cfg", "temperature", "confidence_noise"):
                 if not math.isfinite(sampling.get(name, 0.0)):
                     raise ValueError(f"{name} must be a finite number, got {float(sampling[name])}")
-            steps = min(sampling.get("num_iter", 64), self.model.seq_len)
+            steps = min(sampling.get("num_iter", SamplingOptions.num_iter), self.model.seq_len)
             options = SamplingOptions(**{**sampling, "num_iter": steps})
             check_head_options(self.model.head, options)
             check_guidance(self.model.config["label_drop_prob"], options.cfg, labeled)

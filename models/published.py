@@ -1,4 +1,4 @@
-"""Published checkpoints: their names and order, and what the shapes of their weights tell of a model."""
+"""Published checkpoints: names and order of weights, and the configuration that shapes show."""
 
 import math
 from collections.abc import Mapping
@@ -9,36 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from util.checkpoint.names import from_published, nested_name, to_published
-from util.config import KL16_CHANNEL_ORDER, KL16_LATENT_FACTOR
 from util.errors import UserError
+from util.model_config import KL16_LATENT_FACTOR
 
-__all__ = [
-    "accept_published_names",
-    "default_channel_order",
-    "from_published",
-    "published_config",
-    "to_published",
-]
-
-
-def default_channel_order(vae_embed_dim: int, patch_size: int) -> list[int]:
-    """Return the generation order of a token's channels where none is given: KL-16's if there are 16, else 0, 1, ..."""
-    if vae_embed_dim == len(KL16_CHANNEL_ORDER) and patch_size == 1:
-        return list(KL16_CHANNEL_ORDER)
-    return list(range(vae_embed_dim * patch_size**2))
+__all__ = ["accept_published_names", "from_published", "published_config", "to_published"]
 
 
 def accept_published_names(
     model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
 ) -> None:
-    """Rename published entries of ``state`` before ``model`` loads it: a ``load_state_dict`` pre-hook."""
+    """Rename published entries of ``state`` before loading (a ``load_state_dict`` pre-hook)."""
     for name in [name for name in state if name.startswith(prefix)]:
         state[prefix + nested_name(name.removeprefix(prefix))] = state.pop(name)
 
 
 def imagenet_names() -> list[str]:
     """Return the WordNet ids of ImageNet's 1,000 classes in the order of their labels."""
-    from timm.data import ImageNetInfo  # which loads torchvision: a model alone needs none
+    from timm.data import ImageNetInfo  # imported here since it loads torchvision
 
     return ImageNetInfo("imagenet-1k").label_names()
 
@@ -67,16 +54,16 @@ def published_config(model_class: Any, weights: Any, path: str | Path) -> dict[s
         }
         for size, sizes in model_class.SIZES.items():
             with torch.device("meta"):
-                model = model_class(**sizes, **kwargs)
+                model = model_class(**{**sizes, **kwargs})
             expected = to_published(dict(model.named_parameters()))
             if all(shapes.get(name) == list(value.shape) for name, value in expected.items()):
                 config = {**model.config, "model": size, "latent_factor": KL16_LATENT_FACTOR}
                 names = imagenet_names()
-                return config | (
-                    {"class_names": names} if len(names) == kwargs["class_num"] else {}
-                )
+                if len(names) == kwargs["class_num"]:
+                    config["class_names"] = names
+                return config
     except (KeyError, IndexError, ValueError):
         pass
     raise UserError(
-        f"{path} does not say of what model it is, and its weights are of no published one"
+        f"{path} stores no config, and its weights have the shapes of no published model"
     )

@@ -1,7 +1,7 @@
-"""Post-training quantization of latents, one dimension at a time (section 3.1 of the paper, equations 1 to 5)."""
+"""Post-training quantization of latents, one dimension at a time (section 3.1, Eq. 1 to 5)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,15 +9,18 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor, nn
 
-# --------------------------------------------------------------------------------------------------------------------
+from util.model_config import ModelConfig
+
+# --------------------------------------------------------------------------------------------------
 # Tables: boundaries of equal probability (Eq. 2) and the mean of each bin (Eq. 3).
 
 
 def gaussian_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor]:
-    """Boundaries and reconstruction values of ``levels`` equiprobable bins of a standard normal.
+    """Return boundaries and values of ``levels`` equiprobable bins of a standard normal.
 
-    The outer boundaries are clamped to ``[-std_range, std_range]`` *before* the means are taken, as in the published
-    tables, and the means are computed in float32, as there: in float64 they differ by up to 6e-6.
+    The outer boundaries are clamped to ``[-std_range, std_range]`` *before* the means are taken, as
+    in the published tables, and the means are computed in float32, as there: in float64 they differ
+    by up to 6e-6.
 
     Args:
         levels: number of bins K, at least 2.
@@ -34,7 +37,7 @@ def gaussian_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor
     if not (boundaries.diff() > 0).all():
         raise ValueError(
             f"{levels} levels are too many for a range of {std_range} standard deviations: "
-            "the outer bins lie wholly outside it (at 3 deviations, use 512 levels, 9 bits, at most)"
+            "the outer bins lie outside of it (for 3 standard deviations use at most 512 levels)"
         )
     density = torch.exp(-(boundaries**2) / 2) / math.sqrt(2 * math.pi)
     cdf = (1 + torch.erf(boundaries / math.sqrt(2))) / 2
@@ -43,13 +46,17 @@ def gaussian_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor
 
 
 def linear_tables(levels: int, std_range: float = 3.0) -> tuple[Tensor, Tensor]:
-    """As :func:`gaussian_tables`: bins of equal width and their centres (section 3.1, remark)."""
+    """Return tables as :func:`gaussian_tables`, of bins of equal width (section 3.1, remark)."""
     boundaries = torch.linspace(-std_range, std_range, levels + 1)
     return boundaries, (boundaries[:-1] + boundaries[1:]) / 2
 
 
 def bisect(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
-    """The largest float32 between ``low`` and ``high``, elementwise, up to which the monotone ``holds`` is true."""
+    """Return the largest float32 in [low, high], elementwise, for which ``holds`` is true.
+
+    Args:
+        holds: true up to some number, then false.
+    """
     while True:
         middle = low + (high - low) / 2
         if (~(middle > low) | ~(middle < high)).all():
@@ -59,11 +66,12 @@ def bisect(low: Tensor, high: Tensor, holds: Callable[[Tensor], Tensor]) -> Tens
 
 
 def nearest_thresholds(values: Tensor) -> Tensor:
-    """The largest float32 that is still nearest to each of K values rather than to the next one: ``[K - 1]``.
+    """Return the largest float32 nearer to each of K values than to the next one: ``[K - 1]``.
 
-    ``torch.bucketize(x, thresholds)`` is then Eq. 4's argmin over ``|x - value|``, bit for bit, ties to the lower, at a
-    cost that does not grow with levels times elements. The plain midpoint is not enough: in float32 the two distances
-    of an ``x`` beside it may round to the same number.
+    ``torch.bucketize(x, thresholds)`` is then Eq. 4's argmin over ``|x - value|``, bit for bit,
+    with ties to the lower level, at a cost that does not grow with levels times elements. The
+    midpoint would not be exact: in float32 the two distances of an ``x`` beside it may round to the
+    same number.
     """
     below, above = values[:-1], values[1:]
     return bisect(
@@ -71,25 +79,27 @@ def nearest_thresholds(values: Tensor) -> Tensor:
     )  # monotone in x, rounding included
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The quantizer.
 
 
 class ScalarQuantizer(nn.Module):
     """Maps each latent dimension to one of K levels and back (Eq. 1, 4 and 5).
 
-    Squeezing ``[quant_min, quant_max]`` into ``[-std_range, std_range]`` spreads Gaussian levels as one of deviation
-    ``(quant_max - quant_min) / (2 std_range)``, 5/3 by default. For unit-variance latents that is close to the sqrt(3)
-    which Panter and Dite's rule (density of levels ~ p^(1/3)) gives as optimal, although the levels then do not look
-    equiprobable for the data. The same rule calibrates channels whose mean and deviation are known: the range of each
-    is ``mean +- std_range sqrt(3) deviation``.
+    Mapping ``[quant_min, quant_max]`` to ``[-std_range, std_range]`` spreads Gaussian levels as a
+    normal of standard deviation ``(quant_max - quant_min) / (2 std_range)``, 5/3 by default. For
+    unit-variance latents that is close to the optimum sqrt(3) of Panter and Dite's rule (density of
+    levels ~ p^(1/3)), although the levels are then not equiprobable for the data. The same rule
+    calibrates channels whose mean and std are known: the range of each is ``mean +- std_range
+    sqrt(3) std``.
 
     Args:
         levels: number of levels K.
-        quant_min, quant_max: bounds alpha_min, alpha_max of the latents, clamped to.
+        quant_min, quant_max: bounds alpha_min, alpha_max, to which latents are clamped.
         std_range: half-width r of the normalized range, in standard deviations.
-        channel_mean, channel_std: mean and deviation of each channel's latents, which calibrate that channel's bounds
-            in place of the two above; the channels are then the last dimension of everything that is quantized.
+        channel_mean, channel_std: mean and standard deviation of each channel's latents, which set
+            that channel's bounds in place of the two above; the channels are then the last
+            dimension of what is quantized.
 
     Raises:
         ValueError: too few or too many levels, an empty range, or see :func:`calibrated_bounds`.
@@ -125,9 +135,7 @@ class ScalarQuantizer(nn.Module):
         )
         boundaries, values = self.tables(levels, std_range)
         self.register_buffer("reconstruction_values", values)
-        self.register_buffer(
-            "boundaries", boundaries
-        )  # for published checkpoints; Eq. 4 compares with the thresholds
+        self.register_buffer("boundaries", boundaries)  # for published checkpoints only
         self.register_buffer("thresholds", torch.zeros(levels - 1), persistent=False)
         self.register_buffer("latent_thresholds", torch.zeros(levels - 1), persistent=False)
         self.calibrated = channel_mean is not None or channel_std is not None
@@ -136,24 +144,25 @@ class ScalarQuantizer(nn.Module):
             self.register_buffer("channel_min", low, persistent=False)
             self.register_buffer("channel_max", high, persistent=False)
         self._update_thresholds()
-        # A checkpoint may bring other tables, from which other thresholds follow.
+        # A checkpoint may hold other tables, from which other thresholds follow.
         self.register_load_state_dict_post_hook(lambda module, _: module._update_thresholds())
 
     def _update_thresholds(self) -> None:
-        """Finds the thresholds between levels, of normalized latents and, unless calibrated, of latents as they are."""
+        """Compute the thresholds between levels, for normalized latents and for latents."""
         if not (self.reconstruction_values.diff() > 0).all():
             raise ValueError("a quantizer's reconstruction values must ascend")
         limits = nearest_thresholds(self.reconstruction_values.float().cpu())
         self.thresholds.copy_(limits)
         if not self.calibrated:
-            # The largest latents that Eq. 1 maps to a threshold or below: comparing with these saves Eq. 1.
+            # The largest latents that Eq. 1 maps to a threshold or below: comparing with them skips
+            # Eq. 1.
             margin = 1.0 + abs(self.quant_min) + abs(self.quant_max)
             low = torch.full_like(limits, self.quant_min - margin)
             high = torch.full_like(limits, self.quant_max + margin)
             self.latent_thresholds.copy_(bisect(low, high, lambda x: self.normalize(x) <= limits))
 
     def bounds(self) -> tuple[float | Tensor, float | Tensor]:
-        """alpha_min and alpha_max: numbers, or ``[C]`` each where channels are calibrated."""
+        """Return alpha_min and alpha_max: numbers, or ``[C]`` each if channels are calibrated."""
         return (
             (self.channel_min, self.channel_max)
             if self.calibrated
@@ -161,19 +170,18 @@ class ScalarQuantizer(nn.Module):
         )
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Eq. 1: latents to ``[-std_range, std_range]``, clamped; any shape."""
+        """Map latents of any shape to ``[-std_range, std_range]``, clamped (Eq. 1)."""
         r, (low, high) = self.std_range, self.bounds()
         return (2 * r * (x.float() - low) / (high - low) - r).clamp(-r, r)
 
     def dequantize(self, indices: Tensor) -> Tensor:
-        """Eq. 5: indices in ``[0, K)``, any shape, to latents of that shape, float32."""
+        """Map indices in ``[0, K)``, of any shape, to float32 latents of that shape (Eq. 5)."""
         low, high = self.bounds()
-        return (self.reconstruction_values[indices] + self.std_range) * (
-            (high - low) / (2 * self.std_range)
-        ) + low
+        scale = (high - low) / (2 * self.std_range)
+        return (self.reconstruction_values[indices] + self.std_range) * scale + low
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantizes latents of any shape (Eq. 4, 5): ``(indices, dequantized)`` of that shape, int64 and float32."""
+        """Return int64 indices and float32 values of latents of any shape (Eq. 4, 5)."""
         if self.calibrated:
             indices = torch.bucketize(self.normalize(x).contiguous(), self.thresholds)
             return indices, self.dequantize(indices)
@@ -184,19 +192,19 @@ class ScalarQuantizer(nn.Module):
 def calibrated_bounds(
     channel_mean: Sequence[float] | None, channel_std: Sequence[float] | None, std_range: float
 ) -> tuple[Tensor, Tensor]:
-    """Bounds alpha_min and alpha_max of each channel, ``mean -+ std_range sqrt(3) deviation``: ``[C]`` each.
+    """Return the bounds ``mean -+ std_range sqrt(3) std`` of each channel: ``[C]`` each.
 
     Raises:
-        ValueError: means or deviations are missing, not as many as the others, not finite, or deviations not above 0.
+        ValueError: means or stds are missing, of different numbers, not finite, or stds not above
+            0.
     """
     if channel_mean is None or channel_std is None or len(channel_mean) != len(channel_std):
-        raise ValueError("calibration needs a mean and a deviation for each channel")
-    mean, deviation = (
-        torch.tensor(values, dtype=torch.float32) for values in (channel_mean, channel_std)
-    )
-    if not (mean.isfinite() & deviation.isfinite() & (deviation > 0)).all():
-        raise ValueError("means of channels must be finite, deviations above zero")
-    half = std_range * math.sqrt(3) * deviation
+        raise ValueError("calibration needs a mean and a standard deviation for each channel")
+    mean = torch.tensor(channel_mean, dtype=torch.float32)
+    std = torch.tensor(channel_std, dtype=torch.float32)
+    if not (mean.isfinite() & std.isfinite() & (std > 0)).all():
+        raise ValueError("means of channels must be finite, standard deviations above zero")
+    half = std_range * math.sqrt(3) * std
     return mean - half, mean + half
 
 
@@ -216,23 +224,25 @@ class LinearQuantizer(ScalarQuantizer):
 QUANTIZERS = {"gaussian": GaussianQuantizer, "linear": LinearQuantizer}
 
 
-def build_quantizer(config: Mapping[str, Any]) -> ScalarQuantizer:
-    """The quantizer of tokens ``[B, L, C]`` that ``config``, a TokenBridge's arguments, describes.
+def build_quantizer(config: ModelConfig) -> ScalarQuantizer:
+    """Return the quantizer of tokens ``[B, L, C]`` that ``config`` describes.
 
     Raises:
-        ValueError: a quantizer of another kind, or see :class:`ScalarQuantizer`.
+        ValueError: there is no such quantizer, or see :class:`ScalarQuantizer`.
     """
-    kind, channels = config["quantizer"], config["vae_embed_dim"]
-    if kind not in QUANTIZERS:
-        raise ValueError(f"quantizer one of {list(QUANTIZERS)} is needed, not {kind!r}")
-    calibration: dict[str, Any] = {}
-    for name in ("channel_mean", "channel_std"):
-        values = config[name]
-        if values is not None and len(values) != channels:
-            raise ValueError(f"{len(values)} values of {name} for {channels} channels")
-        # A patch's entries of one channel lie side by side in its token.
-        calibration[name] = (
-            values if values is None else np.repeat(values, config["patch_size"] ** 2)
-        )
-    ranges = config["quant_levels"], config["quant_min"], config["quant_max"], config["std_range"]
-    return QUANTIZERS[kind](*ranges, **calibration)
+    if config.quantizer not in QUANTIZERS:
+        raise ValueError(f"quantizer is one of {', '.join(QUANTIZERS)}, not {config.quantizer!r}")
+    calibration: dict[str, Any] = {
+        "channel_mean": config.channel_mean,
+        "channel_std": config.channel_std,
+    }
+    for name, values in calibration.items():
+        if values is not None:
+            if len(values) != config.vae_embed_dim:
+                raise ValueError(
+                    f"{len(values)} values of {name} for {config.vae_embed_dim} channels"
+                )
+            # The entries of one channel of a patch lie side by side in its token.
+            calibration[name] = np.repeat(values, config.patch_size**2)
+    ranges = config.quant_levels, config.quant_min, config.quant_max, config.std_range
+    return QUANTIZERS[config.quantizer](*ranges, **calibration)

@@ -5,9 +5,9 @@ import torch
 
 from benchmarks.memory import PeakMemory, fake_training, smallest_gpu, step_memory
 from models import fast, layers
-from models.tokenbridge import CHECKPOINTED
 from models.tokenizer import CachedMoments
 from tests.conftest import SMALL
+from util.model_config import CHECKPOINTED
 
 BYTES = 2**30
 OPTIONS = {name: value for name, value in SMALL.items() if name != "quant_levels"}

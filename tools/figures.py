@@ -13,14 +13,7 @@ from torch import Tensor
 
 from engine_tokenbridge import channel_statistics
 from models.quantizer import QUANTIZERS, ScalarQuantizer
-from models.sampling import (
-    FIRST_PLACES,
-    HEAD_ORDERS,
-    ORDERS,
-    SamplingOptions,
-    check_guidance,
-    check_head_options,
-)
+from models.sampling import SamplingOptions, check_guidance, check_head_options
 from models.tokenbridge import TokenBridge
 from models.tokenizer import CachedMoments, Tokenizer
 from util import errors
@@ -83,17 +76,14 @@ def get_args_parser() -> argparse.ArgumentParser:
         command.add_argument("--resume", default="", help=f"folder that holds {CHECKPOINT_NAME}")
         text = "names of class folders, ImageNet's names, or numbers; by default eight classes"
         command.add_argument("--classes", nargs="+", help=text)
-        command.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
-        command.add_argument(
-            "--temperature", type=float, default=1.0, help="of every channel's distribution"
-        )
         command.add_argument(
             "--gen_seed", type=int, default=0, help="gives sample n its seed, together with n"
         )
         command.add_argument(
             "--no_ema", action="store_true", help="the weights themselves, not their average"
         )
-        add_sampling_args(command, ORDERS, FIRST_PLACES, HEAD_ORDERS)
+        add_sampling_args(command, SamplingOptions)
+        command.set_defaults(cfg=3.0)
         add_vae_arg(command)
     for command in (levels, samples, parallel, confidence):
         command.add_argument("--output", default="", help="the picture; by default <figure>.png")

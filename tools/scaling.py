@@ -144,9 +144,9 @@ def sampling_seconds(model: TokenBridge, gpu: Gpu, a: argparse.Namespace) -> tup
     waits = [1e-6 * a.launch * count for count in launches(model, a)]
     for step in sampling_plan(SamplingOptions(a.num_iter), model.seq_len):
         backbone += max(
-            2 * model.backbone_flops(step.masked) / rate, waits[0]
+            2 * model.backbone.flops(step.masked) / rate, waits[0]
         )  # guidance doubles the batch
-        head += max((step.masked - step.left) * model.token_flops() / rate, waits[1])
+        head += max((step.masked - step.left) * model.head.sampling_flops() / rate, waits[1])
     return backbone, head
 
 
@@ -300,7 +300,7 @@ def sentences(c: Counts, a: argparse.Namespace) -> dict[str, str]:
     }
     # 1 day and 11 hours on 16 H100s, cached, 400 epochs; MAR's own head is not counted.
     masked = large.num_masked_at(0.5)
-    mar = 3 * large.backbone_flops(masked) * 400 * a.images / (35 * 3600 * 16 * h100.bf16)
+    mar = 3 * large.backbone.flops(masked) * 400 * a.images / (35 * 3600 * 16 * h100.bf16)
     return {
         "assumed": f"{a.utilization:.0%}",
         "cpu": f"{of_cpu['ours, bf16']:.0%}",

@@ -1,18 +1,21 @@
 """Flags that several scripts share, and checks of what was typed."""
 
 import argparse
+import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import torch
 import yaml
 
 from util import distributed
 from util.errors import UserError, where
+from util.model_config import CHECKPOINTED, Metadata, ModelConfig
+from util.options import field_of, option_names
 from util.precision import PRECISIONS, effective_precision
 
 #: Data loading processes by default: one for each core that this process may use, 10 at most.
@@ -41,10 +44,11 @@ Flags = argparse._ActionsContainer
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line or a subcommand's: help shows defaults, flags cannot be abbreviated, errors are one line.
+    """Parser with defaults in its help, without abbreviated flags, with errors of one line.
 
     Args:
-        config: whether it has ``--config``, a file of flags; one whose flags are all its subcommands' has not.
+        config: whether it has ``--config``, a file of flags; one whose flags are all its
+            subcommands' has not.
     """
 
     def __init__(self, *args, config: bool = True, **options):
@@ -57,11 +61,11 @@ class Parser(argparse.ArgumentParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        """Prints ``error: <message>`` and exits with status 2."""
+        """Print ``error: <message>`` and exit with status 2."""
         self.exit(2, f"{where()}error: {message}\n")
 
     def parse_known_args(self, args=None, namespace=None):
-        """Refuses what it does not know, and adds what ``--config`` says: subcommands get here, too."""
+        """Parse flags and those of ``--config``; refuse unknown ones. Subcommands use this, too."""
         args = sys.argv[1:] if args is None else args
         parsed, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
@@ -75,7 +79,7 @@ class Parser(argparse.ArgumentParser):
         return parsed, []
 
     def words_of(self, path: str) -> list[str]:
-        """What one would type for the flags in a file; every value is text, as typed, whatever YAML makes of it."""
+        """Return the flags in a file as words of a command line; values stay text, as typed."""
         try:
             flags = yaml.load(Path(path).read_text(), yaml.BaseLoader)
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -106,7 +110,7 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def switched(self, action: argparse.Action, value: object, path: str, name: str) -> list[str]:
-        """The flag without a value that ``name: value`` stands for; none where that is so by default."""
+        """Return the flag that sets ``name`` to true or false; none if that is the default."""
         text = str(value).lower()
         if text not in ("true", "false"):
             self.error(f"{path}: {name} is true or false, not {value}")
@@ -123,9 +127,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def advice(name: str, known: Iterable[str]) -> str:
-    """Return why a flag of the release or of MAR is not needed, or the known name that is most like ``name``.
+    """Suggest the closest known name, or point to --help if none is close.
 
-    Where no name is like it, point to --help.
+    For flags of the release or of MAR that are not needed here, return the reason.
     """
     if reason := NOT_NEEDED.get(name.lstrip("-").replace("-", "_")):
         return f"{reason}: leave it out"
@@ -134,94 +138,111 @@ def advice(name: str, known: Iterable[str]) -> str:
 
 
 def new_parser(description: str, module: str | None = None, config: bool = True) -> Parser:
-    """A parser of a script, or of ``python -m module``; without ``--config`` if all flags are its subcommands'."""
+    """Return the parser of a script, or of ``python -m module``.
+
+    Args:
+        config: see :class:`Parser`.
+    """
     return Parser(module and f"python -m {module}", description=description, config=config)
 
 
 def add_run_args(parser: Flags, batch_size: int, seed: int, precision: str) -> None:
-    """Adds the flags of batches, workers, device, precision and seed."""
+    """Add the flags of batches, workers, device, precision and seed."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--batch_size", type=int, default=batch_size, help="images at once on each device"
     )
-    group.add_argument("--seed", type=int, default=seed, help="of everything random")
+    group.add_argument("--seed", type=int, default=seed, help="seed of all random numbers")
     group.add_argument(
         "--num_workers", type=int, default=WORKERS, help="data loading processes for each device"
     )
     group.add_argument(
         "--pin_mem", action="store_true", help="pin host memory for faster transfers"
     )
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="do not")
+    group.add_argument(
+        "--no_pin_mem", action="store_false", dest="pin_mem", help="do not pin host memory"
+    )
     group.set_defaults(pin_mem=True)
     add_device_arg(group)
-    text = "on CUDA, compute the same bits in every run, more slowly; on the CPU they are the same anyhow"
+    text = "on CUDA, compute the same bits in every run, more slowly; on the CPU this is always so"
     group.add_argument("--deterministic", action="store_true", help=text)
     group.add_argument(
-        "--precision", choices=PRECISIONS, default=precision, help="of autocast; fp32 means none"
+        "--precision",
+        choices=PRECISIONS,
+        default=precision,
+        help="precision of autocast; fp32 means none",
     )
 
 
 def add_device_arg(parser: Flags) -> None:
-    """Adds the flag of the device."""
+    """Add the flag of the device."""
     text = "cuda, cuda:N, mps (Apple GPUs) or cpu; by default cuda where there is one, else cpu"
     parser.add_argument("--device", help=text)
 
 
 def add_vae_arg(parser: Flags) -> None:
-    """Adds the flag of the tokenizer's file."""
-    text = "tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring their own sizes and "
-    text += "latent factor; or hf://owner/repo[/path]"
+    """Add the flag of the tokenizer's file."""
+    text = (
+        "tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring "
+        "their own sizes and latent factor; or hf://owner/repo[/path]"
+    )
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help=text)
 
 
 def add_mirror_arg(parser: Flags) -> None:
-    """Adds the flag that says whether training sees mirror images."""
-    text = "never train on mirror images, for data whose meaning they change (digits, text); by default half are mirrored"
+    """Add the flag that turns mirror images off in training."""
+    text = (
+        "never train on mirror images, for data whose meaning they change (digits, text); by "
+        "default half are mirrored"
+    )
     parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
 def add_ema_args(parser: Flags, rate: float) -> None:
     """Add the flags of the exponential moving average of the weights."""
     parser.add_argument(
-        "--ema_rate", type=float, default=rate, help="what the weights' average keeps in a step"
+        "--ema_rate", type=float, default=rate, help="decay of the weights' EMA per step"
     )
-    text = "keep --ema_rate from the first step on, as the paper; by default the rate rises to it, for short runs"
+    text = "use --ema_rate from the first step on, as the paper; by default the rate rises to it"
     parser.add_argument("--no_ema_warmup", action="store_true", help=text)
 
 
 def add_dry_run_arg(parser: Flags) -> None:
-    """Adds the flag that only looks at what a training would take."""
-    text = "build everything, take two steps, tell hours, memory and the size of a checkpoint, write nothing"
+    """Add the flag that measures what a training would take."""
+    text = "take two steps, report hours, memory and the size of a checkpoint, write nothing"
     parser.add_argument("--dry_run", action="store_true", help=text)
 
 
 def add_skip_arg(parser: Flags) -> None:
-    """Adds the flag that says what happens to images that cannot be read."""
-    text = "leave out images that cannot be read, count them, list them in bad_images-rank<n>.txt; by default errors"
+    """Add the flag that skips images that cannot be read."""
+    text = (
+        "skip images that cannot be read and list them in bad_images-rank<n>.txt; by default they "
+        "are errors"
+    )
     parser.add_argument("--skip_bad_images", action="store_true", help=text)
 
 
 #: What ``--data_path`` may be.
 DATA_PATH = (
-    "folder of train/<class>/<image>, and val/ or test/ likewise; of <class>/<image> or <image>, all for training; of "
-    "parquet files; or hf://datasets/owner/name"
+    "folder of train/<class>/<image>, and val/ or test/ of the same form; of <class>/<image> or "
+    "<image>, all for training; of parquet files; or hf://datasets/owner/name"
 )
 
 
 def add_column_args(parser: Flags) -> None:
-    """Adds the flags that name columns of a data set in rows."""
-    text = "of the images in parquet files or a data set of the Hub; by default found by its type and name"
+    """Add the flags that name columns of a data set in rows."""
+    text = "column of the images in parquet files or a data set of the Hub; found by default"
     parser.add_argument("--image_column", help=text)
     parser.add_argument(
-        "--label_column", help="of the labels, likewise; none: all images are of one class"
+        "--label_column", help="column of the labels; none: all images are of one class"
     )
 
 
 def add_metrics_args(parser: Flags) -> None:
-    """Adds the flags of Inception's weights and the reference that images are compared with."""
-    text = ".npz with mu and sigma of the reference, for FID; --evaluate finds ADM's of ImageNet 256 by itself"
+    """Add the flags of Inception's weights and of the reference for metrics."""
+    text = ".npz with mu and sigma of the reference, for FID; by default ADM's for ImageNet 256"
     parser.add_argument("--fid_stats", help=text)
-    text = "reference images for precision and recall, and for FID without statistics; as --images of main_metrics.py"
+    text = "reference images for precision and recall, and for FID without --fid_stats"
     parser.add_argument("--reference", help=text)
     parser.add_argument(
         "--inception_weights",
@@ -229,54 +250,86 @@ def add_metrics_args(parser: Flags) -> None:
     )
 
 
-def add_quantizer_args(parser: Flags, quantizers: Sequence[str], default: str | None) -> None:
-    """Adds the flags that say where the quantizer's levels lie."""
-    text = "levels of equal probability under a normal, or of equal distance"
-    parser.add_argument("--quantizer", choices=quantizers, default=default, help=text)
-    text = "each channel's range is 3 sqrt(3) deviations around the mean, both measured on its latents, not the bounds"
+def add_option(parser: Flags, options: type, name: str, **changes: Any) -> None:
+    """Add the flag of one field of a dataclass, see :func:`util.options.option`.
+
+    Args:
+        options: the dataclass.
+        name: the field.
+        changes: arguments of ``add_argument`` that replace those of the field.
+    """
+    field = field_of(options, name)
+    argument = {"default": field.default, **field.metadata["argument"], **changes}
+    if field.default is False:
+        argument["action"] = "store_true"
+    else:
+        argument["type"] = scalar_type(get_type_hints(options)[name])
+    parser.add_argument(field.metadata["flag"] or f"--{name}", **argument)
+
+
+def scalar_type(annotation: Any) -> type:
+    """Return the type of a flag's value: int or float if the annotation contains it, else str."""
+    return next((kind for kind in (int, float) if kind in (annotation, *get_args(annotation))), str)
+
+
+def add_model_args(parser: argparse.ArgumentParser, choices: Mapping[str, Iterable[str]]) -> None:
+    """Add the flags of the model.
+
+    Args:
+        choices: values of ``model``, ``head`` and ``quantizer``.
+    """
+    group = parser.add_argument_group("model")
+    add_option(group, Metadata, "model", choices=choices["model"])
+    add_vae_arg(group)
+    for field in dataclasses.fields(ModelConfig):
+        if field.metadata["flag"]:
+            values = {"choices": choices[field.name]} if field.name in choices else {}
+            add_option(group, ModelConfig, field.name, **values)
+    text = "the parts that --grad_checkpointing recomputes; by default all"
+    group.add_argument("--checkpoint_blocks", nargs="+", choices=CHECKPOINTED, help=text)
+    add_calibration_arg(group)
+
+
+def add_quantizer_args(parser: Flags, quantizers: Iterable[str], default: str) -> None:
+    """Add the flags that define the levels of the quantizer."""
+    add_option(parser, ModelConfig, "quantizer", choices=quantizers, default=default)
+    add_calibration_arg(parser)
+
+
+def add_calibration_arg(parser: Flags) -> None:
+    """Add the flag that measures each channel's mean and standard deviation for the quantizer."""
+    text = "set each channel's range to its measured mean +- 3 sqrt(3) standard deviations"
     parser.add_argument("--quant_calibrate", action="store_true", help=text)
 
 
-def add_sampling_args(
-    parser: Flags, orders: Sequence[str], first_places: Sequence[str], head_orders: Sequence[str]
-) -> None:
-    """Adds the flags of the steps, guidance schedule and order in which tokens and their channels are sampled."""
-    parser.add_argument("--num_iter", type=int, default=256, help="autoregressive steps")
-    text = "guidance scale: growing to --cfg with the tokens known, or --cfg in every step"
-    parser.add_argument(
-        "--cfg_schedule", choices=["linear", "constant"], default="linear", help=text
-    )
-    text = (
-        "of tokens: random, row by row, or the most confident of all unknown ones first (Figure 8)"
-    )
-    parser.add_argument("--order", choices=orders, default="random", help=text)
-    text = "Gumbel noise on confidences, falling to 0 over the steps"
-    parser.add_argument("--confidence_noise", type=float, default=0.0, help=text)
-    text = "input of head ar's first channel step: as in training, or as the release samples (the paper's results)"
-    parser.add_argument("--first_place", choices=first_places, default="trained", help=text)
-    text = "passes of the masked head for a token, 1 to its channel steps; by default 4, or as many as there are"
-    parser.add_argument("--head_steps", type=int, help=text)
-    text = "channels that such a pass takes: random ones (by default), the next of --channel_order (for which "
-    text += "--evaluate_nll is exact, not a mean over orders), or the surest"
-    parser.add_argument("--head_order", choices=head_orders, help=text)
+def add_sampling_args(parser: Flags, options: type, search: bool = False) -> None:
+    """Add the flags of sampling.
+
+    Args:
+        options: :class:`models.sampling.SamplingOptions`.
+        search: whether ``--cfg`` and ``--temperature`` take several values.
+    """
+    for name in option_names(options):
+        several = search and name in ("cfg", "temperature")
+        add_option(parser, options, name, **({"nargs": "+"} if several else {}))
 
 
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:
-    """Raises UserError unless ``bits`` is 1 to 9, or -1 if ``continuous`` latents are allowed."""
+    """Raise UserError unless ``bits`` is 1 to 9, or -1 if ``continuous`` latents are allowed."""
     if not (1 <= bits <= 9 or (continuous and bits == -1)):
         also = ", or -1 for continuous latents" if continuous else ""
         raise UserError(f"{flag} {bits}: choose 1 to 9 bits, that is 2 to 512 levels{also}")
 
 
 def check_range(args: argparse.Namespace, low: float, high: float, *names: str) -> None:
-    """Raises UserError unless each named flag lies in [low, high]."""
+    """Raise UserError unless each named flag lies in [low, high]."""
     for name in names:
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)}: it must lie between {low} and {high}")
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raises UserError unless each named flag is above zero."""
+    """Raise UserError unless each named flag is above zero."""
     for name in names:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: it must be above zero")
@@ -297,10 +350,10 @@ OF_A_MACHINE = (
 
 
 def check_same_flags(args: argparse.Namespace, device: torch.device) -> None:
-    """Check that all ranks were started with the same flags, and that their CPUs compute in the same precision.
+    """Check that all ranks have the same flags, and compute in the same precision.
 
-    Replaces ``precision`` and ``vae_precision`` by :func:`util.precision.effective_precision`, so that files of the run
-    name the precision that they were computed in.
+    Replaces ``precision`` and ``vae_precision`` by :func:`util.precision.effective_precision`, so that
+    files of the run name the precision that they were computed in.
 
     Raises:
         UserError: ranks differ; all end with it.
@@ -318,6 +371,7 @@ def check_same_flags(args: argparse.Namespace, device: torch.device) -> None:
             f"the precision that --{name} {typed[name]} runs in": value
             for name, value in computed.items()
         },
-        "the CPUs of these machines have different instructions: pass --precision fp32, or use machines of one kind",
+        "the CPUs of these machines have different instructions: pass --precision fp32, or use "
+        "machines of one kind",
     )
     vars(args).update(computed)

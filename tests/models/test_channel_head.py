@@ -107,13 +107,13 @@ def test_levels_and_classes_are_one_to_one():
         ({"channels_per_group": 3}, "groups of 3 do not divide the 16 channels"),
         (
             {"channels_per_group": 4, "quant_levels": 64},
-            r"16,777,216 joint classes.*3,758,096,384 parameters.*14 GiB",
+            r"16,777,216 joint classes.*2,147,483,648 parameters.*8 GiB",
         ),
         ({"channel_order": [0] * 16}, "each of 0 to 15 once"),
         ({"channel_order": ["a"] * 16}, "each of 0 to 15 once"),
-        ({"head": "diffusion"}, '"ar", "parallel" or "masked"'),
-        ({"quantizer": "vq"}, "quantizer one of"),
-        ({"channel_mean": [0.0] * 16}, "mean and a deviation"),
+        ({"head": "diffusion"}, "head is one of ar, parallel, masked"),
+        ({"quantizer": "vq"}, "quantizer is one of"),
+        ({"channel_mean": [0.0] * 16}, "mean and a standard deviation"),
         (
             {"channel_mean": [0.0] * 3, "channel_std": [1.0] * 3},
             "3 values of channel_mean for 16 channels",

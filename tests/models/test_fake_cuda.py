@@ -16,8 +16,8 @@ import models.tokenizer
 import reconstruction
 from models import fast
 from models.fast import Recordings
+from models.masked_head import HEAD_ORDERS
 from models.pipeline import TokenBridgePipeline
-from models.sampling import HEAD_ORDERS
 from models.tokenbridge import TokenBridge
 from models.tokenizer import CachedMoments, Tokenizer
 from models.vae import AutoencoderKL
@@ -120,7 +120,9 @@ def test_gradients_are_those_of_the_engine(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_in_parts_and_gradients(kind, monkeypatch):
     model = model_of(kind, grad_checkpointing=["head"] * (kind == "pairs")).train()
-    monkeypatch.setitem(fast.TRAINING_BUDGET, "cuda", 13 * model.head.places * model.head.dim)
+    monkeypatch.setitem(
+        fast.TRAINING_BUDGET, "cuda", 13 * model.head.sequence_length * model.head.dim
+    )
     with FakeCuda() as cuda:
         latents, labels, mask = batch(cuda.put(model), 2)
         with autocast(DEVICE, "bf16"):
@@ -314,9 +316,8 @@ def test_training_sampling_and_likelihood_without_float64(kind):
         trainer = new_trainer(model.train(), batches, vae, precision="bf16")
         trainer.clip_and_step(trainer.backward(batches), 1e-3)
         trainer.finish_step()
-        evaluation.held_out_likelihood(
-            model, vae, batches, DEVICE, "bf16", one_order=kind == "masked"
-        )
+        options = {"head_order": "frequency"} if kind == "masked" else {}
+        evaluation.held_out_likelihood(model, vae, batches, DEVICE, "bf16", head_options=options)
         sampled(model)
 
 

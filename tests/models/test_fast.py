@@ -15,6 +15,7 @@ from models.fast import Recordings
 from models.layers import Block, Dropout, dropout
 from models.tokenbridge import TokenBridge
 from tests.conftest import HEADS, NO_DROPOUT, SMALL, batch, small
+from util.model_config import ModelConfig
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -31,7 +32,7 @@ def test_the_loss_in_parts_is_the_loss(head, monkeypatch):
     given, results = batch(model), []
     for budget in (
         2**30,
-        7 * model.head.places * model.head.dim,
+        7 * model.head.sequence_length * model.head.dim,
     ):  # all 52 tokens; 7 at once, the last part smaller
         monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", budget)
         model.zero_grad()
@@ -198,7 +199,9 @@ def test_dropout_drops_what_it_should_and_scales_the_rest(p):
 def test_fast_models_have_the_losses_and_gradients_of_plain_ones(head, monkeypatch):
     model, results = small(head, **NO_DROPOUT).train(), []
     given = batch(model)
-    monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 7 * model.head.places * model.head.dim)
+    monkeypatch.setitem(
+        fast.TRAINING_BUDGET, "cpu", 7 * model.head.sequence_length * model.head.dim
+    )
     for kernels in (plain_kernels(), nullcontext()):
         model.zero_grad()
         torch.manual_seed(1)
@@ -221,7 +224,10 @@ def test_fast_models_have_the_losses_and_gradients_of_plain_ones(head, monkeypat
 
 @torch.no_grad()
 def test_a_block_is_timms():
-    block, x = Block(32, 2, 4.0, torch.nn.LayerNorm, 0.1, 0.1).eval(), torch.randn(3, 16, 32)
+    block, x = (
+        Block(32, 2, ModelConfig(norm_layer=torch.nn.LayerNorm)).eval(),
+        torch.randn(3, 16, 32),
+    )
     theirs = vision_transformer.Block(32, 2, qkv_bias=True).eval()
     theirs.load_state_dict(block.state_dict())
     assert torch.allclose(block(x), theirs(x), atol=1e-5)
@@ -286,7 +292,7 @@ def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_
     model = small(head, **NO_DROPOUT).train()
     given = [batch(model)[:2] for _ in range(3)]
     masks = [(torch.rand(4, 16).argsort(dim=1) < count).float() for count in (12, 14, 16)]
-    monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 20 * model.head.places * 32)
+    monkeypatch.setitem(fast.TRAINING_BUDGET, "cpu", 20 * model.head.sequence_length * 32)
     results, sampled = [], []
     for compiled in (False, True):
         torch.manual_seed(1)

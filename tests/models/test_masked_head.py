@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation import held_out_likelihood
-from models.masked_head import MaskedHead
-from models.sampling import HEAD_ORDERS, SamplingOptions
-from models.tokenbridge import MASKED_SIZES, MODELS, SIZES, TokenBridge
+from models.masked_head import HEAD_ORDERS, MaskedHead
+from models.sampling import SamplingOptions
+from models.tokenbridge import MODELS, SIZES, TokenBridge, sizes_of
 from models.tokenizer import CachedMoments
 from tests.conftest import FEW, NO_DROPOUT, SMALL, batch, variant
 
@@ -154,7 +154,7 @@ def test_sizes_and_operations():
             ]
         heads = [sum(p.numel() for p in model.head.parameters()) for model in models]
         assert smallest <= heads[0] / heads[1] <= largest, name
-        assert models[0].head.depth == MASKED_SIZES[f"tokenbridge_{name}"]["channel_depth"]
+        assert models[0].head.depth == sizes_of(f"tokenbridge_{name}", "masked")["channel_depth"]
     assert models[1].head.depth == SIZES["tokenbridge_tiny"]["channel_depth"]
     model = masked()
     given = batch(model, 2)
@@ -228,17 +228,16 @@ def test_held_out_likelihood_in_one_order_is_that_in_all_if_channels_ignore_each
     moments = torch.cat([torch.randn(12, 16, 4, 4), torch.full((12, 16, 4, 4), -30.0)], dim=1)
     loader = [(moments, torch.arange(12) % 4)]
 
-    def nats(one_order: bool) -> float:
+    def nats(**options: str) -> float:
         """Over masks and known channels of ten seeds."""
         how = model, CachedMoments(1.0), loader, torch.device("cpu"), "fp32"
         return (
-            sum(held_out_likelihood(*how, seed, one_order)["nats_per_dim"] for seed in range(10))
-            / 10
+            sum(held_out_likelihood(*how, seed, options)["nats_per_dim"] for seed in range(10)) / 10
         )
 
-    assert abs(nats(one_order=True) - nats(one_order=False)) > 0.04
+    assert abs(nats(head_order="frequency") - nats()) > 0.04
     torch.nn.init.zeros_(model.head.token_embeddings.weight)
-    assert nats(one_order=True) == pytest.approx(nats(one_order=False), abs=0.02)
+    assert nats(head_order="frequency") == pytest.approx(nats(), abs=0.02)
 
 
 def test_held_out_likelihood_of_one_step_is_exact():
@@ -247,7 +246,10 @@ def test_held_out_likelihood_of_one_step_is_exact():
         (torch.cat([torch.randn(5, 8, 4, 4), torch.zeros(5, 8, 4, 4)], dim=1), torch.arange(5) % 4)
     ]
     how = model, CachedMoments(1.0), loader, torch.device("cpu"), "fp32"
-    one, every = (held_out_likelihood(*how, one_order=one)["nats_per_dim"] for one in (True, False))
+    one, every = (
+        held_out_likelihood(*how, head_options=options)["nats_per_dim"]
+        for options in ({"head_order": "frequency"}, {})
+    )
     assert one == pytest.approx(every, rel=1e-6)
 
 
@@ -373,11 +375,11 @@ def test_four_steps_in_random_order_are_the_default():
 def test_options_that_do_not_fit_are_named():
     for options in ({"head_steps": 2}, {"head_order": "random"}):
         with pytest.raises(
-            ValueError, match="head_steps and head_order are for models of head masked"
+            ValueError, match=f"--{next(iter(options))} only applies to --head masked"
         ):
             variant(head="parallel").sample_tokens(1, 1, **options)
     for steps in (0, 9):
-        with pytest.raises(ValueError, match=f"head_steps {steps}: the head takes 1 to 8"):
+        with pytest.raises(ValueError, match=f"head_steps {steps}: choose 1 to 8"):
             masked(channels_per_group=2, quant_levels=4).sample_tokens(1, 1, head_steps=steps)
     with pytest.raises(ValueError, match="head_order is one of"):
         SamplingOptions(head_order="spiral")

@@ -427,7 +427,7 @@ def test_masks_of_two_readings_are_refused(mask, image):
         ({"order": "zigzag"}, "order is one of"),
         ({"cfg_schedule": "cosine"}, "cfg_schedule is"),
         ({"first_place": "last"}, "first_place is one of"),
-        ({"head_steps": 2}, "head_steps and head_order are for models of head masked"),
+        ({"head_steps": 2}, "--head_steps only applies to --head masked"),
         ({"mask_image": box(16, 16, 0, 0, 4, 4)}, "a mask needs an image"),
         ({"image": noise(16, 16), "strength": 0.0}, "strength 0.0: it lies above 0"),
         ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 0, 0)}, "the mask covers nothing"),

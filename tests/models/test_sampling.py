@@ -131,7 +131,7 @@ def test_the_head_in_parts_changes_nothing(small_model, monkeypatch):
 def test_bad_arguments_are_named(small_model):
     for message, options in {
         "num_iter=0": {"num_iter": 0},
-        "linear": {"cfg_schedule": "cosine"},
+        "cfg_schedule is one of": {"cfg_schedule": "cosine"},
         "negative": {"temperature": -1.0},
         "labels run from 4 to 4": {"labels": torch.tensor([4, 4])},
         "3 labels for 2": {"labels": torch.tensor([1, 1, 1])},
@@ -302,7 +302,7 @@ def test_bad_orders_and_known_tokens_are_named(small_model):
     for message, options in {
         "order is one of": {"order": "spiral"},
         "first_place is one of": {"first_place": "last"},
-        "leave orders out": {"order": "confidence", "orders": small_model.sample_orders(2)},
+        "do not pass orders": {"order": "confidence", "orders": small_model.sample_orders(2)},
         "must not be negative": {"confidence_noise": -1.0},
         "go together": {"known_mask": mask},
         r"expected \[2, 16, 4, 4\] and \[2, 16\]": {

@@ -59,6 +59,7 @@ def sampler(monkeypatch):
 
     def sample_tokens(model, *args, **kwargs):
         given = watched.note(model, *args, **kwargs)
+        watched.calls[-1] |= watched.calls[-1].pop("options", {})
         watched.calls[-1]["mask_token"] = model.backbone.mask_token.detach().clone()
         side = model.grid_size * model.patch_size
         latents = (

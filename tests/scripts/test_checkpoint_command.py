@@ -141,7 +141,7 @@ def test_evaluation_and_show_know_sizes_from_the_export_alone(
         "main_tokenbridge",
         f"{common} --resume {tmp_path}/model --vae_path {vae_path} --output_dir {tmp_path}/a",
     )
-    assert "--model tokenbridge_tiny, as the weights tell" in caplog.text
+    assert "--model tokenbridge_tiny, from the checkpoint" in caplog.text
     run(
         "main_tokenbridge",
         f"{TINY} {common} --resume {trained} --vae_path {vae_path} --output_dir {tmp_path}/b",

@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused(refused, masked, trained, cached, vae_path
     )
     resume = f"--use_cached --cached_path {cached} --epochs 3 --output_dir {tmp_path}/x"
     for flags in ("--head_steps 2", "--head_order random"):
-        other = "head_steps and head_order are for models of head masked"
+        other = f"{flags.split()[0]} only applies to --head masked. Remove it."
         assert other in refused("main_tokenbridge", f"{TINY} {evaluate} --resume {trained} {flags}")
         assert other in refused("main_tokenbridge", f"{TINY} {resume} {flags}")
         figure = f"--resume {trained} --vae_path {vae_path} --device cpu --output {tmp_path}/x.png"
@@ -116,17 +116,19 @@ def test_what_does_not_fit_is_refused(refused, masked, trained, cached, vae_path
     line = refused(
         "main_tokenbridge", f"{BASE} {evaluate} --resume {masked} --first_place released"
     )
-    assert "first_place is for models of head ar" in line
+    assert "--first_place only applies to --head ar. Remove it." in line
     for steps in (0, -1, 9):
         line = refused(
             "main_tokenbridge", f"{BASE} {evaluate} --resume {masked} --head_steps {steps}"
         )
-        assert f"head_steps {steps}: the head takes 1 to 8" in line
+        assert f"head_steps {steps}: choose 1 to 8" in line
     assert "invalid choice: 'spiral'" in refused(
         "main_tokenbridge", f"{BASE} {evaluate} --resume {masked} --head_order spiral"
     )
     for head, folder in {"ar": masked, "parallel": masked, "masked": trained}.items():
-        there = "ar" if folder == trained else "masked"
+        stored = "ar" if folder == trained else "masked"
         flags = f"{TINY if folder == trained else BASE} {resume} --resume {folder} --head {head}"
-        assert f"head is {there} there, {head} here (--head)" in refused("main_tokenbridge", flags)
+        assert f"head is {stored} in the checkpoint, {head} in this run (--head)" in refused(
+            "main_tokenbridge", flags
+        )
     assert not (tmp_path / "x").exists()

@@ -57,8 +57,8 @@ def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, tr
         f"{TINY} {use.replace('--use_cached ', '')}": "--cached_path is read with --use_cached only",
         f"{TINY} --cached_val_path {cached} --online_nll": "--cached_val_path is read with --use_cached only",
         f"{TINY} {evaluate} --cfg 2 -1": "--cfg -1.0: it must be a number, and not negative",
-        f"{TINY} {evaluate} --quant_bits 4": "quant_levels is 8 there, 16 here (--quant_bits)",
-        f"{small} --quant_bits 3 --class_num 2 {evaluate}": "class_num is 4 there, 2 here",
+        f"{TINY} {evaluate} --quant_bits 4": "quant_levels is 8 in the checkpoint, 16 in this run (--quant_bits)",
+        f"{small} --quant_bits 3 --class_num 2 {evaluate}": "class_num is 4 in the checkpoint, 2 in this run",
         f"--model tokenbridge_base {TINY.split('tiny', 1)[1]} {evaluate}": "model is tokenbridge_tiny there",
     }
     for command, words in cases.items():

@@ -86,7 +86,7 @@ def test_small_batches_are_bound_by_launches():
     assert times == pytest.approx([4 * 35 * 5e-6 * blocks for blocks in (4, 32)])
     args.eval_bsz = 10**9
     slow = scaling.sampling_seconds(model, scaling.GPUS["A100"], args)
-    assert slow[1] == pytest.approx(1e9 * 256 * model.token_flops() / 312e12 / 0.4)
+    assert slow[1] == pytest.approx(1e9 * 256 * model.head.sampling_flops() / 312e12 / 0.4)
 
 
 def test_places_are_filled_and_must_be_there():

@@ -149,7 +149,7 @@ def test_a_tokenizer_of_other_weights_than_the_checkpoints_is_refused(
     ):
         line = refused("main_tokenbridge", f"{resume} {flags}")
         sides = f"{trained}/checkpoint-last.pth was trained with another tokenizer than {tmp_path}/other"
-        assert sides in line and "there, " in line and "--vae_path" in line, flags
+        assert sides in line and "in the checkpoint, " in line and "--vae_path" in line, flags
     use = f"{TINY} --epochs 1 --online_nll --output_dir {tmp_path}/new --use_cached --cached_path {cached}"
     assert "weights differ" in refused(
         "main_tokenbridge", f"{use} --cached_val_path {tmp_path}/other"

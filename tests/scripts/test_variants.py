@@ -74,18 +74,20 @@ def test_another_variant_than_the_checkpoints_is_refused(run, refused, cached, t
         f"{TINY} {SHORT} --epochs 3 --use_cached --cached_path {cached} --output_dir {tmp_path}/x"
     )
     for flags, sides in {
-        "--head parallel": "head is ar there, parallel here (--head)",
-        "--channel_order 7,6,5,4,3,2,1,0": "channel_order is [0, 1, 2, 3, 4, 5, 6, 7] there, [7, 6, 5, 4, 3, 2, 1, 0]",
-        "--channels_per_group 2": "channels_per_group is 1 there, 2 here",
-        "--quantizer linear": "quantizer is gaussian there, linear here",
-        "--head_dim 64": "channel_embed_dim is 128 there, 64 here (--head_dim",
-        "--quant_calibrate": "without calibration there, with --quant_calibrate here",
+        "--head parallel": "head is ar in the checkpoint, parallel in this run (--head)",
+        "--channel_order 7,6,5,4,3,2,1,0": "channel_order is [0, 1, 2, 3, 4, 5, 6, 7] in the checkpoint, [7, 6, 5",
+        "--channels_per_group 2": "channels_per_group is 1 in the checkpoint, 2 in this run",
+        "--quantizer linear": "quantizer is gaussian in the checkpoint, linear in this run",
+        "--head_dim 64": "channel_embed_dim is 128 in the checkpoint, 64 in this run (--head_dim",
+        "--quant_calibrate": "the checkpoint is not calibrated, but --quant_calibrate is set",
     }.items():
         assert sides in refused("main_tokenbridge", f"{resume} --resume {trained} {flags}")
     run("main_tokenbridge", f"{TINY} {SHORT} --epochs 1 --use_cached --cached_path {cached} --channels_per_group 4 "
         f"--output_dir {tmp_path}/fours")  # fmt: skip
     fours = resume.replace("--quant_bits 3", "--quant_bits 6") + f" --resume {tmp_path}/fours"
-    assert "quant_levels is 8 there, 64 here (--quant_bits)" in refused("main_tokenbridge", fours)
+    assert "quant_levels is 8 in the checkpoint, 64 in this run (--quant_bits)" in refused(
+        "main_tokenbridge", fours
+    )
     for flags, message in {
         "--seed -1": "--seed -1",
         "--num_workers -1": "--num_workers -1",

@@ -71,10 +71,8 @@ def test_what_does_not_fit_is_drawn_anew_and_named(options, anew, left, caplog):
     for name in anew | left:
         assert name in caplog.text
     (option,) = options
-    assert (
-        f"trained there with {option} {other.config[option]}, here {model.config[option]}"
-        in caplog.text
-    )
+    sides = f"{other.config[option]} in the checkpoint, {model.config[option]} in this run"
+    assert f"trained differently: {option} {sides}" in caplog.text
 
 
 def start_with_classes(here: list[str] | None, there: list[str] | None, rows: int = 4):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from util.checkpoint.load import dense, fits, warn_of_young_average
 from util.checkpoint.names import to_published
-from util.config import FACTS, KL16_CHANNEL_ORDER
 from util.errors import UserError, some
 from util.log import log
+from util.model_config import ENTRIES, KL16_CHANNEL_ORDER
 
 #: Position embeddings, and whether they have positions for the class embedding before those of the tokens.
 POSITIONS = {
@@ -23,8 +23,6 @@ POSITIONS = {
     "decoder_pos_embed_learned": True,
     "output_pos_embed": False,
 }
-#: The head's parameters for one step of its generation order, and so for the channel that is predicted there.
-PLACES = ("channel_embed", "timesteps_embeddings", "token_embeddings.", "channel_heads.")
 
 
 def resized(positions: Tensor, buffer: int, new_buffer: int, side: int) -> Tensor:
@@ -76,7 +74,7 @@ def by_class(
 
 
 def start_from(
-    model: nn.Module,
+    model: Any,
     content: Mapping[str, Any],
     config: Mapping[str, Any],
     path: Path,
@@ -86,6 +84,7 @@ def start_from(
     """Loads those weights of a checkpoint that fit ``model``, and logs what is done with the others.
 
     Args:
+        model: a :class:`models.tokenbridge.TokenBridge`.
         content: the checkpoint, see :func:`util.checkpoint.runs.read_run`.
         config: configuration of its model.
         ema: whether to take the averaged weights, if there are any.
@@ -104,22 +103,24 @@ def start_from(
     weights = to_published(weights)
     if ema and "model_ema" in content:
         warn_of_young_average(content, path)
-    learned = to_published(dict(model.named_parameters()))
-    here = model.config["channel_order"]
-    # Files without an order have the only one that there was at first.
-    there = config.get("channel_order", KL16_CHANNEL_ORDER if len(here) == 16 else sorted(here))
+    learned: dict[str, Tensor] = to_published(dict(model.named_parameters()))
+    order = model.config["channel_order"]
+    # Files without an order were written when there was one order only.
+    only_order = KL16_CHANNEL_ORDER if len(order) == len(KL16_CHANNEL_ORDER) else sorted(order)
+    same_order = list(config.get("channel_order", only_order)) == order
     # The number of positions of the class embedding is not stored, but follows from two shapes.
     shapes = [
         getattr(weights.get(name), "shape", ())
         for name in ("encoder_pos_embed_learned", "output_pos_embed")
     ]
     buffer = shapes[0][1] - shapes[1][1] if all(len(shape) == 3 for shape in shapes) else 0
+    step_parameters = model.head.step_parameters
     kinds = "kept", "kept in part", "resized", "drawn anew", "left out"
     done: dict[str, list[str]] = {kind: [] for kind in kinds}
     values = 0  # that are kept
     with torch.no_grad():
         for name, parameter in learned.items():
-            value = weights.get(name)
+            value: Any = weights.get(name)
             kind, count = "kept", parameter.numel()
             if name == "class_emb.weight":
                 value, rows = by_class(value, parameter, config.get("class_names"), classes, path)
@@ -131,9 +132,9 @@ def start_from(
                 and value.ndim == 3
                 and value.shape != parameter.shape
             ):
-                buffers = (buffer, model.config["buffer_size"]) if POSITIONS[name] else (0, 0)
-                value, kind = resized(value, *buffers, model.grid_size), "resized"
-            if not fits(value, parameter) or (name.startswith(PLACES) and list(there) != here):
+                old, new = (buffer, model.config["buffer_size"]) if POSITIONS[name] else (0, 0)
+                value, kind = resized(value, old, new, model.grid_size), "resized"
+            if not fits(value, parameter) or (name.startswith(step_parameters) and not same_order):
                 kind = "drawn anew"
             elif not value.isfinite().all():
                 raise UserError(f"{path} is damaged: {name} holds values that are not finite")
@@ -154,13 +155,13 @@ def start_from(
         if done[kind]:
             log.info("%s: %s", kind, ", ".join(grouped(done[kind])))
     differing = [
-        f"{fact.name} {config[fact.name]}, here {model.config[fact.name]}"
-        for fact in FACTS
-        if fact.compared and fact.name in config and fact.name in model.config
-        if config[fact.name] != model.config[fact.name]
+        f"{name} {config[name]} in the checkpoint, {model.config[name]} in this run"
+        for name, rules in ENTRIES.items()
+        if rules.compared and name in config and name in model.config
+        if config[name] != model.config[name]
     ]
     if differing:
-        log.info("trained there with %s", "; ".join(differing))
+        log.info("trained differently: %s", "; ".join(differing))
     return done
 
 

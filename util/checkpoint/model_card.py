@@ -1,7 +1,7 @@
 """The card, ``README.md``, of a model's folder or repository: its sizes, its metrics, an example of its use."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,12 @@ from util.tables import markdown
 
 #: The card's template.
 CARD = Path(__file__).with_suffix(".md")
-#: Settings of an evaluation that its figures depend on.
+#: Settings of an evaluation that its metrics depend on, besides the head's own sampling options.
 SETTINGS = ("num_images", "num_iter", "cfg", "cfg_schedule", "temperature", "order", "precision")
-SETTINGS += ("head_steps", "head_order")
 
 
 def model_card(
-    model: nn.Module,
+    model: Any,
     data: ModelCardData,
     repo_id: str = "owner/repo",
     tokenizer: str | None = None,
@@ -31,6 +30,7 @@ def model_card(
     """The card of a TokenBridge.
 
     Args:
+        model: a :class:`models.tokenbridge.TokenBridge`.
         data: what the Hub shows beside the card.
         repo_id: where the card's example loads the model from.
         tokenizer: where it loads the tokenizer from; by default the published KL-16, if the latent factors agree.
@@ -53,7 +53,7 @@ def model_card(
         tokenizer=tokenizer,
         images=min(8, model.class_num),
         sizes=sizes_table(model),
-        figures=figures_table(figures or {}),
+        figures=figures_table(figures or {}, [*SETTINGS, *model.head.option_names()]),
         licence=f"{licence}." if licence else "Not stated: ask whoever trained it.",
     )
 
@@ -78,9 +78,9 @@ def sizes_table(model: nn.Module) -> str:
     return markdown(["", ""], rows)
 
 
-def figures_table(figures: Mapping[str, Any]) -> str:
-    """A table of an evaluation's metrics and settings; empty if there are no metrics."""
+def figures_table(figures: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return a table of an evaluation's metrics and the settings ``names``; empty if there are no metrics."""
     metrics = [[title, figures[name]] for name, title in METRIC_TITLES.items() if name in figures]
     settings = figures.get("settings", {})
-    rows = metrics + [[name, settings[name]] for name in SETTINGS if settings.get(name) is not None]
+    rows = metrics + [[name, settings[name]] for name in names if settings.get(name) is not None]
     return markdown(["metric", "value"], rows) if metrics else ""
