@@ -23,6 +23,7 @@ from util import misc
 from util.args import add_device_arg, new_parser
 from util.devices import find_device
 from util.files import write_json
+from util.model_config import ModelConfig
 from util.provenance import provenance
 from util.tables import markdown
 from util.training_state import TrainingState
@@ -123,7 +124,8 @@ def compare_ways(name: str, prepare: Callable, args: argparse.Namespace, **colum
             figures = pool.apply(measure_way, (prepare, args, way))
         release = way == "release"
         slow = figures["median_s"] if release else slow
-        ours = f"ours, {'masked head, ' * (args.head == 'masked')}{way}{', compiled' * args.compile}"
+        kind = "" if args.head == ModelConfig.head else f"{args.head} head, "
+        ours = f"ours, {kind}{way}{', compiled' * args.compile}"
         row = {"way": "the release's, fp32" if release else ours, "model": args.model, "batch": args.batch}
         row |= {**columns, **figures, "ratio": slow / figures["median_s"] if slow and not release else None}
         rows.append(row)
