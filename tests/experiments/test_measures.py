@@ -16,9 +16,7 @@ from experiments.unequal import scale_channels
 from models.quantizer import build_quantizer
 from models.vae import AutoencoderKL
 from tests.conftest import filled
-
-QUANTIZER = {"quant_levels": 8, "quant_min": -5.0, "quant_max": 5.0, "std_range": 3.0, "patch_size": 1}
-QUANTIZER |= {"channel_mean": None, "channel_std": None}
+from util.model_config import ModelConfig
 
 
 def brute_force(made: np.ndarray, real: np.ndarray) -> dict[str, float]:
@@ -87,7 +85,7 @@ def test_pixels_are_averages_of_squares():
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_levels_have_the_density_of_their_probability(quantizer, calibrated):
     channels = {"channel_mean": [0.5, -1.0], "channel_std": [0.3, 2.0]} if calibrated else {}
-    levels = build_quantizer({**QUANTIZER, "quantizer": quantizer, "vae_embed_dim": 2, **channels})
+    levels = build_quantizer(ModelConfig(quant_levels=8, quantizer=quantizer, vae_embed_dim=2, **channels))
     x = torch.linspace(-60, 60, 600_001, dtype=torch.float64)
     latents = x[:, None].expand(-1, 2)
     index = levels(latents.float())[0]
@@ -102,7 +100,7 @@ def test_bits_do_not_depend_on_the_scale_of_a_calibrated_channel():
     of = {}
     for scale in (1.0, 7.0):
         calibration = {"channel_mean": [0.0], "channel_std": [scale]}
-        levels = build_quantizer({**QUANTIZER, "quantizer": "gaussian", "vae_embed_dim": 1, **calibration})
+        levels = build_quantizer(ModelConfig(quant_levels=8, vae_embed_dim=1, **calibration))
         of[scale] = level_bits(levels, scale * latents).mean().item() - math.log2(scale)
     assert of[1.0] == pytest.approx(of[7.0], abs=1e-4)
 
