@@ -364,7 +364,7 @@ def test_masks_of_two_readings_are_refused(mask, image):
         ({"image": noise(16, 16), "strength": 0.0}, "strength 0.0: it lies above 0"),
         ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 0, 0)}, "the mask covers nothing"),
         ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 16, 16)}, "the mask covers everything"),
-        ({"image": noise(60, 16), "mask_image": box(60, 16, 0, 0, 9, 16)}, "in the cropped square, the mask covers nothing"),
+        ({"image": noise(60, 16), "mask_image": box(60, 16, 0, 0, 9, 16)}, "the mask covers nothing"),
         ({"image": noise(16, 16), "mask_image": box(16, 15, 0, 0, 4, 4)}, "mask has 16x15 pixels, the image 16x16"),
         ({"image": noise(16, 16), "mask_image": [box(16, 16, 0, 0, 4, 4), None]}, "a mask for each image, or for none"),
         ({"image": "nowhere.png"}, "no image at nowhere.png"),
