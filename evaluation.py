@@ -224,8 +224,7 @@ def held_out_likelihood(
         for i, count in enumerate(counts):
             mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
             with autocast(device, precision):
-                tokens = model.masked_tokens(latents, labels, mask, *head_numbers[i])
-                nats = model.head.nats(*tokens, **(head_options or {}))
+                nats = model(latents, labels, mask, *head_numbers[i], **(head_options or {}))
             sums[0] += double(nats * len(batch) / len(counts))
         sums[1] += len(batch)
     model.train(training)

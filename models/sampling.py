@@ -20,8 +20,8 @@ from util.rng import ImageDraws
 ORDERS = ("random", "raster", "confidence")
 #: Guidance scales over the steps: growing with the tokens known, or the same in every step.
 SCHEDULES = ("linear", "constant")
-#: Called after each step with its number from 1, the number of steps, the tokens' values ``[B, L,
-#: C]`` (0 for unknown ones) and the positions ``[B, N]`` that are still unknown, on the device.
+#: Called after each step with its number from 1, the number of steps, the values of tokens
+#: ``[B, L, C]`` (0 if unknown) and the positions ``[B, N]`` that are still unknown, on the device.
 OnStep = Callable[[int, int, Tensor, Tensor], None]
 
 # --------------------------------------------------------------------------------------------------

@@ -310,8 +310,11 @@ def add_sampling_args(parser: Flags, options: type, search: bool = False) -> Non
         search: whether ``--cfg`` and ``--temperature`` take several values.
     """
     for name in option_names(options):
-        several = search and name in ("cfg", "temperature")
-        add_option(parser, options, name, **({"nargs": "+"} if several else {}))
+        changes = {}
+        if search and name in ("cfg", "temperature"):
+            text = field_of(options, name).metadata["argument"]["help"]
+            changes = {"nargs": "+", "help": f"{text}; several values are searched"}
+        add_option(parser, options, name, **changes)
 
 
 def check_bits(bits: int, flag: str, continuous: bool = False) -> None:

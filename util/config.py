@@ -109,23 +109,20 @@ def resolve(
     sizes = sizes_of(args.model, args.head or adopted.get("head", ModelConfig.head))
     # KL-16's order of channels is for KL-16's latents, and for those of a checkpoint that the run
     # resumes or evaluates: if it stores no order, it is taken for a published one.
-    same_latents = (
-        tokenizer.is_kl16 or start.use in (RESUME, EVALUATE) or "channel_order" in adopted
-    )
+    same_latents = tokenizer.is_kl16 or start.use in (RESUME, EVALUATE)
+    same_latents |= "channel_order" in adopted
     same_channels = (args.vae_embed_dim, args.patch_size) == (len(KL16_CHANNEL_ORDER), 1)
     known_order = same_latents and same_channels
-    config = {}
-    for name in MODEL_ENTRIES:
-        values = (
-            typed_value(args, name, known_order),
-            adopted.get(name),
-            sizes.get(name),
-            getattr(ModelConfig, name),
-        )
-        config[name] = next((value for value in values if value is not None), None)
-    if config["channel_order"] is None:
-        channels = args.vae_embed_dim * args.patch_size**2
-        config["channel_order"] = list(KL16_CHANNEL_ORDER if known_order else range(channels))
+    config = {name: getattr(ModelConfig, name) for name in MODEL_ENTRIES}  # the defaults
+    channels = args.vae_embed_dim * args.patch_size**2
+    config["channel_order"] = list(KL16_CHANNEL_ORDER if known_order else range(channels))
+    typed = {name: typed_value(args, name, known_order) for name in MODEL_ENTRIES}
+    for values in (sizes, adopted, typed):  # later ones override
+        config |= {
+            name: value
+            for name, value in values.items()
+            if name in MODEL_ENTRIES and value is not None
+        }
     if start.use in (RESUME, EVALUATE):
         of_run = {**config, "model": args.model, "latent_factor": tokenizer.latent_factor}
         check_config(start.config, of_run, start.path, calibrate=args.quant_calibrate)

@@ -19,10 +19,10 @@ KL16_LATENT_FACTOR = 0.2325
 #: KL-16's channels by share of low-frequency energy, highest first (section 3.2 of the paper).
 KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 
-#: How a run uses the checkpoint that it starts from.
+#: How a run uses the checkpoint that it starts from; a fresh run has none.
 FRESH, RESUME, EVALUATE, FINETUNE = "fresh", "resume", "evaluate", "finetune"
 EVERY_USE = (RESUME, EVALUATE, FINETUNE)
-OTHER_SIZES = (EVALUATE, FINETUNE)
+EXCEPT_RESUME = (EVALUATE, FINETUNE)
 
 #: Parts of a model whose blocks can be recomputed in the backward pass.
 CHECKPOINTED = ("encoder", "decoder", "head")
@@ -41,16 +41,18 @@ def same(value: Any) -> Any:
 class Entry:
     """Rules of one entry of a checkpoint's ``config``."""
 
-    flags: str = ""  # flags that set the entry, for messages
-    adopted_in: Sequence[
-        str
-    ] = ()  # uses of a checkpoint in which its value replaces a flag's default
-    published: Any = None  # value of published checkpoints, which store none; None if sizes differ
-    unlike_published: str = (
-        ""  # "refuse" or "warn" if a run needs another value than the published one
-    )
-    to_flag: Callable[[Any], Any] = same  # converts the value to that of the flag
-    from_flag: Callable[[Any], Any] = same  # converts the value of the flag to the entry's
+    #: Flags that set the entry, for messages.
+    flags: str = ""
+    #: Uses of a checkpoint in which its value replaces a flag's default.
+    adopted_in: Sequence[str] = ()
+    #: Value of published checkpoints, which store none; None if it differs between them.
+    published: Any = None
+    #: What happens if a run uses a published checkpoint with another value: "refuse", "warn", or
+    #: nothing if the shapes of the weights show the difference.
+    unlike_published: str = ""
+    #: Convert the value of the entry to that of its flag, and back.
+    to_flag: Callable[[Any], Any] = same
+    from_flag: Callable[[Any], Any] = same
 
     @property
     def compared(self) -> bool:
@@ -129,7 +131,7 @@ class ModelConfig:
     quant_levels: int = entry(
         32, "2^bits levels per channel", "--quant_bits",
         to_flag=lambda levels: levels.bit_length() - 1, from_flag=lambda bits: 2**bits,
-        adopted_in=OTHER_SIZES, published=64,
+        adopted_in=EXCEPT_RESUME, published=64,
     )
     vae_embed_dim: int = entry(
         16, "channels of the latents; a tokenizer that stores its own overrides this",
@@ -146,18 +148,18 @@ class ModelConfig:
     proj_dropout: float = entry(0.1, "dropout of projections and MLPs, 0 to 1", "--proj_dropout")
     buffer_size: int = entry(
         64, "positions before the tokens that hold the class embedding",
-        "--buffer_size", adopted_in=OTHER_SIZES,
+        "--buffer_size", adopted_in=EXCEPT_RESUME,
     )
     grad_checkpointing: bool | Sequence[str] = entry(
         False, "recompute blocks in the backward pass to save memory", "--grad_checkpointing",
     )
     quant_min: float = entry(
         -5.0, "lower bound of the quantizer", "--quant_min",
-        adopted_in=OTHER_SIZES, published=-5.0, unlike_published="warn",
+        adopted_in=EXCEPT_RESUME, published=-5.0, unlike_published="warn",
     )
     quant_max: float = entry(
         5.0, "upper bound of the quantizer", "--quant_max",
-        adopted_in=OTHER_SIZES, published=5.0, unlike_published="warn",
+        adopted_in=EXCEPT_RESUME, published=5.0, unlike_published="warn",
     )
     std_range: float = entry(
         3.0, "half-width of the quantizer's normalized range, in standard deviations",
@@ -250,7 +252,7 @@ class Metadata:
 
     # fmt: off
     model: str = entry(
-        "tokenbridge_large", "size of the model", "--model", adopted_in=OTHER_SIZES,
+        "tokenbridge_large", "size of the model", "--model", adopted_in=EXCEPT_RESUME,
     )
     latent_factor: float = entry(
         KL16_LATENT_FACTOR, "factor that scales the tokenizer's latents",

@@ -16,9 +16,7 @@ from experiments.unequal import scale_channels
 from models.quantizer import build_quantizer
 from models.vae import AutoencoderKL
 from tests.conftest import filled
-
-QUANTIZER = {"quant_levels": 8, "quant_min": -5.0, "quant_max": 5.0, "std_range": 3.0}
-QUANTIZER |= {"patch_size": 1, "channel_mean": None, "channel_std": None}
+from util.model_config import ModelConfig
 
 
 def brute_force(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
@@ -93,7 +91,9 @@ def test_pixels_are_averages():
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_density_of_each_level_integrates_to_one(quantizer, calibrated):
     channels = {"channel_mean": [0.5, -1.0], "channel_std": [0.3, 2.0]} if calibrated else {}
-    levels = build_quantizer({**QUANTIZER, "quantizer": quantizer, "vae_embed_dim": 2, **channels})
+    levels = build_quantizer(
+        ModelConfig(quant_levels=8, quantizer=quantizer, vae_embed_dim=2, **channels)
+    )
     x = torch.linspace(-60, 60, 600_001, dtype=torch.float64)
     latents = x[:, None].expand(-1, 2)
     index = levels(latents.float())[0]
@@ -108,8 +108,8 @@ def test_bits_do_not_depend_on_the_scale_of_a_calibrated_channel():
     latents = torch.randn(500, 1)
     bits = {}
     for scale in (1.0, 7.0):
-        options = {"vae_embed_dim": 1, "channel_mean": [0.0], "channel_std": [scale]}
-        levels = build_quantizer({**QUANTIZER, "quantizer": "gaussian", **options})
+        calibration = {"channel_mean": [0.0], "channel_std": [scale]}
+        levels = build_quantizer(ModelConfig(quant_levels=8, vae_embed_dim=1, **calibration))
         bits[scale] = level_bits(levels, scale * latents).mean().item() - math.log2(scale)
     assert bits[1.0] == pytest.approx(bits[7.0], abs=1e-4)
 

@@ -1,4 +1,4 @@
-"""A new head is a class and an entry of HEADS: it trains, resumes, samples and is measured by command."""
+"""A new head is a class and an entry of HEADS: it trains, samples and is measured by command."""
 
 import inspect
 import json

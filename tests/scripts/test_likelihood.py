@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from evaluation import held_out_likelihood
 from models.tokenbridge import TokenBridge
+from models.tokenizer import CachedMoments
 from models.vae import DiagonalGaussianDistribution
 from tests.conftest import SHORT, SMALL, TINY, filled, torchrun
 from tests.scripts.conftest import BASE, FACTOR, averaged, seen
@@ -92,7 +93,7 @@ def test_likelihood_is_a_channels_also_where_groups_are_predicted():
     loader = [
         (torch.cat([torch.randn(4, 16, 4, 4), torch.zeros(4, 16, 4, 4)], dim=1), torch.arange(4))
     ]
-    figures = held_out_likelihood(model, None, 1.0, loader, torch.device("cpu"), "fp32")
+    figures = held_out_likelihood(model, CachedMoments(1.0), loader, torch.device("cpu"), "fp32")
     assert figures["bits_per_dim"] == pytest.approx(2, abs=1e-5)
 
 
@@ -106,7 +107,7 @@ def test_likelihood_of_a_model_that_knows_nothing_is_the_uniform_ones():
         torch.nn.init.zeros_(head.weight)
     moments = torch.cat([torch.randn(6, 16, 4, 4), torch.zeros(6, 16, 4, 4)], dim=1)
     loader = [(moments[:4], torch.arange(4)), (moments[4:], torch.arange(2))]
-    figures = held_out_likelihood(model, None, 1.0, loader, torch.device("cpu"), "fp32")
+    figures = held_out_likelihood(model, CachedMoments(1.0), loader, torch.device("cpu"), "fp32")
     assert figures["bits_per_dim"] == pytest.approx(4, abs=1e-5) and figures["images"] == 6
     assert figures["nats_per_dim"] == pytest.approx(4 * math.log(2), abs=1e-5)
 
@@ -119,7 +120,9 @@ def test_likelihood_does_not_depend_on_the_batches(small_model):
         torch.manual_seed(size)
         loader = list(zip(moments.split(size), labels.split(size), strict=True))
         values.append(
-            held_out_likelihood(small_model.train(), None, 1.0, loader, torch.device("cpu"), "fp32")
+            held_out_likelihood(
+                small_model.train(), CachedMoments(1.0), loader, torch.device("cpu"), "fp32"
+            )
         )
         assert small_model.training
     assert values[0]["nats_per_dim"] == pytest.approx(values[1]["nats_per_dim"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""The model's configuration: every entry has a meaning, a flag that agrees with it, and rules that make sense."""
+"""The model configuration: each entry has a meaning, a flag that agrees with it, and rules."""
 
 import inspect
 from dataclasses import fields
