@@ -5,7 +5,7 @@ import contextlib
 import importlib
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,9 +47,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random state and leaves the number of threads alone."""
+    """Start every test from the same random state."""
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+def fixed_matmul_flops(device: torch.device, precision: str) -> float:
+    """Return 1 GFLOP/s at once, instead of measuring for a second as :func:`util.misc.matmul_flops` does."""
+    return 1e9
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch):
+    """Keep trainings in this process from measuring how fast the CPU multiplies matrices."""
+    monkeypatch.setattr(misc, "matmul_flops", fixed_matmul_flops)
 
 
 def reference(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -170,20 +181,6 @@ def write_images(root: Path, classes: int = 4, each: int = 4, size: int = 20) ->
     return root
 
 
-@pytest.fixture
-def images(tmp_path) -> Path:
-    """A data path of 4 classes with 4 images each."""
-    return write_images(tmp_path / "data")
-
-
-@pytest.fixture
-def vae_path(tmp_path) -> Path:
-    """A small tokenizer's file: stride 4, 8 channels, factor 0.5."""
-    path = tmp_path / "vae.ckpt"
-    checkpoint.save_vae(path, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
-    return path
-
-
 def released(model: TokenBridge) -> dict:
     """What the release's training script writes, an optimizer after one step included."""
     optimizer = torch.optim.AdamW(add_weight_decay(model, 0.02), lr=1e-3, betas=(0.9, 0.95))
@@ -277,38 +274,13 @@ def run_two():
     return processes.run_two
 
 
-def torchrun(command: str, processes: int = 2) -> subprocess.CompletedProcess:
-    """A script and its flags, in several processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def torchrun(command: str) -> subprocess.CompletedProcess:
+    """Run ``python <command>`` on two ranks under torchrun. It takes ten seconds: prefer :func:`run_two`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*launcher, *command.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
-
-
-def two_processes(tmp_path: Path, script: str, flags: str, **variables: str) -> tuple[list[dict], list[str], list[int]]:
-    """Runs a script in two processes, started as torchrun starts them; their traces, messages and exit statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    started = []
-    for rank in ("0", "1"):
-        command = [sys.executable, ROOT / "tests/scripts/trace.py", tmp_path / f"trace{rank}.pt", script]
-        environment = {**os.environ, **shared, **variables, "RANK": rank, "LOCAL_RANK": rank}
-        started.append(
-            subprocess.Popen(
-                [*command, *flags.split(), "--device", "cpu"],
-                cwd=ROOT,
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    said = [process.communicate(timeout=200)[1] for process in started]
-    statuses = [process.returncode for process in started]
-    assert all((tmp_path / f"trace{rank}.pt").exists() for rank in range(2)), said
-    return [torch.load(tmp_path / f"trace{rank}.pt", weights_only=True) for rank in range(2)], said, statuses
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -320,24 +292,57 @@ TINY = (
 SHORT = "--warmup_epochs 1 --save_last_freq 1 --lr 1e-3"
 
 
-@pytest.fixture
-def cached(run, images, vae_path, tmp_path):
-    """A cache of the images by the small tokenizer."""
-    run(
-        "main_cache",
-        f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/cache "
-        "--batch_size 3 --num_workers 0",
-    )
-    return tmp_path / "cache"
+@pytest.fixture(scope="session")
+def shared_files(tmp_path_factory) -> Path:
+    """A folder with images ``data`` and a tokenizer ``vae.ckpt``. Tests get copies: ``images``, ``vae_path``."""
+    folder = tmp_path_factory.mktemp("shared")
+    write_images(folder / "data")
+    checkpoint.save_vae(folder / "vae.ckpt", filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_cache(shared_files) -> Path:
+    """The cache of these images by this tokenizer. Tests get a copy: ``cached``."""
+    flags = f"--img_size 16 --vae_path {shared_files}/vae.ckpt --data_path {shared_files}/data --batch_size 3"
+    with pytest.MonkeyPatch.context() as patch:
+        run_script(patch, "main_cache", f"{flags} --cached_path {shared_files}/cache --num_workers 0")
+    return shared_files / "cache"
+
+
+@pytest.fixture(scope="session")
+def shared_run(shared_cache) -> Path:
+    """A run of two epochs on this cache. Tests get a copy: ``trained``."""
+    folder = shared_cache.with_name("run")
+    flags = f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {shared_cache} --output_dir {folder}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(misc, "matmul_flops", fixed_matmul_flops)
+        run_script(patch, "main_tokenbridge", flags)
+    return folder
 
 
 @pytest.fixture
-def trained(run, cached, tmp_path):
-    """A run of two epochs on the cache."""
-    run(
-        "main_tokenbridge", f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {tmp_path}/run"
-    )
-    return tmp_path / "run"
+def images(shared_files, tmp_path) -> Path:
+    """A data path of 4 classes with 4 images each."""
+    return shutil.copytree(shared_files / "data", tmp_path / "data")
+
+
+@pytest.fixture
+def vae_path(shared_files, tmp_path) -> Path:
+    """A small tokenizer's file: stride 4, 8 channels, factor 0.5."""
+    return shutil.copy(shared_files / "vae.ckpt", tmp_path / "vae.ckpt")
+
+
+@pytest.fixture
+def cached(shared_cache, images, vae_path, tmp_path) -> Path:
+    """The cache of ``images`` by the tokenizer at ``vae_path``."""
+    return shutil.copytree(shared_cache, tmp_path / "cache")
+
+
+@pytest.fixture
+def trained(shared_run, cached, tmp_path) -> Path:
+    """A run of two epochs on ``cached``."""
+    return shutil.copytree(shared_run, tmp_path / "run")
 
 
 @pytest.fixture
@@ -397,12 +402,15 @@ def inception(tmp_path_factory):
     return path
 
 
+PHOTOGRAPHS = 10  # Inception takes a fifth of a second for each
+
+
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """Two folders: 30 crops of photographs, and the same crops blurred."""
+    """Two folders: crops of photographs, and the same crops blurred."""
     root = tmp_path_factory.mktemp("photographs")
     random = np.random.RandomState(0)
-    for number in range(30):
+    for number in range(PHOTOGRAPHS):
         photograph = load_sample_images().images[number % 2]
         top, left = (random.randint(0, side - 80) for side in photograph.shape[:2])
         crop = Image.fromarray(photograph[top : top + 80, left : left + 80])
@@ -416,8 +424,9 @@ def photographs(tmp_path_factory):
 def stats(tmp_path_factory, inception, photographs):
     """Statistics of the sharp photographs, as main_metrics.py writes them."""
     path = tmp_path_factory.mktemp("stats") / "stats.npz"
-    command = f"main_metrics.py --images {photographs}/sharp --save_stats {path} --inception_weights {inception}"
-    subprocess.run([sys.executable, *command.split(), "--device", "cpu"], cwd=ROOT, check=True)
+    flags = f"--images {photographs}/sharp --save_stats {path} --inception_weights {inception} --num_workers 0"
+    with pytest.MonkeyPatch.context() as patch:
+        run_script(patch, "main_metrics", f"{flags} --device cpu")
     return path
 
 

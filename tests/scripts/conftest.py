@@ -160,13 +160,7 @@ BASE = f"{QUICK} --warmup_epochs 0 --lr 1e-3"
 
 
 @pytest.fixture
-def known_peak(monkeypatch):
-    """Nothing is measured, and the peak that utilization is told against is known."""
-    monkeypatch.setattr(misc, "matmul_flops", lambda device, precision: 1e9)
-
-
-@pytest.fixture
-def train(run, cached, tmp_path, known_peak):
+def train(run, cached, tmp_path):
     """``train("name", "--flag value")`` trains on the cache into a folder of that name, which it returns."""
 
     def train(name: str, flags: str = "--epochs 1") -> Path:

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine_tokenbridge import held_out_likelihood
 from models.tokenbridge import TokenBridge
 from models.vae import DiagonalGaussianDistribution
-from tests.conftest import SHORT, SMALL, TINY, filled, torchrun
+from tests.conftest import SHORT, SMALL, TINY, filled
 from tests.scripts.conftest import BASE, FACTOR, averaged, seen
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -140,14 +140,13 @@ def test_likelihood_as_a_command_and_in_training(run, refused, weights, images, 
     assert "--cached_val_path" in refused("main_tokenbridge", f"{TINY} --use_cached --cached_path x --online_nll")
 
 
-def test_all_processes_average_the_same_weights(run, images, vae_path, tmp_path):
+def test_all_processes_average_the_same_weights(run, run_two, images, vae_path, tmp_path):
     cache = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --cached_path {tmp_path}/cache"
     run("main_cache", cache)
     data = (
         f"--use_cached --cached_path {tmp_path}/cache --cached_val_path {tmp_path}/cache --precision fp32 --device cpu"
     )
-    result = torchrun(f"main_tokenbridge.py {TINY} {data} --epochs 1 --online_nll --output_dir {tmp_path}/run")
-    assert result.returncode == 0, result.stderr
+    run_two("main_tokenbridge", f"{TINY} {data} --epochs 1 --online_nll --output_dir {tmp_path}/run")
     # Each of the two processes measured half of the images with its own average; the file holds the first one's.
     online = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("eval/nats_per_dim")[-1].value
     run("main_tokenbridge", f"{TINY} {data} --evaluate_nll --resume {tmp_path}/run --output_dir {tmp_path}/run")

@@ -129,7 +129,7 @@ def full_disk(monkeypatch):
 
 @pytest.mark.parametrize("end", ["later save", "end", "signal"])
 def test_a_full_disk_ends_a_run_with_one_line_at_its_end(
-    refused, cached, known_peak, monkeypatch, tmp_path, full_disk, end
+    refused, cached, monkeypatch, tmp_path, full_disk, end
 ):
     steps, step = [], TrainingState.take_step
 

@@ -197,7 +197,7 @@ def stopped(run, command: str, status: int) -> None:
 
 
 def test_a_signal_ends_an_evaluation_after_its_chunk_and_the_run_takes_it_up(
-    run, online, tmp_path, sampler, decoder, capsys, monkeypatch, known_peak
+    run, online, tmp_path, sampler, decoder, capsys, monkeypatch
 ):
     note, folder = sampler.note, tmp_path / "run"
 
@@ -246,7 +246,7 @@ def test_a_signal_ends_a_likelihood_after_its_batch_on_both_processes(run_two, o
 
 
 def test_an_evaluation_that_fails_loses_no_training_and_is_repeated(
-    run, run_two, online, tmp_path, sampler, decoder, capfd, monkeypatch, known_peak
+    run, run_two, online, tmp_path, sampler, decoder, capfd, monkeypatch
 ):
     full, folder = mock.Mock(side_effect=UserError("cannot write it: disk full")), tmp_path / "run"
     with mock.patch("util.sample_folder.SampleFolder.save", full):

@@ -70,7 +70,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(train, caplog):
     assert "GiB a checkpoint; nothing was written" in caplog.text and not folder.exists()
 
 
-def test_a_dry_run_writes_nothing_though_images_are_bad(run, images, vae_path, known_peak, tmp_path, caplog):
+def test_a_dry_run_writes_nothing_though_images_are_bad(run, images, vae_path, tmp_path, caplog):
     for path in images.glob("train/*/[1-3].png"):
         damaged(path)
     (tmp_path / "run").mkdir()
