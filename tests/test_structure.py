@@ -73,17 +73,11 @@ def test_imports_point_from_scripts_to_models_to_util(module):
     assert not wrong
 
 
-def test_a_model_loads_no_metrics_plots_or_downloads():
-    heavy = [
-        "torch_fidelity",
-        "scipy.stats",
-        "matplotlib",
-        "tensorboard",
-        "util.checkpoint",
-        "util.checkpoint.hub",
-        "tools.download",
-    ]
-    heavy += ["util.plots", "util.metrics"]
-    code = f"import sys, models.tokenbridge, models.vae; print([name for name in {heavy} if name in sys.modules])"
+def test_models_and_sources_load_no_metrics_plots_downloads_or_datasets():
+    heavy = ["torch_fidelity", "scipy.stats", "matplotlib", "tensorboard", "datasets"]
+    heavy += ["util.checkpoint", "util.checkpoint.hub", "tools.download", "util.plots", "util.metrics"]
+    code = "import sys, models.tokenbridge, models.vae; found = {*sys.modules}\n"
+    code += "import util.sources; found |= {*sys.modules} & {'datasets'}\n"
+    code += f"print(sorted(found & {{*{heavy}}}))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert found.stdout.strip() == "[]"

@@ -136,19 +136,19 @@ def test_folders_of_samples_that_are_not_shared_end_the_run_at_once(cluster, sit
 
 
 def test_a_step_waits_less_for_others_than_a_checkpoint(run_two, cached, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(misc, "STEP_PATIENCE", timedelta(seconds=2))
+    monkeypatch.setattr(misc, "STEP_PATIENCE", timedelta(seconds=1))
     command = f"{BASE} --epochs 1 --batch_size 2 --use_cached --cached_path {cached} --output_dir"
     save, take_step = TrainingState.save, TrainingState.take_step
 
     def save_slowly(state, args):
-        time.sleep(5 * misc.is_main_process())
+        time.sleep(2.5 * misc.is_main_process())
         save(state, args)
 
     monkeypatch.setattr(TrainingState, "save", save_slowly)
     run_two("main_tokenbridge", f"{command} {tmp_path}/saved --save_every_steps 2")  # of 4 steps
 
     def step_slowly(state, loss, lr):
-        time.sleep(5 * (misc.get_rank() == 1 and state.step == 2))
+        time.sleep(2.5 * (misc.get_rank() == 1 and state.step == 2))
         take_step(state, loss, lr)
 
     monkeypatch.setattr(TrainingState, "take_step", step_slowly)

@@ -16,6 +16,7 @@ from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from tests.conftest import FID
 from tests.scripts.conftest import FACTOR, Watched
+from util import metrics
 from util.images import psnr, ssim
 from util.loader import image_transform
 from util.sources import read_image
@@ -232,20 +233,24 @@ def test_reconstruction_with_other_quantizers(run, refused, images, vae_path, tm
     assert "--sweep is Table 1" in refused("reconstruction", f"{common} --sweep --quantizer linear")
 
 
-def test_reconstruction_measures_against_statistics_and_originals(run, images, vae_path, inception, stats, tmp_path):
+def test_reconstruction_measures_against_statistics_and_originals(
+    run, images, vae_path, quick_inception, fid_stats, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(metrics, "fid_statistics_to_metric", lambda a, b, **_: {FID: abs(a["mu"] - b["mu"]).sum()})
     run(
         "reconstruction",
         f"--img_size 16 --vae_path {vae_path} --image_dir {images} --bits 4 --images_per_class 3 --num_workers 0 "
-        f"--output_dir {tmp_path}/out --inception_weights {inception} --fid_stats {stats} --device cpu",
+        f"--output_dir {tmp_path}/out {quick_inception.flag} --fid_stats {fid_stats[0]} --device cpu",
     )
     folder = tmp_path / "out" / "quant_b4_r5.0_n3"
     results = json.loads((folder / "results.json").read_text())
+    assert results["frechet_inception_distance"] != results["frechet_inception_distance_to_originals"]
     expected = {}
     for name, part in {"frechet_inception_distance_to_originals": "real", "statistics": None}.items():
-        against = f"--reference {folder}/{part}" if part else f"--fid_stats {stats}"
+        against = f"--reference {folder}/{part}" if part else f"--fid_stats {fid_stats[0]}"
         run(
             "main_metrics",
-            f"--images {folder}/recon {against} --inception_weights {inception} --json {tmp_path}/m.json --device cpu",
+            f"--images {folder}/recon {against} {quick_inception.flag} --json {tmp_path}/m.json --num_workers 0",
         )
         expected[name] = json.loads((tmp_path / "m.json").read_text())
     for name, figures in expected.items():

@@ -128,9 +128,7 @@ def full_disk(monkeypatch):
 
 
 @pytest.mark.parametrize("end", ["later save", "end", "signal"])
-def test_a_full_disk_ends_a_run_with_one_line_at_its_end(
-    refused, cached, monkeypatch, tmp_path, full_disk, end
-):
+def test_a_full_disk_ends_a_run_with_one_line_at_its_end(refused, cached, monkeypatch, tmp_path, full_disk, end):
     steps, step = [], TrainingState.take_step
 
     def take_step(state, *args):
@@ -189,7 +187,7 @@ def test_a_run_warns_at_once_of_a_full_disk_and_writes_when_there_is_space_again
 @pytest.mark.parametrize("stopped", [False, True])
 def test_no_process_leaves_before_the_file_is_there(run_two, cached, monkeypatch, tmp_path, stopped):
     path, write = tmp_path / "run" / "checkpoint-last.pth", torch.save
-    monkeypatch.setattr(torch, "save", lambda *args: time.sleep(2) or write(*args))
+    monkeypatch.setattr(torch, "save", lambda *args: time.sleep(1) or write(*args))
     if stopped:
         monkeypatch.setattr(misc.StopSignals, "agreed", lambda self: True)
         monkeypatch.setattr(engine_tokenbridge, "Preempted", lambda _: SystemExit(0 if path.exists() else 1))

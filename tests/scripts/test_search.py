@@ -90,15 +90,20 @@ def test_evaluation_measures_and_exports(run, weights, inception, stats, photogr
     again = json.loads((tmp_path / "again.json").read_text())
     assert all(again[name] == pytest.approx(figures[name], rel=1e-5) for name in names)
 
-    # Without --keep_images they go once they are measured; if measuring fails, they stay.
+
+def test_images_are_removed_once_they_are_measured(run, weights, quick_inception, measured, tmp_path, sampler):
+    common = f"{weights} --evaluate --num_images 8 {quick_inception.flag} --output_dir {tmp_path}/out --num_workers 0"
     run("main_tokenbridge", common)
     assert not (tmp_path / "out" / "samples").exists() and (tmp_path / "out" / "samples.png").exists()
-    with mock.patch("util.metrics.compute_metrics", side_effect=RuntimeError("broken")), pytest.raises(RuntimeError):
+    measured.side_effect = RuntimeError("broken")
+    with pytest.raises(RuntimeError):
         run("main_tokenbridge", common)
     assert len(pictures(tmp_path / "out" / "samples")) == 8
 
 
-def test_a_search_makes_a_table_and_a_heat_map(run, weights, inception, stats, tmp_path, monkeypatch, sampler):
+def test_a_search_makes_a_table_and_a_heat_map(
+    run, weights, quick_inception, fid_stats, tmp_path, monkeypatch, sampler
+):
     counted = mock.Mock(
         side_effect=lambda features, *_: {
             "frechet_inception_distance": 5.0,
@@ -109,8 +114,8 @@ def test_a_search_makes_a_table_and_a_heat_map(run, weights, inception, stats, t
     monkeypatch.setattr("util.metrics.compute_metrics", counted)
     run(
         "main_tokenbridge",
-        f"{weights} --evaluate --num_images 4 --num_iter 2 --cfg 1.0 3.5 --temperature 0.9 1.0 --fid_stats {stats} "
-        f"--inception_weights {inception} --output_dir {tmp_path}/out",
+        f"{weights} --evaluate --num_images 4 --num_iter 2 --cfg 1.0 3.5 --temperature 0.9 1.0 "
+        f"--fid_stats {fid_stats[0]} {quick_inception.flag} --output_dir {tmp_path}/out",
     )
     rows = json.loads((tmp_path / "out" / "search.json").read_text())
     assert [(row["cfg"], row["temperature"]) for row in rows] == [(1.0, 0.9), (1.0, 1.0), (3.5, 0.9), (3.5, 1.0)]
@@ -127,10 +132,10 @@ def test_a_search_makes_a_table_and_a_heat_map(run, weights, inception, stats, t
     assert all(row["images"] == 4 for row in rows)
 
 
-def test_an_interrupted_search_keeps_what_it_measured(run, weights, inception, stats, tmp_path, monkeypatch):
+def test_an_interrupted_search_keeps_what_it_measured(run, weights, quick_inception, fid_stats, tmp_path, monkeypatch):
     counted = mock.Mock(side_effect=lambda *_: {"frechet_inception_distance": 5.0, "inception_score_mean": 2.0})
     monkeypatch.setattr("util.metrics.compute_metrics", counted)
-    common = f"{weights} --evaluate --num_images 4 --num_iter 2 --fid_stats {stats} --inception_weights {inception}"
+    common = f"{weights} --evaluate --num_images 4 --num_iter 2 --fid_stats {fid_stats[0]} {quick_inception.flag}"
     common += f" --output_dir {tmp_path}/out --cfg 1.0 2.0 --temperature 1.0"
     run("main_tokenbridge", common)
     (tmp_path / "out" / "samples-cfg2-t1.json").unlink()
@@ -299,7 +304,9 @@ def test_measurements_during_training_are_of_that_epochs_averages_or_weights(tra
         assert all(batch["training"] for batch in trace.batches)
 
 
-def test_online_metrics_go_to_tensorboard(run, images, vae_path, inception, stats, tmp_path, monkeypatch, sampler):
+def test_online_metrics_go_to_tensorboard(
+    run, images, vae_path, quick_inception, fid_stats, tmp_path, monkeypatch, sampler
+):
     monkeypatch.setattr(
         "util.metrics.compute_metrics",
         lambda *_: {
@@ -311,7 +318,7 @@ def test_online_metrics_go_to_tensorboard(run, images, vae_path, inception, stat
     run(
         "main_tokenbridge",
         f"{TINY} --data_path {images} --vae_path {vae_path} --epochs 1 --online_eval --num_images 4 --num_iter 2 "
-        f"--cfg 2.5 --fid_stats {stats} --inception_weights {inception} --output_dir {tmp_path}/run",
+        f"--cfg 2.5 --fid_stats {fid_stats[0]} {quick_inception.flag} --output_dir {tmp_path}/run",
     )
     log = EventAccumulator(str(tmp_path / "run")).Reload()
     for name, cfg in {"cfg1": 1, "cfg2.5": 2.5}.items():

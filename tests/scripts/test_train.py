@@ -335,7 +335,7 @@ def test_loss_falls_when_a_small_model_overfits_eight_photographs(run, tmp_path)
     run(
         "main_tokenbridge",
         f"{common} --model tokenbridge_tiny --class_num 8 --buffer_size 4 --quant_bits 4 --use_cached --no_mirror "
-        f"--cached_path {tmp_path}/cache --output_dir {tmp_path}/run --batch_size 8 --epochs 120 --warmup_epochs 10 "
+        f"--cached_path {tmp_path}/cache --output_dir {tmp_path}/run --batch_size 8 --epochs 40 --warmup_epochs 10 "
         "--lr 3e-3 --attn_dropout 0 --proj_dropout 0 --label_drop_prob 0 --save_last_freq 1000",
     )
     losses = [event.value for event in EventAccumulator(str(tmp_path / "run")).Reload().Scalars("train/loss")]
