@@ -1,4 +1,4 @@
-"""What ``make`` does before the first test or demo: it finds a Python, makes ``.venv``, installs. Its Python is fake."""
+"""What ``make`` does before the first test or demo: it finds a Python, makes ``.venv``, installs; by a fake Python."""
 
 import os
 import shutil
