@@ -1,4 +1,4 @@
-"""What several test files need: vectors, small models, images, scripts run in place, trainings, statistics, a Hub."""
+"""Fixtures and helpers of several test files: small models and runs, images, scripts called in process, a Hub."""
 
 import argparse
 import contextlib
@@ -38,9 +38,9 @@ REFERENCE = ROOT / "tests" / "reference"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves tests on fake CUDA tensors to the end: after them no process that is forked can compute gradients.
+    """Run tests on fake CUDA tensors last: after them, a forked process cannot compute gradients.
 
-    Of the processes of pytest-xdist, too, each runs its tests in this order.
+    Each worker of pytest-xdist runs its tests in this order, too.
     """
     items.sort(key=lambda item: item.path.name == "test_fake_cuda.py")
 
@@ -64,7 +64,7 @@ def no_measuring(monkeypatch):
 
 
 def reference(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Configuration and vectors of a reference file."""
+    """Return the configuration and the vectors of a reference file."""
     path = REFERENCE / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
         config = {key: json.loads(value) for key, value in file.metadata().items()}
@@ -72,22 +72,22 @@ def reference(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def manifest(name: str) -> dict:
-    """Names, shapes and parameter order of a published model."""
+    """Return names, shapes and parameter order of a published model."""
     return json.loads((REFERENCE / f"state_dict_{name}.json").read_text())
 
 
 def published_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights and buffers as a file has them: under the published names, in their order."""
+    """Return weights and buffers under their published names, in the order of files."""
     return to_published(model.state_dict())
 
 
 def published_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters under the published names, in their order."""
+    """Return parameters under their published names, in the order of files."""
     return to_published({name: value.detach() for name, value in model.named_parameters()})
 
 
 def filled(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with reproducible weights, in evaluation mode."""
+    """Give the model reproducible weights and return it in evaluation mode."""
     model.load_state_dict(deterministic_fill(published_state(model)))
     return model.eval()
 
@@ -123,12 +123,12 @@ FEW = {"vae_embed_dim": 4, "quant_levels": 3}
 
 
 def variant(**options) -> TokenBridge:
-    """A small model with other arguments, reproducible weights, in evaluation mode."""
+    """Return a small model with these arguments and reproducible weights, in evaluation mode."""
     return filled(TokenBridge(**{**SMALL, **options}))
 
 
 def small(head: str, **options) -> TokenBridge:
-    """A small model with one of the heads."""
+    """Return a small model with one of :data:`HEADS`."""
     return variant(**{**HEADS[head], **options})
 
 
@@ -139,27 +139,27 @@ def small_model() -> TokenBridge:
 
 
 def described(**options) -> TokenBridge:
-    """A small model that has metadata."""
+    """Return a small model with metadata."""
     model = variant(**options)
     model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
     return model
 
 
 def batch(model: TokenBridge, size: int = 4) -> tuple[torch.Tensor, ...]:
-    """Latents, labels and masks of 13 tokens for a small model."""
+    """Return latents, labels and masks (13 of 16 tokens) for a small model."""
     side = model.grid_size * model.patch_size
     mask = (torch.rand(size, 16).argsort(dim=1) < 13).float()
     return torch.randn(size, model.vae_embed_dim, side, side), torch.arange(size) % 4, mask
 
 
 def same_states(model: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Whether two models have equal weights under equal names, in equal order."""
+    """Return whether two models have the same names, in the same order, with equal values."""
     states = model.state_dict(), other.state_dict()
     return list(states[0]) == list(states[1]) and all(map(torch.equal, states[0].values(), states[1].values()))
 
 
 def training_state(model: TokenBridge, steps_per_epoch: int = 4, **options) -> TrainingState:
-    """A training run's state; ``options`` are flags other than these."""
+    """Return the state of a training run; ``options`` are flags that replace these."""
     flags = {"ema_rate": 0.9, "weight_decay": 0.02, "lr": 1e-3, "grad_clip": 1.0, "precision": "fp32"}
     flags |= {"no_ema_warmup": False, "compile": False, "start_epoch": 0, **options}
     return TrainingState(model, argparse.Namespace(**flags), steps_per_epoch)
@@ -176,7 +176,7 @@ def kl16() -> AutoencoderKL:
 
 
 def write_images(root: Path, classes: int = 4, each: int = 4, size: int = 20) -> Path:
-    """``root/train/<class>/<image>.png`` of random smooth colours; the first of each class is grey."""
+    """Write ``root/train/<class>/<image>.png`` of random smooth colors; the first of each class is gray."""
     random = np.random.RandomState(0)
     for label in range(classes):
         folder = root / "train" / f"class{label}"
@@ -188,7 +188,7 @@ def write_images(root: Path, classes: int = 4, each: int = 4, size: int = 20) ->
 
 
 def released(model: TokenBridge) -> dict:
-    """What the release's training script writes, an optimizer after one step included."""
+    """Return a checkpoint of the release's training script, with the optimizer state after one step."""
     optimizer = torch.optim.AdamW(add_weight_decay(model, 0.02), lr=1e-3, betas=(0.9, 0.95))
     model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1])).backward()
     optimizer.step()
@@ -202,7 +202,7 @@ def released(model: TokenBridge) -> dict:
 
 
 def same(a, b) -> bool:
-    """Whether two nested values are equal, types included."""
+    """Return whether two nested values and their types are equal."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -213,22 +213,22 @@ def same(a, b) -> bool:
 
 
 def damaged(path) -> None:
-    """Cuts an image short, or makes it empty."""
+    """Truncate a file to half of its size; a file named 3 to nothing."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if path.stem != "3" else 0])
 
 
 def load(folder: Path, name: str = "checkpoint-last.pth") -> dict:
-    """A run's checkpoint."""
+    """Load a checkpoint of a run."""
     return torch.load(folder / name, weights_only=True)
 
 
 def scalars(folder: Path, tag: str) -> dict[int, float]:
-    """A run's log: values of a tag by their steps."""
+    """Return the values of a tag in a run's log by step."""
     return {event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(tag)}
 
 
 def write_maps(root, maps: torch.Tensor) -> str:
-    """A cache whose means are ``maps [N, C, h, w]`` and whose deviations are large."""
+    """Write a cache of means ``maps`` ``[N, C, h, w]`` and large variances; return the flags that use it."""
     moments = torch.cat([maps, torch.full_like(maps, 2.0)], dim=1).float().numpy()
     for number, each in enumerate(moments):
         path = root / str(number % 2) / f"{number}.npz"
@@ -240,7 +240,7 @@ def write_maps(root, maps: torch.Tensor) -> str:
 
 
 def run_script(monkeypatch, script: str, command: str) -> None:
-    """Runs a script's main in this process, as ``python <script>.py <command>`` would; SystemExit for user errors."""
+    """Call a script's main as ``python <script>.py <command>`` does; user errors raise SystemExit."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *command.split()])
     errors.run(importlib.import_module(script).main)
 
@@ -253,7 +253,7 @@ def run(monkeypatch):
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """Runs a script that must fail with one line on standard error and status 2, and returns the line."""
+    """``refused("main_cache", "--flag value")`` runs a script that must end with status 2; returns its one error line."""
 
     def expect(script: str, command: str) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -268,7 +268,7 @@ def refused(monkeypatch, capsys):
 
 @pytest.fixture
 def trace(monkeypatch) -> Trace:
-    """What the scripts of this test do."""
+    """Record what the scripts do that this test runs."""
     trace = Trace()
     trace.install(monkeypatch.setattr)
     return trace
@@ -365,17 +365,17 @@ def weights(tmp_path, vae_path):
 
 
 def processes_of(folder) -> list[int]:
-    """Process numbers of the training processes that write to ``folder``, not of their launcher, ascending."""
+    """Return the sorted ids of the processes that write to ``folder``, without torchrun itself."""
     commands = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it may have ended meanwhile
+        with contextlib.suppress(OSError):  # it may have ended
             commands[int(path.parent.name)] = path.read_bytes().decode(errors="replace")
     return sorted(pid for pid, line in commands.items() if str(folder) in line and "torch.distributed" not in line)
 
 
 @pytest.fixture
 def instructions(monkeypatch):
-    """``instructions("bf16")``: lets the CPU seem to have the instructions for products in these precisions alone."""
+    """``instructions("bf16")`` makes the CPU report hardware matrix products for these precisions only."""
 
     def pretend(*precisions: str) -> None:
         monkeypatch.setattr(misc, "cpu_multiplies", lambda precision: precision in precisions)
@@ -388,14 +388,14 @@ def instructions(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------------
 # Metrics.
 
-#: Names of figures.
+#: Names of metrics.
 FID, IS = "frechet_inception_distance", "inception_score_mean"
 URL = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
 
 
 @pytest.fixture(scope="session")
 def inception(tmp_path_factory):
-    """A file of Inception weights drawn at random, scaled so that features vary from image to image."""
+    """A file of random Inception weights, scaled so that features differ between images."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.manual_seed(0)
     with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"), mock.patch(URL):
@@ -443,14 +443,14 @@ OWN = "owner/repo"
 
 @pytest.fixture
 def served(monkeypatch, tmp_path):
-    """A Hub of the test's own, an empty cache, and no token."""
+    """A Hub server of this test, with an empty cache and no token."""
     with serving() as server:
         point_to(monkeypatch, server.endpoint, tmp_path / "hf")
         yield server
 
 
 def point_to(monkeypatch, endpoint: str, home: Path) -> None:
-    """Lets the client ask this server, and keep what it fetches here."""
+    """Direct the Hub's client to this server and its cache to ``home``."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

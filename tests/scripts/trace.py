@@ -16,12 +16,12 @@ from util import errors
 
 
 def norms(parameters) -> torch.Tensor:
-    """One number for each parameter: equal if they are, hardly otherwise."""
+    """Return the norm of each parameter, to compare them."""
     return torch.stack([parameter.detach().double().norm() for parameter in parameters])
 
 
 class Trace:
-    """Lists of what was seen, in order.
+    """Lists of what a script did, in order.
 
     Attributes:
         batches: each forward pass of a TokenBridge: ``latents``, ``labels``, ``loss``, whether ``training``, the type
@@ -39,12 +39,12 @@ class Trace:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Clear all lists."""
         self.batches, self.drawn, self.images, self.decoded = [], [], [], []
         self.sampled, self.steps, self.saved, self.orders = [], [], [], []
 
     def install(self, patch: Callable[[Any, str, Any], None]) -> None:
-        """Starts writing down; ``patch`` is ``setattr`` or pytest's."""
+        """Start to record; ``patch`` is ``setattr`` or pytest's."""
         forward, sample_orders = TokenBridge.forward, TokenBridge.sample_orders
         sample, sample_tokens = DiagonalGaussianDistribution.sample, TokenBridge.sample_tokens
         encode, decode, save = AutoencoderKL.encode, AutoencoderKL.decode, torch.save
@@ -99,7 +99,7 @@ class Trace:
             patch(kind, "step", self.traced_step(step))
 
     def traced_step(self, step: Callable) -> Callable:
-        """An optimizer's ``step`` that is written down."""
+        """Return an optimizer's ``step`` that is recorded."""
 
         def traced(optimizer, *args, **options):
             result = step(optimizer, *args, **options)
