@@ -253,7 +253,7 @@ def run(monkeypatch):
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """``refused("main_cache", "--flag value")`` runs a script that must end with status 2; returns its one error line."""
+    """``refused("main_cache", "--flag value")`` runs a script that must end with status 2; returns its error line."""
 
     def expect(script: str, command: str) -> str:
         with pytest.raises(SystemExit) as stop:

@@ -6,7 +6,6 @@
 import io
 import re
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -22,17 +21,12 @@ from models.pipeline import TokenBridgePipeline
 from models.tokenbridge import tokenbridge_tiny
 from models.vae import AutoencoderKL
 from tests.conftest import ROOT, filled
+from tests.processes import free_port
 from tests.scripts.conftest import pixels
 
 SIZES = {"img_size": 16, "vae_stride": 4, "vae_embed_dim": 8, "class_num": 4, "buffer_size": 4, "quant_levels": 8}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SECONDS = 20  # that the page may take to show something
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Site:
