@@ -83,12 +83,11 @@ def test_results_hold_figures_and_how_they_came_about(whole):
     assert line.split(" | ")[1:3] == ["2", "0"] and f"{result['images']['2']['pixels']['frechet']:.1f} (-)" in line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_goes_on_to_the_same_results(sent, whole, tmp_path):
-    shutil.copytree(whole[0] / "images", tmp_path / "images")
-    stopped = start(tmp_path)
-    at = tmp_path / "out" / "tiny" / "seed0"
+def interrupt(whole: tuple, folder: Path, sent: signal.Signals) -> Path:
+    """Interrupt a run while it trains, which must end it with all its processes; return the record of the training."""
+    shutil.copytree(whole[0] / "images", folder / "images")
+    stopped = start(folder)
+    at = folder / "out" / "tiny" / "seed0"
     while not (at / "ar" / "checkpoint-last.pth").exists():
         assert stopped.poll() is None, stopped.stderr.read()
         time.sleep(0.05)
@@ -101,6 +100,18 @@ def test_an_interrupted_run_goes_on_to_the_same_results(sent, whole, tmp_path):
             time.sleep(0.05)
     record = at.parent / "steps" / "seed0-ar-training.json"
     assert not json.loads(record.read_text())["finished"]
+    return record
+
+
+@pytest.mark.slow
+def test_kill_ends_all_processes(whole, tmp_path):
+    interrupt(whole, tmp_path, signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_to_the_same_results(whole, tmp_path):
+    record = interrupt(whole, tmp_path, signal.SIGINT)
+    at = tmp_path / "out" / "tiny" / "seed0"
     tokenizer = (at / "tokenizers" / "plain" / "vae.ckpt").stat().st_mtime_ns
 
     ended = start(tmp_path)
