@@ -26,13 +26,14 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 -m "not slow" \
 		--cov=models --cov=util --cov=engine_tokenbridge --cov=evaluation --cov-report=term --cov-fail-under=90
 
-# What takes minutes: the demo, full-size models, long trainings.
+# What takes minutes: the demo, full-size models, long trainings. The tests of a file share what takes long to make, so
+# one process runs them all; files run in their order, since the demo's is the longest.
 test-slow: $(VENV)/.installed
-	$(RUN) -m pytest -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 # Runs killed twenty times, and files damaged three hundred times.
 soak: $(VENV)/.installed
-	$(RUN) -m pytest tests/soak
+	KILLS=20 $(RUN) -m pytest tests/soak
 
 format: $(VENV)/.installed
 	$(RUN) -m ruff check --fix .

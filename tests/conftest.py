@@ -1,11 +1,11 @@
-"""What several test files need: vectors, small models, images, scripts run in place, trainings, statistics, a Hub."""
+"""Fixtures and helpers of several test files: small models and runs, images, scripts called in process, a Hub."""
 
 import argparse
 import contextlib
 import importlib
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,22 +40,33 @@ REFERENCE = ROOT / "tests" / "reference"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Moves tests on fake CUDA tensors to the end: after them no process that is forked can compute gradients.
+    """Run tests on fake CUDA tensors last: after them, a forked process cannot compute gradients.
 
-    Of the processes of pytest-xdist, too, each runs its tests in this order.
+    Each worker of pytest-xdist runs its tests in this order, too.
     """
     items.sort(key=lambda item: item.path.name == "test_fake_cuda.py")
 
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Every test starts from the same random state and leaves the number of threads alone."""
+    """Start every test from the same random state."""
     torch.manual_seed(0)
     np.random.seed(0)
 
 
+def fixed_matmul_flops(device: torch.device, precision: str) -> float:
+    """Return 1 GFLOP/s at once, instead of measuring for a second as :func:`util.devices.matmul_flops` does."""
+    return 1e9
+
+
+@pytest.fixture(autouse=True)
+def no_measuring(monkeypatch):
+    """Keep trainings in this process from measuring how fast the CPU multiplies matrices."""
+    monkeypatch.setattr("engine_tokenbridge.matmul_flops", fixed_matmul_flops)
+
+
 def reference(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Configuration and vectors of a reference file."""
+    """Return the configuration and the vectors of a reference file."""
     path = REFERENCE / f"{name}.safetensors"
     with safe_open(path, "pt") as file:
         config = {key: json.loads(value) for key, value in file.metadata().items()}
@@ -63,22 +74,22 @@ def reference(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def manifest(name: str) -> dict:
-    """Names, shapes and parameter order of a published model."""
+    """Return names, shapes and parameter order of a published model."""
     return json.loads((REFERENCE / f"state_dict_{name}.json").read_text())
 
 
 def published_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights and buffers as a file has them: under the published names, in their order."""
+    """Return weights and buffers under their published names, in the order of files."""
     return to_published(model.state_dict())
 
 
 def published_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters under the published names, in their order."""
+    """Return parameters under their published names, in the order of files."""
     return to_published({name: value.detach() for name, value in model.named_parameters()})
 
 
 def filled(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with reproducible weights, in evaluation mode."""
+    """Give the model reproducible weights and return it in evaluation mode."""
     model.load_state_dict(deterministic_fill(published_state(model)))
     return model.eval()
 
@@ -114,12 +125,12 @@ FEW = {"vae_embed_dim": 4, "quant_levels": 3}
 
 
 def variant(**options) -> TokenBridge:
-    """A small model with other arguments, reproducible weights, in evaluation mode."""
+    """Return a small model with these arguments and reproducible weights, in evaluation mode."""
     return filled(TokenBridge(**{**SMALL, **options}))
 
 
 def small(head: str, **options) -> TokenBridge:
-    """A small model with one of the heads."""
+    """Return a small model with one of :data:`HEADS`."""
     return variant(**{**HEADS[head], **options})
 
 
@@ -130,21 +141,21 @@ def small_model() -> TokenBridge:
 
 
 def described(**options) -> TokenBridge:
-    """A small model that has metadata."""
+    """Return a small model with metadata."""
     model = variant(**options)
     model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
     return model
 
 
 def batch(model: TokenBridge, size: int = 4) -> tuple[torch.Tensor, ...]:
-    """Latents, labels and masks of 13 tokens for a small model."""
+    """Return latents, labels and masks (13 of 16 tokens) for a small model."""
     side = model.grid_size * model.patch_size
     mask = (torch.rand(size, 16).argsort(dim=1) < 13).float()
     return torch.randn(size, model.vae_embed_dim, side, side), torch.arange(size) % 4, mask
 
 
 def same_states(model: torch.nn.Module, other: torch.nn.Module) -> bool:
-    """Whether two models have equal weights under equal names, in equal order."""
+    """Return whether two models have the same names, in the same order, with equal values."""
     states = model.state_dict(), other.state_dict()
     return list(states[0]) == list(states[1]) and all(
         map(torch.equal, states[0].values(), states[1].values())
@@ -167,12 +178,18 @@ def new_trainer(model, loader=(None,) * 4, tokenizer=None, parts=None, **options
     return Trainer(model, training_settings(**options), loader, tokenizer, parts=parts)
 
 
+@pytest.fixture(scope="session")
+def kl16() -> AutoencoderKL:
+    """A tokenizer of the published architecture with reproducible weights, in evaluation mode. Do not change it."""
+    return filled(AutoencoderKL(16, (1, 1, 2, 2, 4)))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files.
 
 
 def write_images(root: Path, classes: int = 4, each: int = 4, size: int = 20) -> Path:
-    """``root/train/<class>/<image>.png`` of random smooth colours; the first of each class is grey."""
+    """Write ``root/train/<class>/<image>.png`` of random smooth colors; the first of each class is gray."""
     random = np.random.RandomState(0)
     for label in range(classes):
         folder = root / "train" / f"class{label}"
@@ -185,22 +202,8 @@ def write_images(root: Path, classes: int = 4, each: int = 4, size: int = 20) ->
     return root
 
 
-@pytest.fixture
-def images(tmp_path) -> Path:
-    """A data path of 4 classes with 4 images each."""
-    return write_images(tmp_path / "data")
-
-
-@pytest.fixture
-def vae_path(tmp_path) -> Path:
-    """A small tokenizer's file: stride 4, 8 channels, factor 0.5."""
-    path = tmp_path / "vae.ckpt"
-    save_vae(path, filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
-    return path
-
-
 def released(model: TokenBridge) -> dict:
-    """What the release's training script writes, an optimizer after one step included."""
+    """Return a checkpoint of the release's training script, with the optimizer state after one step."""
     optimizer = torch.optim.AdamW(add_weight_decay(model, 0.02), lr=1e-3, betas=(0.9, 0.95))
     model(torch.randn(2, 16, 4, 4), torch.tensor([0, 1])).backward()
     optimizer.step()
@@ -214,7 +217,7 @@ def released(model: TokenBridge) -> dict:
 
 
 def same(a, b) -> bool:
-    """Whether two nested values are equal, types included."""
+    """Return whether two nested values and their types are equal."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -229,24 +232,24 @@ def same(a, b) -> bool:
 
 
 def damaged(path) -> None:
-    """Cuts an image short, or makes it empty."""
+    """Truncate a file to half of its size; a file named 3 to nothing."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if path.stem != "3" else 0])
 
 
 def load(folder: Path, name: str = "checkpoint-last.pth") -> dict:
-    """A run's checkpoint."""
+    """Load a checkpoint of a run."""
     return torch.load(folder / name, weights_only=True)
 
 
 def scalars(folder: Path, tag: str) -> dict[int, float]:
-    """A run's log: values of a tag by their steps."""
+    """Return the values of a tag in a run's log by step."""
     return {
         event.step: event.value for event in EventAccumulator(str(folder)).Reload().Scalars(tag)
     }
 
 
 def write_maps(root, maps: torch.Tensor) -> str:
-    """A cache whose means are ``maps [N, C, h, w]`` and whose deviations are large."""
+    """Write a cache of means ``maps`` ``[N, C, h, w]`` and large variances; return the flags that use it."""
     moments = torch.cat([maps, torch.full_like(maps, 2.0)], dim=1).float().numpy()
     for number, each in enumerate(moments):
         path = root / str(number % 2) / f"{number}.npz"
@@ -262,7 +265,7 @@ def write_maps(root, maps: torch.Tensor) -> str:
 
 
 def run_script(monkeypatch, script: str, command: str) -> None:
-    """Runs a script's main in this process, as ``python <script>.py <command>`` would; SystemExit for user errors."""
+    """Call a script's main as ``python <script>.py <command>`` does; user errors raise SystemExit."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *command.split()])
     errors.run(importlib.import_module(script).main)
 
@@ -275,7 +278,7 @@ def run(monkeypatch):
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """Runs a script that must fail with one line on standard error and status 2, and returns the line."""
+    """``refused("main_cache", "--flag value")`` runs a script that must end with status 2; returns its error line."""
 
     def expect(script: str, command: str) -> str:
         with pytest.raises(SystemExit) as stop:
@@ -294,7 +297,7 @@ def refused(monkeypatch, capsys):
 
 @pytest.fixture
 def trace(monkeypatch) -> Trace:
-    """What the scripts of this test do."""
+    """Record what the scripts do that this test runs."""
     trace = Trace()
     trace.install(monkeypatch.setattr)
     return trace
@@ -306,15 +309,9 @@ def run_two():
     return processes.run_two
 
 
-def torchrun(command: str, processes: int = 2) -> subprocess.CompletedProcess:
-    """A script and its flags, in several processes."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
+def torchrun(command: str) -> subprocess.CompletedProcess:
+    """Run ``python <command>`` on two ranks under torchrun. It takes ten seconds: prefer :func:`run_two`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*launcher, *command.split()],
@@ -326,47 +323,6 @@ def torchrun(command: str, processes: int = 2) -> subprocess.CompletedProcess:
     )
 
 
-def two_processes(
-    tmp_path: Path, script: str, flags: str, **variables: str
-) -> tuple[list[dict], list[str], list[int]]:
-    """Runs a script in two processes, started as torchrun starts them; their traces, messages and exit statuses."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-    }
-    started = []
-    for rank in ("0", "1"):
-        command = [
-            sys.executable,
-            ROOT / "tests/scripts/trace.py",
-            tmp_path / f"trace{rank}.pt",
-            script,
-        ]
-        environment = {**os.environ, **shared, **variables, "RANK": rank, "LOCAL_RANK": rank}
-        started.append(
-            subprocess.Popen(
-                [*command, *flags.split(), "--device", "cpu"],
-                cwd=ROOT,
-                env=environment,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    said = [process.communicate(timeout=200)[1] for process in started]
-    statuses = [process.returncode for process in started]
-    assert all((tmp_path / f"trace{rank}.pt").exists() for rank in range(2)), said
-    return (
-        [torch.load(tmp_path / f"trace{rank}.pt", weights_only=True) for rank in range(2)],
-        said,
-        statuses,
-    )
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Small runs.
 
@@ -374,25 +330,61 @@ TINY = "--model tokenbridge_tiny --img_size 16 --class_num 4 --buffer_size 4 --q
 SHORT = "--warmup_epochs 1 --save_last_freq 1 --lr 1e-3"
 
 
-@pytest.fixture
-def cached(run, images, vae_path, tmp_path):
-    """A cache of the images by the small tokenizer."""
-    run(
-        "main_cache",
-        f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {tmp_path}/cache "
-        "--batch_size 3 --num_workers 0",
+@pytest.fixture(scope="session")
+def shared_files(tmp_path_factory) -> Path:
+    """A folder with images ``data`` and a tokenizer ``vae.ckpt``. Tests get copies: ``images``, ``vae_path``."""
+    folder = tmp_path_factory.mktemp("shared")
+    write_images(folder / "data")
+    save_vae(folder / "vae.ckpt", filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_cache(shared_files) -> Path:
+    """The cache of these images by this tokenizer. Tests get a copy: ``cached``."""
+    flags = f"--img_size 16 --vae_path {shared_files}/vae.ckpt --data_path {shared_files}/data --batch_size 3"
+    with pytest.MonkeyPatch.context() as patch:
+        run_script(
+            patch, "main_cache", f"{flags} --cached_path {shared_files}/cache --num_workers 0"
+        )
+    return shared_files / "cache"
+
+
+@pytest.fixture(scope="session")
+def shared_run(shared_cache) -> Path:
+    """A run of two epochs on this cache. Tests get a copy: ``trained``."""
+    folder = shared_cache.with_name("run")
+    flags = (
+        f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {shared_cache} --output_dir {folder}"
     )
-    return tmp_path / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine_tokenbridge.matmul_flops", fixed_matmul_flops)
+        run_script(patch, "main_tokenbridge", flags)
+    return folder
 
 
 @pytest.fixture
-def trained(run, cached, tmp_path):
-    """A run of two epochs on the cache."""
-    run(
-        "main_tokenbridge",
-        f"{TINY} {SHORT} --epochs 2 --use_cached --cached_path {cached} --output_dir {tmp_path}/run",
-    )
-    return tmp_path / "run"
+def images(shared_files, tmp_path) -> Path:
+    """A data path of 4 classes with 4 images each."""
+    return shutil.copytree(shared_files / "data", tmp_path / "data")
+
+
+@pytest.fixture
+def vae_path(shared_files, tmp_path) -> Path:
+    """A small tokenizer's file: stride 4, 8 channels, factor 0.5."""
+    return shutil.copy(shared_files / "vae.ckpt", tmp_path / "vae.ckpt")
+
+
+@pytest.fixture
+def cached(shared_cache, images, vae_path, tmp_path) -> Path:
+    """The cache of ``images`` by the tokenizer at ``vae_path``."""
+    return shutil.copytree(shared_cache, tmp_path / "cache")
+
+
+@pytest.fixture
+def trained(shared_run, cached, tmp_path) -> Path:
+    """A run of two epochs on ``cached``."""
+    return shutil.copytree(shared_run, tmp_path / "run")
 
 
 @pytest.fixture
@@ -416,10 +408,10 @@ def weights(tmp_path, vae_path):
 
 
 def processes_of(folder) -> list[int]:
-    """Process numbers of the training processes that write to ``folder``, not of their launcher, ascending."""
+    """Return the sorted ids of the processes that write to ``folder``, without torchrun itself."""
     commands = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it may have ended meanwhile
+        with contextlib.suppress(OSError):  # it may have ended
             commands[int(path.parent.name)] = path.read_bytes().decode(errors="replace")
     return sorted(
         pid
@@ -430,7 +422,7 @@ def processes_of(folder) -> list[int]:
 
 @pytest.fixture
 def instructions(monkeypatch):
-    """``instructions("bf16")``: lets the CPU seem to have the instructions for products in these precisions alone."""
+    """``instructions("bf16")`` makes the CPU report hardware matrix products for these precisions only."""
 
     def pretend(*precisions: str) -> None:
         monkeypatch.setattr(
@@ -445,14 +437,14 @@ def instructions(monkeypatch):
 # --------------------------------------------------------------------------------------------------------------------
 # Metrics.
 
-#: Names of figures.
+#: Names of metrics.
 FID, IS = "frechet_inception_distance", "inception_score_mean"
 URL = "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url"
 
 
 @pytest.fixture(scope="session")
 def inception(tmp_path_factory):
-    """A file of Inception weights drawn at random, scaled so that features vary from image to image."""
+    """A file of random Inception weights, scaled so that features differ between images."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.manual_seed(0)
     with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"), mock.patch(URL):
@@ -467,19 +459,18 @@ def inception(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
-    """Two folders: 30 crops of photographs, and the same crops blurred."""
+    """Two folders: 20 blurred crops of photographs, and 10 of these crops sharp. Inception takes 0.2 s for each."""
     root = tmp_path_factory.mktemp("photographs")
     random = np.random.RandomState(0)
-    for number in range(30):
+    for name in ("sharp", "blurred"):
+        (root / name).mkdir()
+    for number in range(20):
         photograph = load_sample_images().images[number % 2]
         top, left = (random.randint(0, side - 80) for side in photograph.shape[:2])
         crop = Image.fromarray(photograph[top : top + 80, left : left + 80])
-        for name, image in {
-            "sharp": crop,
-            "blurred": crop.filter(ImageFilter.GaussianBlur(1.5)),
-        }.items():
-            (root / name).mkdir(exist_ok=True)
-            image.save(root / name / f"{number:02d}.png")
+        crop.filter(ImageFilter.GaussianBlur(1.5)).save(root / "blurred" / f"{number:02d}.png")
+        if number < 10:
+            crop.save(root / "sharp" / f"{number:02d}.png")
     return root
 
 
@@ -487,8 +478,9 @@ def photographs(tmp_path_factory):
 def stats(tmp_path_factory, inception, photographs):
     """Statistics of the sharp photographs, as main_metrics.py writes them."""
     path = tmp_path_factory.mktemp("stats") / "stats.npz"
-    command = f"main_metrics.py --images {photographs}/sharp --save_stats {path} --inception_weights {inception}"
-    subprocess.run([sys.executable, *command.split(), "--device", "cpu"], cwd=ROOT, check=True)
+    flags = f"--images {photographs}/sharp --save_stats {path} --inception_weights {inception} --num_workers 0"
+    with pytest.MonkeyPatch.context() as patch:
+        run_script(patch, "main_metrics", f"{flags} --device cpu")
     return path
 
 
@@ -500,14 +492,14 @@ OWN = "owner/repo"
 
 @pytest.fixture
 def served(monkeypatch, tmp_path):
-    """A Hub of the test's own, an empty cache, and no token."""
+    """A Hub server of this test, with an empty cache and no token."""
     with serving() as server:
         point_to(monkeypatch, server.endpoint, tmp_path / "hf")
         yield server
 
 
 def point_to(monkeypatch, endpoint: str, home: Path) -> None:
-    """Lets the client ask this server, and keep what it fetches here."""
+    """Direct the Hub's client to this server and its cache to ``home``."""
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -1,4 +1,4 @@
-"""Several processes, forked: what took seconds to import is there, and they share what a test has patched."""
+"""Several ranks, forked from the test: they start at once, without importing, and inherit what the test has patched."""
 
 import importlib
 import multiprocessing
@@ -7,6 +7,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkProcess as Process
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ def free_port() -> int:
 
 
 def forked(world: int, work: Callable[[int], Any]) -> tuple[list[Any], list[int]]:
-    """What ``work(rank)`` returns in each of ``world`` processes, None where it ended its process; and their statuses.
+    """Run ``work(rank)`` in ``world`` processes with torchrun's variables; return their results and exit statuses.
 
-    Each has the variables that torchrun sets.
+    The result of a process that ended itself is None.
     """
     port, fork = free_port(), multiprocessing.get_context("fork")
     pipes = [fork.Pipe(duplex=False) for _ in range(world)]
@@ -35,7 +36,7 @@ def forked(world: int, work: Callable[[int], Any]) -> tuple[list[Any], list[int]
     def start(rank: int) -> None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        torch.set_num_threads(1)  # the threads of the process that was forked are not there
+        torch.set_num_threads(1)  # the threads of the forked process do not exist here
         status = 0
         try:
             pipes[rank][1].send(work(rank))
@@ -63,7 +64,7 @@ def forked(world: int, work: Callable[[int], Any]) -> tuple[list[Any], list[int]
 
 
 def in_processes(world: int, work: Callable[[int], Any]) -> list[Any]:
-    """What ``work(rank)`` returns, or the UserError that it raises, in each process of a gloo group."""
+    """Run ``work(rank)`` on ``world`` ranks of a gloo group; return what each returns, or the UserError it raises."""
 
     def join(rank: int) -> Any:
         dist.init_process_group("gloo")
@@ -80,7 +81,7 @@ def in_processes(world: int, work: Callable[[int], Any]) -> list[Any]:
 
 
 def run_two(script: str, command: str, status: int = 0) -> None:
-    """Runs a script in two processes, which must end with ``status``: ``run_two("main_cache", "--flag value")``."""
+    """Run a script on two ranks, which must end with ``status``: ``run_two("main_cache", "--flag value")``."""
     main = importlib.import_module(script).main
 
     def start(rank: int) -> None:
@@ -88,6 +89,32 @@ def run_two(script: str, command: str, status: int = 0) -> None:
         errors.run(main)
 
     assert forked(2, start)[1] == [status] * 2
+
+
+def start_script(script: str, command: str, stderr: Path) -> Process:
+    """Start a script in a forked process with a session of its own, and its standard error in a file.
+
+    It starts within milliseconds, since it imports nothing. Only a test of how Python itself starts or ends needs
+    ``subprocess``.
+    """
+    main = importlib.import_module(script).main
+
+    def start() -> None:
+        os.setsid()
+        torch.set_num_threads(1)  # the threads of the forked process do not exist here
+        write_stderr_to(stderr)
+        sys.argv = [f"{script}.py", *command.split(), "--device", "cpu"]
+        errors.run(main)
+
+    process = multiprocessing.get_context("fork").Process(target=start)
+    process.start()
+    return process
+
+
+def write_stderr_to(path: Path) -> None:
+    """Send what this process writes to standard error to a file."""
+    sys.stderr = path.open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
 
 
 def attempt(monkeypatch, folder: Path, count: int) -> None:

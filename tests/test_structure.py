@@ -74,18 +74,26 @@ def test_imports_point_from_scripts_to_models_to_util(module):
     assert not wrong
 
 
-def test_a_model_loads_no_metrics_plots_or_downloads():
+def test_models_and_sources_load_no_metrics_plots_downloads_or_datasets():
     heavy = [
         "torch_fidelity",
         "scipy.stats",
         "matplotlib",
         "tensorboard",
+        "datasets",
+        "torchvision",
+    ]
+    heavy += [
         "util.checkpoint.files",
         "util.checkpoint.hub",
         "tools.download",
+        "util.metrics.plots",
+        "util.metrics",
     ]
     heavy += ["util.metrics.plots", "util.metrics.compute"]
-    code = f"import sys, models.tokenbridge, models.vae; print([name for name in {heavy} if name in sys.modules])"
+    code = "import sys, models.tokenbridge, models.vae; found = {*sys.modules}\n"
+    code += "import util.data.sources; found |= {*sys.modules} & {'datasets'}\n"
+    code += f"print(sorted(found & {{*{heavy}}}))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
     )

@@ -88,12 +88,11 @@ def test_results_have_metrics_commands_and_device(whole):
     assert f"{images['2']['pixels']['frechet']:.1f} (-)" in line
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_resumes_to_the_same_results(sent, whole, tmp_path):
-    shutil.copytree(whole[0] / "images", tmp_path / "images")
-    stopped = start(tmp_path)
-    seed_dir = tmp_path / "out" / "tiny" / "seed0"
+def interrupt(whole: tuple, folder: Path, sent: signal.Signals) -> Path:
+    """Interrupt a run while it trains, check that all processes end, return the training's record."""
+    shutil.copytree(whole[0] / "images", folder / "images")
+    stopped = start(folder)
+    seed_dir = folder / "out" / "tiny" / "seed0"
     while not (seed_dir / "ar" / "checkpoint-last.pth").exists():
         assert stopped.poll() is None, stopped.stderr.read()
         time.sleep(0.05)
@@ -106,7 +105,18 @@ def test_an_interrupted_run_resumes_to_the_same_results(sent, whole, tmp_path):
             time.sleep(0.05)
     record = seed_dir.parent / "steps" / "seed0-ar-training.json"
     assert not json.loads(record.read_text())["finished"]
-    tokenizer = seed_dir / "tokenizers" / "plain" / "vae.ckpt"
+    return record
+
+
+@pytest.mark.slow
+def test_kill_ends_all_processes(whole, tmp_path):
+    interrupt(whole, tmp_path, signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_to_the_same_results(whole, tmp_path):
+    record = interrupt(whole, tmp_path, signal.SIGINT)
+    tokenizer = tmp_path / "out" / "tiny" / "seed0" / "tokenizers" / "plain" / "vae.ckpt"
     saved = tokenizer.stat().st_mtime_ns
 
     resumed = start(tmp_path)

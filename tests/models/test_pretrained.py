@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 
-from models.tokenbridge import TokenBridge, tokenbridge_base, tokenbridge_large
+from models.tokenbridge import TokenBridge, tokenbridge_base, tokenbridge_huge, tokenbridge_large
 from models.vae import AutoencoderKL
 from tests.conftest import described, filled, published_parameters, published_state, same_states
 from tools import checkpoint as commands
@@ -72,9 +72,8 @@ def test_the_model_card_has_figures_usage_and_licence(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factory", [tokenbridge_base, tokenbridge_large])
-def test_published_weights_tell_by_their_shapes_what_they_are(tmp_path, factory):
-    model = filled(factory(quant_levels=64))
+def test_published_weights_without_a_configuration_are_recognized(tmp_path):
+    model = filled(tokenbridge_base(quant_levels=64))
     averages = {name: value + 1 for name, value in published_parameters(model).items()}
     torch.save(
         {"model": published_state(model), "model_ema": averages, "epoch": 399},
@@ -93,11 +92,19 @@ def test_published_weights_tell_by_their_shapes_what_they_are(tmp_path, factory)
     found = TokenBridge.from_pretrained(tmp_path)
     assert found.config == model.config
     names = {"class_names": ImageNetInfo("imagenet-1k").label_names()}
-    assert found.metadata == {"latent_factor": 0.2325, "model": factory.__name__, **names}
+    assert found.metadata == {"latent_factor": 0.2325, "model": "tokenbridge_base", **names}
     assert torch.equal(found.class_emb.weight, averages["class_emb.weight"])
     assert torch.equal(
         TokenBridge.from_pretrained(tmp_path, ema=False).class_emb.weight, model.class_emb.weight
     )
+
+
+@pytest.mark.parametrize("factory", [tokenbridge_base, tokenbridge_large, tokenbridge_huge])
+def test_published_sizes_are_recognized_by_their_shapes(factory):
+    with torch.device("meta"):
+        model = factory(quant_levels=64)
+    found = TokenBridge.config_of({"model": published_state(model)}, "file.pth")
+    assert found["model"] == factory.__name__ and {**found, **model.config} == found
 
 
 def test_models_and_tokenizers_are_told_apart(trained, vae_path):

@@ -70,7 +70,8 @@ def test_loss_is_the_mean_over_masked_tokens_and_channels(published):
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
 def test_names_shapes_order_and_count_are_the_published_ones(size):
     expected = manifest(size)
-    model = MODELS[f"tokenbridge_{size}"](quant_levels=64)
+    with torch.device("meta"):  # huge has 1.2 billion parameters
+        model = MODELS[f"tokenbridge_{size}"](quant_levels=64)
     assert {name: list(value.shape) for name, value in published_state(model).items()} == expected[
         "shapes"
     ]
@@ -142,7 +143,8 @@ def test_optimizer_groups_spare_vectors_and_biases(small_model):
 
 def test_optimizer_groups_are_in_published_order():
     order = manifest("base")["parameter_order"]
-    model = MODELS["tokenbridge_base"](quant_levels=64)
+    with torch.device("meta"):
+        model = MODELS["tokenbridge_base"](quant_levels=64)
     names = {id(p): name for name, p in to_published(dict(model.named_parameters())).items()}
     for group in add_weight_decay(model, 0.02):
         places = [order.index(names[id(p)]) for p in group["params"]]

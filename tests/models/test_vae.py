@@ -13,11 +13,6 @@ from util.errors import UserError
 KL16 = (1, 1, 2, 2, 4)
 
 
-@pytest.fixture(scope="module")
-def kl16() -> AutoencoderKL:
-    return filled(AutoencoderKL(16, KL16))
-
-
 @torch.no_grad()
 def test_moments_and_reconstruction_are_the_published_models(kl16):
     _, vectors = reference("vae")

@@ -1,4 +1,4 @@
-"""What tests of scripts need: their calls watched, short trainings, what is in their pictures."""
+"""Fixtures of the tests of scripts: recorded calls, two machines, short trainings, pixels of images."""
 
 import inspect
 import os
@@ -23,14 +23,14 @@ from util.process_group import process_group
 
 
 class Watched:
-    """Calls of a method, as dictionaries of its arguments by name."""
+    """Record the calls of a method as dictionaries of its arguments by name."""
 
     def __init__(self, method):
         self.calls: list[dict] = []
         self.signature = inspect.signature(method)
 
     def note(self, *args, **kwargs) -> dict:
-        """One call's arguments, defaults included."""
+        """Record a call and return its arguments with defaults."""
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         dtype = (
@@ -40,20 +40,19 @@ class Watched:
         return bound.arguments
 
     def all(self, name: str) -> list:
-        """One argument of every call."""
+        """Return one argument of every call."""
         return [call[name] for call in self.calls]
 
     def joined(self, name: str) -> list:
-        """One argument, that has a value for each image, over all calls."""
+        """Return one argument that has a value per image, concatenated over all calls."""
         return [value for call in self.calls for value in list(call[name])]
 
 
 @pytest.fixture
 def sampler(monkeypatch):
-    """TokenBridge.sample_tokens, watched and in no time: an image's latents all equal its label.
+    """Replace TokenBridge.sample_tokens: record calls, return latents that equal the label and rising confidences.
 
-    A call also notes the model's ``mask_token``, which tells the weights from their average. Confidences rise from
-    token to token.
+    A call also records the model's ``mask_token``, which differs between weights and EMA.
     """
     watched = Watched(TokenBridge.sample_tokens)
 
@@ -74,7 +73,7 @@ def sampler(monkeypatch):
 
 @pytest.fixture
 def decoder(monkeypatch):
-    """AutoencoderKL.decode, watched and in no time: pixels are the latents' mean over 40."""
+    """Replace AutoencoderKL.decode: record calls, return pixels that are the mean of the latents over 40."""
     watched = Watched(AutoencoderKL.decode)
 
     def decode(vae, *args, **kwargs):
@@ -88,7 +87,7 @@ def decoder(monkeypatch):
 
 @pytest.fixture
 def quick_inception(monkeypatch, tmp_path):
-    """Inception that only averages colours, watched, and no distance of 2048 dimensions: the flag that asks for it."""
+    """Replace Inception by the mean color: record calls; ``quick_inception.flag`` names its weights."""
     watched = Watched(FeatureExtractorInceptionV3.forward)
 
     def init(self, *args, **kwargs):
@@ -110,7 +109,7 @@ def quick_inception(monkeypatch, tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """compute_metrics, in no time, whose FID counts the calls."""
+    """Replace compute_metrics by a mock whose FID counts the calls."""
     counted = mock.Mock(side_effect=lambda *_: {FID: float(counted.call_count), IS: 2.0})
     monkeypatch.setattr("util.metrics.compute.compute_metrics", counted)
     return counted
@@ -130,9 +129,9 @@ def fid_stats(tmp_path):
 
 @pytest.fixture
 def two_hosts(run_two, monkeypatch, tmp_path, capfd):
-    """``two_hosts(script, command)``: as run_two, but on hosts of their own; returns what they said, line by line.
+    """``two_hosts(script, command)`` is run_two with ranks that seem to be two hosts; returns the lines they print.
 
-    Each process works in ``tmp_path/host0`` or ``host1``: what a relative path names is not shared. None waits long.
+    Each rank works in ``tmp_path/host0`` or ``host1``: relative paths are not shared. Ranks wait half a second at most.
     """
     processes = process_group
     hosts = [tmp_path / f"host{rank}" for rank in (0, 1)]
@@ -167,13 +166,7 @@ BASE = f"{QUICK} --warmup_epochs 0 --lr 1e-3"
 
 
 @pytest.fixture
-def known_peak(monkeypatch):
-    """Nothing is measured, and the peak that utilization is told against is known."""
-    monkeypatch.setattr("engine_tokenbridge.matmul_flops", lambda device, precision: 1e9)
-
-
-@pytest.fixture
-def train(run, cached, tmp_path, known_peak):
+def train(run, cached, tmp_path):
     """``train("name", "--flag value")`` trains on the cache into a folder of that name, which it returns."""
 
     def train(name: str, flags: str = "--epochs 1") -> Path:
@@ -187,7 +180,7 @@ def train(run, cached, tmp_path, known_peak):
 
 
 class Views:
-    """Tells a cache's items, or a folder's images, by their values."""
+    """Identify the items of a cache by their values."""
 
     def __init__(self, cache: Path):
         self.known = {}
@@ -200,12 +193,12 @@ class Views:
                     )
 
     def of(self, rows: torch.Tensor) -> list[tuple[str, bool]]:
-        """Name of each, and whether it is the mirror image."""
+        """Return the name of each item, and whether it is mirrored."""
         return [self.known[row.numpy().tobytes()] for row in rows]
 
 
 def seen(trace: Trace, cache: Path, each: int = 16) -> list[list[tuple[str, bool]]]:
-    """What each epoch of a traced run on a cache saw."""
+    """Return the items that each epoch of a traced run on a cache used."""
     views = Views(cache)
     rows = [view for drawn in trace.drawn for view in views.of(drawn["moments"])]
     return [rows[i : i + each] for i in range(0, len(rows), each)]

@@ -6,7 +6,6 @@
 import io
 import re
 import shutil
-import socket
 import tempfile
 import threading
 import time
@@ -23,6 +22,7 @@ from models.tokenbridge import tokenbridge_tiny
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from tests.conftest import ROOT, filled
+from tests.processes import free_port
 from tests.scripts.conftest import pixels
 
 SIZES = {
@@ -35,12 +35,6 @@ SIZES = {
 }
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SECONDS = 20  # that the page may take to show something
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 class Site:

@@ -154,19 +154,19 @@ def test_folders_of_samples_that_are_not_shared_end_the_run_at_once(cluster, sit
 def test_a_step_waits_less_for_others_than_a_checkpoint(
     run_two, cached, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr(distributed, "STEP_TIMEOUT", timedelta(seconds=2))
+    monkeypatch.setattr(distributed, "STEP_TIMEOUT", timedelta(seconds=1))
     command = f"{BASE} --epochs 1 --batch_size 2 --use_cached --cached_path {cached} --output_dir"
     save, take_step = TrainingState.save, Trainer.clip_and_step
 
     def save_slowly(state):
-        time.sleep(5 * distributed.is_main_process())
+        time.sleep(2.5 * distributed.is_main_process())
         save(state)
 
     monkeypatch.setattr(TrainingState, "save", save_slowly)
     run_two("main_tokenbridge", f"{command} {tmp_path}/saved --save_every_steps 2")  # of 4 steps
 
     def step_slowly(trainer, loss, lr):
-        time.sleep(5 * (distributed.get_rank() == 1 and trainer.state.step == 2))
+        time.sleep(2.5 * (distributed.get_rank() == 1 and trainer.state.step == 2))
         take_step(trainer, loss, lr)
 
     monkeypatch.setattr(Trainer, "clip_and_step", step_slowly)

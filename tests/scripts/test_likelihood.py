@@ -12,7 +12,7 @@ from evaluation import held_out_likelihood
 from models.tokenbridge import TokenBridge
 from models.tokenizer import CachedMoments
 from models.vae import DiagonalGaussianDistribution
-from tests.conftest import SHORT, SMALL, TINY, filled, torchrun
+from tests.conftest import SHORT, SMALL, TINY, filled
 from tests.scripts.conftest import BASE, FACTOR, averaged, seen
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -162,14 +162,13 @@ def test_likelihood_as_a_command_and_in_training(run, refused, weights, images, 
     )
 
 
-def test_all_processes_average_the_same_weights(run, images, vae_path, tmp_path):
+def test_all_processes_average_the_same_weights(run, run_two, images, vae_path, tmp_path):
     cache = f"--img_size 16 --vae_path {vae_path} --data_path {images} --num_workers 0 --cached_path {tmp_path}/cache"
     run("main_cache", cache)
     data = f"--use_cached --cached_path {tmp_path}/cache --cached_val_path {tmp_path}/cache --precision fp32 --device cpu"
-    result = torchrun(
-        f"main_tokenbridge.py {TINY} {data} --epochs 1 --online_nll --output_dir {tmp_path}/run"
+    run_two(
+        "main_tokenbridge", f"{TINY} {data} --epochs 1 --online_nll --output_dir {tmp_path}/run"
     )
-    assert result.returncode == 0, result.stderr
     # Each of the two processes measured half of the images with its own average; the file holds the first one's.
     online = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("eval/nats_per_dim")[-1].value
     run(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from tests.conftest import FID, torchrun
+from tests.conftest import FID
 
 
 def test_measuring_reads_images_and_reference_where_the_flags_say(
@@ -57,16 +57,13 @@ def test_measuring_reads_images_and_reference_where_the_flags_say(
 
 
 def test_statistics_read_back_give_zero_whatever_the_processes(
-    inception, photographs, stats, tmp_path
+    run_two, inception, photographs, stats, tmp_path
 ):
     # An npz in ADM's layout holds the same images.
     arrays = [np.array(Image.open(path)) for path in sorted((photographs / "sharp").iterdir())]
     np.savez(tmp_path / "sharp.npz", arr_0=np.stack(arrays))
     common = f"--fid_stats {stats} --inception_weights {inception} --device cpu --num_workers 0"
-    result = torchrun(
-        f"main_metrics.py --images {tmp_path}/sharp.npz {common} --json {tmp_path}/two.json"
-    )
-    assert result.returncode == 0, result.stderr
+    run_two("main_metrics", f"--images {tmp_path}/sharp.npz {common} --json {tmp_path}/two.json")
     assert abs(json.loads((tmp_path / "two.json").read_text())["frechet_inception_distance"]) < 1e-3
 
 
@@ -130,7 +127,7 @@ def test_what_cannot_be_measured_is_named(refused, inception, photographs, tmp_p
     np.savez(tmp_path / "none.npz", images=np.zeros(3))
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((3, 8, 8, 3)))
     mixed = shutil.copytree(sharp, tmp_path / "mixed")
-    Image.new("RGB", (20, 30)).save(mixed / "29.png")
+    Image.new("RGB", (20, 30)).save(mixed / "09.png")
     unreadable = shutil.copytree(sharp, tmp_path / "unreadable")
     (unreadable / "07.png").write_bytes(b"no image")
     (tmp_path / "empty").mkdir()
@@ -143,7 +140,7 @@ def test_what_cannot_be_measured_is_named(refused, inception, photographs, tmp_p
         f"--images {sharp} --img_size 32 {weights}": "--save_stats only",
         f"--images {tmp_path}/nowhere {weights}": "nowhere",
         f"--images {tmp_path}/empty {weights}": "holds no images",
-        f"--images {mixed} {weights}": "29.png has 20x30 pixels",
+        f"--images {mixed} {weights}": "09.png has 20x30 pixels",
         f"--images {unreadable} {weights}": "07.png",
         f"--images {tmp_path}/none.npz {weights}": "has no arr_0",
         f"--images {tmp_path}/floats.npz {weights}": "expected uint8 [N, H, W, 3]",

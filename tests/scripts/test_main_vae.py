@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from models.vae_losses import VAELosses
-from tests.conftest import damaged, scalars, two_processes, write_images
+from tests.conftest import damaged, scalars, write_images
+from tests.scripts.trace import traced_two
 from util.data.caches import CachedFolder
 from util.data.datasets import ImageFolder, image_transform
 from util.data.images import psnr, to_uint8
@@ -222,10 +223,9 @@ def test_what_cannot_work_is_told_in_one_line(run, refused, images, tmp_path):
         assert "none of the images" in line
 
 
-@pytest.mark.slow
 def test_two_processes_train_one_tokenizer(images, tmp_path):
     flags = f"{SMALL_VAE} --data_path {images} --output_dir {tmp_path}/vae --batch_size 4 --epochs 2 --no_mirror"
-    traces, said, statuses = two_processes(tmp_path, "main_vae", flags)
+    traces, said, statuses = traced_two(tmp_path, "main_vae", flags)
     assert statuses == [0, 0], said
     batches = [
         [batch for batch in trace["images"] if len(batch) == 4][:2] for trace in traces

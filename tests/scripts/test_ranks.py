@@ -25,7 +25,7 @@ def elsewhere() -> bool:
 
 
 @pytest.fixture
-def command(cached, tmp_path, known_peak):
+def command(cached, tmp_path):
     return f"{BASE} --use_cached --cached_path {cached} --batch_size 2 --output_dir {tmp_path}/run"
 
 

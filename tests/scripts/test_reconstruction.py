@@ -294,24 +294,30 @@ def test_reconstruction_with_other_quantizers(run, refused, images, vae_path, tm
 
 
 def test_reconstruction_measures_against_statistics_and_originals(
-    run, images, vae_path, inception, stats, tmp_path
+    run, images, vae_path, quick_inception, fid_stats, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(
+        "util.metrics.compute.fid_statistics_to_metric", lambda a, b, **_: {FID: abs(a["mu"] - b["mu"]).sum()}
+    )
     run(
         "reconstruction",
         f"--img_size 16 --vae_path {vae_path} --image_dir {images} --bits 4 --images_per_class 3 --num_workers 0 "
-        f"--output_dir {tmp_path}/out --inception_weights {inception} --fid_stats {stats} --device cpu",
+        f"--output_dir {tmp_path}/out {quick_inception.flag} --fid_stats {fid_stats[0]} --device cpu",
     )
     folder = tmp_path / "out" / "quant_b4_r5.0_n3"
     results = json.loads((folder / "results.json").read_text())
+    assert (
+        results["frechet_inception_distance"] != results["frechet_inception_distance_to_originals"]
+    )
     expected = {}
     for name, part in {
         "frechet_inception_distance_to_originals": "real",
         "statistics": None,
     }.items():
-        against = f"--reference {folder}/{part}" if part else f"--fid_stats {stats}"
+        against = f"--reference {folder}/{part}" if part else f"--fid_stats {fid_stats[0]}"
         run(
             "main_metrics",
-            f"--images {folder}/recon {against} --inception_weights {inception} --json {tmp_path}/m.json --device cpu",
+            f"--images {folder}/recon {against} {quick_inception.flag} --json {tmp_path}/m.json --num_workers 0",
         )
         expected[name] = json.loads((tmp_path / "m.json").read_text())
     for name, figures in expected.items():

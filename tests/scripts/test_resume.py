@@ -327,7 +327,7 @@ def test_a_signal_ends_a_run_after_its_step_and_saves(cached, tmp_path, name):
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_restarted_run_begins_from_scratch_only_if_it_had_not_saved(
-    run, refused, cached, known_peak, monkeypatch, tmp_path, caplog, saved
+    run, refused, cached, monkeypatch, tmp_path, caplog, saved
 ):
     caplog.set_level("INFO")
     attempt(monkeypatch, tmp_path, 0)
@@ -552,7 +552,7 @@ def test_the_epoch_and_its_part_stay_with_other_steps_an_epoch(step, steps, plac
 
 @pytest.mark.parametrize("script", ["main_tokenbridge", "main_vae"])
 def test_a_run_that_goes_on_with_fewer_steps_an_epoch_trains_all_that_is_left(
-    run, run_two, cached, images, tmp_path, known_peak, caplog, script
+    run, run_two, cached, images, tmp_path, caplog, script
 ):
     if script == "main_vae":
         command, name = f"{SMALL_VAE} --batch_size 4 --data_path {images}", "vae-last.pth"
@@ -586,7 +586,7 @@ def test_a_finished_run_trains_nothing_and_what_it_reports_is_there(
     assert "--start_epoch 2 with --epochs 2" in line and not (tmp_path / "new").exists()
 
 
-def test_data_that_end_too_early_end_the_run(refused, cached, known_peak, monkeypatch, tmp_path):
+def test_data_that_end_too_early_end_the_run(refused, cached, monkeypatch, tmp_path):
     indices = ShuffledRankSampler.__iter__
     monkeypatch.setattr(
         ShuffledRankSampler, "__iter__", lambda self: islice(indices(self), 8)

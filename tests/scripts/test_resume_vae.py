@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,7 +9,8 @@ import torch
 
 from engine_tokenbridge import Trainer
 from models.vae_losses import VAELosses
-from tests.conftest import ROOT, load, same
+from tests.conftest import load, same
+from tests.processes import start_script
 from tests.scripts.test_main_vae import SMALL_VAE
 from util import distributed
 
@@ -89,21 +88,18 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_exactly(
 
 
 def test_a_signal_ends_a_run_after_its_step_and_saves(images, tmp_path):
-    command = f"main_vae.py {STEPS} --data_path {images} --epochs 1000 --save_last_freq 1 --output_dir {tmp_path}/run"
-    command = [
-        sys.executable,
-        *command.replace("--num_workers 0", "--num_workers 1").split(),
-        "--device",
-        "cpu",
-    ]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    flags = (
+        f"{STEPS} --data_path {images} --epochs 1000 --save_last_freq 1 --output_dir {tmp_path}/run"
     )
-    while process.poll() is None and not (tmp_path / "run" / "vae-last.pth").exists():
+    process = start_script(
+        "main_vae", flags.replace("--num_workers 0", "--num_workers 1"), tmp_path / "log"
+    )
+    while process.is_alive() and not (tmp_path / "run" / "vae-last.pth").exists():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)  # to the loader's workers, too, as schedulers do
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 75 and "stopped: by SIGTERM, saved at epoch" in said
+    process.join()
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 75 and "stopped: by SIGTERM, saved at epoch" in said
     assert f"--resume {tmp_path}/run" in said and "Traceback" not in said
     content = load(tmp_path / "run", "vae-last.pth")
     steps = {int(state["step"]) for state in content["optimizer"]["state"].values()}

@@ -150,7 +150,7 @@ def full_disk(monkeypatch):
 
 @pytest.mark.parametrize("end", ["later save", "end", "signal"])
 def test_a_full_disk_ends_a_run_with_one_line_at_its_end(
-    refused, cached, known_peak, monkeypatch, tmp_path, full_disk, end
+    refused, cached, monkeypatch, tmp_path, full_disk, end
 ):
     steps, step = [], Trainer.clip_and_step
 
@@ -223,7 +223,7 @@ def test_no_process_leaves_before_the_file_is_there(
     run_two, cached, monkeypatch, tmp_path, stopped
 ):
     path, write = tmp_path / "run" / "checkpoint-last.pth", torch.save
-    monkeypatch.setattr(torch, "save", lambda *args: time.sleep(2) or write(*args))
+    monkeypatch.setattr(torch, "save", lambda *args: time.sleep(1) or write(*args))
     if stopped:
         monkeypatch.setattr(StopSignals, "agreed", lambda self: True)
         monkeypatch.setattr(

@@ -115,21 +115,23 @@ def test_evaluation_measures_and_exports(run, weights, inception, stats, photogr
     again = json.loads((tmp_path / "again.json").read_text())
     assert all(again[name] == pytest.approx(figures[name], rel=1e-5) for name in names)
 
-    # Without --keep_images they go once they are measured; if measuring fails, they stay.
+
+def test_images_are_removed_once_they_are_measured(
+    run, weights, quick_inception, measured, tmp_path, sampler
+):
+    common = f"{weights} --evaluate --num_images 8 {quick_inception.flag} --output_dir {tmp_path}/out --num_workers 0"
     run("main_tokenbridge", common)
     assert (
         not (tmp_path / "out" / "samples").exists() and (tmp_path / "out" / "samples.png").exists()
     )
-    with (
-        mock.patch("util.metrics.compute.compute_metrics", side_effect=RuntimeError("broken")),
-        pytest.raises(RuntimeError),
-    ):
+    measured.side_effect = RuntimeError("broken")
+    with pytest.raises(RuntimeError):
         run("main_tokenbridge", common)
     assert len(pictures(tmp_path / "out" / "samples")) == 8
 
 
 def test_a_search_makes_a_table_and_a_heat_map(
-    run, weights, inception, stats, tmp_path, monkeypatch, sampler
+    run, weights, quick_inception, fid_stats, tmp_path, monkeypatch, sampler
 ):
     counted = mock.Mock(
         side_effect=lambda features, *_: {
@@ -142,8 +144,8 @@ def test_a_search_makes_a_table_and_a_heat_map(
     monkeypatch.setattr("util.metrics.compute.compute_metrics", counted)
     run(
         "main_tokenbridge",
-        f"{weights} --evaluate --num_images 4 --num_iter 2 --cfg 1.0 3.5 --temperature 0.9 1.0 --fid_stats {stats} "
-        f"--inception_weights {inception} --output_dir {tmp_path}/out",
+        f"{weights} --evaluate --num_images 4 --num_iter 2 --cfg 1.0 3.5 --temperature 0.9 1.0 "
+        f"--fid_stats {fid_stats[0]} {quick_inception.flag} --output_dir {tmp_path}/out",
     )
     rows = json.loads((tmp_path / "out" / "search.json").read_text())
     assert [(row["cfg"], row["temperature"]) for row in rows] == [
@@ -171,13 +173,13 @@ def test_a_search_makes_a_table_and_a_heat_map(
 
 
 def test_an_interrupted_search_keeps_what_it_measured(
-    run, weights, inception, stats, tmp_path, monkeypatch
+    run, weights, quick_inception, fid_stats, tmp_path, monkeypatch
 ):
     counted = mock.Mock(
         side_effect=lambda *_: {"frechet_inception_distance": 5.0, "inception_score_mean": 2.0}
     )
     monkeypatch.setattr("util.metrics.compute.compute_metrics", counted)
-    common = f"{weights} --evaluate --num_images 4 --num_iter 2 --fid_stats {stats} --inception_weights {inception}"
+    common = f"{weights} --evaluate --num_images 4 --num_iter 2 --fid_stats {fid_stats[0]} {quick_inception.flag}"
     common += f" --output_dir {tmp_path}/out --cfg 1.0 2.0 --temperature 1.0"
     run("main_tokenbridge", common)
     (tmp_path / "out" / "samples-cfg2-t1.json").unlink()
@@ -256,7 +258,7 @@ def stopped(run, command: str, status: int) -> None:
 
 
 def test_a_signal_ends_an_evaluation_after_its_chunk_and_the_run_takes_it_up(
-    run, online, tmp_path, sampler, decoder, capsys, monkeypatch, known_peak
+    run, online, tmp_path, sampler, decoder, capsys, monkeypatch
 ):
     note, folder = sampler.note, tmp_path / "run"
 
@@ -313,7 +315,7 @@ def test_a_signal_ends_a_likelihood_after_its_batch_on_both_processes(
 
 
 def test_an_evaluation_that_fails_loses_no_training_and_is_repeated(
-    run, run_two, online, tmp_path, sampler, decoder, capfd, monkeypatch, known_peak
+    run, run_two, online, tmp_path, sampler, decoder, capfd, monkeypatch
 ):
     full, folder = mock.Mock(side_effect=UserError("cannot write it: disk full")), tmp_path / "run"
     with mock.patch("util.metrics.sample_folder.SampleFolder.save", full):
@@ -385,7 +387,7 @@ def test_measurements_during_training_are_of_that_epochs_averages_or_weights(
 
 
 def test_online_metrics_go_to_tensorboard(
-    run, images, vae_path, inception, stats, tmp_path, monkeypatch, sampler
+    run, images, vae_path, quick_inception, fid_stats, tmp_path, monkeypatch, sampler
 ):
     monkeypatch.setattr(
         "util.metrics.compute.compute_metrics",
@@ -398,7 +400,7 @@ def test_online_metrics_go_to_tensorboard(
     run(
         "main_tokenbridge",
         f"{TINY} --data_path {images} --vae_path {vae_path} --epochs 1 --online_eval --num_images 4 --num_iter 2 "
-        f"--cfg 2.5 --fid_stats {stats} --inception_weights {inception} --output_dir {tmp_path}/run",
+        f"--cfg 2.5 --fid_stats {fid_stats[0]} {quick_inception.flag} --output_dir {tmp_path}/run",
     )
     log = EventAccumulator(str(tmp_path / "run")).Reload()
     for name, cfg in {"cfg1": 1, "cfg2.5": 2.5}.items():

@@ -15,7 +15,7 @@ from tests.scripts.conftest import BASE
 from util.errors import UserError
 from util.files import read_json
 from util.lr_sched import log_learning_rates
-from util.training_state import AVERAGE_WARMUP
+from util.training_state import EMA_WARMUP
 
 RATES = {"lr": 1e-3, "min_lr": 0.0, "warmup_epochs": 1.0, "epochs": 10, "lr_schedule": "cosine"}
 
@@ -25,7 +25,7 @@ RATES = {"lr": 1e-3, "min_lr": 0.0, "warmup_epochs": 1.0, "epochs": 10, "lr_sche
 
 def test_at_the_end_of_the_published_recipe_the_warm_up_of_the_average_is_forgotten():
     steps, rate = 400 * 1_281_167 // 2048, 0.9999
-    ends = AVERAGE_WARMUP["warmup_gamma"] * rate / (1 - rate)
+    ends = EMA_WARMUP["warmup_gamma"] * rate / (1 - rate)
     assert rate ** (steps - ends) < torch.finfo(torch.float32).eps * 3 < 1e-6
 
 
@@ -71,9 +71,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(train, caplog):
     assert "GiB a checkpoint; nothing was written" in caplog.text and not folder.exists()
 
 
-def test_a_dry_run_writes_nothing_though_images_are_bad(
-    run, images, vae_path, known_peak, tmp_path, caplog
-):
+def test_a_dry_run_writes_nothing_though_images_are_bad(run, images, vae_path, tmp_path, caplog):
     for path in images.glob("train/*/[1-3].png"):
         damaged(path)
     (tmp_path / "run").mkdir()

@@ -74,7 +74,7 @@ def test_caches_of_rows_have_the_labels_of_the_rows_packed_or_not(
 
 
 def test_training_on_rows_is_that_on_the_folder_whatever_the_processes(
-    run, run_two, images, vae_path, tmp_path, known_peak
+    run, run_two, images, vae_path, tmp_path
 ):
     rows = write_rows(tmp_path / "rows", in_rows(images / "train"))
     common = f"{BASE} --epochs 1 --vae_path {vae_path}"

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from models import backbone
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import SHORT, TINY, filled, load, scalars, torchrun, two_processes, write_images
+from tests.conftest import SHORT, TINY, filled, load, scalars, torchrun, write_images
 from tests.scripts.conftest import BASE, FACTOR, QUICK, Views, seen
+from tests.scripts.trace import traced_two
 from util.checkpoint.vae_files import save_vae
 from util.precision import PRECISIONS, effective_precision
 
@@ -49,7 +50,7 @@ def test_each_epoch_and_each_seed_has_its_own_order_mirror_images_and_masks(trai
 
 @pytest.mark.parametrize("source", ["cache", "images"])
 def test_training_sees_scaled_samples_of_either_view_or_of_the_plain_one(
-    run, cached, images, vae_path, tmp_path, trace, known_peak, source
+    run, cached, images, vae_path, tmp_path, trace, source
 ):
     data = (
         f"--use_cached --cached_path {cached}"
@@ -141,9 +142,7 @@ def test_values_out_of_range_are_refused_by_name_before_anything_is_read(refused
     assert not (tmp_path / "new").exists()
 
 
-def test_rates_and_losses_in_the_log_are_those_of_the_steps(
-    run, vae_path, tmp_path, trace, known_peak
-):
+def test_rates_and_losses_in_the_log_are_those_of_the_steps(run, vae_path, tmp_path, trace):
     data = write_images(tmp_path / "more", each=12)
     common = f"--data_path {data} --vae_path {vae_path}"
     flags = "--batch_size 2 --epochs 2 --warmup_epochs 1 --min_lr 1e-4 --grad_clip 0.01"
@@ -217,10 +216,10 @@ def test_what_killed_runs_left_half_written_is_removed(
 # Two processes.
 
 
-def test_two_processes_share_data_and_gradients_but_no_draws(run, cached, tmp_path, known_peak):
+def test_two_processes_share_data_and_gradients_but_no_draws(run, cached, tmp_path):
     common = f"{QUICK} --use_cached --cached_path {cached} --no_mirror --quant_calibrate"
     flags = f"{common} --batch_size 2 --accum_iter 2 --epochs 2 --warmup_epochs 0 --lr_schedule constant --blr 0.032"
-    traces, said, statuses = two_processes(
+    traces, said, statuses = traced_two(
         tmp_path, "main_tokenbridge", f"{flags} --output_dir {tmp_path}/run"
     )
     assert statuses == [0, 0], said
@@ -254,10 +253,9 @@ def test_two_processes_share_data_and_gradients_but_no_draws(run, cached, tmp_pa
         assert content["config"][name] == pytest.approx(alone[name], rel=1e-4), name
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_the_same_step(cached, tmp_path):
     flags = f"{BASE} --batch_size 2 --epochs 3 --use_cached --cached_path {cached} --output_dir {tmp_path}/run"
-    traces, said, statuses = two_processes(tmp_path, "main_tokenbridge", flags, SIGNAL_RANK="1")
+    traces, said, statuses = traced_two(tmp_path, "main_tokenbridge", flags, signaled=1)
     assert statuses == [75, 75]
     content = load(tmp_path / "run")
     assert len(traces[0]["steps"]) == len(traces[1]["steps"]) == content["step"] < 4
@@ -412,7 +410,7 @@ def test_loss_falls_when_a_small_model_overfits_eight_photographs(run, tmp_path)
     run(
         "main_tokenbridge",
         f"{common} --model tokenbridge_tiny --class_num 8 --buffer_size 4 --quant_bits 4 --use_cached --no_mirror "
-        f"--cached_path {tmp_path}/cache --output_dir {tmp_path}/run --batch_size 8 --epochs 120 --warmup_epochs 10 "
+        f"--cached_path {tmp_path}/cache --output_dir {tmp_path}/run --batch_size 8 --epochs 40 --warmup_epochs 10 "
         "--lr 3e-3 --attn_dropout 0 --proj_dropout 0 --label_drop_prob 0 --save_last_freq 1000",
     )
     losses = [
@@ -446,10 +444,9 @@ def test_photographs_through_full_size_kl16_and_base(run, tmp_path):
 # All scripts, one after the other, in two processes.
 
 
-def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
-    small = "--img_size 16 --ch 8 --ch_mult 1 2 --num_res_blocks 1 --batch_size 4 --epochs 1 --num_workers 0 --device cpu"
-    result = torchrun(f"main_vae.py {small} --data_path {images} --output_dir {tmp_path}/vae2")
-    assert result.returncode == 0, result.stderr
+def test_two_processes_cache_and_train(run_two, images, vae_path, cached, tmp_path, capfd):
+    small = "--img_size 16 --ch 8 --ch_mult 1 2 --num_res_blocks 1 --batch_size 4 --epochs 1 --num_workers 0"
+    run_two("main_vae", f"{small} --data_path {images} --output_dir {tmp_path}/vae2")
     assert AutoencoderKL.from_pretrained(tmp_path / "vae2" / "vae.ckpt")[0].stride == 2
     # 16 images, 4 for each of two: one log, of two steps.
     assert len(list((tmp_path / "vae2" / "tokenizer_log").glob("events.*"))) == 1
@@ -457,25 +454,22 @@ def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
     assert [event.step for event in log.Scalars("tokenizer/error")] == [2]
 
     shared = f"--img_size 16 --num_workers 0 --data_path {images} --vae_path {vae_path}"
-    result = torchrun(
-        f"main_cache.py {shared} --cached_path {tmp_path}/cache2 --batch_size 3 --device cpu"
-    )
-    assert result.returncode == 0, result.stderr
+    capfd.readouterr()
+    run_two("main_cache", f"{shared} --cached_path {tmp_path}/cache2 --batch_size 3")
+    said = capfd.readouterr().err
     for path in sorted(cached.rglob("*.npz")):
         with np.load(path) as one, np.load(tmp_path / "cache2" / path.relative_to(cached)) as two:
             assert all(
                 np.allclose(one[name], two[name], atol=1e-5) for name in ("moments", "moments_flip")
             )
     assert len(list((tmp_path / "cache2").rglob("*.npz"))) == 16
-    assert (
-        result.stderr.count("cached 16 images") == 1
-        and "0 were there, 16 are new, 0 replace" in result.stderr
-    )
+    assert said.count("cached 16 images") == 1 and "0 were there, 16 are new, 0 replace" in said
     abouts = [
         json.loads((folder / "cache.json").read_text()) for folder in (cached, tmp_path / "cache2")
     ]
     assert abouts[0] == abouts[1] and abouts[0]["complete"]
 
+    # The one training under torchrun itself.
     train = f"main_tokenbridge.py {TINY} {SHORT} --epochs 1 --use_cached --cached_path {cached} --device cpu"
     result = torchrun(f"{train} --output_dir {tmp_path}/run2")
     assert result.returncode == 0, result.stderr
@@ -492,10 +486,7 @@ def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
 
     out = f"--vae_path {vae_path} --evaluate --no_metrics --num_images 8 --num_iter 3 --eval_bsz 3"
     out += f" --resume {tmp_path}/run2"
-    result = torchrun(
-        f"main_tokenbridge.py {TINY} {out} --output_dir {tmp_path}/eval2 --device cpu"
-    )
-    assert result.returncode == 0, result.stderr
+    run_two("main_tokenbridge", f"{TINY} {out} --output_dir {tmp_path}/eval2")
     assert sorted(os.listdir(tmp_path / "eval2" / "samples")) == [f"{i:05d}.png" for i in range(8)]
     assert len({path.read_bytes() for path in (tmp_path / "eval2" / "samples").iterdir()}) == 8
     assert (

@@ -15,8 +15,9 @@ from PIL import Image
 
 from demo import web
 from tests.conftest import ROOT
+from tests.processes import free_port
 from tests.scripts.conftest import pixels
-from tests.scripts.page import SECONDS, Site, Visitor, chromium, free_port
+from tests.scripts.page import SECONDS, Site, Visitor, chromium
 from tests.scripts.test_generate import bomb
 from util.data.images import read_settings
 

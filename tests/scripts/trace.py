@@ -1,10 +1,6 @@
-"""What a script does to model, tokenizer and files, written down as it runs: in this process, or in one of several.
-
-As a program, ``trace.py <file> <script> <flags>`` runs a script and leaves the trace of this process in ``<file>``.
-"""
+"""Record what a script does to model, tokenizer and files, in this process or on two ranks."""
 
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -13,22 +9,19 @@ from typing import Any
 
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import engine_tokenbridge
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
+from tests.processes import forked, write_stderr_to
 from util import errors
 
 
 def norms(parameters) -> torch.Tensor:
-    """One number for each parameter: equal if they are, hardly otherwise."""
+    """Return the norm of each parameter, to compare them."""
     return torch.stack([parameter.detach().double().norm() for parameter in parameters])
 
 
 class Trace:
-    """Lists of what was seen, in order.
+    """Lists of what a script did, in order.
 
     Attributes:
         batches: each forward pass of a TokenBridge: ``latents``, ``labels``, ``loss``, whether ``training``, the type
@@ -46,12 +39,12 @@ class Trace:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Clear all lists."""
         self.batches, self.drawn, self.images, self.decoded = [], [], [], []
         self.sampled, self.steps, self.saved, self.orders = [], [], [], []
 
     def install(self, patch: Callable[[Any, str, Any], None]) -> None:
-        """Starts writing down; ``patch`` is ``setattr`` or pytest's."""
+        """Start to record; ``patch`` is ``setattr`` or pytest's."""
         forward, sample_orders = TokenBridge.forward, TokenBridge.sample_orders
         sample, sample_tokens = DiagonalGaussianDistribution.sample, TokenBridge.sample_tokens
         encode, decode, save = AutoencoderKL.encode, AutoencoderKL.decode, torch.save
@@ -132,7 +125,7 @@ class Trace:
             patch(kind, "step", self.traced_step(step))
 
     def traced_step(self, step: Callable) -> Callable:
-        """An optimizer's ``step`` that is written down."""
+        """Return an optimizer's ``step`` that is recorded."""
 
         def traced(optimizer, *args, **options):
             result = step(optimizer, *args, **options)
@@ -142,32 +135,41 @@ class Trace:
         return traced
 
 
-def main(path: str, script: str, *flags: str) -> None:
-    """Runs ``script`` and writes the trace; with ``SIGNAL_RANK`` set, that process is signalled in its second pass."""
-    trace = Trace()
-    trace.install(setattr)
-    engine_tokenbridge.matmul_flops = lambda device, precision: 1e9
-    if os.environ.get("SIGNAL_RANK") == os.environ.get("RANK", "0"):
-        forward, calls = TokenBridge.forward, []
+def traced_two(
+    folder: Path, script: str, command: str, signaled: int | None = None
+) -> tuple[list[dict], list[str], list[int]]:
+    """Run a script on two ranks; return each rank's trace, standard error and exit status.
 
-        def signalled(*args):
-            calls.append(args)
-            if len(calls) == 2:
-                signal.raise_signal(signal.SIGUSR1)
-            return forward(*args)
+    Args:
+        folder: where the ranks leave these.
+        signaled: a rank that gets SIGUSR1 in its second forward pass.
+    """
+    main = importlib.import_module(script).main
 
-        TokenBridge.forward = signalled
-    sys.argv = [f"{script}.py", *flags]
-    status = 0
-    try:
-        errors.run(importlib.import_module(script).main)
-    except SystemExit as stop:
-        status = stop.code
-    entries = {name: getattr(trace, name) for name in ("batches", "drawn", "images", "steps")}
-    entries["saved"] = list(trace.saved)
-    torch.save(entries, path)
-    sys.exit(status)
+    def start(rank: int) -> None:
+        write_stderr_to(folder / f"stderr{rank}")
+        trace = Trace()
+        trace.install(setattr)
+        if rank == signaled:
+            forward, calls = TokenBridge.forward, []
 
+            def signal_in_second_pass(*args):
+                calls.append(args)
+                if len(calls) == 2:
+                    signal.raise_signal(signal.SIGUSR1)
+                return forward(*args)
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+            TokenBridge.forward = signal_in_second_pass
+        sys.argv = [f"{script}.py", *command.split(), "--device", "cpu"]
+        try:
+            errors.run(main)
+        finally:
+            entries = {
+                name: getattr(trace, name) for name in ("batches", "drawn", "images", "steps")
+            }
+            entries["saved"] = list(trace.saved)
+            torch.save(entries, folder / f"trace{rank}.pt")
+
+    statuses = forked(2, start)[1]
+    traces = [torch.load(folder / f"trace{rank}.pt", weights_only=True) for rank in range(2)]
+    return traces, [(folder / f"stderr{rank}").read_text() for rank in range(2)], statuses

@@ -114,14 +114,17 @@ def test_names_of_wrapped_models_are_read_without_the_wrappers(
     content = read_run(tmp_path / "checkpoint-last.pth")
     assert same(dict(content["model"]), dict(state)) and same(dict(content["model_ema"]), averages)
     assert caplog.text.count("names are read without module. and _orig_mod.") == 2
-    # Blocks that were compiled one by one, and a file of nothing but weights.
-    vae = filled(AutoencoderKL(16, (1, 1, 2, 2, 4)))
-    names = {name: name.replace("mid.", f"mid.{prefix}") for name in vae.state_dict()}
+
+
+def test_a_tokenizer_whose_blocks_were_compiled_one_by_one_is_read_without_the_wrappers(
+    tmp_path, kl16
+):
+    wrapper = "module._orig_mod."
+    names = {name: wrapper + name.replace("mid.", f"mid.{wrapper}") for name in kl16.state_dict()}
     torch.save(
-        {f"{prefix}{names[name]}": value for name, value in vae.state_dict().items()},
-        tmp_path / "kl16.ckpt",
+        {names[name]: value for name, value in kl16.state_dict().items()}, tmp_path / "kl16.ckpt"
     )
-    assert same_states(AutoencoderKL.from_pretrained(tmp_path / "kl16.ckpt")[0], vae)
+    assert same_states(AutoencoderKL.from_pretrained(tmp_path / "kl16.ckpt")[0], kl16)
 
 
 def test_weights_of_another_shape_are_listed_with_the_flags_to_check(small_model):
@@ -232,13 +235,12 @@ def test_damaged_safetensors_are_refused(tmp_path, small_model):
     assert refused > 30
 
 
-def test_tokenizers_of_any_program_as_safetensors(tmp_path):
-    vae = filled(AutoencoderKL(16, (1, 1, 2, 2, 4)))
+def test_tokenizers_of_any_program_as_safetensors(tmp_path, kl16):
     save_file(
-        vae.state_dict(), tmp_path / "kl16.safetensors"
+        kl16.state_dict(), tmp_path / "kl16.safetensors"
     )  # nothing but tensors: taken for KL-16
     loaded, latent_factor = AutoencoderKL.from_pretrained(tmp_path / "kl16.safetensors")
-    assert latent_factor == 0.2325 and torch.equal(loaded.quant_conv.weight, vae.quant_conv.weight)
+    assert latent_factor == 0.2325 and torch.equal(loaded.quant_conv.weight, kl16.quant_conv.weight)
     small = filled(AutoencoderKL(4, (1, 2), ch=32, num_res_blocks=1))
     save_vae(tmp_path / "vae.ckpt", small, 0.7)
     commands.convert(tmp_path / "vae.ckpt", tmp_path / "vae.safetensors")
@@ -248,7 +250,7 @@ def test_tokenizers_of_any_program_as_safetensors(tmp_path):
     loaded.save_pretrained(tmp_path / "vae", latent_factor)
     files = ("vae.ckpt", "vae.safetensors", "vae")
     hashes = {fingerprint(AutoencoderKL.from_pretrained(tmp_path / name)[0]) for name in files}
-    assert hashes == {fingerprint(small)} and fingerprint(vae) not in hashes
+    assert hashes == {fingerprint(small)} and fingerprint(kl16) not in hashes
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,19 @@
 """Files are whole or untouched, also on a full disk, and never out of their folder."""
 
 import os
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
 
 import engine_tokenbridge
 from models.vae import AutoencoderKL
-from tests.conftest import ROOT, filled
+from tests.conftest import filled
+from tests.processes import forked
+from util import errors
 from util.checkpoint.files import save_checkpoint
 from util.errors import UserError
-from util.files import inside, remove_parts, written_whole
+from util.files import inside, remove_parts, write_json, written_whole
 
 
 def test_files_are_whole_or_untouched(tmp_path):
@@ -38,35 +39,29 @@ def test_only_what_a_killed_process_left_unfinished_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
-FULL_DISK = """
-import resource, torch
-from util import files
-from util.checkpoint.files import save_checkpoint
-from util.errors import run
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # writing on fails, as on a full disk
-def main():
-    {write}
-run(main)
-"""
-
-
 @pytest.mark.parametrize(
     "write",
     [
-        'save_checkpoint("checkpoint-last.pth", {"model": torch.zeros(100_000)}, keep_last=2)',
-        'files.write_json("checkpoint-last.pth", "x" * 200_000)',
+        lambda path: save_checkpoint(path, {"model": torch.zeros(100_000)}, keep_last=2),
+        lambda path: write_json(path, "x" * 200_000),
     ],
+    ids=["checkpoint", "JSON"],
 )
-def test_a_full_disk_is_an_error_that_keeps_the_old_file(tmp_path, write):
-    save_checkpoint(tmp_path / "checkpoint-last.pth", {"model": torch.ones(3)})
-    before = (tmp_path / "checkpoint-last.pth").read_bytes()
-    command = [sys.executable, "-c", FULL_DISK.format(write=write)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("error: cannot write checkpoint-last.pth: File too large")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-last.pth"]
-    assert (tmp_path / "checkpoint-last.pth").read_bytes() == before
+def test_a_full_disk_is_an_error_that_keeps_the_old_file(tmp_path, write, capfd):
+    path = tmp_path / "checkpoint-last.pth"
+    save_checkpoint(path, {"model": torch.ones(3)})
+    before = path.read_bytes()
+
+    def fill(rank: int) -> None:
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (100_000, 100_000)
+        )  # writing on fails, as on a full disk
+        errors.run(lambda: write(path))
+
+    assert forked(1, fill)[1] == [2]
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: cannot write {path}: File too large") and said.count("\n") == 1
+    assert os.listdir(tmp_path) == ["checkpoint-last.pth"] and path.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "", "a/../x"])

@@ -9,8 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import scalars
-from util.meters import BadSteps, RunLog
-from util.training_state import Step
+from util.meters import BadSteps, RunLog, StepResult
 
 
 def full(monkeypatch) -> None:
@@ -73,5 +72,5 @@ def test_steps_that_a_run_takes_once_more_are_shown_once(tmp_path):
 def test_a_list_of_bad_steps_that_cannot_be_written_does_not_end_a_run(tmp_path, caplog):
     (tmp_path / "file").touch()
     bad_steps, nan = BadSteps(1, tmp_path / "file" / "folder"), torch.tensor(torch.nan)
-    bad_steps.add(Step(nan, nan, nan > 0, nan > 0, 1e-3, 0, 0), ["a.png", "b.png"])
+    bad_steps.add(StepResult(nan, nan, 1e-3, 0, 0), ["a.png", "b.png"])
     assert "a.png, b.png" in caplog.text and "1 of 1 allowed" in caplog.text

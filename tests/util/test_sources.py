@@ -3,7 +3,6 @@
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,7 @@ import torchvision
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from tests.conftest import ROOT, damaged, point_to, write_images
+from tests.conftest import damaged, point_to, write_images
 from tests.rows import every_source, in_rows, own_cache, write_bare, write_rows  # noqa: F401
 from util.data.datasets import BadImages, ImageFolder, ImageFolderWithFilename
 from util.data.datasets import image_transform as crop
@@ -232,14 +231,6 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
         match=r"cannot open hf://datasets/owner/rows \(Couldn't reach 'owner/rows' on the Hub",
     ):
         Rows("hf://datasets/owner/rows", "train")
-
-
-def test_nothing_loads_datasets_before_it_is_asked_for():
-    code = "import sys, util.data.sources; print('datasets' in sys.modules)"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert found.stdout.strip() == "False"
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,14 +1,12 @@
 """A run's state: step counts, and gradients over batches and processes."""
 
 import argparse
-import os
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from engine_tokenbridge import Trainer
@@ -84,22 +82,17 @@ def whole_batch() -> tuple[torch.Tensor, torch.Tensor]:
     return latents, torch.cat([torch.arange(8)[:, None] % 4, mask], dim=1)
 
 
-def gradients_of_half(rank: int, port: int, results: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = filled(TokenBridge(**NO_DROPOUT)).train()
-    wrapped = DistributedDataParallel(GivenMasks(model))
-    fast.TRAINING_BUDGET["cpu"] = 20 * 16 * 32  # 48 tokens in three parts
-    latents, labels = whole_batch()
-    half = slice(4 * rank, 4 * rank + 4)
-    wrapped(latents[half], labels[half]).backward()
-    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{results}/{rank}.pt")
-    dist.destroy_process_group()
-
-
 def test_two_processes_with_half_the_batch_give_the_gradients_of_one(tmp_path):
-    mp.spawn(gradients_of_half, args=(free_port(), str(tmp_path)), nprocs=2)
+    def gradients_of_half(rank: int) -> None:
+        fast.TRAINING_BUDGET["cpu"] = 20 * 16 * 32  # 48 tokens in three parts
+        model = filled(TokenBridge(**NO_DROPOUT)).train()
+        latents, labels = whole_batch()
+        half = slice(4 * rank, 4 * rank + 4)
+        wrapped = DistributedDataParallel(GivenMasks(model))
+        wrapped(latents[half], labels[half]).backward()
+        torch.save({name: p.grad for name, p in model.named_parameters()}, tmp_path / f"{rank}.pt")
+
+    in_processes(2, gradients_of_half)
     model = filled(TokenBridge(**NO_DROPOUT)).train()
     GivenMasks(model)(*whole_batch()).backward()
     for rank in range(2):
