@@ -18,8 +18,11 @@ from util.rng import ImageDraws
 
 #: Orders in which tokens can be generated.
 ORDERS = ("random", "raster", "confidence")
-#: Guidance scales over the steps: growing with the tokens known, or the same in every step.
-SCHEDULES = ("linear", "constant")
+#: Guidance scale of a step, from ``cfg`` and the numbers of known and of all tokens after it.
+SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
+    "linear": lambda cfg, known, tokens: 1 + (cfg - 1) * known / tokens,
+    "constant": lambda cfg, known, tokens: cfg,
+}
 #: Called after each step with its number from 1, the number of steps, the values of tokens
 #: ``[B, L, C]`` (0 if unknown) and the positions ``[B, N]`` that are still unknown, on the device.
 OnStep = Callable[[int, int, Tensor, Tensor], None]
@@ -44,7 +47,7 @@ class TokenOptions:
     cfg_schedule: str = option(
         "linear",
         "guidance over the steps: growing to --cfg with the tokens known, or --cfg in every step",
-        choices=SCHEDULES,
+        choices=tuple(SCHEDULES),
     )
     temperature: float = option(
         1.0, "temperature of every channel's distribution; 0 takes the mode"
@@ -161,17 +164,16 @@ def sampling_plan(options: TokenOptions, seq_len: int, unknown: int | None = Non
     """Return the steps that generate ``unknown`` tokens, by default all L.
 
     Steps that take no token are left out.
-    The guidance scale is ``options.cfg``, or with the ``"linear"`` schedule 1 + (cfg - 1) times the
-    share of tokens known after the step; the last step counts one as unknown, as in MAR.
+    Guidance follows :data:`SCHEDULES`; the last step counts one token as unknown, as in MAR.
     """
+    guidance = SCHEDULES[options.cfg_schedule]
     before = seq_len if unknown is None else unknown
     plan = []
     for step, masked in enumerate(mask_schedule(options.num_iter, before)):
-        linear = 1 + (options.cfg - 1) * (seq_len - masked) / seq_len
         left = 0 if step == options.num_iter - 1 else masked
         if left < before:
-            guidance = options.cfg if options.cfg_schedule == "constant" else linear
-            plan.append(Step(before, left, guidance))
+            scale = guidance(options.cfg, seq_len - masked, seq_len)
+            plan.append(Step(before, left, scale))
             before = left
     return plan
 
