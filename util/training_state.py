@@ -29,7 +29,7 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter
 #: published recipe takes 150,000 more, after which an EMA with warm-up differs from one without by
 #: a share of exp(-15), less than float32 rounds. The paper and the release have no warm-up
 #: (--no_ema_warmup).
-EMA_WARMUP = {"warmup_gamma": 10.0, "warmup_power": 1.0}
+EMA_WARMUP: dict[str, Any] = {"warmup_gamma": 10.0, "warmup_power": 1.0}
 
 
 @dataclass
@@ -116,7 +116,8 @@ class TrainingState:
     ):
         from timm.utils import ModelEmaV3  # loads torchvision, which takes longer than torch
 
-        self.model, self.settings = model, settings
+        self.model: Any = model
+        self.settings = settings
         self.steps_per_epoch = steps_per_epoch
         self.path = Path(settings.output_dir) / name
         self.device = next(model.parameters()).device
