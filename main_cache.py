@@ -121,8 +121,7 @@ def main() -> None:
         if distributed.is_main_process():
             remove_parts(Path(args.cached_path).rglob(".*.part"))
         check_shared(args.cached_path)
-        side = args.img_size // tokenizer.stride
-        shape = 2 * tokenizer.embed_dim, side, side
+        shape = tokenizer.info.moments_shape(args.img_size)
         bad_images = BadImages(args.cached_path, args.skip_bad_images)
 
         def open_data() -> ImagesToCache:

@@ -547,7 +547,8 @@ def main() -> None:
         )
         check_same_inputs(data, tokenizer and tokenizer.vae)
         seed_everything(args.seed + distributed.get_rank())
-        encoder = CachedMoments(info.latent_factor) if args.use_cached else tokenizer
+        cached = CachedMoments(info.latent_factor, info.deterministic)
+        encoder = cached if args.use_cached else tokenizer
 
         # Model
         if args.quant_calibrate and config["channel_mean"] is None:

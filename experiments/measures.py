@@ -11,11 +11,12 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from experiments.features import load_net
-from models.posterior import DiagonalGaussianDistribution
 from models.quantizer import ScalarQuantizer, build_quantizer
+from models.tokenizer import CachedMoments
 from util import errors
 from util.args import add_device_arg, check_positive, new_parser
 from util.checkpoint.runs import find_checkpoint, read_run
+from util.checkpoint.vae_files import tokenizer_config
 from util.data.datasets import PlainImages
 from util.data.packed import open_cache
 from util.files import read_json, write_json
@@ -111,9 +112,10 @@ def held_out_latents(cached_val_path: str, latent_factor: float, seed: int = 0) 
     cache = open_cache(cached_val_path, mirror=False)
     cache.shape = tuple(cache[0][0].shape)
     moments = torch.stack([cache[number][0] for number in range(len(cache))]).float()
-    posterior = DiagonalGaussianDistribution(moments)
-    noise = numbered_draws(seed, range(len(cache))).normal(*posterior.mean.shape[1:])
-    return (posterior.sample(noise) * latent_factor).movedim(1, -1).flatten(0, -2)
+    vae, _ = tokenizer_config(cache.metadata, cached_val_path)
+    posterior = CachedMoments(latent_factor, vae.get("deterministic", False)).encode(moments)
+    noise = numbered_draws(seed, range(len(cache))).normal(*posterior.shape[1:])
+    return posterior.sample(noise).movedim(1, -1).flatten(0, -2)
 
 
 def likelihood(folder: Path, resume: str, cached_val_path: str) -> dict[str, float]:

@@ -7,15 +7,21 @@ from torch import Tensor
 class DiagonalGaussianDistribution:
     """A normal with independent dimensions, from its moments ``[B, 2C, h, w]``: mean, then log variance.
 
+    Args:
+        deterministic: the moments are the mean alone, ``[B, C, h, w]``, and the variance is 0.
+
     Attributes:
         parameters: the moments as given.
         mean, std: ``[B, C, h, w]``; the log variance is clamped to [-30, 20].
     """
 
-    def __init__(self, moments: Tensor):
+    def __init__(self, moments: Tensor, deterministic: bool = False):
         self.parameters = moments
-        self.mean, logvar = moments.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30.0, 20.0)
+        if deterministic:
+            self.mean, self.logvar = moments, torch.full_like(moments, -torch.inf)
+        else:
+            self.mean, logvar = moments.chunk(2, dim=1)
+            self.logvar = logvar.clamp(-30.0, 20.0)
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
@@ -27,7 +33,10 @@ class DiagonalGaussianDistribution:
         return self.mean
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal in nats, summed over all but the batch: ``[B]``."""
+        """Divergence from the standard normal in nats, summed over all but the batch: ``[B]``.
+
+        It is infinite without a variance.
+        """
         mean, logvar = (
             self.mean.float(),
             self.logvar.float(),

@@ -234,22 +234,28 @@ class PretrainedVAE:
         Args:
             path: a file; a folder of :meth:`save_pretrained` or of diffusers (then the tokenizer is a
                 :class:`models.diffusers_vae.DiffusersVAE`); or an address on the Hub, ``hf://owner/repo[/path]``.
+                Tiny autoencoders, see :mod:`util.checkpoint.tiny_files`, are a
+                :class:`models.tiny_vae.TinyAutoencoder`.
 
         Raises:
             UserError: the file is missing, unreadable, or does not hold the weights of such a tokenizer.
         """
-        from util.checkpoint.files import VAE_NAMES, config_beside, locate
+        from models.tiny_vae import TinyAutoencoder
+        from util.checkpoint.files import VAE_NAMES, config_beside
+        from util.checkpoint.tiny_files import DIFFUSERS_CLASS, locate_tokenizer
         from util.checkpoint.vae_files import read_vae
 
-        path = locate(path, VAE_NAMES)
+        path = locate_tokenizer(path, VAE_NAMES)
         check_diffusers(path)
         beside = config_beside(path)
-        if isinstance(beside, dict) and "_class_name" in beside:
+        kind = beside.get("_class_name") if isinstance(beside, dict) else None
+        if kind not in (None, DIFFUSERS_CLASS):
             vae = DiffusersVAE(read_diffusers(path))
             return vae, vae.latent_factor
         weights, config, latent_factor = read_vae(path)
         try:
-            vae = cls(**config)
+            tiny = config.get("deterministic", False)
+            vae = TinyAutoencoder.from_config(config) if tiny else cls(**config)
         except Exception as error:  # impossible sizes fail in many ways
             raise UserError(
                 f"{path} describes no tokenizer that this code can build: {reason(error)}"

@@ -26,7 +26,8 @@ class LatentPosterior:
     """The posterior of scaled latents ``[B, C, h, w]``: a VAE's, times the latent factor.
 
     Attributes:
-        moments: ``[B, 2C, h, w]``, mean and log variance as the encoder computes them, not scaled.
+        moments: ``[B, 2C, h, w]``, mean and log variance as the encoder computes them, not scaled;
+            the mean alone, ``[B, C, h, w]``, if the tokenizer is deterministic.
         mean, std: ``[B, C, h, w]``, scaled.
     """
 
@@ -60,7 +61,8 @@ class Tokenizer:
     """A frozen VAE with the scale of its latents.
 
     Args:
-        vae: an :class:`models.vae.AutoencoderKL` or :class:`models.diffusers_vae.DiffusersVAE`.
+        vae: an :class:`models.vae.AutoencoderKL`, :class:`models.diffusers_vae.DiffusersVAE` or
+            :class:`models.tiny_vae.TinyAutoencoder`.
         latent_factor: the scale. Models are trained on the VAE's latents times this factor.
         source: where the VAE was read from, for messages.
 
@@ -137,14 +139,16 @@ class CachedMoments:
 
     Args:
         latent_factor: the scale of the tokenizer that made the cache.
+        deterministic: whether that tokenizer is deterministic: moments are means alone.
     """
 
-    def __init__(self, latent_factor: float):
-        self.latent_factor = latent_factor
+    def __init__(self, latent_factor: float, deterministic: bool = False):
+        self.latent_factor, self.deterministic = latent_factor, deterministic
 
     def encode(self, moments: Tensor) -> LatentPosterior:
-        """Return the posterior of the scaled latents that moments ``[B, 2C, h, w]`` describe."""
-        return LatentPosterior(DiagonalGaussianDistribution(moments), self.latent_factor)
+        """Return the posterior of the scaled latents that ``moments`` of a cache describe."""
+        distribution = DiagonalGaussianDistribution(moments, self.deterministic)
+        return LatentPosterior(distribution, self.latent_factor)
 
 
 #: What turns the batches of a loader into latents.

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from models.vae import DiagonalGaussianDistribution
+from models.tokenizer import CachedMoments
 from util import distributed, errors
 from util.args import add_run_args, check_positive, check_range, new_parser
 from util.checkpoint.vae_files import tokenizer_config
@@ -108,9 +108,10 @@ def main() -> None:
                 "--cached_path is missing: name the folder that main_cache.py wrote"
             )
         cache = open_cache(args.cached_path, mirror=False)
-        tokenizer_config(cache.metadata, args.cached_path)
+        vae, latent_factor = tokenizer_config(cache.metadata, args.cached_path)
+        encoder = CachedMoments(latent_factor, vae.get("deterministic", False))
         cache.shape = tuple(cache[0][0].shape)
-        channels, height, width = cache.shape
+        _, channels, height, width = encoder.encode(cache[0][0][None]).shape
         p = args.patch_size
         if height % p or width % p or height // p < 4 or width // p < 4:
             few = f"with --patch_size {p} too few for frequencies"
@@ -118,10 +119,10 @@ def main() -> None:
         chosen = evenly_spaced(cache, args.num_images)
         loader = loader_of_all(chosen, device, args)
         low = low_frequencies(height // p, width // p, args.cutoff)
-        sums = double(torch.zeros(4, channels // 2 * p * p, device=device))
+        sums = double(torch.zeros(4, channels * p * p, device=device))
         with progress_bar(loader, unit="batch", desc="measuring") as batches:
             for moments, _ in batches:
-                latents = DiagonalGaussianDistribution(moments.to(device)).mode()
+                latents = encoder.encode(moments.to(device)).mode()
                 # A map for each channel of a token; pixel_unshuffle orders them as the model's patchify does.
                 sums += energies(torch.nn.functional.pixel_unshuffle(latents, p), low)
         shares = low_shares(

@@ -19,10 +19,10 @@ from util.checkpoint.files import (
     SAFE_NAME,
     VAE_NAMES,
     config_beside,
-    locate,
     read_checkpoint,
 )
 from util.checkpoint.runs import check_run
+from util.checkpoint.tiny_files import locate_tokenizer, pair_of, read_pair
 from util.errors import UserError
 from util.files import read_json, written_whole
 from util.log import log, start_log
@@ -30,6 +30,18 @@ from util.metrics.tables import METRIC_TITLES
 
 #: Files to look for in a folder of a model or tokenizer, in this order.
 CONTENT_NAMES = (CHECKPOINT_NAME, SAFE_NAME, *VAE_NAMES)
+#: Names of weights that only tokenizers have: KL-16 and its like, and tiny autoencoders.
+TOKENIZER_WEIGHTS = ("post_quant_conv.weight", "decoder.1.weight")
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint, or the weights of both files of a tiny autoencoder.
+
+    Raises:
+        UserError: see :func:`util.checkpoint.files.read_checkpoint`.
+    """
+    pair = pair_of(path)
+    return {"model": read_pair(pair)} if pair else read_checkpoint(path)
 
 
 def convert(source: str | Path, target: str | Path, weights: str | None = None) -> None:
@@ -67,11 +79,12 @@ def convert(source: str | Path, target: str | Path, weights: str | None = None) 
 
 def summary(path: str | Path, tensors: bool = False) -> list[str]:
     """Lines that describe what is in a checkpoint; with ``tensors`` one for every tensor, too."""
-    path = locate(path, CONTENT_NAMES)
-    content = read_checkpoint(path)
+    path = locate_tokenizer(path, CONTENT_NAMES)
+    content = read_content(path)
     if "config" not in content and (config := config_beside(path)):
         content["config"] = config
-    lines = [f"{path}: {path.stat().st_size / 2**20:,.1f} MiB"]
+    size = sum(file.stat().st_size for file in pair_of(path) or [path])
+    lines = [f"{path}: {size / 2**20:,.1f} MiB"]
     for name, value in content.items():
         if (
             isinstance(value, Mapping)
@@ -112,20 +125,18 @@ def export(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder} is there already; choose another folder")
-    source = locate(args.source, CONTENT_NAMES)
+    source = locate_tokenizer(args.source, CONTENT_NAMES)
     if "_class_name" in (config_beside(source) or {}):
         raise UserError(
             f"{source} is a tokenizer of diffusers already, which from_pretrained reads as it is"
         )
-    content = read_checkpoint(source)
+    content = read_content(source)
     place = hub.Address(args.push_to_hub or "", None, "")
     if args.push_to_hub:  # first, so that nothing is written if it fails
         with hub.explained(place, "write to"):
             hub.make_repo(args.push_to_hub, args.private)
-    if any(
-        "post_quant_conv.weight" in (content.get(name) or content)
-        for name in ("model", "state_dict")
-    ):
+    weights = content.get("model") or content.get("state_dict") or content
+    if any(name in weights for name in TOKENIZER_WEIGHTS):
         vae, latent_factor = AutoencoderKL.from_pretrained(source)
         if args.figures or args.licence or args.tokenizer:
             raise UserError(

@@ -19,17 +19,27 @@ from huggingface_hub.utils import build_hf_headers
 from util import errors
 from util.args import new_parser
 from util.checkpoint import hub
+from util.checkpoint.files import HUB_CONFIG, VAE_NAMES, read_checkpoint
 from util.errors import UserError
 from util.files import read_arrays
 from util.log import log, start_log
 from util.metrics.inception import INCEPTION_SHA256, URL_INCEPTION_V3, inception_path
 from util.metrics.tables import ADM_STATS
 
+#: Tiny autoencoders: folders of diffusers on the Hub, except TAEF2, a pair of files on GitHub.
+TINY_REPO = "https://github.com/madebyollin/taesd"
+TINY = {name: f"madebyollin/{name}" for name in ("taesd", "taesdxl", "taesd3", "taef1")}
+#: The files of each name that has several.
+FILES = {
+    **{name: [f"{name}/{file}" for file in (HUB_CONFIG, VAE_NAMES[-1])] for name in TINY},
+    "taef2": ["taef2/taef2_encoder.pth", "taef2/taef2_decoder.pth"],
+}
 #: The repositories that may have a file, and the end of its path there.
 ON_THE_HUB = {
     "tokenbridge_large": ([hub.MODELS_REPO], "tokenbridge_large/checkpoint-last.pth"),
     "tokenbridge_huge": ([hub.MODELS_REPO], "tokenbridge_huge/checkpoint-last.pth"),
     "vae": ([hub.MODELS_REPO, hub.VAE_REPO], "kl16.ckpt"),
+    **{file: ([repo], Path(file).name) for name, repo in TINY.items() for file in FILES[name]},
 }
 #: Where the commands look for the files; for Inception's weights, which are not listed, in the folder of torch's hub.
 TARGETS = {
@@ -38,6 +48,7 @@ TARGETS = {
     "vae": "pretrained_models/vae/kl16.ckpt",
     "fid_stats": ADM_STATS,
     "reference": "fid_stats/VIRTUAL_imagenet256_labeled.npz",
+    **{file: f"pretrained_models/{file}" for files in FILES.values() for file in files},
 }
 #: ADM's statistics of ImageNet 256 as MAR keeps them; ADM's own batch of 10,000 images with its statistics; Inception.
 ELSEWHERE = {
@@ -45,15 +56,18 @@ ELSEWHERE = {
     "reference": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz",
     "inception": URL_INCEPTION_V3,
+    **{file: f"{TINY_REPO}/raw/main/{Path(file).name}" for file in FILES["taef2"]},
 }
-NAMES = (*ON_THE_HUB, *ELSEWHERE)
+#: What a command without names fetches, and all names.
+DEFAULT = ("tokenbridge_large", "tokenbridge_huge", "vae", "fid_stats", "inception")
+NAMES = (*DEFAULT, "reference", *FILES)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = new_parser(__doc__.splitlines()[0], "tools.download")
     parser.add_argument(
-        "what", nargs="*", help=f"{', '.join(NAMES)}; by default all but reference (2 GB of images)"
+        "what", nargs="*", help=f"{', '.join(NAMES)}; by default {', '.join(DEFAULT)}"
     )
     parser.add_argument(
         "--output_dir", default=".", help="holds pretrained_models/ and fid_stats/, not inception"
@@ -110,6 +124,14 @@ def is_inception(path: Path) -> bool:
     return hub.digest(path).startswith(INCEPTION_SHA256)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a file is a checkpoint whose checksums are right."""
+    try:
+        return bool(read_checkpoint(path))
+    except UserError:
+        return False
+
+
 def readable(path: Path) -> bool:
     """Whether a file holds statistics whose checksums are right."""
     try:
@@ -143,6 +165,22 @@ def fetch(
     log.info("wrote %s", target)
 
 
+def fetch_file(name: str, args: argparse.Namespace) -> None:
+    """Fetch one file, a key of :data:`ON_THE_HUB` or :data:`ELSEWHERE`, and log its terms."""
+    target = inception_path() if name == "inception" else Path(args.output_dir) / TARGETS[name]
+    if name in ON_THE_HUB:
+        fetch_published(name, target, args.revision)
+    elif name == "inception":
+        log.info("%s, converted by torch-fidelity from TensorFlow's", ELSEWHERE[name])
+        fetch(ELSEWHERE[name], ELSEWHERE[name], target, is_inception)
+    elif name in FILES["taef2"]:
+        log.info("%s; its license: see %s", ELSEWHERE[name], TINY_REPO)
+        fetch(ELSEWHERE[name], ELSEWHERE[name], target, is_checkpoint)
+    else:
+        log.info("%s, made of the images of ImageNet, whose terms apply", ELSEWHERE[name])
+        fetch(ELSEWHERE[name], ELSEWHERE[name], target, readable)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     args = get_args_parser().parse_args(argv)
@@ -152,16 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"nothing published is called {', '.join(unknown)}: choose from {', '.join(NAMES)}"
         )
-    for name in args.what or [name for name in NAMES if name != "reference"]:
-        target = inception_path() if name == "inception" else Path(args.output_dir) / TARGETS[name]
-        if name in ON_THE_HUB:
-            fetch_published(name, target, args.revision)
-        elif name == "inception":
-            log.info("%s, converted by torch-fidelity from TensorFlow's", ELSEWHERE[name])
-            fetch(ELSEWHERE[name], ELSEWHERE[name], target, is_inception)
-        else:
-            log.info("%s, made of the images of ImageNet, whose terms apply", ELSEWHERE[name])
-            fetch(ELSEWHERE[name], ELSEWHERE[name], target, readable)
+    for name in args.what or DEFAULT:
+        for file in FILES.get(name, [name]):
+            fetch_file(file, args)
 
 
 if __name__ == "__main__":

@@ -152,11 +152,11 @@ def draw_levels(args: argparse.Namespace, device: torch.device) -> None:
     if not args.cached_path:
         raise errors.UserError("--cached_path is missing: name the folder that main_cache.py wrote")
     cache = open_cache(args.cached_path, mirror=False)
-    _, latent_factor = tokenizer_config(cache.metadata, args.cached_path)
+    vae, latent_factor = tokenizer_config(cache.metadata, args.cached_path)
     cache.shape = tuple(cache[0][0].shape)
     loader = make_loader(evenly_spaced(cache, args.num_images), args, device)
     seed_everything(args.seed)
-    encoder = CachedMoments(latent_factor)
+    encoder = CachedMoments(latent_factor, vae.get("deterministic", False))
     latents = [encoder.encode(moments).sample() for moments, _ in loader]
     latents = torch.cat(latents).transpose(0, 1).flatten(1)  # [C, N]
     bounds, unit = (args.quant_min, args.quant_max), "scaled by the latent factor"

@@ -39,7 +39,8 @@ SizesOf = Callable[[str, str], Mapping[str, int]]
 class TokenizerInfo(NamedTuple):
     """Description of a tokenizer, or of a cache of its moments."""
 
-    config: Mapping[str, Any]  # arguments of the tokenizer; `embed_dim` and `ch_mult` at least
+    #: Arguments of the tokenizer: `embed_dim`, `ch_mult`, and `deterministic` if it has no variance.
+    config: Mapping[str, Any]
     latent_factor: float  # factor that scales its latents
     source: str | Path  # the tokenizer's file or the cache's folder, for messages
     sha256: str | None = None  # hash of its weights; None for caches that store none
@@ -48,6 +49,16 @@ class TokenizerInfo(NamedTuple):
     def stride(self) -> int:
         """Pixels per latent position, each way."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the latents have no variance: moments are means alone."""
+        return self.config.get("deterministic", False)
+
+    def moments_shape(self, img_size: int) -> tuple[int, int, int]:
+        """Return the shape of the moments of an image of ``img_size`` pixels each way."""
+        channels, side = self.config["embed_dim"], img_size // self.stride
+        return (channels if self.deterministic else 2 * channels), side, side
 
     @property
     def is_kl16(self) -> bool:

@@ -9,6 +9,13 @@ import torch
 from torch import nn
 
 from util.checkpoint.files import config_beside, read_checkpoint
+from util.checkpoint.tiny_files import (
+    DIFFUSERS_LAYERS,
+    from_diffusers,
+    pair_of,
+    read_pair,
+    tiny_config,
+)
 from util.config import KL16_CONFIG, KL16_LATENT_FACTOR
 from util.errors import UserError
 from util.files import written_whole
@@ -20,13 +27,20 @@ def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float
     Raises:
         UserError: see :func:`read`; or the file holds no tokenizer.
     """
+    path = Path(path)
+    if pair := pair_of(path):
+        weights = read_pair(pair)
+        return weights, *tokenizer_config(tiny_config(weights, path), path)
     content = read_checkpoint(path)
-    config = content.get("config", config_beside(Path(path)) or {})
+    config = content.get("config", config_beside(path) or {})
     weights = content.get("model", content.get("state_dict", content))
     if not isinstance(weights, Mapping) or not weights:
         raise UserError(f"{path} holds no tokenizer: expected its weights under 'model'")
     if "class_emb.weight" in weights:
         raise UserError(f"{path} is a TokenBridge, not a tokenizer: it goes with --resume")
+    if any(str(name).startswith(DIFFUSERS_LAYERS) for name in weights):
+        weights = from_diffusers(weights)
+        config = tiny_config(weights, path, config)
     if any(str(name).startswith("vae.") for name in weights):
         raise UserError(
             f"{path} is what main_vae.py goes on from; the tokenizer is vae.ckpt, which it writes at its end"
@@ -49,6 +63,7 @@ def tokenizer_config(config: Any, path: str | Path) -> tuple[dict[str, Any], flo
         and isinstance(multipliers, list)
         and 1 <= len(multipliers) <= 16
         and all(isinstance(multiplier, int) for multiplier in multipliers)
+        and isinstance(vae.get("deterministic", False), bool)
         and isinstance(latent_factor, float | int)
         and 0 < latent_factor < math.inf
     ):

@@ -132,7 +132,8 @@ def collate_present(items: list) -> list | None:
 class CachedFolder(TrainingItems, Dataset):
     """``root/<class>/<image name>.npz`` with ``moments`` and ``moments_flip``, as main_cache.py and MAR write them.
 
-    Items are moments ``[2C, h, w]``, float32, not scaled, and the label; with ``mirror`` the moments are those of the
+    Items are moments ``[2C, h, w]``, of a deterministic tokenizer ``[C, h, w]`` (:mod:`models.posterior`), float32,
+    not scaled, and the label; with ``mirror`` the moments are those of the
     mirror image with probability 1/2.
 
     Attributes:
@@ -192,14 +193,9 @@ class CachedFolder(TrainingItems, Dataset):
         """``moments`` or ``moments_flip``, ``[2C, h, w]``, of one file; UserError unless whole and finite floats."""
         try:
             values = read_arrays(path, name)[name]
-            if (
-                values.dtype.kind != "f"
-                or values.ndim != 3
-                or values.shape[0] % 2
-                or not values.size
-            ):
+            if values.dtype.kind != "f" or values.ndim != 3 or not values.size:
                 raise UserError(
-                    f"{name} is {values.dtype} {list(values.shape)}, not floats [2C, h, w]"
+                    f"{name} is {values.dtype} {list(values.shape)}, not floats [C or 2C, h, w]"
                 )
             with np.errstate(over="ignore"):
                 moments = torch.from_numpy(values.astype(np.float32))

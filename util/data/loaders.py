@@ -157,8 +157,7 @@ def load_data(
     if args.use_cached:
         if split == "val" and dataset.metadata.get("split") == "train":
             warn("%s is a cache of training images: their likelihood is not a held-out one", root)
-        moments, side = dataset[0][0], args.img_size // tokenizer.stride
-        dataset.shape = (2 * tokenizer.config["embed_dim"], side, side)
+        moments, dataset.shape = dataset[0][0], tokenizer.moments_shape(args.img_size)
         if moments.shape != dataset.shape:
             size = dataset.metadata.get("img_size")
             made = f"of shape {list(moments.shape)}" if size is None else f"at --img_size {size}"
