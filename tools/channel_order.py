@@ -108,8 +108,8 @@ def main() -> None:
                 "--cached_path is missing: name the folder that main_cache.py wrote"
             )
         cache = open_cache(args.cached_path, mirror=False)
-        vae, latent_factor = tokenizer_config(cache.metadata, args.cached_path)
-        encoder = CachedMoments(latent_factor, vae.get("deterministic", False))
+        vae, _ = tokenizer_config(cache.metadata, args.cached_path)
+        encoder = CachedMoments(1.0, vae.get("deterministic", False))
         cache.shape = tuple(cache[0][0].shape)
         _, channels, height, width = encoder.encode(cache[0][0][None]).shape
         p = args.patch_size

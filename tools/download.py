@@ -28,6 +28,7 @@ from util.metrics.tables import ADM_STATS
 
 #: Tiny autoencoders: folders of diffusers on the Hub, except TAEF2, a pair of files on GitHub.
 TINY_REPO = "https://github.com/madebyollin/taesd"
+TINY_RAW = "https://raw.githubusercontent.com/madebyollin/taesd/main"
 TINY = {name: f"madebyollin/{name}" for name in ("taesd", "taesdxl", "taesd3", "taef1")}
 #: The files of each name that has several.
 FILES = {
@@ -56,7 +57,7 @@ ELSEWHERE = {
     "reference": "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/"
     "VIRTUAL_imagenet256_labeled.npz",
     "inception": URL_INCEPTION_V3,
-    **{file: f"{TINY_REPO}/raw/main/{Path(file).name}" for file in FILES["taef2"]},
+    **{file: f"{TINY_RAW}/{Path(file).name}" for file in FILES["taef2"]},
 }
 #: What a command without names fetches, and all names.
 DEFAULT = ("tokenbridge_large", "tokenbridge_huge", "vae", "fid_stats", "inception")

@@ -1,17 +1,23 @@
 """python -m tools.download: the published files, from a server that speaks the Hub's routes."""
 
 import hashlib
+import json
 import logging
 import resource
 
 import pytest
+from safetensors.torch import save_file
 
-from tests.conftest import point_to
+from models.tiny_vae import TinyAutoencoder
+from models.tokenizer import Tokenizer
+from tests.conftest import filled, point_to
 from tests.hub_server import COMMIT
+from tests.models.test_tiny_vae import as_diffusers, write_pair
 from tests.processes import forked
 from tools import download
 from util import errors
 from util.checkpoint import hub
+from util.checksums import fingerprint
 from util.errors import UserError
 from util.metrics.inception import find_inception_weights, inception_path
 
@@ -165,3 +171,34 @@ def test_download_onto_a_full_disk(published, tmp_path, capfd):
     assert forked(1, fill)[1] == [2]
     assert "the disk is full; free space" in capfd.readouterr().err
     assert not (tmp_path / "pretrained_models/vae/kl16.ckpt").exists()
+
+
+def test_tiny_autoencoders_come_as_tokenizers(served, monkeypatch, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    model = filled(TinyAutoencoder(6, ch=8, pooled=True))
+    write_pair(tmp_path, model)
+    for part in ("encoder", "decoder"):
+        served.elsewhere[f"/{part}.pth"] = (tmp_path / f"taef2_{part}.pth").read_bytes()
+        url = f"{served.endpoint}/{part}.pth"
+        monkeypatch.setitem(download.ELSEWHERE, f"taef2/taef2_{part}.pth", url)
+    save_file(as_diffusers(model), tmp_path / "weights.safetensors")
+    config = {"_class_name": "AutoencoderTiny", "scaling_factor": 0.5}
+    files = {
+        "config.json": json.dumps(config).encode(),
+        "diffusion_pytorch_model.safetensors": tmp_path / "weights.safetensors",
+        "taef1_encoder.safetensors": b"not fetched",
+    }
+    served.add("madebyollin/taef1", files)
+    served.licence = "mit"
+    download.main(["taef1", "taef2", "--output_dir", str(tmp_path)])
+    assert "its licence: mit" in caplog.text and "github.com/madebyollin/taesd" in caplog.text
+    assert len(list((tmp_path / "pretrained_models" / "taef1").iterdir())) == 2
+    for name, latent_factor in (("taef1", 0.5), ("taef2", 1.0)):
+        tokenizer = Tokenizer.from_pretrained(str(tmp_path / "pretrained_models" / name))
+        assert (tokenizer.embed_dim, tokenizer.latent_factor) == (6, latent_factor)
+    on_the_hub = Tokenizer.from_pretrained("hf://madebyollin/taef1")
+    assert on_the_hub.fingerprint == fingerprint(model) and on_the_hub.latent_factor == 0.5
+    served.damage.add("/encoder.pth")
+    (tmp_path / "pretrained_models/taef2/taef2_encoder.pth").unlink()
+    with pytest.raises(UserError, match="arrived damaged"):
+        download.main(["taef2", "--output_dir", str(tmp_path)])

@@ -84,9 +84,7 @@ def from_diffusers(weights: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def tiny_config(
-    weights: Mapping[str, Any], path: str | Path, beside: Any = None
-) -> dict[str, Any]:
+def tiny_config(weights: Mapping[str, Any], path: str | Path, beside: Any = None) -> dict[str, Any]:
     """Return the description of a tiny autoencoder: its arguments and its latent factor.
 
     Args:
