@@ -1,4 +1,4 @@
-"""Encoding and decoding with KL-16: memory formats, and cudnn.benchmark on CUDA."""
+"""Encoding and decoding with a tokenizer: memory formats, and cudnn.benchmark on CUDA."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import benchmark_parser, finish, machine, parse, timings
+from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from util.config import KL16_CONFIG
 from util.precision import PRECISIONS, autocast
@@ -22,17 +23,22 @@ def main() -> None:
     precisions = ["fp32", "bf16"]
     text = "precisions to measure"
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=precisions, help=text)
+    text = "tokenizer to measure; by default KL-16 with random weights"
+    parser.add_argument("--vae_path", default="", help=text)
     args = parse(parser)
     hardware, rows = machine(args.device), []
     layouts = {"plain": torch.contiguous_format, "channels last": torch.channels_last}
     config: dict[str, Any] = KL16_CONFIG
     models = {}
     for layout, memory_format in layouts.items():
-        vae = AutoencoderKL(**config).eval().requires_grad_(False).to(args.device)
-        models[layout] = vae.to(memory_format=memory_format)
-    side = args.img_size // 16
+        if args.vae_path:
+            vae = Tokenizer.from_pretrained(args.vae_path).vae
+        else:
+            vae = AutoencoderKL(**config).eval().requires_grad_(False)
+        models[layout] = vae.to(args.device, memory_format=memory_format)
+    side = args.img_size // vae.stride
     images = torch.randn(args.batch, 3, args.img_size, args.img_size, device=args.device)
-    latents = torch.randn(args.batch, 16, side, side, device=args.device)
+    latents = torch.randn(args.batch, vae.embed_dim, side, side, device=args.device)
 
     def run(precision: str, cudnn_benchmark: bool, work: Callable, batch: Tensor) -> None:
         torch.backends.cudnn.benchmark = cudnn_benchmark

@@ -17,8 +17,9 @@ from torch import nn
 
 from models.diffusers_vae import DiffusersVAE
 from models.published import published_config, to_published
+from models.tiny_vae import TinyAutoencoder
 from util.errors import UserError, reason, some
-from util.files import write_json
+from util.files import read_json, write_json
 from util.tables import write_text
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -240,10 +241,9 @@ class PretrainedVAE:
         Raises:
             UserError: the file is missing, unreadable, or does not hold the weights of such a tokenizer.
         """
-        from models.tiny_vae import TinyAutoencoder
         from util.checkpoint.files import VAE_NAMES, config_beside
         from util.checkpoint.tiny_files import DIFFUSERS_CLASS, locate_tokenizer
-        from util.checkpoint.vae_files import read_vae
+        from util.checkpoint.vae_files import load_vae, read_vae
 
         path = locate_tokenizer(path, VAE_NAMES)
         check_diffusers(path)
@@ -260,7 +260,7 @@ class PretrainedVAE:
             raise UserError(
                 f"{path} describes no tokenizer that this code can build: {reason(error)}"
             ) from error
-        vae.load_file(path, weights)
+        load_vae(vae, path, weights)
         return vae.eval().requires_grad_(False), latent_factor
 
     def load_file(self, path: str | Path, weights: Mapping[str, Any] | None = None) -> None:
@@ -269,12 +269,9 @@ class PretrainedVAE:
         Raises:
             UserError: the file is missing or unreadable, or its weights do not fit.
         """
-        from util.checkpoint.load import matching
-        from util.checkpoint.vae_files import read_vae
+        from util.checkpoint.vae_files import load_vae
 
-        weights = read_vae(path)[0] if weights is None else weights
-        hint = "It holds another tokenizer; files without their own description are taken for KL-16"
-        self.load_state_dict(matching(weights, self.state_dict(), path, hint))
+        load_vae(self, path, weights)
 
     def save_pretrained(self, folder: str | Path, latent_factor: float) -> None:
         """Writes ``model.safetensors`` and ``config.json``, which :meth:`from_pretrained` reads.
@@ -282,11 +279,9 @@ class PretrainedVAE:
         Raises:
             UserError: the disk is full, or the folder cannot be written.
         """
-        from util.checkpoint import safetensors_io
-        from util.checkpoint.files import HUB_CONFIG, HUB_NAME
+        from util.checkpoint.vae_files import save_vae_folder
 
-        safetensors_io.write_tensors(Path(folder) / HUB_NAME, self.state_dict())
-        write_json(Path(folder) / HUB_CONFIG, {"vae": self.config, "latent_factor": latent_factor})
+        save_vae_folder(folder, self, latent_factor)
 
 
 def check_diffusers(path: Path) -> None:
@@ -295,16 +290,18 @@ def check_diffusers(path: Path) -> None:
     Args:
         path: the tokenizer's file, or the one that was looked for in its folder.
     """
-    from util.checkpoint.files import VAE_NAMES
+    from util.checkpoint.files import HUB_CONFIG, VAE_NAMES
 
     whole = VAE_NAMES[-1]
     if path.name == whole or (path.is_file() and not path.name.startswith(Path(whole).stem)):
         return
     if found := sorted(each.name for each in path.parent.glob(f"{Path(whole).stem}*")):
+        config = path.with_name(HUB_CONFIG)
+        kind = read_json(config).get("_class_name") if config.is_file() else "AutoencoderKL"
         variant = ', variant="fp16"' if all(".fp16." in name for name in found) else ""
         raise UserError(
             f"{path.parent} holds {some(found)}; tokenizers of diffusers are read from {whole} alone: name the folder "
-            f'if it is there, or write it by AutoencoderKL.from_pretrained("{path.parent}"{variant})'
+            f'if it is there, or write it by {kind}.from_pretrained("{path.parent}"{variant})'
             ".save_pretrained(another folder), in Python, with diffusers' class"
         )
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.posterior import DiagonalGaussianDistribution
-from models.pretrained import PretrainedVAE
-from util.checkpoint.tiny_files import TINY_CONFIG
+from util.model_config import TINY_CONFIG
 
 #: Residual blocks per resolution, the highest resolution first; each lower one is half as large.
 BLOCKS = (1, 3, 3, 3)
@@ -87,7 +86,7 @@ def decoder(embed_dim: int, ch: int, pooled: bool) -> nn.Sequential:
 # The autoencoder.
 
 
-class TinyAutoencoder(PretrainedVAE, nn.Module):
+class TinyAutoencoder(nn.Module):
     """A tiny autoencoder. It is deterministic: the posterior has no variance.
 
     Args:

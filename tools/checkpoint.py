@@ -23,6 +23,7 @@ from util.checkpoint.files import (
 )
 from util.checkpoint.runs import check_run
 from util.checkpoint.tiny_files import locate_tokenizer, pair_of, read_pair
+from util.checkpoint.vae_files import save_vae_folder
 from util.errors import UserError
 from util.files import read_json, written_whole
 from util.log import log, start_log
@@ -142,7 +143,7 @@ def export(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{source} is a tokenizer: --figures, --licence and --tokenizer are for a model's card"
             )
-        vae.save_pretrained(folder, latent_factor)
+        save_vae_folder(folder, vae, latent_factor)
     else:
         figures = read_json(args.figures) if args.figures else None
         if args.figures and not (isinstance(figures, dict) and set(METRIC_TITLES) & set(figures)):

@@ -183,8 +183,9 @@ def add_device_arg(parser: Flags) -> None:
 def add_vae_arg(parser: Flags) -> None:
     """Add the flag of the tokenizer's file."""
     text = (
-        "tokenizer: the published KL-16, one of main_vae.py or a folder of diffusers, which bring "
-        "their own sizes and latent factor; or hf://owner/repo[/path]"
+        "tokenizer: the published KL-16; one of main_vae.py, a folder of diffusers, or a tiny "
+        "autoencoder's folder, which bring their own sizes and latent factor; or "
+        "hf://owner/repo[/path]"
     )
     parser.add_argument("--vae_path", default="pretrained_models/vae/kl16.ckpt", help=text)
 

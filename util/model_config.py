@@ -16,6 +16,8 @@ from torch import nn
 #: The published tokenizer, KL-16: assumed for files that do not describe theirs.
 KL16_CONFIG = {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}
 KL16_LATENT_FACTOR = 0.2325
+#: What all tiny autoencoders store: stride 8, and latents without a variance.
+TINY_CONFIG = {"ch_mult": [1, 1, 1, 1], "deterministic": True}
 #: KL-16's channels by share of low-frequency energy, highest first (section 3.2 of the paper).
 KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 

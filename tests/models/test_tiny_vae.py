@@ -12,6 +12,7 @@ from models.tokenizer import CachedMoments, Tokenizer
 from models.vae import AutoencoderKL
 from tests.conftest import OWN, filled, same_states
 from tests.fill import deterministic_fill
+from util.checkpoint.vae_files import save_vae_folder
 from util.checksums import fingerprint
 from util.errors import UserError
 
@@ -85,6 +86,9 @@ def test_folders_of_diffusers_encode_and_decode_as_there(tmp_path, channels):
         assert torch.allclose(latents, expected - 0.25, atol=1e-6)
         assert torch.allclose(vae.decode(latents), theirs.decode(expected).sample, atol=1e-5)
 
+    theirs.save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(UserError, match=r'AutoencoderTiny.from_pretrained\(".*, variant="fp16"'):
+        AutoencoderKL.from_pretrained(tmp_path / "half")
     config = tmp_path / "taesd" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"act_fn": "silu"}))
     with pytest.raises(UserError, match=r"'act_fn': 'silu'.* not supported"):
@@ -96,7 +100,7 @@ def test_all_files_of_a_tokenizer_give_the_same_weights(tiny, tmp_path, served):
     write_pair(tmp_path / "safe", tiny, suffix=".safetensors")
     weights = as_diffusers(tiny)
     save_file(weights, tmp_path / "taef2.safetensors")
-    tiny.save_pretrained(tmp_path / "own", 1.0)
+    save_vae_folder(tmp_path / "own", tiny, 1.0)
     served.add(OWN, {f"pair/{path.name}": path for path in (tmp_path / "pair").iterdir()})
     for name in (
         "pair",

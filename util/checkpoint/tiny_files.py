@@ -14,9 +14,8 @@ from torch import Tensor
 from util.checkpoint import hub, safetensors_io
 from util.checkpoint.files import locate, read_checkpoint
 from util.errors import UserError, some
+from util.model_config import TINY_CONFIG
 
-#: What the description of every tiny autoencoder contains: stride 8, and latents without a variance.
-TINY_CONFIG = {"ch_mult": [1, 1, 1, 1], "deterministic": True}
 #: Names of the two files of a pair.
 PAIR = re.compile(r"(?P<name>.+)_(?:encoder|decoder)(?P<suffix>\.pth|\.safetensors)")
 PARTS = ("encoder", "decoder")

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from util.checkpoint.files import config_beside, read_checkpoint
+from util.checkpoint import safetensors_io
+from util.checkpoint.files import HUB_CONFIG, HUB_NAME, config_beside, read_checkpoint
+from util.checkpoint.load import matching
 from util.checkpoint.tiny_files import (
     DIFFUSERS_LAYERS,
     from_diffusers,
@@ -18,7 +20,7 @@ from util.checkpoint.tiny_files import (
 )
 from util.config import KL16_CONFIG, KL16_LATENT_FACTOR
 from util.errors import UserError
-from util.files import written_whole
+from util.files import write_json, written_whole
 
 
 def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float]:
@@ -83,3 +85,24 @@ def save_vae(path: str | Path, vae: nn.Module, latent_factor: float) -> None:
             },
             file,
         )
+
+
+def load_vae(vae: nn.Module, path: str | Path, weights: Mapping[str, Any] | None = None) -> None:
+    """Load the weights in ``path``, or ``weights`` that were read from it, into a tokenizer.
+
+    Raises:
+        UserError: the file is missing or unreadable, or its weights do not fit.
+    """
+    weights = read_vae(path)[0] if weights is None else weights
+    hint = "It holds another tokenizer; files without their own description are taken for KL-16"
+    vae.load_state_dict(matching(weights, vae.state_dict(), path, hint))
+
+
+def save_vae_folder(folder: str | Path, vae: nn.Module, latent_factor: float) -> None:
+    """Write a tokenizer as ``model.safetensors`` and ``config.json``, as :func:`read_vae` reads them.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    safetensors_io.write_tensors(Path(folder) / HUB_NAME, vae.state_dict())
+    write_json(Path(folder) / HUB_CONFIG, {"vae": vae.config, "latent_factor": latent_factor})
