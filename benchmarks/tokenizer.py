@@ -35,7 +35,7 @@ def main() -> None:
             vae = Tokenizer.from_pretrained(args.vae_path).vae
         else:
             vae = AutoencoderKL(**config).eval().requires_grad_(False)
-        models[layout] = vae.to(args.device, memory_format=memory_format)
+        models[layout] = vae.to(args.device).to(memory_format=memory_format)
     side = args.img_size // vae.stride
     images = torch.randn(args.batch, 3, args.img_size, args.img_size, device=args.device)
     latents = torch.randn(args.batch, vae.embed_dim, side, side, device=args.device)

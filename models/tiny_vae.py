@@ -21,12 +21,12 @@ BLOCKS = (1, 3, 3, 3)
 
 
 def conv(in_channels: int, out_channels: int, **options) -> nn.Conv2d:
-    """Return a 3x3 convolution with padding 1; ``options`` are those of :class:`torch.nn.Conv2d`."""
+    """Return a 3x3 convolution with padding 1; ``options`` are those of ``nn.Conv2d``."""
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, **options)
 
 
 class Block(nn.Module):
-    """Residual block of three 3x3 convolutions: ``[B, width, h, w]`` to the same shape.
+    """Residual block of three 3x3 convolutions; the shape ``[B, width, h, w]`` stays.
 
     Args:
         pooled: add a branch with a group norm, which pools statistics over all positions (TAEF2).
@@ -115,7 +115,7 @@ class TinyAutoencoder(nn.Module):
         return cls(**{name: value for name, value in config.items() if name not in TINY_CONFIG})
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Return the posterior of latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1]."""
+        """Return the latents ``[B, C, h, w]`` of images ``[B, 3, H, W]`` in [-1, 1]."""
         latents = self.encoder((x + 1) / 2) - self.shift
         return DiagonalGaussianDistribution(latents, deterministic=True)
 

@@ -39,7 +39,7 @@ SizesOf = Callable[[str, str], Mapping[str, int]]
 class TokenizerInfo(NamedTuple):
     """Description of a tokenizer, or of a cache of its moments."""
 
-    #: Arguments of the tokenizer: `embed_dim`, `ch_mult`, and `deterministic` if it has no variance.
+    #: Arguments of the tokenizer: `embed_dim`, `ch_mult`, and `deterministic` without a variance.
     config: Mapping[str, Any]
     latent_factor: float  # factor that scales its latents
     source: str | Path  # the tokenizer's file or the cache's folder, for messages

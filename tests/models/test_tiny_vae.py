@@ -39,7 +39,7 @@ def as_diffusers(model: TinyAutoencoder) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def tiny() -> TinyAutoencoder:
-    """A model of TAEF2's architecture with 6 channels and reproducible weights that float16 holds."""
+    """A model of TAEF2's architecture with reproducible weights that float16 can represent."""
     model = filled(TinyAutoencoder(6, ch=8, pooled=True))
     return model.half().float()
 

@@ -19,7 +19,7 @@ from util.model_config import TINY_CONFIG
 #: Names of the two files of a pair.
 PAIR = re.compile(r"(?P<name>.+)_(?:encoder|decoder)(?P<suffix>\.pth|\.safetensors)")
 PARTS = ("encoder", "decoder")
-#: The name of the class in diffusers, the start of its weights' names, and the settings it must have.
+#: Diffusers' name of the class, the start of its weights' names, and settings that are supported.
 DIFFUSERS_CLASS, DIFFUSERS_LAYERS = "AutoencoderTiny", "encoder.layers."
 DIFFUSERS_SETTINGS = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2}
 
@@ -58,7 +58,7 @@ def read_pair(pair: tuple[Path, Path]) -> dict[str, Any]:
     """Return the weights in the two files of :func:`pair_of`, under our names.
 
     Raises:
-        UserError: see :func:`util.checkpoint.files.read_checkpoint`; or one of the files is missing.
+        UserError: one of the files is missing, or :func:`read_checkpoint` cannot read it.
     """
     weights = {}
     for part, path, other in zip(PARTS, pair, reversed(pair), strict=True):

@@ -99,7 +99,7 @@ def load_vae(vae: nn.Module, path: str | Path, weights: Mapping[str, Any] | None
 
 
 def save_vae_folder(folder: str | Path, vae: nn.Module, latent_factor: float) -> None:
-    """Write a tokenizer as ``model.safetensors`` and ``config.json``, as :func:`read_vae` reads them.
+    """Write a tokenizer as ``model.safetensors`` and ``config.json``, for :func:`read_vae`.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.

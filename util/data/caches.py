@@ -132,8 +132,8 @@ def collate_present(items: list) -> list | None:
 class CachedFolder(TrainingItems, Dataset):
     """``root/<class>/<image name>.npz`` with ``moments`` and ``moments_flip``, as main_cache.py and MAR write them.
 
-    Items are moments ``[2C, h, w]``, of a deterministic tokenizer ``[C, h, w]`` (:mod:`models.posterior`), float32,
-    not scaled, and the label; with ``mirror`` the moments are those of the
+    Items are moments ``[2C, h, w]`` (``[C, h, w]`` if the tokenizer is deterministic), float32, not scaled, and the
+    label; with ``mirror`` the moments are those of the
     mirror image with probability 1/2.
 
     Attributes:
