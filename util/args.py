@@ -75,55 +75,50 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"{unknown[0]} belongs to no flag; --help lists them")
         if self.has_config and parsed.config:
-            parsed, _ = super().parse_known_args([*self.words_of(parsed.config), *args])
+            self.set_defaults(**self.read_config(parsed.config))
+            parsed, _ = super().parse_known_args(args)
         return parsed, []
 
-    def words_of(self, path: str) -> list[str]:
-        """Return the flags in a file as words of a command line; values stay text, as typed."""
+    def read_config(self, path: str) -> dict[str, Any]:
+        """Return the values of the flags in a YAML file, converted and checked as if typed."""
         try:
-            flags = yaml.load(Path(path).read_text(), yaml.BaseLoader)
+            flags = yaml.load(Path(path).read_text(), yaml.BaseLoader)  # values stay text
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"{path} cannot be read as YAML: {' '.join(str(error).split())}")
         if not isinstance(flags, dict):
             self.error(f"{path} must hold lines of the form 'flag: value'")
-        named = [
-            action
-            for action in self._actions
-            if action.option_strings and action.dest not in ("help", "config")
-        ]
-        known = {action.dest: action for action in named}
-        known |= {
-            flag.removeprefix("--"): action for action in named for flag in action.option_strings
-        }
-        words = []
+        actions: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            if action.option_strings and action.dest not in ("help", "config"):
+                actions |= {flag.removeprefix("--"): action for flag in action.option_strings}
+                actions.setdefault(action.dest, action)
+        values = {}
         for name, value in flags.items():
-            if name not in known:
-                self.error(f"{path}: unknown flag {name}; {advice(name, known)}")
-            if known[name].nargs == 0:
-                words += self.switched(known[name], value, path, name)
-            elif isinstance(value, list) and known[name].nargs:
-                words += [known[name].option_strings[0], *map(str, value)]
-            elif isinstance(value, str):
-                words.append(f"{known[name].option_strings[0]}={value}")
+            if name not in actions:
+                self.error(f"{path}: unknown flag {name}; {advice(name, actions)}")
+            action = actions[name]
+            if action.nargs == 0:
+                values[action.dest] = self.read_switch(action, name, value, path)
+            elif isinstance(value, str) or (isinstance(value, list) and action.nargs):
+                words = [value] if isinstance(value, str) else list(map(str, value))
+                try:
+                    if not words:
+                        raise argparse.ArgumentError(action, "expected at least one argument")
+                    values[action.dest] = self._get_values(action, words)
+                except argparse.ArgumentError as error:
+                    self.error(str(error))
             else:
                 self.error(f"{path}: {name} takes one value, not {value}")
-        return words
+        return values
 
-    def switched(self, action: argparse.Action, value: object, path: str, name: str) -> list[str]:
-        """Return the flag that sets ``name`` to true or false; none if that is the default."""
+    def read_switch(self, action: argparse.Action, name: str, value: Any, path: str) -> bool:
+        """Return the value of a flag without an argument, by its name or that of its variable."""
         text = str(value).lower()
         if text not in ("true", "false"):
             self.error(f"{path}: {name} is true or false, not {value}")
-        wanted = text == "true"
-        if (
-            f"--{name}" in self._option_string_actions
-        ):  # such as no_pin_mem, which turns pin_mem off
-            wanted = wanted == action.const
-        return [
-            each.option_strings[0]
-            for each in self._actions
-            if (each.dest, each.const) == (action.dest, wanted)
-        ]
+        if f"--{name}" in action.option_strings:  # such as no_pin_mem, which turns pin_mem off
+            return (text == "true") == action.const
+        return text == "true"
 
 
 def advice(name: str, known: Iterable[str]) -> str:
