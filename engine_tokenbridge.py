@@ -326,7 +326,7 @@ def held_out_likelihood(
 
     Args:
         loader: batches of images, or of moments where ``vae`` is None, dealt by :class:`util.loader.RankSampler`.
-        head_options: arguments of :meth:`models.channel_head.Head.nats`.
+        head_options: arguments of the head's ``loss``.
         stop_signals: end measuring after the batch in which a process received one.
 
     Returns:
@@ -357,8 +357,7 @@ def held_out_likelihood(
         for i, count in enumerate(counts):
             mask = torch.zeros(len(batch), model.seq_len).scatter(1, orders[:, i, :count], 1.0)
             with misc.autocast(device, precision):
-                tokens = model.masked_tokens(latents, labels, mask, *head_numbers[i])
-                nats = model.head.nats(*tokens, **(head_options or {}))
+                nats = model(latents, labels, mask, *head_numbers[i], **(head_options or {}))
             sums[0] += misc.double(nats * len(batch) / len(counts))
         sums[1] += len(batch)
     model.train(training)

@@ -190,7 +190,12 @@ class TokenBridge(PretrainedTokenBridge):
         return known, masked
 
     def forward(
-        self, latents: Tensor, labels: Tensor, mask: Tensor | None = None, *uniform: Tensor
+        self,
+        latents: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        *uniform: Tensor,
+        **options: Any,
     ) -> Tensor:
         """Return the mean cross-entropy in nats over masked tokens and channels (or groups).
 
@@ -201,11 +206,12 @@ class TokenBridge(PretrainedTokenBridge):
                 default. Pass it on the CPU: counting a CUDA mask forces a synchronization.
             uniform: numbers in [0, 1), ``[B, L, head.loss_numbers]``, of a head whose loss takes
                 some; drawn by default.
+            options: those of ``head.likelihood_options``, for held-out images.
 
         Raises:
             ValueError: latents of another shape, labels outside the classes, or uneven masks.
         """
-        return self.head.loss(*self.masked_tokens(latents, labels, mask, *uniform))
+        return self.head.loss(*self.masked_tokens(latents, labels, mask, *uniform), **options)
 
     def masked_tokens(
         self, latents: Tensor, labels: Tensor, mask: Tensor | None, *others: Tensor
