@@ -192,7 +192,7 @@ def held_out_likelihood(
     Args:
         tokenizer: encodes the batches.
         loader: batches of images or cached moments, from a :class:`util.data.loaders.RankSampler`.
-        head_options: arguments of :meth:`models.channel_head.Head.nats`.
+        head_options: arguments of the head's ``loss``.
         stop_signals: end measuring after the batch in which a rank received one.
 
     Returns:

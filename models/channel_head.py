@@ -152,7 +152,7 @@ class Head(nn.Module):
 
     A head implements :meth:`summed_loss`, :meth:`draw`, :meth:`training_flops` and
     :meth:`elements_per_token`. It may replace the class attributes below, :meth:`given`,
-    :meth:`nats` and :meth:`check_options`.
+    :meth:`loss` and :meth:`check_options`.
 
     Args:
         config: arguments of :class:`models.tokenbridge.TokenBridge`.
@@ -163,7 +163,7 @@ class Head(nn.Module):
 
     #: Dataclass of the head's own sampling options, made with :func:`util.options.option`.
     Options: ClassVar[type] = NoOptions
-    #: Names of those options on which :meth:`nats` depends.
+    #: Names of those options that :meth:`loss` takes when held-out images are measured.
     likelihood_options: ClassVar[Sequence[str]] = ()
     #: Arguments of a model with this head that differ from :data:`models.tokenbridge.SIZES`, by
     #: model size.
@@ -245,15 +245,6 @@ class Head(nn.Module):
             given: output of :meth:`given` for these tokens.
         """
         raise NotImplementedError
-
-    def nats(self, features: Tensor, targets: Tensor, *uniform: Tensor, **options: Any) -> Tensor:
-        """Return the mean cross-entropy in nats by which held-out images are measured.
-
-        Args:
-            features, targets, uniform: see :meth:`loss`.
-            options: those of :attr:`likelihood_options`.
-        """
-        return self.loss(features, targets, *uniform)
 
     # ----------------------------------------------------------------------------------------------
     # Sampling.

@@ -195,7 +195,7 @@ class TokenBridge(PretrainedTokenBridge):
         labels: Tensor,
         mask: Tensor | None = None,
         *uniform: Tensor,
-        **likelihood_options: Any,
+        **options: Any,
     ) -> Tensor:
         """Return the mean cross-entropy in nats over masked tokens and channels (or groups).
 
@@ -206,15 +206,12 @@ class TokenBridge(PretrainedTokenBridge):
                 default. Pass it on the CPU: counting a CUDA mask forces a synchronization.
             uniform: numbers in [0, 1), ``[B, L, head.loss_numbers]``, of a head whose loss takes
                 some; drawn by default.
-            likelihood_options: see :meth:`models.channel_head.Head.nats`, for held-out images.
+            options: those of ``head.likelihood_options``, for held-out images.
 
         Raises:
             ValueError: latents of another shape, labels outside the classes, or uneven masks.
         """
-        tokens = self.masked_tokens(latents, labels, mask, *uniform)
-        if likelihood_options:
-            return self.head.nats(*tokens, **likelihood_options)
-        return self.head.loss(*tokens)
+        return self.head.loss(*self.masked_tokens(latents, labels, mask, *uniform), **options)
 
     def masked_tokens(
         self, latents: Tensor, labels: Tensor, mask: Tensor | None, *others: Tensor

@@ -297,7 +297,8 @@ def test_reconstruction_measures_against_statistics_and_originals(
     run, images, vae_path, quick_inception, fid_stats, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "util.metrics.compute.fid_statistics_to_metric", lambda a, b, **_: {FID: abs(a["mu"] - b["mu"]).sum()}
+        "util.metrics.compute.fid_statistics_to_metric",
+        lambda a, b, **_: {FID: abs(a["mu"] - b["mu"]).sum()},
     )
     run(
         "reconstruction",
