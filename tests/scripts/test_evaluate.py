@@ -271,13 +271,13 @@ def test_images_depend_neither_on_processes_nor_on_interruption(run, run_two, we
 
 
 def test_chunk_sizes_change_rounding_only(run, weights, tmp_path):
-    common = f"{weights} --evaluate --no_metrics --num_images 40 --num_iter 16 --cfg 2.0 --precision fp32"
+    common = f"{weights} --evaluate --no_metrics --num_images 20 --num_iter 16 --cfg 2.0 --precision fp32"
     sizes = {}
-    for size in (1, 7, 40):
+    for size in (1, 7, 20):
         run("main_tokenbridge", f"{common} --eval_bsz {size} --output_dir {tmp_path}/{size}")
         sizes[size] = all_pixels(tmp_path / str(size) / "samples")
     for size in (1, 7):
-        assert sum(np.array_equal(a, b) for a, b in zip(sizes[size], sizes[40], strict=True)) >= 38
+        assert sum(np.array_equal(a, b) for a, b in zip(sizes[size], sizes[20], strict=True)) >= 19
 
 
 def test_images_of_other_settings_or_weights_are_replaced(run, weights, tmp_path, caplog):
