@@ -134,7 +134,7 @@ def test_what_a_search_has_measured_before(
         SampleFolder, "results", lambda self: results(self) if distributed.is_main_process() else {}
     )
     monkeypatch.setattr(
-        "evaluation.write_search",
+        "util.metrics.plots.write_search",
         lambda rows, out: (out / "rows.json").write_text(json.dumps(rows)),
     )
     for host in ("host0", "host1"):  # copies of other times

@@ -68,7 +68,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(train, caplog):
     with caplog.at_level("INFO", logger="tokenbridge"):
         folder = train("run", "--epochs 3 --dry_run --skip_bad_images")
     assert "12 steps, 4 in each of 3 epochs" in caplog.text and "hours for 12 steps" in caplog.text
-    assert "GiB a checkpoint; nothing was written" in caplog.text and not folder.exists()
+    assert "GiB for each checkpoint; nothing was written" in caplog.text and not folder.exists()
 
 
 def test_a_dry_run_writes_nothing_though_images_are_bad(run, images, vae_path, tmp_path, caplog):
@@ -207,7 +207,7 @@ def test_more_steps_than_tokens_are_told_once(run, trained, vae_path, tmp_path, 
     command = f"{TINY} --evaluate --no_metrics --resume {trained} --vae_path {vae_path} --num_images 4 --eval_bsz 2"
     with caplog.at_level("INFO", logger="tokenbridge"):
         run("main_tokenbridge", f"{command} --output_dir {tmp_path}/new --num_iter 100")
-    assert caplog.text.count("--num_iter 100 for 16 tokens: 16 steps do it") == 1
+    assert caplog.text.count("--num_iter 100 is reduced to the number of tokens, 16") == 1
 
 
 # --------------------------------------------------------------------------------------------------------------------

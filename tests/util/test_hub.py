@@ -139,7 +139,7 @@ def test_names_that_are_neither_here_nor_on_the_hub(served, tmp_path):
         TokenBridge.from_pretrained(tmp_path)
     torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "other.pth")
     with pytest.raises(
-        UserError, match="does not say of what model it is, and its weights are of no published one"
+        UserError, match="stores no config, and its weights have the shapes of no published model"
     ):
         TokenBridge.from_pretrained(tmp_path / "other.pth")
 
