@@ -61,7 +61,7 @@ def test_a_process_that_is_not_the_main_one_says_so(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("main_cache", "--seeds 4")
     assert (
-        capsys.readouterr().err == "[process 3] error: unknown flag --seeds; did you mean --seed?\n"
+        capsys.readouterr().err == "[rank 3] error: unknown flag --seeds; did you mean --seed?\n"
     )
 
 
