@@ -123,8 +123,9 @@ class BadSteps:
         if self.count > self.limit:
             distributed.raise_on_all_ranks(
                 f"{problem}, the step was skipped (learning rate {result.lr:.3g}, rank "
-                f"{self.rank}, bad steps so far {self.count}); its images are listed in {self.path}; lower the "
-                "learning rate, check the data, or allow more with --max_bad_steps"
+                f"{self.rank}, bad steps so far {self.count}); its images are listed in "
+                f"{self.path}; lower the learning rate, check the data, or allow more with "
+                "--max_bad_steps"
             )
         warn("%s, the step is skipped (%d of %d allowed)", problem, self.count, self.limit)
 
