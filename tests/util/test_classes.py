@@ -59,7 +59,9 @@ def test_a_name_that_is_another_classes_number_is_logged(caplog):
     with caplog.at_level("INFO", logger="tokenbridge"):
         find_classes(["1", "0"], ["1", "2"])
     assert (
-        caplog.text.count("class 1: using the class of this name, number 0, not 2, which has this number")
+        caplog.text.count(
+            "class 1: using the class of this name, number 0, not 2, which has this number"
+        )
         == 1
     )
     assert "class 0" not in caplog.text

@@ -85,9 +85,7 @@ def test_an_error_of_any_process_ends_all_and_names_its_host():
 
     assert in_processes(3, lambda rank: work(rank, 3)) == [0, 1, 2]
     answers = in_processes(3, lambda rank: work(rank, 1))
-    assert [str(answer) for answer in answers] == [
-        "mend it 1 (2 of 3 ranks, on host1, host2)"
-    ] * 3
+    assert [str(answer) for answer in answers] == ["mend it 1 (2 of 3 ranks, on host1, host2)"] * 3
     assert [type(answer) for answer in answers] == [UserError, ReportedByRank0, ReportedByRank0]
 
 
@@ -110,9 +108,7 @@ def test_an_unexpected_error_ends_all_too_with_its_traceback_where_it_happened(
     assert forked(2, lambda rank: errors.run(main))[1] == statuses
     said = capfd.readouterr().err
     assert said.count("Traceback") == 1
-    assert ("error: OutOfMemoryError: CUDA out of memory (1 of 2 ranks" in said) == (
-        failing == 1
-    )
+    assert ("error: OutOfMemoryError: CUDA out of memory (1 of 2 ranks" in said) == (failing == 1)
 
 
 def test_values_that_differ_end_all_processes():

@@ -484,9 +484,7 @@ def test_damaged_moments_are_left_out_counted_and_listed(
     tiny = TINY.replace("--num_workers 0", "--num_workers 1")
     command = f"{tiny} --use_cached --cached_path {tmp_path}/{'packed' if packed else 'cache'} --epochs 2 --lr 1e-3"
     line = refused("main_tokenbridge", f"{command} --output_dir {tmp_path}/run")
-    assert "class0/0.png" in line and line.endswith(
-        "or skip such images with --skip_bad_images"
-    )
+    assert "class0/0.png" in line and line.endswith("or skip such images with --skip_bad_images")
     assert ("pack the cache again" if packed else "regenerate them with main_cache.py") in line
 
     caplog.clear()

@@ -125,7 +125,8 @@ def test_columns_are_found_by_type_then_by_name_or_as_asked_for(images, tmp_path
     assert other.read(5).tobytes() == data.read(0).tobytes() != data.read(5).tobytes()
     columns = r"thumb \(images\), coarse \(classes\), width \(integers\), image \(images\), label \(classes\)"
     with pytest.raises(
-        UserError, match=rf"--image_column pixels: .*no such column of images; its columns are {columns}"
+        UserError,
+        match=rf"--image_column pixels: .*no such column of images; its columns are {columns}",
     ):
         Rows(path, "train", "pixels")
     with pytest.raises(

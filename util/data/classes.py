@@ -27,7 +27,7 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def comparable(names: Sequence[str]) -> list[str]:
+def normalized_names(names: Sequence[str]) -> list[str]:
     """Return class names in a normalized form, so that two sources can be compared.
 
     Names are in composed Unicode, without the labels that :class:`util.data.sources.Rows` puts in
@@ -65,7 +65,7 @@ def find_class(query: str, names: Sequence[str]) -> int:
     """
     query = composed(query).strip()
     spelled = [composed(name).strip() for name in names]
-    parts = [[part.strip().lower() for part in name.split(",")] for name in comparable(names)]
+    parts = [[part.strip().lower() for part in name.split(",")] for name in normalized_names(names)]
     exact = [label for label, name in enumerate(spelled) if name == query]
     same_letters = [label for label, name in enumerate(spelled) if name.lower() == query.lower()]
     in_parts = [label for label, among in enumerate(parts) if query.lower() in among]
@@ -115,8 +115,8 @@ def check_classes(
     Raises:
         UserError: there are not ``class_num`` classes, or they differ from the ``trained`` ones.
     """
-    own = comparable(classes)
-    known = comparable(trained or [])
+    own = normalized_names(classes)
+    known = normalized_names(trained or [])
     labels = list(range(len(classes)))
     if own == known:
         pass

@@ -144,7 +144,7 @@ def both_views(cache: CachedFolder | PackedCache, indices: list[int]) -> Tensor:
     )
 
 
-def read_all(cache: CachedFolder | PackedCache, num_workers: int) -> Iterator[Tensor]:
+def read_views(cache: CachedFolder | PackedCache, num_workers: int) -> Iterator[Tensor]:
     """Yield both views ``[2, 2C, h, w]`` of each image, in order, with a progress bar."""
     indices: Any = range(len(cache))  # has the interface of a Dataset
     collate = partial(both_views, cache)
@@ -178,7 +178,7 @@ def pack(
     (root / PACKED_METADATA).unlink(missing_ok=True)
     sizes = [min(shard_images, len(cache) - start) for start in range(0, len(cache), shard_images)]
     checksums: list[list[int]] = []
-    images = read_all(cache, num_workers)
+    images = read_views(cache, num_workers)
     for number, size in enumerate(sizes):
         with written_whole(root / SHARD.format(number)) as file:
             header = {
@@ -215,7 +215,7 @@ def unpack(cache: PackedCache, root: str | Path, num_workers: int) -> None:
     packed_only = ("dtype", "shape", "shards", "classes")
     metadata = {name: value for name, value in cache.metadata.items() if name not in packed_only}
     write_json(Path(root) / CACHE_METADATA, {**metadata, "complete": False})
-    for index, views in enumerate(read_all(cache, num_workers)):
+    for index, views in enumerate(read_views(cache, num_workers)):
         with written_whole(cached_file(root, cache.name(index)), flush=False) as file:
             np.savez(file, **dict(zip(VIEWS, views.numpy(), strict=True)))
     flush_all()  # before cache.json marks the cache as complete
