@@ -1,4 +1,7 @@
-"""The state of a training run that checkpoints hold: weights, EMA, optimizer, gradient scaler, epoch and step."""
+"""The state of a training run.
+
+Checkpoints hold it: weights, EMA, optimizer, gradient scaler, epoch and step.
+"""
 
 import argparse
 import socket
@@ -64,16 +67,17 @@ class TrainingSettings:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "TrainingSettings":
-        """Return the settings that a command line gives; what it has no flag for keeps its default."""
+        """Return the settings of a command line. Settings without a flag keep their defaults."""
         flags = vars(args)
         names = {setting.name for setting in fields(cls)} - {"args"}
         return cls(**{name: flags[name] for name in names & set(flags)}, args=flags)
 
 
 def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return optimizer groups: one-dimensional parameters and biases without decay, then all others with decay.
+    """Return optimizer groups: first without decay, then with it.
 
-    Frozen parameters are left out. Within a group, the order is that of published optimizer states.
+    One-dimensional parameters and biases are without decay, all others with it. Frozen parameters
+    are left out. Within a group, the order is that of published optimizer states.
     """
     spared, decayed = [], []
     for name, parameter in to_published(dict(model.named_parameters())).items():
@@ -87,7 +91,7 @@ def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class TrainingState:
-    """The model, EMA, optimizer and gradient scaler of a run, and the epoch and step that come next.
+    """The model, EMA, optimizer and gradient scaler of a run, and the next epoch and step.
 
     Args:
         model: on its device. With several ranks all take the weights of rank 0.
@@ -137,7 +141,7 @@ class TrainingState:
         )
         self.ema_steps = 0
         if settings.compile:
-            model.compile_blocks()
+            self.model.compile_blocks()
         parts = parts or [add_weight_decay(model, settings.weight_decay)]
         self.clipped = [[p for group in part for p in group["params"]] for part in parts]
         self.optimizer = torch.optim.AdamW(
@@ -147,8 +151,10 @@ class TrainingState:
             fused=self.device.type != "mps",  # which cannot skip a step by a flag on the device
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-        self.epoch, self.step = settings.start_epoch, 0
-        self.saver, self.resumed = Saver(), False
+        self.epoch = settings.start_epoch
+        self.step = 0
+        self.saver = Saver()
+        self.resumed = False
         self._saved_at: tuple[Path, int, int] | None = None
         # Checksums of weights and EMA at the last save, of all ranks
         self._sums: distributed.HostCopy | None = None
@@ -229,11 +235,11 @@ class TrainingState:
         where = ", ".join(f"{rank} on {hosts[rank]}" for rank in differing)
         advice = "start again"
         if path.exists():
-            advice = f"{path} is of an earlier step, continue from it"
+            advice = f"{path} is from an earlier step, continue from it"
         distributed.raise_on_all_ranks(
-            f"at epoch {epoch}, step {step} the weights of {len(differing)} of {len(hosts)} ranks differ "
-            f"from the others': {where}; no checkpoint was written of this step; {advice}, without the "
-            "machines whose memory, GPU or connection is at fault"
+            f"at epoch {epoch}, step {step} the weights of {len(differing)} of {len(hosts)} ranks "
+            f"differ from the others': {where}; no checkpoint of this step was written; {advice}, "
+            "without the machines whose memory, GPU or connection is at fault"
         )
 
     def finish(self) -> None:
@@ -249,7 +255,7 @@ class TrainingState:
     # Resuming
 
     def load(self, content: Mapping[str, Any], path: Path) -> None:
-        """Load weights, EMA, optimizer, scaler, epoch and step from a checkpoint, as far as it holds them.
+        """Load weights, EMA, optimizer, scaler, epoch and step, if the checkpoint holds them.
 
         Only rank 0 needs the content; it sends the state to the other ranks.
 
@@ -294,25 +300,31 @@ class TrainingState:
             raise UserError(f"{path} is damaged: its args.freeze is no list of patterns")
         if saved_freeze != freeze:
             raise UserError(
-                f"{path} was trained with --freeze {saved_freeze or 'nothing'}, not {freeze or 'nothing'}: "
-                "to change it, start a new run with --finetune and another --output_dir"
+                f"{path} was trained with --freeze {saved_freeze or 'nothing'}, not "
+                f"{freeze or 'nothing'}: to change it, start a new run with --finetune and another "
+                "--output_dir"
             )
         precision = self.settings.precision
         if args.get("precision", precision) != precision:
             log.warning(
-                "%s was written by a run in %s, this run computes in %s: its steps round differently",
+                "%s was written by a run in %s, this run computes in %s: its steps round "
+                "differently",
                 *(path, args["precision"], precision),
             )
 
     def _load_ema_warmup(self, content: Mapping[str, Any], path: Path) -> None:
-        """Warm the EMA up if the checkpoint's run did; UserError if ``--no_ema_warmup`` contradicts."""
+        """Use the EMA warm-up if the checkpoint's run did.
+
+        Raises:
+            UserError: it did, but this run has ``--no_ema_warmup``.
+        """
         # The release has no warm-up and writes no config; earlier versions of this project store
         # a config but not the entry.
         warmup = content.get("ema_warmup", "config" in content)
         if warmup and not self.ema.use_warmup:
             raise UserError(
-                f"{path} was trained with a warm-up of the EMA: remove --no_ema_warmup, or start a new "
-                "run with --finetune and another --output_dir"
+                f"{path} was trained with a warm-up of the EMA: remove --no_ema_warmup, or start a "
+                "new run with --finetune and another --output_dir"
             )
         if self.ema.use_warmup and not warmup:
             log.info(
@@ -332,9 +344,9 @@ class TrainingState:
                 "random numbers" if saved_steps == steps else "random numbers and image order"
             )
             log.warning(
-                "%s was written by %d ranks with %d steps per epoch, this run has %d with %d: it continues "
-                "at the same share of the epoch, rounded down to a step, but its %s differ from those of "
-                "an uninterrupted run",
+                "%s was written by %d ranks with %d steps per epoch, this run has %d with %d: it "
+                "continues at the same share of the epoch, rounded down to a step, but its %s "
+                "differ from those of an uninterrupted run",
                 *(path, saved_ranks, saved_steps, ranks, steps, differing),
             )
 
@@ -367,7 +379,7 @@ class TrainingState:
 
 
 def differing_ranks(sums: distributed.HostCopy | None) -> list[int]:
-    """Return the ranks whose row of checksums differs from that of most ranks; none without checksums."""
+    """Return the ranks whose checksums differ from those of most ranks; none without checksums."""
     if sums is None:
         return []
     rows = [tuple(row) for row in sums.read().tolist()]

@@ -131,7 +131,7 @@ def test_what_cannot_be_made_is_told_in_one_line(refused, weights, vae_path, tmp
         "--num_iter 0": "--num_iter 0: it must be above zero",
         "--cfg nan": "--cfg nan",
         f"--image {tmp_path}/bomb.png": "decompression bomb",
-        f"--image {tmp_path}/text.png": "text.png (it is none); replace or remove it",
+        f"--image {tmp_path}/text.png": "text.png (it is no image); replace or remove it",
         f"{image} --mask {tmp_path}/in.png": "the mask covers nothing",
         f"{image} --mask {tmp_path}/in.png --outpaint 2": "--mask and --outpaint: choose one",
         f"{image} --outpaint 8": "a margin of 8 pixels in an image of 16: choose 1 to 7",

@@ -83,7 +83,7 @@ def test_all_processes_end_after_the_chunk_in_which_one_overflows(
     assert (
         len(lines) == 1
         and lines[0].startswith("error: the tokenizer's decoder")
-        and "1 of 2 processes" in lines[0]
+        and "1 of 2 ranks" in lines[0]
     )
     assert (
         len(list(chunks.iterdir())) <= 2

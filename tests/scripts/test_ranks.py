@@ -114,7 +114,7 @@ def test_flags_that_differ_end_the_run(command, error, monkeypatch):
         check_same_flags(args, device)
 
     monkeypatch.setattr(main_tokenbridge, "check_same_flags", typed)
-    assert "--lr is 0.5 in process 0, but 1.5 in process 1" in error(command)
+    assert "--lr is 0.5 on rank 0, but 1.5 on rank 1" in error(command)
 
 
 def test_images_that_differ_end_the_run(command, error, monkeypatch):

@@ -485,7 +485,7 @@ def test_a_run_goes_on_with_its_own_classes_only(run, refused, images, vae_path,
     before = (tmp_path / "run" / "checkpoint-last.pth").read_bytes()
     (images / "train" / "class0").rename(images / "train" / "zebra")
     line = refused("main_tokenbridge", f"{command} --epochs 2")
-    assert "it lacks class0; has besides zebra" in line and "--finetune" in line
+    assert "it lacks class0; also has zebra" in line and "--finetune" in line
     for label in (1, 2, 3):  # no name in common
         (images / "train" / f"class{label}").rename(images / "train" / f"other{label}")
     assert "lacks class0, class1, class2, class3;" in refused(

@@ -50,7 +50,7 @@ def test_images_that_would_lie_on_disks_of_their_own(
     line = ended("main_tokenbridge", f"{evaluate} --no_metrics --output_dir out")
     assert (
         "out must be on a disk that all machines share" in line
-        and "(1 of 2 processes, on host1)" in line
+        and "(1 of 2 ranks, on host1)" in line
     )
     assert not list(tmp_path.glob("host?/out/**/*.*"))  # neither images nor checkpoints
 
@@ -111,7 +111,7 @@ def test_images_that_another_host_wrote_are_waited_for(
 def test_and_missed_in_one_line(ended, evaluate, tmp_path, sampler, decoder, late):
     late(1000)
     line = ended("main_tokenbridge", f"{evaluate} --no_metrics --output_dir {tmp_path}/out")
-    assert "1 of 8 images are missing" in line and "(1 of 2 processes, on host1)" in line
+    assert "1 of 8 images are missing" in line and "(1 of 2 ranks, on host1)" in line
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_a_run_in_bf16_on_cpus_with_and_without_its_instructions(
     command = f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run --lr 1e-3 --epochs 1"
     line = ended("main_tokenbridge", f"{command} --precision bf16")
     assert (
-        "the precision that --precision bf16 runs in is bf16 in process 0, but fp32 in process 1 on host1"
+        "the precision that --precision bf16 runs in is bf16 on rank 0, but fp32 on rank 1 on host1"
         in line
     )
     assert "pass --precision fp32" in line and not (tmp_path / "run").exists()
@@ -265,7 +265,7 @@ def test_inputs_that_one_host_lacks(
         shutil.copy(vae_path, tmp_path / host)
     (tmp_path / "host1" / missing).rename(tmp_path / "moved")
     said = ended(script, flags)
-    assert line in said and said.endswith("(1 of 2 processes, on host1)")
+    assert line in said and said.endswith("(1 of 2 ranks, on host1)")
 
 
 def test_images_to_cache_that_one_host_lacks(ended, images, vae_path, tmp_path):
@@ -274,7 +274,7 @@ def test_images_to_cache_that_one_host_lacks(ended, images, vae_path, tmp_path):
         "main_cache",
         f"{IMAGES} --data_path data --vae_path {vae_path} --cached_path {tmp_path}/new",
     )
-    assert "no image folder at data" in line and line.endswith("(1 of 2 processes, on host1)")
+    assert "no image folder at data" in line and line.endswith("(1 of 2 ranks, on host1)")
 
 
 def test_evaluation_without_inception_on_one_host(
@@ -325,7 +325,7 @@ def test_other_classes_and_caches_of_another_tokenizer_on_one_host(
     )
     command = f"{BASE} --batch_size 2 --epochs 1 --output_dir {tmp_path}/out"
     line = ended("main_tokenbridge", f"{command} --data_path data --vae_path {vae_path}")
-    assert "the list of images in train" in line and "in process 1 on host1" in line
+    assert "the list of images in train" in line and "on rank 1 on host1" in line
     about = json.loads((cached / "cache.json").read_text())
     (tmp_path / "host1" / "cache" / "cache.json").write_text(
         json.dumps(about | {"vae_sha256": "0" * 64})
@@ -333,7 +333,7 @@ def test_other_classes_and_caches_of_another_tokenizer_on_one_host(
     line = ended("main_tokenbridge", f"{command} --use_cached --cached_path cache")
     assert (
         "the SHA-256 of the tokenizer that cached train" in line
-        and "0000 in process 1 on host1" in line
+        and "0000 on rank 1 on host1" in line
     )
 
 
@@ -348,5 +348,5 @@ def test_other_images_on_one_host(ended, images, vae_path, tmp_path, quick_incep
         "main_metrics": f"--images data {quick_inception.flag} --num_workers 0",
     }.items():
         assert re.search(
-            r"images.* is 16 .*in process 0, but 15 .*in process 1 on host1", ended(script, command)
+            r"images.* is 16 .*on rank 0, but 15 .*on rank 1 on host1", ended(script, command)
         )

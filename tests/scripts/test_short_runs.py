@@ -80,7 +80,7 @@ def test_a_dry_run_writes_nothing_though_images_are_bad(run, images, vae_path, t
         f"{BASE} --data_path {images} --vae_path {vae_path} --epochs 1 --dry_run --skip_bad_images"
     )
     run("main_tokenbridge", f"{command} --output_dir {tmp_path}/run")
-    assert "left out" in caplog.text
+    assert "skipped" in caplog.text
     assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["of a run"]
 
 
@@ -223,7 +223,7 @@ def test_held_out_classes_are_those_that_were_trained(
         tmp_path / "val" / "class9"
     )  # sorts elsewhere: labels would move
     line = refused("main_tokenbridge", f"{command} {tmp_path}/val")
-    assert "other classes than the training images: it lacks class1; has besides class9" in line
+    assert "other classes than the training images: it lacks class1; also has class9" in line
     train = f"{BASE} --epochs 1 --online_nll --use_cached --cached_path {cached} --cached_val_path {tmp_path}/val"
     assert "lacks class1" in refused("main_tokenbridge", f"{train} --output_dir {tmp_path}/new")
     with caplog.at_level("WARNING", logger="tokenbridge"):

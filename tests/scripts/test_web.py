@@ -299,7 +299,7 @@ def test_what_cannot_be_made_is_told_and_the_page_goes_on(visit, site, tmp_path)
     (tmp_path / "heavy.png").write_bytes(bytes(web.MAX_UPLOAD + 1))
     (tmp_path / "page.html").write_text("<p>")
     for name, says in {
-        "text.png": "cannot read image text.png (it is none)",
+        "text.png": "cannot read image text.png (it is no image)",
         "bomb.png": "decompression bomb",
         "heavy.png": "exceed the maximum allowed size",
         "page.html": "file type",
