@@ -113,7 +113,7 @@ def test_names_of_wrapped_models_are_read_without_the_wrappers(
     torch.save({"model": wrapped[0], "model_ema": wrapped[1]}, tmp_path / "checkpoint-last.pth")
     content = read_run(tmp_path / "checkpoint-last.pth")
     assert same(dict(content["model"]), dict(state)) and same(dict(content["model_ema"]), averages)
-    assert caplog.text.count("names are read without module. and _orig_mod.") == 2
+    assert caplog.text.count("removed the prefixes module. and _orig_mod.") == 2
     # Blocks that were compiled one by one, and a file of nothing but weights.
     vae = filled(AutoencoderKL(16, (1, 1, 2, 2, 4)))
     names = {name: name.replace("mid.", f"mid.{prefix}") for name in vae.state_dict()}

@@ -1,4 +1,4 @@
-"""Files of tokenizers (VAEs): weights, constructor arguments and latent factor."""
+"""Read and write tokenizer (VAE) files: weights, constructor arguments and latent factor."""
 
 import math
 from collections.abc import Mapping
@@ -15,37 +15,44 @@ from util.files import written_whole
 
 
 def read_vae(path: str | Path) -> tuple[Mapping[str, Any], dict[str, Any], float]:
-    """Weights, constructor arguments and latent factor of the tokenizer in ``path``; the latter two KL-16's by default.
+    """Return the weights, constructor arguments and latent factor of a tokenizer file.
+
+    Missing arguments and a missing latent factor are those of KL-16.
 
     Raises:
-        UserError: see :func:`read`; or the file holds no tokenizer.
+        UserError: see :func:`util.checkpoint.files.read_checkpoint`; or the file is not a
+            tokenizer.
     """
     content = read_checkpoint(path)
     config = content.get("config", config_beside(Path(path)) or {})
     weights = content.get("model", content.get("state_dict", content))
     if not isinstance(weights, Mapping) or not weights:
-        raise UserError(f"{path} holds no tokenizer: expected its weights under 'model'")
+        raise UserError(f"{path} is not a tokenizer: it has no weights under 'model'")
     if "class_emb.weight" in weights:
-        raise UserError(f"{path} is a TokenBridge, not a tokenizer: it goes with --resume")
+        raise UserError(f"{path} is a TokenBridge, not a tokenizer: pass it as --resume")
     if any(str(name).startswith("vae.") for name in weights):
         raise UserError(
-            f"{path} is what main_vae.py goes on from; the tokenizer is vae.ckpt, which it writes at its end"
+            f"{path} is a training checkpoint of main_vae.py, not a tokenizer: use vae.ckpt, which "
+            "main_vae.py writes at the end of the run"
         )
     return weights, *tokenizer_config(config, path)
 
 
 def tokenizer_config(config: Any, path: str | Path) -> tuple[dict[str, Any], float]:
-    """Constructor arguments and latent factor in ``config``, read from ``path``; those that it lacks are KL-16's.
+    """Return the constructor arguments and latent factor in ``config``, which ``path`` stores.
+
+    Missing values are those of KL-16.
 
     Raises:
-        UserError: no tokenizer can have such a configuration.
+        UserError: a value has the wrong type or range.
     """
     stored = config if isinstance(config, Mapping) else {"vae": None}
-    vae, latent_factor = stored.get("vae", {}), stored.get("latent_factor", KL16_LATENT_FACTOR)
-    vae = {**KL16_CONFIG, **vae} if isinstance(vae, Mapping) else {}
-    multipliers = vae.get("ch_mult")
+    arguments = stored.get("vae", {})
+    latent_factor = stored.get("latent_factor", KL16_LATENT_FACTOR)
+    arguments = {**KL16_CONFIG, **arguments} if isinstance(arguments, Mapping) else {}
+    multipliers = arguments.get("ch_mult")
     if not (
-        isinstance(vae.get("embed_dim"), int)
+        isinstance(arguments.get("embed_dim"), int)
         and isinstance(multipliers, list)
         and 1 <= len(multipliers) <= 16
         and all(isinstance(multiplier, int) for multiplier in multipliers)
@@ -53,18 +60,17 @@ def tokenizer_config(config: Any, path: str | Path) -> tuple[dict[str, Any], flo
         and 0 < latent_factor < math.inf
     ):
         raise UserError(
-            f"{path} describes no tokenizer that this code can build; it is damaged, or of another program"
+            f"{path} does not describe a tokenizer that this code can build; it is damaged, or of "
+            "another program"
         )
-    return vae, float(latent_factor)
+    return arguments, float(latent_factor)
 
 
 def save_vae(path: str | Path, vae: nn.Module, latent_factor: float) -> None:
-    """Writes a tokenizer's weights, constructor arguments and latent factor, as :func:`read_vae` reads them."""
+    """Write weights, constructor arguments and latent factor, in the format of :func:`read_vae`."""
+    content = {
+        "model": vae.state_dict(),
+        "config": {"vae": vae.config, "latent_factor": latent_factor},
+    }
     with written_whole(path) as file:
-        torch.save(
-            {
-                "model": vae.state_dict(),
-                "config": {"vae": vae.config, "latent_factor": latent_factor},
-            },
-            file,
-        )
+        torch.save(content, file)
