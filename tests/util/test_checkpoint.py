@@ -92,7 +92,7 @@ def test_numpy_values_are_named_with_the_remedy_and_never_passed_over_for_an_old
         {"model": {}, "epoch": np.int64(3), "args": argparse.Namespace(lr=np.float64(1))}, path
     )
     with pytest.raises(
-        UserError, match=r"holds NumPy values \(numpy.*scalar.*\) and was not .*int\(epoch\)"
+        UserError, match=r"contains NumPy values \(numpy.*scalar.*\) and was not .*int\(epoch\)"
     ) as error:
         read_newest_checkpoint(path)
     assert "damaged" not in str(error.value)

@@ -83,7 +83,7 @@ def test_commands_take_addresses_on_the_hub(served, run, trained, vae_path, tmp_
 @pytest.mark.parametrize(
     "address, says",
     [
-        ("hf://owner", "is no address on the Hub: write hf://owner/repo/path"),
+        ("hf://owner", "is not an address on the Hub: write hf://owner/repo/path"),
         ("hf://owner/none/a.pth", "there is no repository owner/none"),
         ("hf://owner/repo/b.pth", r"owner/repo has no file b.pth: see .*/owner/repo/tree/main"),
         ("hf://owner/repo@v2/a.pth", r"owner/repo has no revision v2: see .*/branches"),

@@ -92,11 +92,11 @@ FINE = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
         ({"mu": np.full(2048, np.nan)}, "mu holds NaN"),
         (
             {"sigma": np.full((2048, 2048), np.nan)},
-            "sigma holds NaN or infinity; make the statistics again",
+            "sigma contains NaN or infinity; compute the statistics again",
         ),
         ({"sigma": np.full((2048, 2048), np.inf)}, "sigma holds NaN"),
-        ({"sigma": -np.eye(2048)}, "no covariance"),
-        ({"sigma": np.eye(2048) + np.eye(2048, k=1)}, "no covariance"),
+        ({"sigma": -np.eye(2048)}, "not a covariance"),
+        ({"sigma": np.eye(2048) + np.eye(2048, k=1)}, "not a covariance"),
         ({"mu": np.full(2048, "a")}, "mu is <U1 and sigma is float64, expected numbers"),
     ],
 )

@@ -140,7 +140,7 @@ class Saver:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def finish(self) -> None:
-        """Wait until the last file is on disk; retry a failed write at once, and raise its error."""
+        """Wait until the last file is on disk; retry a failed write once, and raise its error."""
         writing = self._writing
         self._writing = None
         self._wake.set()
