@@ -90,7 +90,7 @@ def test_commands_take_addresses_on_the_hub(served, run, trained, vae_path, tmp_
         ("hf://owner/repo", "owner/repo has no file model.safetensors"),
         (
             "hf://owner/gated/a.pth",
-            r"owner/gated is gated: accept its terms at .*/owner/gated, then type hf auth",
+            r"owner/gated is gated: accept its terms at .*/owner/gated, then run hf auth",
         ),
         ("hf://own..er/repo/a.pth", "is not a valid name on the Hub"),
     ],
@@ -173,7 +173,7 @@ def test_weights_without_their_config_are_never_guessed_at(served, vae_path, mon
     commands.main(["export", str(vae_path), f"{tmp_path}/vae"])
     served.add(OWN, {path.name: path for path in (tmp_path / "vae").iterdir()})
     served.damage.add("config.json")
-    with pytest.raises(UserError, match=r"config.json arrived damaged"):
+    with pytest.raises(UserError, match=r"config.json is damaged"):
         AutoencoderKL.from_pretrained(f"hf://{OWN}")
     served.damage.clear()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "snapshots" / "hub"))
