@@ -1,7 +1,8 @@
-"""Images of which a part is made anew: cropped and masked as a model takes them, and what it made put into them.
+"""Image editing: crop images and masks to the model's size, and insert generated pixels.
 
-Nothing under a mask gets into the result. What a resized pixel mixes from under the mask makes it masked, too; masked
-pixels are blank when the tokenizer encodes the rest; and seams are evened out by what is known outside of the mask.
+The result is independent of the pixels under the mask. A resized pixel that mixes masked pixels is
+masked, too. Masked pixels are blank when the tokenizer encodes the image. At the seam, colors are
+adjusted with known pixels outside the mask only.
 """
 
 from pathlib import Path
@@ -18,199 +19,231 @@ from util.data.datasets import to_pixels
 from util.data.sources import over_white, read_upright
 from util.errors import UserError
 
-#: Pixels that an image or mask may have before it is cropped.
+#: Largest number of pixels of an image or mask before cropping.
 MAX_PIXELS = 2**26
-#: Mean difference of bytes below which what is left of an erased photograph is taken for the image's own pixels.
+#: Largest mean difference, in bytes, of the rest of an erased photograph from the image itself.
 ALIKE = 16
 
-# --------------------------------------------------------------------------------------------------------------------
-# What is given.
+# --------------------------------------------------------------------------------------------------
+# Images and masks of the caller
 
 
 class Edit(NamedTuple):
     """An image to edit, cropped to S x S pixels."""
 
     original: Tensor  # bytes [3, S, S]
-    mask: Tensor  # [S, S], true where pixels are made anew
-    seen: Tensor  # [3, S, S] in [-1, 1], what the tokenizer sees
+    mask: Tensor  # [S, S], true where pixels are regenerated
+    seen: Tensor  # [3, S, S] in [-1, 1], the input of the tokenizer
 
 
-Picture = Image.Image | str | Path
+ImageOrPath = Image.Image | str | Path
 
 
-def as_pictures(value: Any, what: str) -> list:
-    """Return the images that a caller passed as pictures and paths; ``[None]`` for None.
+def as_images(value: Any, name: str) -> list:
+    """Return the images that a caller passed, as PIL images and paths; ``[None]`` for None.
 
     Args:
-        value: a picture, a path, a tensor ``[3, H, W]`` or ``[B, 3, H, W]``, an array ``[H, W, 3]`` or
-            ``[B, H, W, 3]``, or a list of such. Masks have one channel, or are ``[H, W]``. Values are bytes, booleans,
-            or floats in [0, 1].
-        what: its name in messages, ``image`` or ``mask_image``.
+        value: a PIL image, a path, a tensor ``[3, H, W]`` or ``[B, 3, H, W]``, an array
+            ``[H, W, 3]`` or ``[B, H, W, 3]``, or a list of these. Masks have one channel, or are
+            ``[H, W]``. Values are bytes, booleans, or floats in [0, 1].
+        name: the argument, ``image`` or ``mask_image``.
 
     Raises:
-        UserError: it is something else, or of another shape or range.
+        UserError: the type, shape or range is another one.
     """
-    if value is None or isinstance(value, Picture):
+    if value is None or isinstance(value, ImageOrPath):
         return [value]
     if isinstance(value, list | tuple):
-        return [picture for item in value for picture in as_pictures(item, what)]
+        return [image for item in value for image in as_images(item, name)]
     if not isinstance(value, Tensor | np.ndarray):
         raise UserError(
-            f"{what}: pass PIL images, paths, tensors or arrays, not {type(value).__name__}"
+            f"{name}: pass PIL images, paths, tensors or arrays, not {type(value).__name__}"
         )
     pixels = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in ("uint8", "bool") and "float" not in dtype:
-        raise UserError(f"{what} holds {dtype}: pass bytes (uint8), or floats from 0 to 1")
-    channels, axis = (1 if what == "mask_image" else 3), (-3 if isinstance(value, Tensor) else -1)
+        raise UserError(f"{name} has type {dtype}: pass bytes (uint8), or floats from 0 to 1")
+    channels = 1 if name == "mask_image" else 3
+    axis = -3 if isinstance(value, Tensor) else -1
     if channels == 1 and pixels.ndim == 2:
         pixels = np.expand_dims(pixels, axis)
     if pixels.ndim not in (3, 4) or pixels.shape[axis] != channels or not pixels.size:
-        forms = f"[{channels}, H, W] or [B, {channels}, H, W], or an array [H, W, {channels}] or [B, H, W, {channels}]"
-        raise UserError(f"{what} has the shape {list(value.shape)}: pass a tensor {forms}")
+        raise UserError(
+            f"{name} has the shape {list(value.shape)}: pass a tensor [{channels}, H, W] or "
+            f"[B, {channels}, H, W], or an array [H, W, {channels}] or [B, H, W, {channels}]"
+        )
     if dtype != "uint8":
-        low, high = float(pixels.min()), float(pixels.max())
-        if not (low >= 0 and high <= 1):  # nor NaN
+        low = float(pixels.min())
+        high = float(pixels.max())
+        # Also refuses NaN.
+        if not (low >= 0 and high <= 1):
             raise UserError(
-                f"{what} has values from {low:.4g} to {high:.4g}: pass floats from 0 to 1, or bytes (uint8)"
+                f"{name} has values from {low:.4g} to {high:.4g}: pass floats from 0 to 1, or "
+                "bytes (uint8)"
             )
         pixels = np.round(pixels.astype(np.float32) * 255)
     pixels = np.moveaxis(pixels, axis, -1).astype(np.uint8)
     batch = pixels if pixels.ndim == 4 else pixels[None]
-    return [Image.fromarray(each[..., 0] if channels == 1 else each) for each in batch]
+    return [Image.fromarray(item[..., 0] if channels == 1 else item) for item in batch]
 
 
-def opened(image: Picture, what: str) -> Image.Image:
-    """An image as :func:`util.data.sources.read_upright` reads it.
+def open_image(image: ImageOrPath, name: str) -> Image.Image:
+    """Return an image as :func:`util.data.sources.read_upright` reads it.
+
+    Args:
+        name: the name in messages of an image without a path.
 
     Raises:
-        UserError: it is damaged or too large; a picture without a path is called ``what``.
+        UserError: the image is damaged or too large.
     """
-    return read_upright(image, what if isinstance(image, Image.Image) else "", MAX_PIXELS)
+    return read_upright(image, name if isinstance(image, Image.Image) else "", MAX_PIXELS)
 
 
-def read_mask(mask_image: Picture, image: Image.Image) -> Image.Image:
-    """Return a mask as a gray image, white where pixels are made anew, else black.
+def read_mask(mask_image: ImageOrPath, image: Image.Image) -> Image.Image:
+    """Return a mask as a gray image: white where pixels are regenerated, else black.
 
-    A mask has this in its brightness, or in its transparency: parts erased from a photograph are made anew.
+    The mask is the brightness of ``mask_image``. If parts of it are transparent, the mask is its
+    transparency: parts that were erased from a photograph are regenerated.
 
     Args:
         image: the photograph, RGB.
 
     Raises:
-        UserError: the mask cannot be read, is not of the image's size, or its brightness contradicts its transparency.
+        UserError: the mask cannot be read, has another size than the image, or its brightness
+            contradicts its transparency.
     """
-    mask = opened(mask_image, "the mask")
+    mask = open_image(mask_image, "the mask")
     if mask.size != image.size:
-        sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
+        mask_size, image_size = (f"{width}x{height}" for width, height in (mask.size, image.size))
         raise UserError(
-            f"the mask has {sizes[0]} pixels, the image {sizes[1]}: make them equally large"
+            f"the mask has {mask_size} pixels, the image {image_size}: make them equally large"
         )
     bright = np.asarray(mask.convert("RGB").convert("L")) > 127
-    visible = (
-        np.asarray(mask.getchannel("A")) > 127 if mask.mode == "RGBA" else np.ones_like(bright)
-    )
+    visible = np.ones_like(bright)
+    if mask.mode == "RGBA":
+        visible = np.asarray(mask.getchannel("A")) > 127
     if visible.all() or not visible.any():
         return Image.fromarray(bright).convert("L")
-    # White that is not transparent means opposite things, unless it belongs to the photograph. One color may be drawn.
-    left, own = (np.asarray(each.convert("RGB"), dtype=np.int16)[visible] for each in (mask, image))
-    erased = np.abs(left - own).mean() < ALIKE and (left != left[0]).any()
-    if bright[visible].any() and not erased:
+    # Visible white is ambiguous, unless it belongs to the photograph. A single color is a drawing.
+    rest = np.asarray(mask.convert("RGB"), dtype=np.int16)[visible]
+    photograph = np.asarray(image.convert("RGB"), dtype=np.int16)[visible]
+    is_erased_photograph = np.abs(rest - photograph).mean() < ALIKE and (rest != rest[0]).any()
+    if bright[visible].any() and not is_erased_photograph:
         raise UserError(
-            "the mask is ambiguous: by its brightness, what is white would be made anew, by its transparency, what is "
-            "transparent; save it without transparency (black and white), or erase those parts from the image itself"
+            "the mask is ambiguous: its brightness selects the white parts, its transparency the "
+            "transparent parts; save it in black and white without transparency, or erase the "
+            "parts from the image itself"
         )
     return Image.fromarray(~visible).convert("L")
 
 
-def cropped(image: Image.Image, size: int) -> Image.Image:
-    """The training images' crop: the centre square, resized to ``size``; UserError for images too narrow."""
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the center square of an image, resized to ``size`` as training images are.
+
+    Raises:
+        UserError: the image is too narrow.
+    """
     try:
         return center_crop_arr(image, size)
     except (ValueError, MemoryError) as error:
         raise UserError(f"cannot crop the image ({error}); crop it yourself") from error
 
 
-def edit_of(image: Picture, mask_image: Picture | None, size: int) -> Edit:
-    """An image and its mask, as pictures of any mode or as paths, cropped to ``size`` pixels each way.
+def prepare_edit(image: ImageOrPath, mask_image: ImageOrPath | None, size: int) -> Edit:
+    """Return an image and its mask, cropped to ``size`` x ``size`` pixels.
 
     Args:
-        mask_image: of the image's size, white or transparent where it is made anew (:func:`read_mask`); None if all of
-            the image may change.
+        image: a PIL image of any mode, or a path.
+        mask_image: of the image's size; see :func:`read_mask`. None selects all pixels.
 
     Raises:
-        UserError: one of them cannot be read or is too large, their sizes differ, the mask is ambiguous, or it covers
-            nothing or everything of what is left after cropping.
+        UserError: a file cannot be read or is too large, the sizes differ, the mask is ambiguous,
+            or it covers all or nothing of the cropped image.
     """
-    image = over_white(opened(image, "the image"))
-    small = cropped(image, size)
+    full_image = over_white(open_image(image, "the image"))
+    small = center_crop(full_image, size)
     original = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     if mask_image is None:
         return Edit(original, torch.ones(size, size, dtype=torch.bool), to_pixels(small))
-    white = read_mask(mask_image, image)
-    # As floating point, which keeps what a pixel takes from under the mask, be it little or, with bicubic's, negative.
-    mask = torch.from_numpy(np.array(cropped(white.convert("F"), size)) != 0)
-    if not mask.any() or mask.all():
-        covers = (
-            "everything: leave image and mask out"
-            if mask.any()
-            else "nothing: paint white what is made anew"
+    full_mask = read_mask(mask_image, full_image)
+    # Resized as floating point, which keeps all shares of masked pixels: small ones, and the
+    # negative ones of bicubic interpolation.
+    mask = torch.from_numpy(np.array(center_crop(full_mask.convert("F"), size)) != 0)
+    if mask.all():
+        raise UserError(
+            "the mask covers all of the cropped image: pass neither an image nor a mask to "
+            "generate a whole image"
         )
-        raise UserError(f"in the square that is left after cropping, the mask covers {covers}")
+    if not mask.any():
+        raise UserError(
+            "the mask covers nothing of the cropped image: paint the parts to regenerate white"
+        )
     return Edit(original, mask, to_pixels(small) * ~mask)
 
 
-def outpainted(image: Picture, size: int, margin: int) -> tuple[Image.Image, Image.Image]:
-    """A canvas of ``size`` pixels each way that holds the image's centre square within a blank margin, and its mask.
+def outpainted(image: ImageOrPath, size: int, margin: int) -> tuple[Image.Image, Image.Image]:
+    """Return the image within a blank margin, and the mask of the margin.
+
+    Args:
+        size: height and width of the results in pixels; the image's center square is resized to
+            ``size - 2 * margin``.
 
     Raises:
-        UserError: the image cannot be read or is too large, or no pixel lies within the margin.
+        UserError: the image cannot be read or is too large, or the margin is too small or large.
     """
     inner = size - 2 * margin
     if margin < 1 or inner < 1:
         raise UserError(
-            f"a margin of {margin} pixels in a picture of {size}: choose 1 to {(size - 1) // 2}"
+            f"the margin of {margin} pixels does not fit an image of {size} pixels: choose 1 to "
+            f"{(size - 1) // 2}"
         )
-    canvas, mask = Image.new("RGB", (size, size)), Image.new("L", (size, size), 255)
-    canvas.paste(cropped(over_white(opened(image, "the image")), inner), (margin, margin))
+    canvas = Image.new("RGB", (size, size))
+    canvas.paste(center_crop(over_white(open_image(image, "the image")), inner), (margin, margin))
+    mask = Image.new("L", (size, size), 255)
     mask.paste(0, (margin, margin, margin + inner, margin + inner))
     return canvas, mask
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Tokens.
+# --------------------------------------------------------------------------------------------------
+# Tokens
 
 
 def grown(mask: Tensor) -> Tensor:
-    """A mask ``[B, h, w]`` and all eight neighbours of what it covers."""
+    """Return a mask ``[B, h, w]`` extended to all eight neighbors of masked positions."""
     return F.max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
 
 
 def kept_tokens(mask: Tensor, grid_size: int) -> Tensor:
-    """Tokens ``[B, L]`` to keep under a mask of pixels ``[B, S, S]``: without masked pixels, also in their neighbours.
+    """Return which tokens ``[B, L]`` are kept under a mask of pixels ``[B, S, S]``.
 
-    The tokenizer's convolutions carry what is blank across a token's border.
+    A token is kept if neither it nor a neighbor contains masked pixels: the tokenizer's
+    convolutions mix blank pixels into neighboring tokens.
     """
     return ~grown(F.adaptive_max_pool2d(mask.float(), grid_size)).flatten(1)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What is made.
+# --------------------------------------------------------------------------------------------------
+# Generated pixels
 
 
-def put_into(made: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Bytes ``[B, 3, S, S]``: ``made`` under the mask ``[B, S, S]``, elsewhere ``original``, unchanged.
+def insert_generated(generated: Tensor, original: Tensor, mask: Tensor) -> Tensor:
+    """Return ``original`` with the masked pixels replaced by ``generated``, without visible seams.
 
-    At the seam, ``made`` is shifted by what it differs from ``original`` just outside; the shift fades within the mask.
+    At the seam, ``generated`` is shifted by its difference from ``original`` just outside the mask.
+    The shift fades within the mask.
+
+    Args:
+        generated, original: bytes ``[B, 3, S, S]``.
+        mask: ``[B, S, S]``.
     """
-    # Loads torch._dynamo, which takes longer than torch
+    # Loads torch._dynamo, which takes longer than torch.
     from torchvision.transforms.functional import gaussian_blur
 
-    outside, sigma = (~mask[:, None]).float(), made.shape[-1] / 32
+    outside = (~mask[:, None]).float()
+    sigma = generated.shape[-1] / 32
     kernel = 2 * int(3 * sigma) + 1
-    difference = gaussian_blur((original.float() - made.float()) * outside, kernel, sigma)
-    shift = difference / gaussian_blur(outside, kernel, sigma).clamp(
-        min=0.5
-    )  # 0.5 at a straight seam, then less
-    evened = (made.float() + shift).round().clamp(0, 255).to(torch.uint8)
-    return torch.where(mask[:, None], evened, original)
+    difference = gaussian_blur((original.float() - generated.float()) * outside, kernel, sigma)
+    # The blurred `outside` is 0.5 at a straight seam, and less within the mask.
+    shift = difference / gaussian_blur(outside, kernel, sigma).clamp(min=0.5)
+    shifted = (generated.float() + shift).round().clamp(0, 255).to(torch.uint8)
+    return torch.where(mask[:, None], shifted, original)

@@ -184,7 +184,7 @@ class Decoder(nn.Module):
 # The autoencoder
 
 
-class AutoencoderKL(PretrainedVAE, nn.Module):
+class AutoencoderKL(PretrainedVAE):
     """The KL autoencoder.
 
     With ``embed_dim=16, ch_mult=(1, 1, 2, 2, 4)`` and the defaults it is the published KL-16.

@@ -287,7 +287,7 @@ def test_what_cannot_be_made_is_told_and_the_page_goes_on(visit, site, tmp_path)
     visitor.set("seed", 2**32 - 1)
     visitor.set("count", 2)
     visitor.click("generate")
-    assert "seeds are whole numbers from 0 to 4294967295" in visitor.told()
+    assert "seeds must be whole numbers from 0 to 4294967295" in visitor.told()
     visitor.set("seed", 0)
     visitor.page.get_by_role("tab", name="Edit").click()
     visitor.click("edit")
@@ -359,7 +359,7 @@ def test_the_command_serves_to_this_machine_alone(
         finally:
             server.kill()
     for flags, says in {
-        "--resume nowhere": "nowhere is no file or folder here",
+        "--resume nowhere": "there is no file or folder nowhere",
         f"--resume {tmp_path}/weights": "has no tokenizer beside it",
         "": "--resume is missing",
         f"{model} --port 0": "--port 0: it must lie between 1 and 65535",

@@ -6,7 +6,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 
 from util.checkpoint import hub, safetensors_io
 from util.errors import UserError, reason
-from util.files import read_json, written_whole
+from util.files import read_json, write_json, written_whole
 from util.log import log
 
 CHECKPOINT_NAME, SAFE_NAME = "checkpoint-last.pth", "checkpoint-last.safetensors"
@@ -149,6 +149,18 @@ def config_beside(path: Path) -> Any:
     """
     config = path.with_name(HUB_CONFIG)
     return read_json(config) if path.suffix == safetensors_io.SUFFIX and config.is_file() else None
+
+
+def save_folder(
+    folder: str | Path, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``, the files of ``save_pretrained``.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    write_json(Path(folder) / HUB_CONFIG, config)
+    safetensors_io.write_tensors(Path(folder) / HUB_NAME, weights)
 
 
 def older_checkpoints(path: Path) -> list[Path]:

@@ -1,5 +1,6 @@
-"""Find and check the checkpoint that a run resumes or evaluates."""
+"""Find and check checkpoints: to resume a run, to evaluate, and for ``from_pretrained``."""
 
+import difflib
 import socket
 import time
 from collections.abc import Sequence
@@ -43,6 +44,45 @@ def find_checkpoint(
             f"no {names[0]} {preposition} {resume}; pass the file, or the folder that contains it"
         )
     return path
+
+
+def find_pretrained(
+    model: str | Path, revision: str | None = None, **options
+) -> tuple[Path, str | Path | hub.Address]:
+    """Return the checkpoint of ``from_pretrained``, and the path or address where it was found.
+
+    Args:
+        model, revision: see :meth:`models.tokenbridge.TokenBridge.from_pretrained`.
+        options: of :func:`util.checkpoint.hub.fetch`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    source: str | Path | hub.Address = model
+    if not hub.is_address(model) and not Path(model).exists():
+        folder = Path(model).parent
+        siblings = [str(path) for path in folder.iterdir()] if folder.is_dir() else []
+        if close := difflib.get_close_matches(str(Path(model)), siblings, n=1):
+            raise UserError(f"there is no file or folder {model}; did you mean {close[0]}?")
+        if str(model).count("/") != 1:
+            raise UserError(
+                f"there is no file or folder {model}, and it is not a repository (owner/repo) on "
+                "the Hub"
+            )
+        source = f"hf://{model}"
+    if hub.is_address(source) and revision is not None:
+        address = hub.parse(source)
+        if address.revision not in (None, revision):
+            raise UserError(
+                f"{source} has another revision than revision={revision}: pass only one of them"
+            )
+        source = address._replace(revision=revision)
+    try:
+        return find_checkpoint(source, **options), source
+    except UserError as error:
+        if not hub.is_address(source) or hub.is_address(model):
+            raise
+        raise UserError(f"there is no local folder {model}; on the Hub: {error}") from error
 
 
 def find_checkpoint_to_resume(

@@ -69,8 +69,9 @@ def frechet_distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -
 
 def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:
     """Write ``mu`` and ``sigma`` of features, in the format of :func:`load_statistics`."""
+    stats = statistics(features)
     with written_whole(path) as file:
-        np.savez(file, **statistics(features))
+        np.savez(file, mu=stats["mu"], sigma=stats["sigma"])
 
 
 def check_number(count: int, what: str, neighbors: int = 0) -> None:
