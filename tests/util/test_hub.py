@@ -121,7 +121,9 @@ def test_a_repository_of_several_models_says_how_each_is_named(served, asked, ad
     served.add(OWN, dict.fromkeys(files, b"weights"))
     root = "hf://owner/repo@main" if "@" in asked else "hf://owner/repo"
     folders = f"{root}/a/huge, {root}/a/large"
-    listed = f"{address} has no checkpoint-last.pth, but .* has these folders: {folders}; choose one"
+    listed = (
+        f"{address} has no checkpoint-last.pth, but .* has these folders: {folders}; choose one"
+    )
     with pytest.raises(UserError, match=listed):
         TokenBridge.from_pretrained(asked)
     if asked != "owner/repo":  # which is a folder for tokenizers
@@ -130,7 +132,7 @@ def test_a_repository_of_several_models_says_how_each_is_named(served, asked, ad
 
 
 def test_names_that_are_neither_here_nor_on_the_hub(served, tmp_path):
-    with pytest.raises(UserError, match="there is no file or folder no/such/folder, .*owner/repo"):
+    with pytest.raises(UserError, match=r"there is no file or folder no/such/folder, .*owner/repo"):
         TokenBridge.from_pretrained("no/such/folder")
     with pytest.raises(UserError, match="cannot write to hf://owner/repo"):
         described().push_to_hub(OWN, token="hf_wrong")
@@ -163,7 +165,9 @@ def test_what_arrives_damaged_is_never_used(served):
     served.damage = {"a.pth", "config.json"}
     for name in ("a.pth", "config.json"):
         for _ in range(2):
-            with pytest.raises(UserError, match=f"the download of hf://owner/repo/{name} is damaged"):
+            with pytest.raises(
+                UserError, match=f"the download of hf://owner/repo/{name} is damaged"
+            ):
                 hub.fetch(f"hf://{OWN}/{name}")
     served.damage.clear()
     assert hub.fetch(f"hf://{OWN}/a.pth").read_bytes() == b"weights"
