@@ -186,7 +186,7 @@ def test_models_and_tokenizers_come_from_folders_files_and_the_hub(
     # What the run names.
     with pytest.raises(
         UserError,
-        match=r"no tokenizer beside it \(vae or vae.ckpt\), and pretrained_models.*name it",
+        match=r"no tokenizer beside it \(vae or vae.ckpt\), and pretrained_models.*pass one",
     ):
         TokenBridgePipeline.from_pretrained(trained)
     data = f"--vae_path {vae_path} --data_path {tmp_path}/data --output_dir {tmp_path}/b"
@@ -415,8 +415,8 @@ def test_masks_of_two_readings_are_refused(mask, image):
         ({"class_labels": [0, 4]}, "no class 4: there are 4, numbered from 0"),
         ({"class_labels": -1}, "no class -1"),
         ({"class_labels": "7"}, "no class '7': there are 4"),
-        ({"class_labels": [0, 1], "seeds": [1, 2, 3]}, "2 class_labels for 3 pictures"),
-        ({"class_labels": []}, "0 class_labels for 1 pictures"),
+        ({"class_labels": [0, 1], "seeds": [1, 2, 3]}, "2 class_labels for 3 images"),
+        ({"class_labels": []}, "0 class_labels for 1 images"),
         ({"seeds": -1}, "whole numbers from 0 to 4294967295"),
         ({"seeds": [0, 2**32]}, "whole numbers from 0"),
         ({"seeds": [0.5]}, "whole numbers from 0"),
@@ -445,7 +445,7 @@ def test_masks_of_two_readings_are_refused(mask, image):
         ({"image": torch.full((3, 16, 16), 255.0)}, "image has values from 255 to 255: pass floats from 0"),
         ({"image": torch.linspace(-1, 1, 768).view(3, 16, 16)}, "image has values from -1 to 1: pass floats"),
         ({"image": np.full((16, 16, 3), np.nan)}, "image has values from nan to nan: pass floats"),
-        ({"image": np.zeros((16, 16, 3), int)}, r"image holds int64: pass bytes \(uint8\)"),
+        ({"image": np.zeros((16, 16, 3), int)}, r"image has type int64: pass bytes \(uint8\)"),
         ({"image": {"a": 1}}, "image: pass PIL images, paths, tensors or arrays, not dict"),
         ({"image": noise(16, 16), "mask_image": np.zeros((16, 16, 3))}, r"mask_image has the shape \[16, 16, 3\]"),
         ({"class_labels": torch.zeros(2, 3)}, "no class of type list"),

@@ -189,6 +189,5 @@ def check_own(folders: Sequence[SampleFolder], results_path: Path, count: int) -
     if other:
         more = f" and {len(other) - 1} more files were" if len(other) > 1 else " was"
         raise UserError(
-            f"{other[0]}{more} not made by this project: move them, or choose another "
-            "--output_dir"
+            f"{other[0]}{more} not made by this project: move them, or choose another --output_dir"
         )
