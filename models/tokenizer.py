@@ -31,7 +31,6 @@ class LatentPosterior:
 
     Attributes:
         moments: ``[B, 2C, h, w]``, mean and log variance of the unscaled latents.
-        mean, std: ``[B, C, h, w]``, scaled.
     """
 
     def __init__(self, distribution: DiagonalGaussianDistribution, latent_factor: float):
@@ -41,10 +40,12 @@ class LatentPosterior:
 
     @property
     def mean(self) -> Tensor:
+        """The mean of the scaled latents, ``[B, C, h, w]``."""
         return self.distribution.mean * self.latent_factor
 
     @property
     def std(self) -> Tensor:
+        """The std of the scaled latents, ``[B, C, h, w]``."""
         return self.distribution.std * self.latent_factor
 
     @property
