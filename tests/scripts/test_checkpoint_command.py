@@ -184,10 +184,10 @@ def test_a_tokenizer_goes_to_the_hub_by_the_export_command(
 def test_a_public_repository_is_not_taken_for_a_private_one(served, trained, monkeypatch, tmp_path):
     served.add(OWN, {"README.md": b"mine"})
     monkeypatch.setenv("HF_TOKEN", "hf_right")
-    with pytest.raises(UserError, match="is there already, and not private"):
+    with pytest.raises(UserError, match="already exists and is public"):
         commands.main(
             ["export", str(trained), f"{tmp_path}/model", "--push_to_hub", OWN, "--private"]
         )
-    with pytest.raises(UserError, match="is there already, and not private"):
+    with pytest.raises(UserError, match="already exists and is public"):
         described().push_to_hub(OWN, private=True)
     assert set(served.repos[OWN]) == {"README.md"} and not (tmp_path / "model").exists()

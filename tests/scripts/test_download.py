@@ -137,7 +137,7 @@ def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published
             "tokenbridge_huge",
             r"no file .../tokenbridge_huge/checkpoint-last.pth in Epiphqny/TokenBridge: see .*save",
         ),
-        ("fid_stats", "cannot fetch"),
+        ("fid_stats", "cannot download"),
     ],
 )
 def test_download_says_what_it_cannot_find(published, tmp_path, arguments, says):

@@ -401,7 +401,7 @@ def test_everything_is_checked_before_the_first_image(
     assert "nowhere" in refused("main_tokenbridge", f"{common} {missing}")
     assert not (tmp_path / "out").exists()
     np.savez(tmp_path / "nan.npz", mu=np.zeros(2048), sigma=np.full((2048, 2048), np.nan))
-    assert "sigma holds NaN" in refused(
+    assert "sigma contains NaN" in refused(
         "main_tokenbridge", f"{common} --fid_stats {tmp_path}/nan.npz"
     )
     online = common.replace("--evaluate", "--online_eval").replace(
@@ -409,7 +409,7 @@ def test_everything_is_checked_before_the_first_image(
     )
     online = f"{online} --data_path {tmp_path} --fid_stats {tmp_path}/nan.npz"
     write_images(tmp_path)
-    assert "sigma holds NaN" in refused("main_tokenbridge", online)  # before the first step
+    assert "sigma contains NaN" in refused("main_tokenbridge", online)  # before the first step
 
 
 def test_a_model_of_imagenet_256_needs_its_statistics(refused, weights, vae_path, tmp_path):

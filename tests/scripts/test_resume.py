@@ -437,7 +437,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         "main_tokenbridge",
         f"{common} --epochs 3 --keep_last 3 --output_dir {trained} --resume {trained}",
     )
-    assert "continuing from the one before" in caplog.text and load(trained)["epoch"] == 2
+    assert "continuing from the previous checkpoint" in caplog.text and load(trained)["epoch"] == 2
     names = [f"checkpoint-last{age}.pth" for age in (".1", ".2", "")]
     assert sorted(path.name for path in trained.glob("*.pth")) == names
     for name in names:

@@ -120,6 +120,6 @@ def test_a_run_goes_on_with_the_tokenizer_that_it_has_only(run, refused, images,
         "main_cache",
         f"--data_path {images} --vae_path {path} --cached_path {tmp_path}/cache --img_size 16",
     )
-    assert "the tokenizer is vae.ckpt" in line
+    assert "use vae.ckpt" in line
     path.write_bytes(path.read_bytes()[:-1000])
     assert "vae-last.pth" in refused("main_vae", f"{new} {tmp_path}/run")

@@ -173,7 +173,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_most_steps_whatever_the_clocks(
         os.utime(tmp_path / "host1" / "run" / "checkpoint-last.pth", (10**9 - 120, 10**9 - 120))
     command = f"{BASE} --batch_size 2 --epochs 3 --use_cached --cached_path {cached} --output_dir run --resume run"
     if case == "newer there":
-        assert "host1 holds a newer checkpoint in run than host0" in ended(
+        assert "host1 has a newer checkpoint in run than host0" in ended(
             "main_tokenbridge", command
         )
     else:

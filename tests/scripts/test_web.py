@@ -193,7 +193,7 @@ def test_two_visitors_at_once_get_what_each_asked_for(visit, site):
         visitor.click("generate")
         site.leave.release()
         visitors[0].until("Step 1 of 16")
-    assert visitors[1].status() == "Nothing made yet"  # it waits
+    assert visitors[1].status() == "Nothing generated yet"  # it waits
     site.go_on()
     for seed, (visitor, label) in enumerate(zip(visitors, (1, 3), strict=True)):
         visitor.until(f"Made: seed {seed}")
@@ -289,11 +289,11 @@ def test_what_cannot_be_made_is_told_and_the_page_goes_on(visit, site, tmp_path)
     visitor.set("seed", 2**32 - 1)
     visitor.set("count", 2)
     visitor.click("generate")
-    assert "seeds are whole numbers from 0 to 4294967295" in visitor.told()
+    assert "seeds must be whole numbers from 0 to 4294967295" in visitor.told()
     visitor.set("seed", 0)
     visitor.page.get_by_role("tab", name="Edit").click()
     visitor.click("edit")
-    assert "there is no picture to edit" in visitor.told()
+    assert "there is no image to edit" in visitor.told()
     (tmp_path / "text.png").write_text("no image")
     bomb(tmp_path / "bomb.png")
     (tmp_path / "heavy.png").write_bytes(bytes(web.MAX_UPLOAD + 1))
@@ -312,7 +312,7 @@ def test_what_cannot_be_made_is_told_and_the_page_goes_on(visit, site, tmp_path)
     visitor.page.wait_for_selector("#editor canvas")
     visitor.page.wait_for_timeout(1000)
     visitor.click("edit")
-    assert "the mask covers nothing: draw on what is to be made anew" in visitor.told()
+    assert "the mask covers nothing: draw on the parts to regenerate" in visitor.told()
     visitor.click("cancel")  # of nothing
     visitor.page.get_by_role("tab", name="Generate").click()
     visitor.click("generate")
@@ -348,7 +348,7 @@ def test_the_command_serves_to_this_machine_alone(
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         try:
             line = next(line for line in server.stderr if "serving" in line)
-            assert f"serving on http://127.0.0.1:{port}/; Ctrl-C ends it" in line
+            assert f"serving on http://127.0.0.1:{port}/; stop with Ctrl-C" in line
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/config") as config:
                 assert json.load(config)["analytics_enabled"] is False
             sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
@@ -361,7 +361,7 @@ def test_the_command_serves_to_this_machine_alone(
         finally:
             server.kill()
     for flags, says in {
-        "--resume nowhere": "nowhere is no file or folder here",
+        "--resume nowhere": "there is no file or folder nowhere",
         f"--resume {tmp_path}/weights": "has no tokenizer beside it",
         "": "--resume is missing",
         f"{model} --port 0": "--port 0: it must lie between 1 and 65535",

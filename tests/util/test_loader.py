@@ -364,7 +364,7 @@ def test_metadata_of_no_tokenizer_is_named(refused, cached, tmp_path):
         "main_tokenbridge",
         f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run",
     )
-    assert "describes no tokenizer" in line and str(cached) in line
+    assert "does not describe a tokenizer" in line and str(cached) in line
 
 
 # --------------------------------------------------------------------------------------------------------------------
