@@ -469,7 +469,7 @@ def test_two_processes_cache_and_train(run, images, vae_path, cached, tmp_path):
     assert len(list((tmp_path / "cache2").rglob("*.npz"))) == 16
     assert (
         result.stderr.count("cached 16 images") == 1
-        and "0 were there, 16 are new, 0 replace" in result.stderr
+        and "0 were already cached, 16 are new, 0 replace" in result.stderr
     )
     abouts = [
         json.loads((folder / "cache.json").read_text()) for folder in (cached, tmp_path / "cache2")
