@@ -477,7 +477,7 @@ def write_picture(path: Path, pictures: dict[str, list[Tensor]]) -> None:
 
 
 def replace_images(folder: Path, plan: dict[str, Any]) -> None:
-    """Remove the images of an earlier run from ``folder``, and write the ``plan`` of this run to it.
+    """Remove the images of an earlier run from ``folder``, and write the ``plan`` of this run.
 
     Raises:
         UserError: the folder holds images that this project has not written.
