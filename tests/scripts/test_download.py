@@ -134,7 +134,7 @@ def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published
         ("tokenbridge_large --revision v9", "Epiphqny/TokenBridge has no revision v9"),
         (
             "tokenbridge_huge",
-            r"no file .../tokenbridge_huge/checkpoint-last.pth in Epiphqny/TokenBridge: see .*save",
+            r"no file .../tokenbridge_huge/checkpoint-last.pth in Epiphqny/TokenBridge: look for it at .*save",
         ),
         ("fid_stats", "cannot fetch"),
     ],
