@@ -337,10 +337,9 @@ def measure_reconstructions(
 
     distributed.on_rank_0(check)
     total, count = means[:2].tolist()
+    grid = torch.zeros(3, 1, 1).byte()  # for a rank without images
     if rows:
         grid = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2)
-    else:  # this rank has no images
-        grid = torch.zeros(3, 1, 1).byte()
     return total / count, grid
 
 

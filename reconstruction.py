@@ -411,9 +411,9 @@ RECONSTRUCTION_TITLES = {
 }
 
 
-def titled_metrics(metrics: dict[str, Any]) -> dict[str, str | float]:
+def titled_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     """Return metrics by their titles, and the range of those that each channel has."""
-    titled = {}
+    titled: dict[str, Any] = {}
     for name, title in RECONSTRUCTION_TITLES.items():
         value = metrics.get(name)
         if isinstance(value, list):

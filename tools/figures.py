@@ -285,8 +285,8 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
         rows = [sample(model, tokenizer, labels * args.per_class, args.order, args)[0]]
     elif args.figure == "parallel":
         parallel = load_model(args.resume_parallel, "--resume_parallel", info, args).to(device)
-        check_head(model, "ar", "--resume")
-        check_head(parallel, "parallel", "--resume_parallel")
+        require_head(model, "ar", "--resume")
+        require_head(parallel, "parallel", "--resume_parallel")
         models = (parallel, model)
         rows = [sample(each, tokenizer, labels, args.order, args)[0] for each in models]
     else:
@@ -296,7 +296,7 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     save_grid(torch.cat(rows), args.output, columns=len(labels), titles=titles, min_size=128)
 
 
-def check_head(model: TokenBridge, head: str, flag: str) -> None:
+def require_head(model: TokenBridge, head: str, flag: str) -> None:
     """Raise UserError unless the model that ``flag`` named has this head."""
     if model.config["head"] != head:
         raise errors.UserError(
