@@ -140,7 +140,8 @@ def sample_chunk(
     """Sample the images of the given ``numbers``.
 
     Returns:
-        images (uint8 ``[N, 3, H, W]``), and the confidence of their tokens ``[N, h, w]``, on the CPU.
+        images (uint8 ``[N, 3, H, W]``) and the confidence of their tokens ``[N, h, w]``, on the
+        CPU.
 
     Raises:
         NotFinite: the transformer or the tokenizer's decoder overflows.
