@@ -428,11 +428,11 @@ def train_vae(
 
     def measure(epoch: int, writer: SummaryWriter | None, _: StopSignals) -> None:
         # Mean losses since the last measurement
-        figures = losses.read_figures()
+        mean_losses = losses.read_figures()
         scalars: dict[str, float] = {}
-        if figures:
-            means = distributed.all_reduce_mean(torch.stack([*figures.values()])).tolist()
-            scalars = dict(zip(figures, means, strict=True))
+        if mean_losses:
+            means = distributed.all_reduce_mean(torch.stack([*mean_losses.values()])).tolist()
+            scalars = dict(zip(mean_losses, means, strict=True))
 
         # Reconstructions
         grid = None
