@@ -137,7 +137,7 @@ def test_what_cannot_be_made_is_told_in_one_line(refused, weights, vae_path, tmp
         f"{image} --outpaint 8": "a margin of 8 pixels in a picture of 16: choose 1 to 7",
         "--outpaint 2": "--mask and --outpaint need --image",
         f"{image} --strength 2": "strength 2.0: it lies above 0",
-        f"--vae_path {tmp_path}/other.ckpt": "the tokenizer is another model's",
+        f"--vae_path {tmp_path}/other.ckpt": "the model was trained on another tokenizer",
         "--output out.jpg": "--output out.jpg: choose a name that ends in .png",
         "--resume nowhere": "nowhere is no file or folder here",
     }.items():
