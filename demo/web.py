@@ -205,7 +205,8 @@ def editor_value(image: Image.Image | None, area: str | None, folder: str) -> di
     layers = []
     if area is not None:
         layer = Image.new("RGBA", (size, size))
-        layer.paste(MASK_COLOR, tuple(round(share * size) for share in AREAS[area]))
+        left, top, right, bottom = (round(share * size) for share in AREAS[area])
+        layer.paste(MASK_COLOR, (left, top, right, bottom))
         layers = [save_to_cache(layer, folder)]
     large = save_to_cache(image.resize((size, size), Image.Resampling.NEAREST), folder)
     return {"background": large, "layers": layers, "composite": None}
@@ -390,7 +391,7 @@ def add_editor(
         layers=False,
         buttons=[],
         elem_id="editor",
-        canvas_size=[width, width],
+        canvas_size=(width, width),
         fixed_canvas=True,
         label="Draw the mask",
         brush=gr.Brush(40, ["#ff00a0a0"], color_mode="fixed"),
@@ -554,7 +555,7 @@ def build(pipe: TokenBridgePipeline, folder: str) -> gr.Blocks:
             "show_progress": "minimal",
             "show_progress_on": results.status,
         }
-        running = [
+        running: list[Any] = [
             generate.click(actions.generate, controls, **run_model),
             edit.click(actions.edit, [source, editor, *controls], **run_model),
         ]

@@ -445,7 +445,7 @@ def test_another_model_is_not_compared_with_imagenet(
     assert (
         IS in figures
         and FID not in figures
-        and "without FID: name what to compare with" in caplog.text
+        and "FID is not measured: name a reference" in caplog.text
     )
     run(
         "main_tokenbridge",

@@ -133,12 +133,12 @@ def test_what_cannot_be_made_is_told_in_one_line(refused, weights, vae_path, tmp
         f"--image {tmp_path}/bomb.png": "decompression bomb",
         f"--image {tmp_path}/text.png": "text.png (it is no image); replace or remove it",
         f"{image} --mask {tmp_path}/in.png": "the mask covers nothing",
-        f"{image} --mask {tmp_path}/in.png --outpaint 2": "--mask and --outpaint: choose one",
+        f"{image} --mask {tmp_path}/in.png --outpaint 2": "--mask and --outpaint exclude each other",
         f"{image} --outpaint 8": "the margin of 8 pixels does not fit an image of 16 pixels: choose 1 to 7",
         "--outpaint 2": "--mask and --outpaint need --image",
         f"{image} --strength 2": "strength 2.0: it must be above 0",
         f"--vae_path {tmp_path}/other.ckpt": "was trained on another tokenizer",
-        "--output out.jpg": "--output out.jpg: the picture is a .png",
+        "--output out.jpg": "--output out.jpg: choose a name that ends in .png",
         "--resume nowhere": "there is no file or folder nowhere",
     }.items():
         assert says in refused("generate", f"{model} {flags}"), flags

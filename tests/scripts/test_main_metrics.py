@@ -137,7 +137,7 @@ def test_what_cannot_be_measured_is_named(refused, inception, photographs, tmp_p
     torch.save({"weight": torch.zeros(1)}, tmp_path / "wrong.pth")
     cases = {
         f"{weights}": "--images is missing",
-        f"--images {sharp} --img_size 32 {weights}": "--save_stats only",
+        f"--images {sharp} --img_size 32 {weights}": "only applies to --save_stats",
         f"--images {tmp_path}/nowhere {weights}": "nowhere",
         f"--images {tmp_path}/empty {weights}": "holds no images",
         f"--images {mixed} {weights}": "09.png has 20x30 pixels",

@@ -123,7 +123,7 @@ def test_training_goes_on_where_its_evaluation_overflows(
     folder = train("run", f"--epochs 3 --resume {tmp_path}/run {online}")
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     # Also of the epoch that the resumed run found unmeasured.
-    assert len(warnings) == 3 and all(text.endswith("Training goes on") for text in warnings)
+    assert len(warnings) == 3 and all(text.endswith("Training continues") for text in warnings)
     for epoch, text in enumerate(warnings):
         assert text.startswith(f"NOT MEASURED after epoch {epoch}: {stage} computed NaN")
     assert load(folder)["epoch"] == 2 and not list((folder / "online_eval").glob("*.png"))

@@ -391,7 +391,7 @@ def test_the_papers_numbers_stand_beside_what_they_are_of(
         + ["rFID, to the originals"]
     )
     assert "16 images of 4 classes" in (text := (folder / "table1.md").read_text())
-    assert "others than the paper's: do not compare" in text
+    assert "differ from the paper's: do not compare" in text
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_statistics_of_imagenet_are_the_default_for_its_images_alone(
 
     def evaluator():
         args = reconstruction.get_args_parser().parse_args(flags)
-        return reconstruction.make_evaluator(args, classes, 4, torch.device("cpu"))
+        return reconstruction.make_rfid_evaluator(args, classes, 4, torch.device("cpu"))
 
     # Without the file rFID is that to the originals.
     assert evaluator().stats is None

@@ -579,7 +579,7 @@ def test_a_finished_run_trains_nothing_and_what_it_reports_is_there(
     assert "2 epochs are done, --epochs is 1: nothing to train" in caplog.text
     assert {path: path.read_bytes() for path in folder.glob("*.[pj]*")} == before
     other = train("other", f"--epochs 2 --resume {folder}")
-    assert f"2 epochs are trained: {other}/checkpoint-last.pth" in caplog.text
+    assert f"trained 2 epochs: {other}/checkpoint-last.pth" in caplog.text
     assert same_weights(folder, other)
     command = f"{BASE} --use_cached --cached_path {cached} --output_dir {tmp_path}/new"
     line = refused("main_tokenbridge", f"{command} --epochs 2 --start_epoch 2")

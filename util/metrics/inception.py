@@ -124,7 +124,7 @@ def extract_features(
 
 
 def gather_features(
-    batches: list[tuple[Tensor, ...]], total: int, device: torch.device
+    batches: Sequence[tuple[Tensor, ...]], total: int, device: torch.device
 ) -> dict[str, Tensor]:
     """Return the features of all ``total`` images by layer, on the CPU, on all ranks.
 
