@@ -1,5 +1,6 @@
 """Extract Inception's features from images, on all ranks (torch-fidelity's network)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
