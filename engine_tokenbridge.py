@@ -1,4 +1,4 @@
-"""Train: one step, one epoch, one run. Cache latents, and measure statistics of their channels.
+"""Training: one step, one epoch, one run. Also caching of latents, and their channel statistics.
 
 Sampling and metrics are in :mod:`evaluation`.
 """
@@ -44,11 +44,13 @@ class Trainer:
     """A training run: its state (model, EMA, optimizer, scaler), data, tokenizer, metrics and log.
 
     Args:
-        model: on its device; ``model(batch, labels)`` returns the loss.
-        settings: of the run.
+        model: on its device. ``model(inputs, labels)`` returns the loss. It also has
+            ``training_flops()``, ``config`` and ``metadata``; ``check_labels(labels)`` if there is
+            a tokenizer; and ``compile_blocks()`` for ``settings.compile``.
+        settings: settings of the run.
         loader: yields images ``[B, 3, H, W]`` or cached moments ``[B, 2C, h, w]``, and labels
-            ``[B]``.
-        tokenizer: encodes the batches; None for a model that takes images.
+            ``[B]``; see :func:`util.data.loaders.training_loader`.
+        tokenizer: encodes the batches; None for a model that takes images (main_vae.py).
         checkpoint_name: the file name of checkpoints.
         parts: lists of optimizer groups; see :class:`util.training_state.TrainingState`.
         log_dir: the folder of TensorBoard's log and ``args.json``; by default the output folder.
@@ -69,7 +71,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.loader: Any = loader
         self.log_dir = Path(log_dir or settings.output_dir)
-        steps_per_epoch = len(loader) // settings.accum_iter  # the last, incomplete step is dropped
+        steps_per_epoch = len(loader) // settings.accum_iter  # drops an incomplete last step
         self.state = TrainingState(model, settings, steps_per_epoch, checkpoint_name, parts)
         self.images_per_step = settings.batch_size * settings.accum_iter  # on this rank
         self.meter = Meter(
@@ -80,16 +82,16 @@ class Trainer:
         self.bad_steps = BadSteps(settings.max_bad_steps, settings.output_dir)
         self.log: TrainingLog | None = None
         self._batches: Iterator = iter(())
-        self._first_step = 0  # of the epoch, the step that the first of the batches belongs to
+        self._first_step = 0  # step of the epoch at which `_batches` starts
         self._pending: tuple[StepResult, distributed.HostCopy] | None = None
 
     def step(self) -> float:
         """Take one optimizer step on the next ``accum_iter`` batches, and return its learning rate.
 
-        The step does not wait for the device to finish it.
-        Its outcome is pending until :meth:`finish_step`, which the next step calls. All random
-        numbers of a step follow from the seed, the rank, the epoch and the step: a run that resumes
-        within an epoch draws the same ones as an uninterrupted run.
+        The step is started without waiting for the device. Its outcome is pending until
+        :meth:`finish_step`, which the next step calls. All random numbers of a step follow from the
+        seed, the rank, the epoch and the step, so a resumed run draws the same ones as an
+        uninterrupted run.
 
         Raises:
             UserError: the data ended too early, or see :meth:`finish_step`.
@@ -107,10 +109,10 @@ class Trainer:
         # Encode, forward and backward
         loss = self.backward(batches)
 
-        # EMA and metrics of the previous step, before its weights change
+        # The previous step: its EMA and metrics, while the weights are still those it left
         self.finish_step()
 
-        # Clip the gradients and step, unless one is NaN or infinite
+        # Clip the gradients, step unless one is NaN or infinite, and count the step
         self.clip_and_step(loss, lr)
         return lr
 
@@ -129,7 +131,10 @@ class Trainer:
         return batches
 
     def encode(self, batch: Tensor) -> Tensor:
-        """Return the model's input: a sample of the latent posterior, or the images themselves."""
+        """Return the model's inputs: a sample of the scaled latents, or the images themselves.
+
+        The tokenizer encodes outside autocast, in float32.
+        """
         if self.tokenizer is None:
             return batch
         with torch.no_grad():
@@ -141,54 +146,19 @@ class Trainer:
         mean_loss = torch.zeros((), device=state.device)
         for i, (batch, labels) in enumerate(batches):
             if self.tokenizer is not None:
-                state.model.check_labels(labels)  # while they are on the CPU
+                state.model.check_labels(labels)  # on the device, this would synchronize
             batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
-            latents = self.encode(batch)
+            inputs = self.encode(batch)
             # Ranks exchange gradients once per step, with its last batch
             accumulates = (
                 isinstance(state.wrapped, DistributedDataParallel) and i < len(batches) - 1
             )
             with state.wrapped.no_sync() if accumulates else nullcontext():
                 with autocast(state.device, self.settings.precision):
-                    loss = state.wrapped(latents, labels) / len(batches)
+                    loss = state.wrapped(inputs, labels) / len(batches)
                 state.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         return mean_loss
-
-    def clip_and_step(self, loss: Tensor, lr: float) -> None:
-        """Clip the gradients, and step unless their norm is NaN or infinite.
-
-        Nothing waits for the device if the optimizer is fused or the loss is scaled.
-
-        Args:
-            loss: of this step, for the record.
-            lr: of this step, for the record.
-        """
-        state = self.state
-        limit = self.settings.grad_clip or float("inf")
-        state.scaler.unscale_(state.optimizer)
-        norms = [nn.utils.clip_grad_norm_(part, limit) for part in state.clipped]
-        norm = torch.stack(norms).sum()
-        # All ranks have the same gradients, and so the same norm
-        finite = taken = torch.isfinite(norm)
-        if state.scaler.is_enabled():
-            # In fp16 gradients may overflow: the scaler then skips the step and lowers the scale
-            finite = torch.isfinite(distributed.all_reduce_mean(loss))
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-        elif not state.optimizer.defaults["fused"]:
-            if finite:
-                state.optimizer.step()
-        else:
-            # The fused optimizer reads this flag on the device
-            optimizer: Any = state.optimizer
-            optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None
-            optimizer.step()
-            del optimizer.found_inf, optimizer.grad_scale
-        state.optimizer.zero_grad(set_to_none=True)
-        result = StepResult(loss, norm, lr, state.epoch, state.step)
-        self._pending = result, distributed.HostCopy(torch.stack([finite, taken]))
-        state.advance()
 
     def finish_step(self) -> None:
         """Finish the pending step, if any: update the EMA and metrics, or record a bad step.
@@ -196,7 +166,7 @@ class Trainer:
         Raises:
             UserError: there have been too many bad steps, or the weights of the ranks differ.
         """
-        self.state.check_ranks()
+        self.state.check_ranks()  # compares the checksums that the last save gathered, if any
         if self._pending is None:
             return
         result, finite, taken = self.wait_for_step()
@@ -218,6 +188,43 @@ class Trainer:
         finite, taken = outcome.read().tolist()
         return result, finite, taken
 
+    def clip_and_step(self, loss: Tensor, lr: float) -> None:
+        """Clip the gradients, step unless their norm is NaN or infinite, and count the step.
+
+        This does not wait for the device, except on Apple GPUs, whose optimizer is not fused.
+
+        Args:
+            loss: mean loss of this step, for the metrics.
+            lr: learning rate of this step, for the metrics.
+        """
+        state = self.state
+        limit = self.settings.grad_clip or float("inf")
+        state.scaler.unscale_(state.optimizer)
+        norms = [nn.utils.clip_grad_norm_(part, limit) for part in state.clipped]
+        norm = torch.stack(norms).sum()
+        # DDP has summed the gradients, so all ranks compute the same norm. `finite` decides whether
+        # this is a bad step, `taken` whether the weights change.
+        finite = taken = torch.isfinite(norm)
+        if state.scaler.is_enabled():
+            # In fp16, gradients that overflow are no fault: the scaler skips the step and lowers
+            # the scale. Only a loss that is not finite makes it a bad step.
+            finite = torch.isfinite(distributed.all_reduce_mean(loss))
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+        elif not state.optimizer.defaults["fused"]:
+            if finite:
+                state.optimizer.step()
+        else:
+            # The fused optimizer reads this flag on the device
+            optimizer: Any = state.optimizer
+            optimizer.found_inf, optimizer.grad_scale = (~finite).float(), None
+            optimizer.step()
+            del optimizer.found_inf, optimizer.grad_scale
+        state.optimizer.zero_grad(set_to_none=True)
+        result = StepResult(loss, norm, lr, state.epoch, state.step)
+        self._pending = result, distributed.HostCopy(torch.stack([finite, taken]))
+        state.advance()
+
     def files_of_step(self, step: int) -> list[str]:
         """Return the image files of a ``step`` of this epoch, on this rank."""
         start = (step - self._first_step) * self.images_per_step
@@ -227,9 +234,9 @@ class Trainer:
     def order_gradients(self, shape: Sequence[int]) -> None:
         """Compute gradients of zeros of ``shape``, and discard them.
 
-        DDP arranges gradients in its buckets in the order of their first arrival. The position in a
-        bucket decides in which order more than two ranks add them. After this call a resumed run
-        adds them in the order of an uninterrupted run, from its first step on.
+        DDP assigns gradients to buckets in the order in which they first become ready. With more
+        than two ranks, the position in a bucket affects the order of summation, and so rounding.
+        After one backward pass, a resumed run sums in the same order as an uninterrupted one.
         """
         state = self.state
         zeros = torch.zeros(*shape, device=state.device)

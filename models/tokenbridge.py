@@ -216,7 +216,9 @@ class TokenBridge(PretrainedTokenBridge):
     def masked_tokens(
         self, latents: Tensor, labels: Tensor, mask: Tensor | None, *others: Tensor
     ) -> list[Tensor]:
-        """Return features ``[M, D]``, levels ``[M, C]`` and ``others`` of the masked tokens.
+        """Draw the mask unless given; return features, levels and ``others`` of masked tokens.
+
+        Features are ``[M, D]``, levels ``[M, C]``.
 
         Args:
             latents, labels, mask: see :meth:`forward`.
@@ -269,7 +271,10 @@ class TokenBridge(PretrainedTokenBridge):
     # MAR's interface to the same parts, by masks; :meth:`forward` works with positions instead.
 
     def random_masking(self, x: Tensor, orders: Tensor) -> Tensor:
-        """Draw a mask ``[B, L]``, 1 at the first of ``orders [B, L]``, on the device of ``x``."""
+        """Draw a mask ``[B, L]``, 1 at the first of ``orders [B, L]``, on the device of ``x``.
+
+        Training does not call this; it draws the mask in :meth:`masked_tokens`.
+        """
         mask = torch.zeros(orders.shape, device=x.device)
         masked = orders[:, : self.draw_num_masked()].to(x.device)
         return mask.scatter(1, masked, 1.0)

@@ -350,8 +350,8 @@ OF_A_MACHINE = (
 def check_same_flags(args: argparse.Namespace, device: torch.device) -> None:
     """Check that all ranks have the same flags, and compute in the same precision.
 
-    Replaces ``precision`` and ``vae_precision`` by :func:`util.precision.effective_precision`, so that
-    files of the run name the precision that they were computed in.
+    Replace ``precision`` and ``vae_precision`` by :func:`util.precision.effective_precision`, so
+    that files of the run name the precision that they were computed in.
 
     Raises:
         UserError: ranks differ; all end with it.

@@ -126,6 +126,8 @@ class TrainingState:
         self.path = Path(settings.output_dir) / name
         self.device = next(model.parameters()).device
         self.wrapped: nn.Module = model
+        # FSDP would go here: see `shard` in tests/models/test_fsdp.py. Saving, and comparing ranks,
+        # assume that every rank holds all weights.
         if distributed.get_world_size() > 1:
             self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
             # Buffers are tables that never change. As an argument of the constructor this would
@@ -170,7 +172,7 @@ class TrainingState:
         return self.ema.module
 
     def update_ema(self) -> None:
-        """Update the EMA by the weights."""
+        """Update the EMA with the present weights, after a step that changed them."""
         self.ema_steps += 1
         self.ema.update(self.model, self.ema_steps if self.ema.use_warmup else None)
 

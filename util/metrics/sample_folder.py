@@ -135,8 +135,8 @@ class SampleFolder:
             missing = sorted(set(range(count)) - self.numbers())
             first = self.image_path(missing[0])
             raise UserError(
-                f"{len(missing)} of {count} images are missing ({first}, ...); run the same command "
-                "again"
+                f"{len(missing)} of {count} images are missing ({first}, ...); "
+                "run the same command again"
             )
         return PlainImages(self.path, paths=[self.image_path(number) for number in range(count)])
 
