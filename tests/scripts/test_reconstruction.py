@@ -357,7 +357,9 @@ def test_the_sweep_writes_table_1_and_the_figures(run, images, vae_path, tmp_pat
 def test_the_papers_numbers_stand_beside_what_they_are_of(
     run, images, vae_path, quick_inception, fid_stats, tmp_path, monkeypatch, statistics
 ):
-    monkeypatch.setattr("util.metrics.fid_statistics_to_metric", lambda *_, **__: {FID: 7.0})
+    monkeypatch.setattr(
+        "util.metrics.compute.fid_statistics_to_metric", lambda *_, **__: {FID: 7.0}
+    )
     common = f"--img_size 16 --vae_path {vae_path} --image_dir {images} --num_workers 0 --device cpu --sweep"
     against = f"--fid_stats {fid_stats[0]}" if statistics else ""
     run("reconstruction", f"{common} {quick_inception.flag} {against} --output_dir {tmp_path}/out")
