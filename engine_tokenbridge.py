@@ -32,7 +32,8 @@ from util.precision import autocast, check_finite, double
 from util.provenance import write_args
 from util.rng import seed_everything
 from util.signals import StopSignals
-from util.training_state import TrainingSettings, TrainingState
+from util.training_settings import TrainingSettings
+from util.training_state import TrainingState
 
 LOG_EVERY = 20  # steps between two logged metrics: reading them waits for the device
 

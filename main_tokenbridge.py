@@ -30,14 +30,13 @@ from util import distributed, errors
 from util.args import (
     DATA_PATH,
     add_column_args,
-    add_dry_run_arg,
-    add_ema_args,
     add_metrics_args,
     add_mirror_arg,
     add_model_args,
     add_run_args,
     add_sampling_args,
     add_skip_arg,
+    add_training_args,
     check_bits,
     check_positive,
     check_range,
@@ -82,13 +81,13 @@ from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import seed_everything
 from util.signals import StopSignals
-from util.training_state import TrainingSettings
+from util.training_settings import TrainingSettings
 
 # --------------------------------------------------------------------------------------------------
 # Command line
 
 
-def add_training_args(parser: argparse.ArgumentParser) -> None:
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of training."""
     train = parser.add_argument_group("training")
     train.add_argument(
@@ -104,74 +103,11 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="parameters that are not trained, such as encoder_blocks.* or class_emb.*",
     )
-    train.add_argument("--epochs", type=int, default=400, help="passes over the training images")
-    train.add_argument("--accum_iter", type=int, default=1, help="batches per optimizer step")
-    train.add_argument(
-        "--lr",
-        type=float,
-        help="peak learning rate; by default --blr x global batch size / 256",
-    )
-    train.add_argument(
-        "--blr", type=float, default=1e-4, help="base learning rate, for a global batch size of 256"
-    )
-    train.add_argument(
-        "--min_lr", type=float, default=0.0, help="learning rate at the end of the cosine"
-    )
-    train.add_argument(
-        "--lr_schedule",
-        choices=["cosine", "constant"],
-        default="cosine",
-        help="learning rate after the warm-up: half a cosine down to --min_lr, or constant --lr",
-    )
-    train.add_argument(
-        "--warmup_epochs",
-        type=float,
-        default=100,
-        help="epochs in which the learning rate rises from 0",
-    )
-    train.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the blocks, which takes minutes before the first step",
-    )
-    train.add_argument(
-        "--weight_decay",
-        type=float,
-        default=0.02,
-        help="weight decay of AdamW; none for biases and one-dimensional weights",
-    )
-    train.add_argument(
-        "--grad_clip",
-        type=float,
-        default=1.0,
-        help="maximum gradient norm; 0 turns clipping off (release: 3.0)",
-    )
-    add_ema_args(train, 0.9999)
-    train.add_argument(
-        "--start_epoch",
-        type=int,
-        default=0,
-        help="first epoch; --resume sets it if the checkpoint stores one",
-    )
-    train.add_argument(
-        "--save_last_freq", type=int, default=5, help="epochs between two checkpoints"
-    )
-    train.add_argument(
-        "--save_every_steps",
-        type=int,
-        default=0,
-        help="steps between two checkpoints; 0 saves at the end of epochs only",
-    )
-    train.add_argument(
-        "--max_bad_steps",
-        type=int,
-        default=0,
-        help="maximum number of steps skipped because loss or gradient is NaN or infinite",
-    )
-    add_dry_run_arg(train)
-    train.add_argument(
-        "--keep_last", type=int, default=2, help="checkpoints to keep, including the newest"
-    )
+    text = "peak learning rate; by default --blr x global batch size / 256"
+    train.add_argument("--lr", type=float, help=text)
+    text = "base learning rate, for a global batch size of 256"
+    train.add_argument("--blr", type=float, default=1e-4, help=text)
+    add_training_args(train, TrainingSettings)
 
 
 def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
@@ -194,9 +130,6 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
         "--online_nll",
         action="store_true",
         help="measure the held-out likelihood during training, too",
-    )
-    sample.add_argument(
-        "--eval_freq", type=int, default=40, help="epochs between two measurements during training"
     )
     sample.add_argument(
         "--eval_bsz", type=int, default=64, help="images sampled at once on each device"
@@ -277,7 +210,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(__doc__)
     add_model_args(parser, {"model": MODELS, "head": HEADS, "quantizer": QUANTIZERS})
-    add_training_args(parser)
+    add_training_flags(parser)
     add_evaluation_args(parser)
     add_file_args(parser)
     add_run_args(parser, batch_size=16, seed=1, precision="bf16")

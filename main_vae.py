@@ -19,11 +19,10 @@ from util import distributed, errors
 from util.args import (
     DATA_PATH,
     add_column_args,
-    add_dry_run_arg,
-    add_ema_args,
     add_mirror_arg,
     add_run_args,
     add_skip_arg,
+    add_training_args,
     check_positive,
     check_range,
     check_same_flags,
@@ -48,7 +47,8 @@ from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import seed_everything
 from util.signals import StopSignals
-from util.training_state import TrainingSettings, TrainingState
+from util.training_settings import TrainingSettings
+from util.training_state import TrainingState
 
 VAE_NAME = "vae.ckpt"  # the exported tokenizer
 STATE_NAME = "vae-last.pth"  # the checkpoint of the run
@@ -62,7 +62,7 @@ LOW_FREQUENCIES = 0.5  # frequencies up to this fraction of the Nyquist frequenc
 # Command line
 
 
-def add_training_args(parser: argparse.ArgumentParser) -> None:
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of losses and training."""
     loss = parser.add_argument_group("losses, in addition to the absolute error of weight 1")
     loss.add_argument(
@@ -88,56 +88,15 @@ def add_training_args(parser: argparse.ArgumentParser) -> None:
         "--disc_start", type=int, default=0, help="step at which the discriminator starts"
     )
     train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=int, default=100, help="passes over the training images")
-    train.add_argument("--accum_iter", type=int, default=1, help="batches per optimizer step")
     train.add_argument("--lr", type=float, default=1e-4, help="peak learning rate")
-    train.add_argument("--min_lr", type=float, default=0.0, help="learning rate at the end")
-    train.add_argument(
-        "--warmup_epochs",
-        type=float,
-        default=1.0,
-        help="epochs in which the learning rate rises from 0",
-    )
-    train.add_argument(
-        "--lr_schedule",
-        choices=["cosine", "constant"],
-        default="cosine",
-        help="learning rate after the warm-up: half a cosine down to --min_lr, or constant --lr",
-    )
-    train.add_argument(
-        "--grad_clip", type=float, default=1.0, help="maximum gradient norm; 0 turns clipping off"
-    )
-    add_ema_args(train, 0.999)
     train.add_argument(
         "--no_ema",
         action="store_true",
         help="measure and export the trained weights instead of their EMA",
     )
-    train.add_argument(
-        "--eval_freq",
-        type=int,
-        default=1,
-        help="epochs between two measurements of reconstructions",
-    )
-    train.add_argument(
-        "--save_last_freq", type=int, default=5, help="epochs between two checkpoints"
-    )
-    train.add_argument(
-        "--save_every_steps",
-        type=int,
-        default=0,
-        help="steps between two checkpoints; 0 saves at the end of epochs only",
-    )
-    train.add_argument(
-        "--max_bad_steps",
-        type=int,
-        default=0,
-        help="maximum number of steps skipped because loss or gradient is NaN or infinite",
-    )
-    train.add_argument(
-        "--keep_last", type=int, default=2, help="checkpoints to keep, including the newest"
-    )
-    add_dry_run_arg(train)
+    defaults = {"epochs": 100, "warmup_epochs": 1.0, "ema_rate": 0.999, "eval_freq": 1}
+    without = ("weight_decay", "compile", "start_epoch")
+    add_training_args(train, TrainingSettings, without, **defaults)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -167,7 +126,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_res_blocks", type=int, default=2, help="residual blocks per resolution"
     )
-    add_training_args(parser)
+    add_training_flags(parser)
     add_mirror_arg(parser)
     add_skip_arg(parser)
     add_column_args(parser)

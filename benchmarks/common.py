@@ -25,7 +25,7 @@ from util.devices import find_device, keep_freed_memory, matmul_flops, memory_in
 from util.files import write_json
 from util.provenance import provenance
 from util.tables import markdown
-from util.training_state import TrainingSettings
+from util.training_settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Column titles that differ from the keys in the JSON files.

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -193,19 +193,20 @@ def add_mirror_arg(parser: Flags) -> None:
     parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
-def add_ema_args(parser: Flags, rate: float) -> None:
-    """Add the flags of the exponential moving average of the weights."""
-    parser.add_argument(
-        "--ema_rate", type=float, default=rate, help="decay of the weights' EMA per step"
-    )
-    text = "use --ema_rate from the first step on, as the paper; by default the rate rises to it"
-    parser.add_argument("--no_ema_warmup", action="store_true", help=text)
+def add_training_args(
+    parser: Flags, settings: type, without: Collection[str] = (), **defaults: Any
+) -> None:
+    """Add the flags of the training loop.
 
-
-def add_dry_run_arg(parser: Flags) -> None:
-    """Add the flag that measures what a training would take."""
-    text = "take two steps, report hours, memory and the size of a checkpoint, write nothing"
-    parser.add_argument("--dry_run", action="store_true", help=text)
+    Args:
+        settings: :class:`util.training_settings.TrainingSettings`.
+        without: settings that the script has no flag for.
+        defaults: defaults that differ from those of ``settings``.
+    """
+    for field in dataclasses.fields(settings):
+        if field.metadata and field.name not in without:
+            changes = {"default": defaults[field.name]} if field.name in defaults else {}
+            add_option(parser, settings, field.name, **changes)
 
 
 def add_skip_arg(parser: Flags) -> None:

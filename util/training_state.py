@@ -7,7 +7,6 @@ import argparse
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from util.checkpoint.saver import Saver
 from util.checksums import bit_sum, checksum
 from util.errors import UserError
 from util.log import log
+from util.training_settings import TrainingSettings
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter
 #: After n steps the EMA decays by n / (n + 10), at most --ema_rate: it covers the last tenth of a
@@ -33,44 +33,6 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter
 #: a share of exp(-15), less than float32 rounds. The paper and the release have no warm-up
 #: (--no_ema_warmup).
 EMA_WARMUP: dict[str, Any] = {"warmup_gamma": 10.0, "warmup_power": 1.0}
-
-
-@dataclass
-class TrainingSettings:
-    """Settings of a training run. The flags of the same names describe them."""
-
-    output_dir: str | Path
-    epochs: int
-    batch_size: int  # images of a batch on each rank
-    lr: float
-    accum_iter: int = 1
-    min_lr: float = 0.0
-    lr_schedule: str = "cosine"
-    warmup_epochs: float = 0.0
-    weight_decay: float = 0.02
-    grad_clip: float = 1.0
-    ema_rate: float = 0.9999
-    no_ema_warmup: bool = False
-    precision: str = "bf16"
-    compile: bool = False
-    seed: int = 1
-    start_epoch: int = 0
-    save_last_freq: int = 5
-    save_every_steps: int = 0
-    keep_last: int = 2
-    eval_freq: int = 40
-    max_bad_steps: int = 0
-    dry_run: bool = False
-    freeze: Sequence[str] = ()
-    #: All flags of the run, which checkpoints and ``args.json`` record.
-    args: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "TrainingSettings":
-        """Return the settings of a command line. Settings without a flag keep their defaults."""
-        flags = vars(args)
-        names = {setting.name for setting in fields(cls)} - {"args"}
-        return cls(**{name: flags[name] for name in names & set(flags)}, args=flags)
 
 
 def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
