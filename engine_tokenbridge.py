@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from evaluation import evaluate  # noqa: F401, MAR's engine has evaluate, too
-from models.tokenizer import Encoder, Tokenizer
+from models.tokenizer import LatentEncoder, Tokenizer
 from util import distributed, launcher
 from util.checkpoint.files import CHECKPOINT_NAME
 from util.data.caches import IMAGE_HASH, cached_file
@@ -62,7 +62,7 @@ class Trainer:
         model: nn.Module,
         settings: TrainingSettings,
         loader: DataLoader,
-        tokenizer: Encoder | None = None,
+        tokenizer: LatentEncoder | None = None,
         *,
         checkpoint_name: str = CHECKPOINT_NAME,
         parts: Sequence[list[dict]] | None = None,
@@ -471,7 +471,7 @@ def dry_run(trainer: Trainer) -> None:
 
 @torch.no_grad()
 def channel_statistics(
-    tokenizer: Encoder, loader: Iterable, channels: int, device: torch.device, precision: str
+    tokenizer: LatentEncoder, loader: Iterable, channels: int, device: torch.device, precision: str
 ) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each channel of the scaled latents.
 

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.sampling import SamplingOptions
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Encoder, Tokenizer
+from models.tokenizer import LatentEncoder, Tokenizer
 from util import distributed
 from util.checkpoint import hub
 from util.checksums import checksum, fingerprint
@@ -169,7 +169,7 @@ LIKELIHOOD_MASKS = 4  # mask ratios at which each image is measured
 @torch.no_grad()
 def held_out_likelihood(
     model: TokenBridge,
-    tokenizer: Encoder,
+    tokenizer: LatentEncoder,
     loader: DataLoader,
     device: torch.device,
     precision: str,
@@ -251,7 +251,9 @@ class Run:
     args: argparse.Namespace
     device: torch.device
     tokenizer: Tokenizer | None  # None if cached moments are enough
-    encoder: Encoder  # of training and held-out batches: the tokenizer, or that of cached moments
+    encoder: (
+        LatentEncoder  # of training and held-out batches: the tokenizer, or that of cached moments
+    )
     evaluator: "Evaluator | None"  # None without metrics
     held_out: DataLoader | None  # images or moments to measure the likelihood of; None without it
 

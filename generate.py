@@ -23,7 +23,7 @@ GIF_SECONDS = 4.0  # duration of all frames
 LAST_FRAME_SECONDS = 2.0  # how much longer the last frame is shown
 
 
-def add_model_args(parser: argparse.ArgumentParser) -> None:
+def add_pipeline_args(parser: argparse.ArgumentParser) -> None:
     """Add the flags of :func:`load_pipeline`."""
     parser.add_argument(
         "--resume",
@@ -68,7 +68,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> TokenBridge
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(__doc__)
-    add_model_args(parser)
+    add_pipeline_args(parser)
     parser.add_argument(
         "--classes",
         nargs="+",

@@ -25,7 +25,7 @@ from models.heads import HEADS
 from models.quantizer import QUANTIZERS
 from models.sampling import SamplingOptions, check_guidance, check_head_options
 from models.tokenbridge import MODELS, TokenBridge, sizes_of
-from models.tokenizer import CachedMoments, Encoder, Tokenizer
+from models.tokenizer import CachedMoments, LatentEncoder, Tokenizer
 from util import distributed, errors
 from util.args import (
     DATA_PATH,
@@ -413,7 +413,11 @@ CALIBRATION_IMAGES = 10_000  # at most, evenly spaced
 
 
 def calibrate(
-    args: argparse.Namespace, dataset: Data, encoder: Encoder, channels: int, device: torch.device
+    args: argparse.Namespace,
+    dataset: Data,
+    encoder: LatentEncoder,
+    channels: int,
+    device: torch.device,
 ) -> dict[str, list[float]]:
     """Return mean and standard deviation of each latent channel, as arguments of the model.
 

@@ -62,7 +62,7 @@ LOW_FREQUENCIES = 0.5  # frequencies up to this fraction of the Nyquist frequenc
 # Command line
 
 
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
+def add_vae_training_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of losses and training."""
     loss = parser.add_argument_group("losses, in addition to the absolute error of weight 1")
     loss.add_argument(
@@ -126,7 +126,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_res_blocks", type=int, default=2, help="residual blocks per resolution"
     )
-    add_training_flags(parser)
+    add_vae_training_flags(parser)
     add_mirror_arg(parser)
     add_skip_arg(parser)
     add_column_args(parser)

@@ -62,7 +62,7 @@ def add_variant_flags(parser: argparse.ArgumentParser, batch: int, batch_help: s
     parser.add_argument("--compile", action="store_true", help=text)
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line, convert ``device`` to a torch.device and apply ``--threads``."""
     args = parser.parse_args()
     if args.threads:

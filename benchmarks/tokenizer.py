@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import benchmark_parser, finish, machine, parse, timings
+from benchmarks.common import benchmark_parser, finish, machine, parse_flags, timings
 from models.vae import AutoencoderKL
 from util.config import KL16_CONFIG
 from util.precision import PRECISIONS, autocast
@@ -22,7 +22,7 @@ def main() -> None:
     precisions = ["fp32", "bf16"]
     text = "precisions to measure"
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=precisions, help=text)
-    args = parse(parser)
+    args = parse_flags(parser)
     hardware, rows = machine(args.device), []
     layouts = {"plain": torch.contiguous_format, "channels last": torch.channels_last}
     config: dict[str, Any] = KL16_CONFIG

@@ -100,7 +100,7 @@ def remove_earlier(out: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def run(command: str) -> None:
+def run_command(command: str) -> None:
     """Print a command and run it in the project root; exit if it fails."""
     print(f"\n$ python {command}", flush=True)
     result = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT)
@@ -122,25 +122,25 @@ def main() -> None:
     )
 
     # Train the tokenizer, cache its latents, and measure its reconstructions
-    run(
+    run_command(
         f"main_vae.py {common} --data_path output/demo/data --output_dir output/demo --no_mirror "
         "--vae_embed_dim 8 --ch 32 --ch_mult 1 2 2 --num_res_blocks 1 "
         "--batch_size 64 --epochs 20 --lr 3e-3 --kl_weight 1e-2 --ema_rate 0.99"
     )
-    run(
+    run_command(
         f"main_cache.py {common} {vae} --data_path output/demo/data --cached_path output/demo/cache"
     )
-    run(
+    run_command(
         f"reconstruction.py {common} {vae} --image_dir output/demo/data/val "
         "--output_dir output/demo/reconstruction --bits 5"
     )
     # Train the model, and generate images
-    run(
+    run_command(
         f"main_tokenbridge.py {common} {model} --use_cached --cached_path output/demo/cache "
         "--no_mirror --batch_size 64 --epochs 38 --warmup_epochs 3 --lr 2e-3 --ema_rate 0.99 "
         "--attn_dropout 0 --proj_dropout 0"
     )
-    run(
+    run_command(
         f"main_tokenbridge.py {common} {model} {vae} --evaluate --resume output/demo "
         f"--num_images {10 * SAMPLES_PER_DIGIT} --no_metrics --eval_bsz 100 --num_iter 16 "
         "--cfg 2.0 --temperature 0.95"

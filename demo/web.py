@@ -20,7 +20,7 @@ if __name__ == "__main__":
     # The project root instead of demo/, where demo.py would hide the package of this name.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from generate import add_model_args, load_pipeline, side_by_side
+from generate import add_pipeline_args, load_pipeline, side_by_side
 from models.editing import MAX_PIXELS, center_crop, open_image
 from models.pipeline import GeneratedImages, TokenBridgePipeline, to_pil
 from models.sampling import ORDERS, SCHEDULES, SamplingOptions
@@ -79,7 +79,7 @@ CSS = """
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(__doc__)
-    add_model_args(parser)
+    add_pipeline_args(parser)
     parser.add_argument(
         "--host",
         default="127.0.0.1",
@@ -244,7 +244,7 @@ def file_error(error: UserError, path: str) -> gr.Error:
 # Page
 
 
-class Results(NamedTuple):
+class ResultViews(NamedTuple):
     """The components that show results."""
 
     status: gr.Textbox
@@ -337,7 +337,7 @@ def add_sampling(pipe: TokenBridgePipeline) -> list[gr.components.Component]:
     return [steps, cfg, schedule, temperature, order]
 
 
-def add_results() -> tuple[Results, gr.Button]:
+def add_results() -> tuple[ResultViews, gr.Button]:
     """Add the images with status and confidence, and a button to cancel."""
     with gr.Row():
         status = gr.Textbox(
@@ -374,7 +374,7 @@ def add_results() -> tuple[Results, gr.Button]:
         elem_id="gallery",
     )
     files = gr.State([], time_to_live=LIFETIME)
-    return Results(status, picture, confidence, gallery, download, again, files), cancel
+    return ResultViews(status, picture, confidence, gallery, download, again, files), cancel
 
 
 def add_editor(
@@ -417,7 +417,7 @@ class Actions:
     def generate(
         self, label: int | str, seed: int | None, count: float, *sampling, **edit
     ) -> Iterator[tuple]:
-        """Yield values of :class:`Results` while ``count`` images are generated.
+        """Yield values of :class:`ResultViews` while ``count`` images are generated.
 
         Raises:
             gr.Error: a setting is invalid.

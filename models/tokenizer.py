@@ -169,4 +169,4 @@ class CachedMoments:
 
 
 #: Converts the batches of a loader, images or cached moments, to latents.
-Encoder = Tokenizer | CachedMoments
+LatentEncoder = Tokenizer | CachedMoments

@@ -224,7 +224,7 @@ def test_arguments_of_from_pretrained_are_taken_or_refused(served, tmp_path):
         TokenBridge.from_pretrained(f"hf://{OWN}@main", revision="v3")
     with pytest.raises(TypeError, match="TokenBridge has no arguments atn_dropout"):
         TokenBridge.from_pretrained(OWN, atn_dropout=0.3)
-    assert hub.parse("hf://o/r@refs/pr/1/a.pth") == ("o/r", "refs/pr/1", "a.pth")
+    assert hub.parse_address("hf://o/r@refs/pr/1/a.pth") == ("o/r", "refs/pr/1", "a.pth")
     card = str(model.generate_model_card())
     assert (
         "path/to/its/tokenizer" in card and "kl16.ckpt" not in card

@@ -54,7 +54,7 @@ def is_address(path: str | Path | Address) -> bool:
     return str(path).startswith("hf:/")
 
 
-def parse(address: str | Path | Address) -> Address:
+def parse_address(address: str | Path | Address) -> Address:
     """Return the parts of ``hf://owner/repo[@revision]/path``; UserError for another form."""
     match = ADDRESS.fullmatch(str(address))
     if match is None:
@@ -63,7 +63,7 @@ def parse(address: str | Path | Address) -> Address:
     return Address(match["repo"], match["revision"], (match["path"] or "").strip("/"))
 
 
-def advice(error: Exception, target: Address | str, action: str) -> str | None:
+def connection_advice(error: Exception, target: Address | str, action: str) -> str | None:
     """Return a message for the user about an error of the Hub's client or of the network.
 
     The result is None for all other errors.
@@ -124,7 +124,7 @@ def explained(target: Address | str, action: str = "download") -> Iterator[None]
     except UserError:
         raise
     except Exception as error:
-        message = advice(error, target, action)
+        message = connection_advice(error, target, action)
         if message is None:
             raise
         raise UserError(message) from error
@@ -154,7 +154,7 @@ def fetch(address: str | Path | Address, names: Sequence[str] = (), **options) -
     Raises:
         UserError: the file cannot be downloaded. The message says why, and what to do.
     """
-    place = parse(address)
+    place = parse_address(address)
     in_folder = bool(names) and not place.path.endswith(SUFFIXES)
     paths = [f"{place.path}/{name}".lstrip("/") for name in names] if in_folder else [place.path]
     # Cached files first: without a network the client takes long to give up on the others.
@@ -242,7 +242,7 @@ def fetch_beside(address: str | Path | Address, fetched: Path, name: str, **opti
         address: the address that was downloaded.
         fetched: its path in the cache.
     """
-    place = parse(address)
+    place = parse_address(address)
     folder = place.path.removesuffix(fetched.name).strip("/")
     # The cache has a folder for each commit.
     commit = fetched.parents[len(PurePosixPath(folder).parts)].name

@@ -71,7 +71,7 @@ def find_pretrained(
             )
         source = f"hf://{model}"
     if hub.is_address(source) and revision is not None:
-        address = hub.parse(source)
+        address = hub.parse_address(source)
         if address.revision not in (None, revision):
             raise UserError(
                 f"{source} has another revision than revision={revision}: pass only one of them"
