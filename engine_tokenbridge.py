@@ -318,7 +318,7 @@ def train_one_epoch(trainer: Trainer, stop_signals: StopSignals) -> dict[str, fl
             distributed.barrier()  # waits longer than the next step may
         if stop:
             state.finish()
-            signal_name = stop_signals.heard or "another process"
+            signal_name = stop_signals.heard or "another rank"
             raise Preempted(
                 f"by {signal_name}, saved at epoch {state.epoch}, step {state.step}; "
                 f"start the same command with --resume {settings.output_dir} to continue"

@@ -17,7 +17,7 @@ from models import fast, layers
 from util.model_config import ModelConfig
 from util.options import option, option_names
 
-#: Most classes of one channel step: a group of channels has levels^group joint classes.
+#: Maximum number of classes of a channel step (levels^group for a group of channels).
 MAX_CLASSES = 2**17
 
 # --------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class ChannelAttention(nn.Module):
         """Attend from one step ``x [M, 1, D]`` to itself and the steps before it.
 
         Args:
-            cache: keys and values ``[2, M, H, S, D / H]``; those of this step are added.
+            cache: keys and values ``[2, M, H, S, D / H]``; this step is added in place.
             step: number of the step.
         """
         q, k, v = self.project(x)
@@ -168,7 +168,7 @@ class Head(nn.Module):
     #: Arguments of a model with this head that differ from :data:`models.tokenbridge.SIZES`, by
     #: model size.
     sizes: ClassVar[dict[str, dict[str, int]]] = {}
-    #: Prefixes of the names of parameters that belong to one channel step each.
+    #: Name prefixes of parameters that have a copy for each channel step.
     step_parameters: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig):
@@ -186,7 +186,7 @@ class Head(nn.Module):
                 f"limit is {MAX_CLASSES:,}: the output layers would hold {weights:,} parameters "
                 f"({4 * weights / 2**30:,.0f} GiB in fp32)"
             )
-        #: Positions of the sequence that a token makes in training.
+        #: Length of the sequence that the head processes for one token in training.
         self.sequence_length = self.channel_steps
         #: Uniform random numbers per token that :meth:`sample` and that :meth:`given` take.
         self.sample_numbers, self.loss_numbers = self.channel_steps, 0
