@@ -186,7 +186,7 @@ def test_models_and_tokenizers_come_from_folders_files_and_the_hub(
     # What the run names.
     with pytest.raises(
         UserError,
-        match=r"no tokenizer beside it \(vae or vae.ckpt\), and pretrained_models.*pass one",
+        match=r"no tokenizer beside it \(vae or vae.ckpt\), and .*pretrained_models.*pass one",
     ):
         TokenBridgePipeline.from_pretrained(trained)
     data = f"--vae_path {vae_path} --data_path {tmp_path}/data --output_dir {tmp_path}/b"
