@@ -380,14 +380,14 @@ def train_vae(
         resume(state, content, path)
     if distributed.get_world_size() > 2:
         trainer.order_gradients((args.batch_size, 3, args.img_size, args.img_size))
-        losses.read_figures()
+        losses.read_metrics()
     # Only now, because the order of gradients must not depend on --disc_start
     losses.steps_done = lambda: state.steps_done
     vae = (losses if args.no_ema else state.ema_model).vae
 
     def measure(epoch: int, writer: SummaryWriter | None, _: StopSignals) -> None:
         # Mean losses since the last measurement
-        mean_losses = losses.read_figures()
+        mean_losses = losses.read_metrics()
         scalars: dict[str, float] = {}
         if mean_losses:
             means = distributed.all_reduce_mean(torch.stack([*mean_losses.values()])).tolist()

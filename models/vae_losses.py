@@ -205,7 +205,7 @@ class VAELosses(nn.Module):
                 self._sums[name] = entry + self._sums.get(name, 0.0)
         return images[0].numel() * loss + self.kl_weight * kl + disc_loss
 
-    def read_figures(self) -> dict[str, Tensor]:
+    def read_metrics(self) -> dict[str, Tensor]:
         """Return the unweighted mean of each term on this rank since the last call."""
         sums = self._sums
         self._sums = {}

@@ -25,7 +25,7 @@ from tests.fill import deterministic_fill
 from tools import checkpoint as commands
 from util.checkpoint import safetensors_io
 from util.checkpoint.files import file_stamp, read_checkpoint, save_checkpoint
-from util.checkpoint.load import load_weights, warn_of_young_average
+from util.checkpoint.load import load_weights, warn_if_ema_is_untrained
 from util.checkpoint.runs import find_checkpoint, read_newest_checkpoint, read_run
 from util.checkpoint.vae_files import save_vae
 from util.checksums import fingerprint
@@ -267,7 +267,7 @@ def test_an_average_that_is_mostly_of_drawn_weights_is_told(caplog, entries, war
     # An earlier version did not warm the average up, and did not count its steps.
     content = {"epoch": 3, "steps_per_epoch": 10, "args": {"ema_rate": 0.9999}, **entries}
     with caplog.at_level("WARNING", logger="tokenbridge"):
-        warn_of_young_average(content, "file.pth")
+        warn_if_ema_is_untrained(content, "file.pth")
     assert (
         "only 40 steps" in caplog.text and "--no_ema" in caplog.text and "--resume" in caplog.text
     ) == warned

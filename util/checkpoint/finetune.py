@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.checkpoint.load import dense, fits, warn_of_young_average
+from util.checkpoint.load import dense, fits, warn_if_ema_is_untrained
 from util.checkpoint.names import to_published
 from util.errors import UserError, some
 from util.log import log
@@ -108,7 +108,7 @@ def start_from(
         raise UserError(f"{path} has no weights under 'model'")
     weights = to_published(weights)
     if ema and "model_ema" in content:
-        warn_of_young_average(content, path)
+        warn_if_ema_is_untrained(content, path)
     learned: dict[str, Tensor] = to_published(dict(model.named_parameters()))
     order = model.config["channel_order"]
     # Files without an order were written before there was a choice

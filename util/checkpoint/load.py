@@ -89,7 +89,7 @@ def matching(
     return {name: weights[name] for name in expected}
 
 
-def warn_of_young_average(content: Mapping[str, Any], path: str | Path) -> None:
+def warn_if_ema_is_untrained(content: Mapping[str, Any], path: str | Path) -> None:
     """Warn if the EMA still contains the initial weights: after a short run without EMA warmup."""
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
@@ -124,7 +124,7 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path,
     expected = to_published(model.state_dict())
     weights = to_published(weights)
     if ema:
-        warn_of_young_average(content, path)
+        warn_if_ema_is_untrained(content, path)
         # The EMA covers learned entries only. The tables are stored with the plain weights.
         tables = set(expected) - set(to_published(dict(model.named_parameters())))
         plain = to_published(plain) if isinstance(plain, Mapping) else {}
