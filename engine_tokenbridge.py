@@ -175,7 +175,7 @@ class Trainer:
             self.state.update_ema()
         if finite:
             self.meter.add(result)
-        else:
+        else:  # lists its images in bad_steps-rank<n>.jsonl; too many such steps are an error
             self.bad_steps.add(result, self.files_of_step(result.step))
 
     def wait_for_step(self) -> tuple[StepResult, bool, bool]:
@@ -223,6 +223,7 @@ class Trainer:
             del optimizer.found_inf, optimizer.grad_scale
         state.optimizer.zero_grad(set_to_none=True)
         result = StepResult(loss, norm, lr, state.epoch, state.step)
+        # The flags are copied to the CPU asynchronously; wait_for_step reads them
         self._pending = result, distributed.HostCopy(torch.stack([finite, taken]))
         state.advance()
 
