@@ -503,7 +503,7 @@ def show(files: list[ImageFiles], number: int = 0) -> tuple:
     file = files[number]
     download = gr.update(value=file.image, interactive=True)
     again = gr.update(interactive=True)
-    return f"Made: {file.caption}", file.image, file.confidence, download, again
+    return f"Generated: {file.caption}", file.image, file.confidence, download, again
 
 
 def choose(files: list[ImageFiles], chosen: gr.SelectData) -> tuple:

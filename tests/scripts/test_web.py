@@ -71,9 +71,9 @@ def test_a_class_is_searched_and_made_by_keyboard_without_another_host(visit, si
     assert visitor.page.locator("#class input").input_value() == "bee (1)"
     visitor.page.locator("#generate").focus()
     visitor.page.keyboard.press("Enter")
-    says = visitor.until("Made")
+    says = visitor.until("Generated")
     made = site.alone(1, seeds=0, num_iter=16, cfg=3.0)
-    assert says == f"Made: seed 0: {made.log_likelihoods[0]:.1f} nats"
+    assert says == f"Generated: seed 0: {made.log_likelihoods[0]:.1f} nats"
     assert np.array_equal(visitor.picture(), np.asarray(made.images[0]))
     surest = made.confidence[0].numpy()
     least, most = (np.unravel_index(at, (4, 4)) for at in (surest.argmin(), surest.argmax()))
@@ -98,7 +98,7 @@ def test_settings_come_back_from_a_png(visit, site, tmp_path):
     visitor.choose("class", "dog")
     visitor.page.locator("#order").get_by_text("raster").click()
     visitor.click("generate")
-    visitor.until("Made: seed 41")
+    visitor.until("Generated: seed 41")
     visitor.download(tmp_path / "dog.png")
     how = {
         "num_iter": 5,
@@ -115,7 +115,7 @@ def test_settings_come_back_from_a_png(visit, site, tmp_path):
     other.page.wait_for_function("document.querySelector('#seed input').value == 41")
     assert [other.number(name) for name in ("steps", "guidance", "temperature")] == [5, 1.5, 0.8]
     other.click("generate")
-    other.until("Made: seed 41")
+    other.until("Generated: seed 41")
     other.download(tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "dog.png").read_bytes()
     for name, text in {
@@ -146,9 +146,9 @@ def test_the_picture_fills_in_step_by_step(visit, site):
         grey.append((sheet == 128).all(axis=2).sum())
     assert grey == sorted(set(grey), reverse=True)  # fewer with each step
     site.go_on()
-    visitor.until("Made: seed 0")
+    visitor.until("Generated: seed 0")
     visitor.page.locator("#gallery button").nth(1).click()
-    visitor.until("Made: seed 1")
+    visitor.until("Generated: seed 1")
     assert np.abs(visitor.picture() - site.pixels(0, seeds=1).astype(int)).max() <= 1
 
 
@@ -165,7 +165,7 @@ def test_work_is_cancelled(visit, site):
     site.go_on()
     visitor.set("seed", 7)
     visitor.click("generate")
-    visitor.until("Made: seed 7")
+    visitor.until("Generated: seed 7")
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_a_page_that_is_closed_half_way_ends_its_work(visit, site):
     waiting.click("generate")
     leaving.page.close()
     assert site.rest() <= 16 + 4  # not the 14 that were left, and 16
-    waiting.until("Made: seed 5")
+    waiting.until("Generated: seed 5")
     assert np.array_equal(waiting.picture(), site.pixels(0, seeds=5))
 
 
@@ -196,7 +196,7 @@ def test_two_visitors_at_once_get_what_each_asked_for(visit, site):
     assert visitors[1].status() == "Nothing generated yet"  # it waits
     site.go_on()
     for seed, (visitor, label) in enumerate(zip(visitors, (1, 3), strict=True)):
-        visitor.until(f"Made: seed {seed}")
+        visitor.until(f"Generated: seed {seed}")
         assert f"class-{label}-seed-{seed}.png" in visitor.page.locator(
             "#picture img"
         ).get_attribute("src")
@@ -208,7 +208,7 @@ def test_a_phone_shows_all_of_it(visit, site):
     visitor = visit(width=390, height=844, is_mobile=True, has_touch=True)
     visitor.set("count", 3)
     visitor.page.tap("button#generate")
-    visitor.until("Made")
+    visitor.until("Generated")
     visitor.page.tap("button#again")
     visitor.page.wait_for_selector("#editor canvas")
     for name in (
@@ -243,7 +243,7 @@ def test_a_picture_is_edited_under_a_drawn_mask_the_likeliest_first(visit, site,
     visitor.draw(0.75, 0.95)
     visitor.set("count", 5)
     visitor.click("edit")
-    visitor.until("Made")
+    visitor.until("Generated")
     made = visitor.picture()
     changed = (made != original).any(axis=(1, 2))
     assert not changed[:8].any() and changed[13:15].all()
@@ -260,7 +260,7 @@ def test_a_picture_is_edited_under_a_drawn_mask_the_likeliest_first(visit, site,
 def test_a_part_is_covered_without_drawing(visit, site):
     visitor = visit()
     visitor.click("generate")
-    visitor.until("Made")
+    visitor.until("Generated")
     before = visitor.picture()
     visitor.click("again")
     visitor.page.wait_for_selector("#editor canvas")
@@ -268,7 +268,7 @@ def test_a_part_is_covered_without_drawing(visit, site):
     visitor.page.wait_for_timeout(1000)
     visitor.set("seed", 3)
     visitor.click("edit")
-    visitor.until("Made: seed 3")
+    visitor.until("Generated: seed 3")
     lower = Image.new("L", (16, 16))
     lower.paste(255, (0, 8, 16, 16))
     expected = site.pixels(0, image=Image.fromarray(before), mask_image=lower, seeds=3)
@@ -316,7 +316,7 @@ def test_what_cannot_be_made_is_told_and_the_page_goes_on(visit, site, tmp_path)
     visitor.click("cancel")  # of nothing
     visitor.page.get_by_role("tab", name="Generate").click()
     visitor.click("generate")
-    visitor.until("Made: seed 0")
+    visitor.until("Generated: seed 0")
 
 
 def test_no_file_of_the_machine_is_served(site):
