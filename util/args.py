@@ -75,8 +75,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"{unknown[0]} belongs to no flag; --help lists them")
         if self.has_config and parsed.config:
-            self.set_defaults(**self.read_config(parsed.config))
-            parsed, _ = super().parse_known_args(args)
+            # Flags that are not typed keep the values that the namespace has already
+            values = argparse.Namespace(**self.read_config(parsed.config))
+            parsed, _ = super().parse_known_args(args, values)
         return parsed, []
 
     def read_config(self, path: str) -> dict[str, Any]:

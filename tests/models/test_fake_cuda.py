@@ -261,7 +261,7 @@ def test_edited_pictures_are_waited_for_at_their_end():
     waits = (
         "decode_images",
         "check_finite",
-        "make",
+        "generate_batch",
         "check_finite",
     )  # the checks read what is computed by then
     with FakeCuda(*waits) as cuda, mock.patch.object(TokenBridgePipeline, "to"):  # fakes stay

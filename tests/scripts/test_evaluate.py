@@ -291,7 +291,7 @@ def test_images_of_other_settings_or_weights_are_replaced(run, weights, tmp_path
     assert seen[0] != seen[1] != seen[2] == seen[3]
     assert (
         caplog.text.count("replacing the images of another run") == 2
-        and "gen_seed 0 then, 1 now" in caplog.text
+        and "gen_seed was 0, now 1" in caplog.text
     )
 
 

@@ -137,7 +137,7 @@ def test_what_cannot_be_made_is_told_in_one_line(refused, weights, vae_path, tmp
         f"{image} --outpaint 8": "the margin of 8 pixels does not fit an image of 16 pixels: choose 1 to 7",
         "--outpaint 2": "--mask and --outpaint need --image",
         f"{image} --strength 2": "strength 2.0: it must be above 0",
-        f"--vae_path {tmp_path}/other.ckpt": "was trained on another tokenizer",
+        f"--vae_path {tmp_path}/other.ckpt": "was trained with another tokenizer",
         "--output out.jpg": "--output out.jpg: choose a name that ends in .png",
         "--resume nowhere": "there is no file or folder nowhere",
     }.items():

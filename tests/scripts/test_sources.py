@@ -330,7 +330,7 @@ def test_what_cannot_be_read_is_one_line_and_nothing_is_left(
     train = f"{BASE} --epochs 1 --vae_path {vae_path} --output_dir {tmp_path}/new --data_path"
     cases = {
         f"{train} {cut}": "cannot open",
-        f"{train} {rows} --image_column pixels": "but width (integers), image (images), label (classes)",
+        f"{train} {rows} --image_column pixels": "its columns are width (integers), image (images), label (classes)",
         f"{train} {rows} --label_column image": "no such column of labels",
         f"{train} {rows} --class_num 3": "has 4 classes, but class_num is 3: pass --class_num 4",
         f"{train} {one}": "has 1 class, but class_num is 4: pass --class_num 1",

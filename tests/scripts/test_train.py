@@ -260,7 +260,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(cached, tmp_path
     content = load(tmp_path / "run")
     assert len(traces[0]["steps"]) == len(traces[1]["steps"]) == content["step"] < 4
     assert torch.equal(traces[0]["steps"][-1], traces[1]["steps"][-1])
-    assert "by SIGUSR1" in said[1] and "another process" in said[0]
+    assert "by SIGUSR1" in said[1] and "another rank" in said[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_patterns_freeze_and_say_where_they_match_nothing():
     }
     assert frozen == expected | {"backbone.class_emb.weight"}
     with pytest.raises(
-        UserError, match=r"--freeze blocks.\* matches no parameter; there are fake_latent, .*"
+        UserError, match=r"--freeze blocks.\* matches no parameter; choose from fake_latent, .*"
     ):
         finetune.freeze(model, ["blocks.*"])
     with pytest.raises(UserError, match="leaves no parameter"):
