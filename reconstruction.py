@@ -146,7 +146,7 @@ def post_training_quantize(
         bits: 1 to 9, for 2^bits levels; negative for continuous latents.
         min_range, max_range: bounds that the latents are clipped to.
         std_range: half-width of the normalized range, in standard deviations.
-        quantizer: ``"gaussian"`` or ``"linear"``.
+        quantizer: a name in :data:`models.quantizer.QUANTIZERS`.
         channel_mean, channel_std: ``C`` numbers each. They replace the bounds by bounds of each
             channel.
 

@@ -151,8 +151,9 @@ class Head(nn.Module):
     the latents' own channel order; inside, classes are in generation order.
 
     A head implements :meth:`summed_loss`, :meth:`draw`, :meth:`training_flops` and
-    :meth:`elements_per_token`. It may replace the class attributes below, :meth:`given`,
-    :meth:`loss` and :meth:`check_options`.
+    :meth:`elements_per_token`. It may replace the class attributes below, ``sample_numbers`` and
+    ``loss_numbers``, and :meth:`given`, :meth:`loss`, :meth:`sampling_flops` and
+    :meth:`check_options`.
 
     Args:
         config: arguments of :class:`models.tokenbridge.TokenBridge`.

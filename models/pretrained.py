@@ -1,8 +1,4 @@
-"""Load models from files, folders and the Hugging Face Hub, and save them there.
-
-The imports inside methods load the code for files and the Hub: code that only builds a model needs
-neither.
-"""
+"""Load models from files, folders and the Hugging Face Hub, and save them there."""
 
 import inspect
 from collections.abc import Mapping
@@ -15,7 +11,12 @@ from torch import nn
 
 from models.diffusers_vae import DiffusersVAE
 from models.published import published_config, to_published
+from util.checkpoint import hub, vae_files
+from util.checkpoint.files import save_folder
 from util.checkpoint.load import load_weights, matching
+from util.checkpoint.model_card import model_card
+from util.checkpoint.runs import find_pretrained, read_run
+from util.checkpoint.vae_files import read_vae
 from util.errors import UserError, reason
 from util.tables import write_text
 
@@ -79,8 +80,6 @@ class PretrainedTokenBridge(
                 configuration and is not a published one.
             TypeError: the model has no such argument.
         """
-        from util.checkpoint.runs import find_pretrained, read_run
-
         unknown = set(model_kwargs) - set(inspect.signature(cls).parameters)
         if unknown:
             raise TypeError(f"{cls.__name__} has no arguments {', '.join(sorted(unknown))}")
@@ -151,8 +150,6 @@ class PretrainedTokenBridge(
             UserError: the disk is full, or the folder cannot be written; or see
                 :meth:`push_to_hub`.
         """
-        from util.checkpoint.files import save_folder
-
         folder = Path(save_directory)
         save_folder(
             folder,
@@ -185,8 +182,6 @@ class PretrainedTokenBridge(
         Raises:
             UserError: there is no network, no token, or no permission to write.
         """
-        from util.checkpoint import hub
-
         card_kwargs = {"repo_id": repo_id, **(kwargs.pop("model_card_kwargs", None) or {})}
         with hub.explained(hub.Address(repo_id, kwargs.get("branch"), ""), "write to"):
             hub.make_repo(repo_id, kwargs.get("private"), kwargs.get("token"))
@@ -194,8 +189,6 @@ class PretrainedTokenBridge(
 
     def generate_model_card(self, **kwargs) -> ModelCard:  # type: ignore[override]
         """Return the model card; arguments as of :func:`util.checkpoint.model_card.model_card`."""
-        from util.checkpoint.model_card import model_card
-
         return model_card(self, self._hub_mixin_info.model_card_data, **kwargs)
 
 
@@ -223,8 +216,6 @@ class PretrainedVAE(nn.Module):
         Raises:
             UserError: the file is missing or unreadable, or its weights do not fit.
         """
-        from util.checkpoint import vae_files
-
         file = vae_files.find_vae(path)
         if vae_files.is_diffusers(file):
             diffusers_vae = DiffusersVAE(vae_files.read_diffusers(file))
@@ -249,8 +240,6 @@ class PretrainedVAE(nn.Module):
         Raises:
             UserError: the file is missing or unreadable, or its weights do not fit.
         """
-        from util.checkpoint.vae_files import read_vae
-
         weights = read_vae(path)[0] if weights is None else weights
         hint = "It is another tokenizer; a file without a configuration is read as KL-16"
         self.load_state_dict(matching(weights, self.state_dict(), path, hint))
@@ -261,7 +250,5 @@ class PretrainedVAE(nn.Module):
         Raises:
             UserError: the disk is full, or the folder cannot be written.
         """
-        from util.checkpoint.files import save_folder
-
         config = {"vae": self.config, "latent_factor": latent_factor}
         save_folder(folder, self.state_dict(), config)

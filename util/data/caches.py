@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from util.data.datasets import ImageFolder, TrainingItems
-from util.data.sources import Folder, Rows, existing_folder, find_class_folders
+from util.data.sources import Source, existing_folder, find_class_folders
 from util.errors import UserError, some
 from util.files import inside, read_arrays, read_json
 
@@ -26,23 +26,19 @@ VIEWS = ("moments", "moments_flip")
 IMAGE_HASH = "image_sha256"
 
 
-def image_hash(source: Folder | Rows, index: int) -> np.ndarray:
+def image_hash(source: Source, index: int) -> np.ndarray:
     """Return the SHA-256 of the file or bytes of image ``index``, uint8 ``[32]``.
 
     Raises:
         UserError: the file cannot be read.
     """
-    content: Any = source.samples[index][0]
-    if isinstance(source, Rows):
-        content = source.table[index][source.column]
-        content = content["bytes"] or content.get("path") if isinstance(content, dict) else content
     try:
-        data = Path(content).read_bytes() if isinstance(content, str) else content or b""
+        content = source.content(index)
     except OSError as error:
         raise UserError(
-            f"cannot read image {content} ({error.strerror}); replace or remove it"
+            f"cannot read image {source.samples[index][0]} ({error.strerror}); replace or remove it"
         ) from error
-    digest = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
+    digest = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
     return digest.copy()  # torch needs a writable array
 
 
@@ -104,9 +100,14 @@ class ImagesToCache(ImageFolder):
         """Check that the cache holds no moments of other images.
 
         Raises:
-            UserError: it does, or the name of an image is not possible in the cache.
+            UserError: it does, two images have the same name, or a name is not possible in it.
         """
         names = {str(cached_file("", self.source.name(index))) for index in range(len(self))}
+        if len(names) < len(self):
+            raise UserError(
+                f"{self.root}: only {len(names)} of {len(self)} images have a name of their own, "
+                "but a cache holds one file per name"
+            )
         cached_names = {
             os.path.relpath(os.path.join(folder, file), self.cached_path)
             for folder, _, files in os.walk(self.cached_path, followlinks=True)

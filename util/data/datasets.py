@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from util import distributed
 from util.crop import center_crop_arr
-from util.data.sources import AllImages, Folder, Rows, open_unlabeled, read_image
+from util.data.sources import Folder, Source, open_unlabeled, read_image
 from util.errors import UserError, reason
 from util.files import read_arrays
 from util.log import log, warn
@@ -180,12 +180,12 @@ class ImageFolder(TrainingItems):
 
     def __init__(
         self,
-        source: str | Path | Folder | Rows,
+        source: str | Path | Source,
         transform: Callable[[Image.Image], Any] | None = None,
         mirror: bool = False,
         bad_images: BadImages | None = None,
     ):
-        self.source = source if isinstance(source, Folder | Rows) else Folder(source)
+        self.source = Folder(source) if isinstance(source, str | Path) else source
         self.root = self.source.root
         self.classes = self.source.classes
         self.samples = self.source.samples
@@ -242,7 +242,7 @@ class PlainImages(Dataset):
     ):
         self.source = Path(source)
         self.img_size = img_size
-        self.opened: AllImages | Rows | None = None
+        self.opened: Source | None = None
         self.items: Sequence[str | Path] | np.ndarray
         if paths is not None:
             self.items = paths

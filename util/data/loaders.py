@@ -26,8 +26,7 @@ from util.data.packed import PackedCache, open_cache
 from util.data.sources import (
     NO_LABELS,
     UNLABELED,
-    Folder,
-    Rows,
+    Source,
     existing_folder,
     images_root,
     open_images,
@@ -194,7 +193,7 @@ def load_data(
     """
     root = data_root(args, split)
     mirror = args.mirror and split == "train"
-    source: CachedFolder | PackedCache | Folder | Rows
+    source: CachedFolder | PackedCache | Source
     if args.use_cached:
         source = open_cache(root, mirror=mirror)
     else:

@@ -395,6 +395,10 @@ class Folder:
         """Return image ``index`` as RGB; UserError if it cannot be read."""
         return read_image(self.samples[index][0])
 
+    def content(self, index: int) -> bytes:
+        """Return the bytes of the file of image ``index``; OSError if it cannot be read."""
+        return Path(self.samples[index][0]).read_bytes()
+
     def name(self, index: int) -> str:
         """Return ``class/file`` of image ``index``."""
         path = Path(self.samples[index][0]).relative_to(self.root)
@@ -517,15 +521,30 @@ class Rows:
 
     def read(self, index: int) -> Image.Image:
         """Return image ``index`` as RGB; UserError if it cannot be read."""
-        cell = self.table[index][self.column]
-        if isinstance(cell, dict):  # with a path instead of bytes in a data set of files
-            cell = cell["bytes"] or cell.get("path")
-        file = cell if isinstance(cell, str) else io.BytesIO(cell or b"")
+        cell = self._cell(index)
+        file = cell if isinstance(cell, str) else io.BytesIO(cell)
         return read_image(file, f"{self.name(index)} of {self.root}")
+
+    def content(self, index: int) -> bytes:
+        """Return the bytes of image ``index``; OSError if its file cannot be read."""
+        cell = self._cell(index)
+        return Path(cell).read_bytes() if isinstance(cell, str) else cell
+
+    def _cell(self, index: int) -> str | bytes:
+        """Return the bytes of image ``index``, or its path in a data set of files."""
+        cell = self.table[index][self.column]
+        if isinstance(cell, dict):
+            cell = cell["bytes"] or cell.get("path")
+        return cell or b""
 
     def name(self, index: int) -> str:
         """Return ``class/split-number`` of image ``index``."""
         return self.samples[index][0]
+
+
+#: Images and labels, whatever they are stored in: ``root``, ``classes``, ``samples`` (name and
+#: label of each image), ``read(index)``, ``content(index)`` and ``name(index)``.
+Source = Folder | Rows
 
 
 def open_table(root: str, split: str) -> tuple[Any, str]:
@@ -781,7 +800,7 @@ def images_root(path: str | Path, split: str) -> Path | str:
 
 def open_images(
     path: str | Path, split: str, image_column: str | None = None, label_column: str | None = None
-) -> Folder | Rows:
+) -> Source:
     """Open the images of ``train`` or ``val`` in ``path``; UserError if there are none."""
     root = images_root(path, split)
     if split == "val" and isinstance(root, Path):
@@ -794,7 +813,7 @@ def open_images(
     return Folder(root) if isinstance(root, Path) else Rows(root, split, image_column, label_column)
 
 
-def open_unlabeled(path: str | Path) -> AllImages | Rows:
+def open_unlabeled(path: str | Path) -> Source:
     """Open the training images in ``path`` without labels; UserError if there are none."""
     root = images_root(path, "train")
     if isinstance(root, Path):
