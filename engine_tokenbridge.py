@@ -1,4 +1,4 @@
-"""Training: one step, one epoch, one run. Also the caching of latents, and statistics of their channels.
+"""Training: one step, one epoch, one run. Also caching of latents, and their channel statistics.
 
 Sampling and metrics are in :mod:`evaluation`.
 """
@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from evaluation import evaluate  # noqa: F401, MAR's engine has both loops
-from models.tokenizer import Encoder, Tokenizer
+from evaluation import evaluate  # noqa: F401, MAR's engine has evaluate, too
+from models.tokenizer import LatentEncoder, Tokenizer
 from util import distributed, launcher
 from util.checkpoint.files import CHECKPOINT_NAME
 from util.data.caches import IMAGE_HASH, cached_file
@@ -32,9 +32,10 @@ from util.precision import autocast, check_finite, double
 from util.provenance import write_args
 from util.rng import seed_everything
 from util.signals import StopSignals
-from util.training_state import TrainingSettings, TrainingState
+from util.training_settings import TrainingSettings
+from util.training_state import TrainingState
 
-LOG_EVERY = 20  # steps between two readings of the metrics, which wait for the device
+LOG_EVERY = 20  # steps between two logged metrics: reading them waits for the device
 
 # --------------------------------------------------------------------------------------------------
 # One step
@@ -44,10 +45,13 @@ class Trainer:
     """A training run: its state (model, EMA, optimizer, scaler), data, tokenizer, metrics and log.
 
     Args:
-        model: on its device; ``model(batch, labels)`` returns the loss.
-        settings: of the run.
-        loader: batches of images ``[B, 3, H, W]`` or cached moments ``[B, 2C, h, w]``, and labels ``[B]``.
-        tokenizer: encodes the batches; None for a model that takes images.
+        model: on its device. ``model(inputs, labels)`` returns the loss. It also has
+            ``training_flops()``, ``config`` and ``metadata``; ``check_labels(labels)`` if there is
+            a tokenizer; and ``compile_blocks()`` for ``settings.compile``.
+        settings: settings of the run.
+        loader: yields images ``[B, 3, H, W]`` or cached moments ``[B, 2C, h, w]``, and labels
+            ``[B]``; see :func:`util.data.loaders.training_loader`.
+        tokenizer: encodes the batches; None for a model that takes images (main_vae.py).
         checkpoint_name: the file name of checkpoints.
         parts: lists of optimizer groups; see :class:`util.training_state.TrainingState`.
         log_dir: the folder of TensorBoard's log and ``args.json``; by default the output folder.
@@ -58,16 +62,17 @@ class Trainer:
         model: nn.Module,
         settings: TrainingSettings,
         loader: DataLoader,
-        tokenizer: Encoder | None = None,
+        tokenizer: LatentEncoder | None = None,
         *,
         checkpoint_name: str = CHECKPOINT_NAME,
         parts: Sequence[list[dict]] | None = None,
         log_dir: str | Path | None = None,
     ):
-        self.settings, self.tokenizer = settings, tokenizer
+        self.settings = settings
+        self.tokenizer = tokenizer
         self.loader: Any = loader
         self.log_dir = Path(log_dir or settings.output_dir)
-        steps_per_epoch = len(loader) // settings.accum_iter  # the last, incomplete step is dropped
+        steps_per_epoch = len(loader) // settings.accum_iter  # drops an incomplete last step
         self.state = TrainingState(model, settings, steps_per_epoch, checkpoint_name, parts)
         self.images_per_step = settings.batch_size * settings.accum_iter  # on this rank
         self.meter = Meter(
@@ -78,18 +83,16 @@ class Trainer:
         self.bad_steps = BadSteps(settings.max_bad_steps, settings.output_dir)
         self.log: TrainingLog | None = None
         self._batches: Iterator = iter(())
-        self._first_step = 0  # of the epoch, the step that the first of the batches belongs to
+        self._first_step = 0  # step of the epoch at which `_batches` starts
         self._pending: tuple[StepResult, distributed.HostCopy] | None = None
 
     def step(self) -> float:
-        """Take one optimizer step, on the next ``accum_iter`` batches, without waiting for the device.
+        """Take one optimizer step on the next ``accum_iter`` batches, and return its learning rate.
 
-        Its outcome is pending until :meth:`finish_step`, which the next step calls. Everything random
-        in a step follows from the seed, the rank, the epoch and the step: a run that resumes within
-        an epoch draws what an uninterrupted run would have drawn.
-
-        Returns:
-            the learning rate.
+        The step is started without waiting for the device. Its outcome is pending until
+        :meth:`finish_step`, which the next step calls. All random numbers of a step follow from the
+        seed, the rank, the epoch and the step, so a resumed run draws the same ones as an
+        uninterrupted run.
 
         Raises:
             UserError: the data ended too early, or see :meth:`finish_step`.
@@ -107,10 +110,10 @@ class Trainer:
         # Encode, forward and backward
         loss = self.backward(batches)
 
-        # EMA and metrics of the previous step, before its weights change
+        # The previous step: its EMA and metrics, while the weights are still those it left
         self.finish_step()
 
-        # Clip the gradients and step, unless one is NaN or infinite
+        # Clip the gradients, step unless one is NaN or infinite, and count the step
         self.clip_and_step(loss, lr)
         return lr
 
@@ -129,48 +132,83 @@ class Trainer:
         return batches
 
     def encode(self, batch: Tensor) -> Tensor:
-        """Return the model's input: a sample of the latents' posterior, or the images themselves."""
+        """Return the model's inputs: a sample of the scaled latents, or the images themselves.
+
+        The tokenizer encodes outside autocast, in float32.
+        """
         if self.tokenizer is None:
             return batch
         with torch.no_grad():
             return self.tokenizer.encode(batch).sample()
 
     def backward(self, batches: Sequence) -> Tensor:
-        """Compute the gradients of one step; return its mean loss on the device, detached."""
+        """Compute the gradients of one step. Return its mean loss on the device, detached."""
         state = self.state
         mean_loss = torch.zeros((), device=state.device)
         for i, (batch, labels) in enumerate(batches):
             if self.tokenizer is not None:
-                state.model.check_labels(labels)  # while they are on the CPU
+                state.model.check_labels(labels)  # on the device, this would synchronize
             batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
-            latents = self.encode(batch)
+            inputs = self.encode(batch)
             # Ranks exchange gradients once per step, with its last batch
             accumulates = (
                 isinstance(state.wrapped, DistributedDataParallel) and i < len(batches) - 1
             )
             with state.wrapped.no_sync() if accumulates else nullcontext():
                 with autocast(state.device, self.settings.precision):
-                    loss = state.wrapped(latents, labels) / len(batches)
+                    loss = state.wrapped(inputs, labels) / len(batches)
                 state.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         return mean_loss
 
+    def finish_step(self) -> None:
+        """Finish the pending step, if any: update the EMA and metrics, or record a bad step.
+
+        Raises:
+            UserError: there have been too many bad steps, or the weights of the ranks differ.
+        """
+        self.state.check_ranks()  # compares the checksums that the last save gathered, if any
+        if self._pending is None:
+            return
+        result, finite, taken = self.wait_for_step()
+        if taken:
+            self.state.update_ema()
+        if finite:
+            self.meter.add(result)
+        else:  # lists its images in bad_steps-rank<n>.jsonl; too many such steps are an error
+            self.bad_steps.add(result, self.files_of_step(result.step))
+
+    def wait_for_step(self) -> tuple[StepResult, bool, bool]:
+        """Wait for the pending step.
+
+        Returns:
+            the step, whether loss and gradients were finite, and whether the weights changed.
+        """
+        assert self._pending is not None
+        (result, outcome), self._pending = self._pending, None
+        finite, taken = outcome.read().tolist()
+        return result, finite, taken
+
     def clip_and_step(self, loss: Tensor, lr: float) -> None:
-        """Clip the gradients, and step unless their norm is NaN or infinite; nothing waits for the device.
+        """Clip the gradients, step unless their norm is NaN or infinite, and count the step.
+
+        This does not wait for the device, except on Apple GPUs, whose optimizer is not fused.
 
         Args:
-            loss: of this step, for the record.
-            lr: of this step, for the record.
+            loss: mean loss of this step, for the metrics.
+            lr: learning rate of this step, for the metrics.
         """
         state = self.state
         limit = self.settings.grad_clip or float("inf")
         state.scaler.unscale_(state.optimizer)
         norms = [nn.utils.clip_grad_norm_(part, limit) for part in state.clipped]
         norm = torch.stack(norms).sum()
-        # All ranks have the same gradients, and so the same norm
+        # DDP has summed the gradients, so all ranks compute the same norm. `finite` decides whether
+        # this is a bad step, `taken` whether the weights change.
         finite = taken = torch.isfinite(norm)
         if state.scaler.is_enabled():
-            # With fp16 an overflowing gradient is no fault: the scaler skips the step and lowers the scale
+            # In fp16, gradients that overflow are no fault: the scaler skips the step and lowers
+            # the scale. Only a loss that is not finite makes it a bad step.
             finite = torch.isfinite(distributed.all_reduce_mean(loss))
             state.scaler.step(state.optimizer)
             state.scaler.update()
@@ -185,35 +223,12 @@ class Trainer:
             del optimizer.found_inf, optimizer.grad_scale
         state.optimizer.zero_grad(set_to_none=True)
         result = StepResult(loss, norm, lr, state.epoch, state.step)
+        # The flags are copied to the CPU asynchronously; wait_for_step reads them
         self._pending = result, distributed.HostCopy(torch.stack([finite, taken]))
         state.advance()
 
-    def finish_step(self) -> None:
-        """Wait for the pending step, if there is one: update the EMA and the metrics, or record a bad step.
-
-        Raises:
-            UserError: there have been too many bad steps, or the weights of the ranks differ.
-        """
-        self.state.check_ranks()
-        if self._pending is None:
-            return
-        result, finite, taken = self.wait_for_step()
-        if taken:
-            self.state.update_ema()
-        if finite:
-            self.meter.add(result)
-        else:
-            self.bad_steps.add(result, self.files_of_step(result.step))
-
-    def wait_for_step(self) -> tuple[StepResult, bool, bool]:
-        """Wait for the pending step; return it, whether it was finite, and whether it changed the weights."""
-        assert self._pending is not None
-        (result, outcome), self._pending = self._pending, None
-        finite, taken = outcome.read().tolist()
-        return result, finite, taken
-
     def files_of_step(self, step: int) -> list[str]:
-        """Return the files of the images of a ``step`` of this epoch."""
+        """Return the image files of a ``step`` of this epoch, on this rank."""
         start = (step - self._first_step) * self.images_per_step
         indices = list(self.loader.sampler)[start : start + self.images_per_step]
         return [self.loader.dataset.samples[index][0] for index in indices]
@@ -221,9 +236,9 @@ class Trainer:
     def order_gradients(self, shape: Sequence[int]) -> None:
         """Compute gradients of zeros of ``shape``, and discard them.
 
-        DDP arranges gradients in its buckets in the order in which the first ones arrive. The position
-        decides in which order more than two ranks add them. After this call a resumed run adds them in
-        the order of an uninterrupted one, from its first step on.
+        DDP assigns gradients to buckets in the order in which they first become ready. With more
+        than two ranks, the position in a bucket affects the order of summation, and so rounding.
+        After one backward pass, a resumed run sums in the same order as an uninterrupted one.
         """
         state = self.state
         zeros = torch.zeros(*shape, device=state.device)
@@ -237,7 +252,7 @@ class Trainer:
     # Around the steps
 
     def start_epoch(self) -> None:
-        """Start to load the batches of the epoch, from the next step on."""
+        """Start loading the batches of the epoch, from the next step on."""
         state, loader = self.state, self.loader
         loader.sampler.set_epoch(state.epoch)
         loader.sampler.start = state.step * self.images_per_step
@@ -245,7 +260,7 @@ class Trainer:
         self.start_loading()
 
     def start_loading(self) -> None:
-        """Start to load batches: the first ones are of the next step."""
+        """Start loading batches; the first ones belong to the next step."""
         self._batches, self._first_step = iter(self.loader), self.state.step
 
     def show(self, metrics: dict[str, float], epoch: int) -> None:
@@ -263,43 +278,50 @@ def train_one_epoch(trainer: Trainer, stop_signals: StopSignals) -> dict[str, fl
 
     Args:
         trainer: has started to load the epoch's batches (:meth:`Trainer.start_epoch`).
-        stop_signals: end the run after the step in which a rank received one.
+        stop_signals: end the run after the step in which any rank received one.
 
     Returns:
         the last metrics, by TensorBoard tag.
 
     Raises:
-        UserError: too many bad steps, ranks whose weights differ, a checkpoint that cannot be written
-            after a signal, or data that ended too early.
+        UserError: there were too many bad steps, the weights of the ranks differ, the checkpoint
+            after a signal cannot be written, or the data ended too early.
         Preempted: a signal was received; the run has been saved.
     """
     state, settings = trainer.state, trainer.settings
     state.wrapped.train()
     trainer.meter.restart()
-    epoch, first, metrics = state.epoch, state.step, {}
-    while state.epoch == epoch:  # each step advances it
+    epoch = state.epoch
+    first_step = state.step
+    metrics: dict[str, float] = {}
+    while state.epoch == epoch:  # trainer.step advances epoch and step
         step = state.step
         # Ranks begin an epoch at different times
-        timeout = distributed.STEP_TIMEOUT if step > first else distributed.TIMEOUT
+        timeout = distributed.STEP_TIMEOUT if step > first_step else distributed.TIMEOUT
         with distributed.collective_timeout(timeout):
             lr = trainer.step()
             stop = stop_signals.agreed()
         save = settings.save_every_steps and state.steps_done % settings.save_every_steps == 0
-        read = (step + 1) % LOG_EVERY == 0 or step + 1 == state.steps_per_epoch
+        show = (step + 1) % LOG_EVERY == 0 or step + 1 == state.steps_per_epoch
+
+        # Log
         if trainer.log is not None:
             trainer.log.bar.update()
-        if read or stop or save:
+        if show or stop or save:
             trainer.finish_step()
-        if read:
+        if show:
             metrics = {**(trainer.meter.read() or metrics), "train/lr": lr}
             trainer.show(metrics, epoch)
+
+        # Save
         if stop or save:
             state.save()
-            distributed.barrier()  # with a longer timeout than the next step has
+            distributed.barrier()  # waits longer than the next step may
         if stop:
             state.finish()
+            signal_name = stop_signals.heard or "another rank"
             raise Preempted(
-                f"by {stop_signals.heard or 'another process'}, saved at epoch {state.epoch}, step {state.step}; "
+                f"by {signal_name}, saved at epoch {state.epoch}, step {state.step}; "
                 f"start the same command with --resume {settings.output_dir} to continue"
             )
     return metrics
@@ -308,16 +330,17 @@ def train_one_epoch(trainer: Trainer, stop_signals: StopSignals) -> dict[str, fl
 # --------------------------------------------------------------------------------------------------
 # One run
 
-#: Is called with an epoch, TensorBoard's log (None on other ranks than 0), and the signals that end it.
-Measure = Callable[[int, SummaryWriter | None, StopSignals], None]
+#: Called with the epoch, TensorBoard's log (None except on rank 0), and the signals that end it.
+MeasureEpoch = Callable[[int, SummaryWriter | None, StopSignals], None]
 
 
-def train(trainer: Trainer, measure: Measure, save_before_measuring: bool = False) -> None:
+def train(trainer: Trainer, measure: MeasureEpoch, save_before_measuring: bool = False) -> None:
     """Train from the next step to the last epoch, saving and measuring.
 
     Args:
         measure: is called after every ``eval_freq``-th epoch and after the last one. A run that
-            resumes at the end of such an epoch, where it may have been interrupted, calls it first.
+            resumes at the end of such an epoch calls it first, because measuring may have been
+            interrupted.
         save_before_measuring: also save in these epochs, because measuring takes long or may fail.
 
     Raises:
@@ -347,12 +370,12 @@ def train(trainer: Trainer, measure: Measure, save_before_measuring: bool = Fals
     def measure_after(epoch: int) -> None:
         try:
             measure(epoch, training_log.writer, stop_signals)
-        except Preempted as stopped:
+        except Preempted as error:
             state.finish()
             raise Preempted(
-                f"{stopped} while measuring after epoch {epoch}; start the same command with --resume "
-                f"{settings.output_dir} to continue"
-            ) from stopped
+                f"{error} while measuring after epoch {epoch}; start the same command with "
+                f"--resume {settings.output_dir} to continue"
+            ) from error
 
     total = settings.epochs * state.steps_per_epoch
     training_log = TrainingLog(trainer.log_dir, state.steps_done, total)
@@ -371,22 +394,26 @@ def train(trainer: Trainer, measure: Measure, save_before_measuring: bool = Fals
                 state.save()
             if measures(epoch):
                 measure_after(epoch)
-        state.save()  # a run with nothing left to train may have another output folder
+        state.save()  # also if nothing was left to train, for a new output folder
         state.finish()
-    log.info("%d epochs are trained: %s", state.epoch, state.path)
+    log.info("trained %d epochs: %s", state.epoch, state.path)
 
 
 def check_start(state: TrainingState, settings: TrainingSettings) -> None:
-    """Check where the run begins, and log it if there is nothing to train or the run was restarted.
+    """Check the epoch and step at which the run starts.
+
+    Log if there is nothing to train, or if the run was restarted before its first checkpoint.
 
     Raises:
-        UserError: it begins from scratch although it has saved before, or after its last epoch; on all ranks.
+        UserError: on all ranks, if the run starts from scratch although it has saved before, or
+            starts after its last epoch without a checkpoint.
     """
-    saved = [path for path in distributed.gather_objects(launcher.saved_before()) if path]
-    if saved and not state.resumed:
+    saved_paths = [path for path in distributed.gather_objects(launcher.saved_before()) if path]
+    if saved_paths and not state.resumed:
         distributed.raise_on_all_ranks(
-            f"this run was restarted and begins from scratch, but it had written {saved[0]}: pass --resume "
-            f"{settings.output_dir}, and put --output_dir on a disk that all machines share"
+            f"this run was restarted and begins from scratch, but it had written {saved_paths[0]}: "
+            f"pass --resume {settings.output_dir}, and put --output_dir on a disk that all "
+            "machines share"
         )
     if launcher.restarts() and not state.resumed:
         log.info("restarted before the first checkpoint: the run begins from scratch")
@@ -394,16 +421,17 @@ def check_start(state: TrainingState, settings: TrainingSettings) -> None:
         return
     if not state.resumed:
         distributed.raise_on_all_ranks(
-            f"--start_epoch {state.epoch} with --epochs {settings.epochs}: there is nothing to train"
+            f"--start_epoch {state.epoch} with --epochs {settings.epochs}: "
+            "there is nothing to train"
         )
     log.info("%d epochs are done, --epochs is %d: nothing to train", state.epoch, settings.epochs)
 
 
 def dry_run(trainer: Trainer) -> None:
-    """Take two steps and log what the run needs: time, memory, size of a checkpoint. Write nothing.
+    """Take two steps; log hours, memory and checkpoint size of the run. Write nothing.
 
     Raises:
-        UserError: loss or gradient is not finite; on all ranks.
+        UserError: on all ranks, if loss or gradient is not finite.
     """
     state, settings = trainer.state, trainer.settings
     trainer.start_loading()
@@ -419,19 +447,22 @@ def dry_run(trainer: Trainer) -> None:
         distributed.raise_on_all_ranks(
             f"dry run: loss {loss:.4g}, gradient norm {norm:.4g}: not finite, a run would end"
         )
+    # The two steps of the dry run are no steps of the run
     steps = max(0, settings.epochs * state.steps_per_epoch - state.steps_done + 2)
     hours = seconds * steps / 3600
     log.info(
-        "dry run: loss %.4f, %.3g s per step, %.3g hours for %d steps, without loading data and measuring",
+        "dry run: loss %.4f, %.3g s per step, %.3g hours for %d steps, "
+        "without loading data and measuring",
         *(loss, seconds, hours, steps),
     )
     # Weights and EMA, and two tensors of optimizer state for each learned parameter, in float32
     learned = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     weights = sum(value.numel() for value in state.model.state_dict().values())
+    checkpoint_gib = (2 * weights + 2 * learned) * 4 / 2**30
     log.info(
-        "dry run: %.1f GiB of memory on each rank, %.2f GiB for each checkpoint; nothing was written",
-        memory_in_use(state.device),
-        (2 * weights + 2 * learned) * 4 / 2**30,
+        "dry run: %.1f GiB of memory on each rank, %.2f GiB for each checkpoint; "
+        "nothing was written",
+        *(memory_in_use(state.device), checkpoint_gib),
     )
 
 
@@ -441,34 +472,37 @@ def dry_run(trainer: Trainer) -> None:
 
 @torch.no_grad()
 def channel_statistics(
-    tokenizer: Encoder, loader: Iterable, channels: int, device: torch.device, precision: str
+    tokenizer: LatentEncoder, loader: Iterable, channels: int, device: torch.device, precision: str
 ) -> tuple[list[float], list[float]]:
-    """Return mean and standard deviation of each channel of the scaled latents, over images and positions of all ranks.
+    """Return mean and standard deviation of each channel of the scaled latents.
 
-    They are those of the posteriors themselves, without sampling: the variance of a channel is the
-    variance of its means plus the mean of its variances.
+    They are taken over images and positions of all ranks, and computed from the posteriors without
+    sampling: the variance of a channel is the variance of its means plus the mean of its variances.
 
     Args:
-        loader: gives tuples that start with a batch for ``tokenizer``.
-        channels: of the latents.
+        loader: yields tuples that start with a batch for ``tokenizer``.
+        channels: number of latent channels.
         precision: of the encoder.
 
     Raises:
         NotFinite: the tokenizer's encoder overflows.
     """
-    sums = double(torch.zeros(3, channels, device=device))  # images, mean, mean square
+    sums = double(torch.zeros(3, channels, device=device))  # images, sum, sum of squares
     for batch, *_ in loader:
         batch = batch.to(device, non_blocking=True)
         with autocast(device, precision):
             posterior = tokenizer.encode(batch)
-        mean, std = double(posterior.mean), double(posterior.std)
-        first, second = mean.mean(dim=(0, 2, 3)), (mean**2 + std**2).mean(dim=(0, 2, 3))
-        sums += len(batch) * torch.stack([torch.ones_like(first), first, second])
+        mean = double(posterior.mean)
+        std = double(posterior.std)
+        first_moment = mean.mean(dim=(0, 2, 3))
+        second_moment = (mean**2 + std**2).mean(dim=(0, 2, 3))
+        ones = torch.ones_like(first_moment)
+        sums += len(batch) * torch.stack([ones, first_moment, second_moment])
     sums = distributed.all_reduce_mean(sums)
     distributed.on_rank_0(lambda: check_finite(sums, "the tokenizer's encoder", precision))
-    count, first, second = sums
-    mean = first / count
-    std = (second / count - mean**2).clamp(min=0).sqrt()
+    count, first_moment, second_moment = sums
+    mean = first_moment / count
+    std = (second_moment / count - mean**2).clamp(min=0).sqrt()
     return mean.tolist(), std.tolist()
 
 
@@ -484,18 +518,20 @@ def cache_latents(
     device: torch.device,
     precision: str = "fp32",
 ) -> tuple[int, int]:
-    """Write the posterior moments of each image and of its mirror image to ``cached_path/<class>/<file name>.npz``.
+    """Write the posterior moments of each image and its mirror image.
+
+    The file of an image is ``cached_path/<class>/<file name>.npz``.
 
     Args:
-        loader: gives images ``[B, 3, H, W]``, labels, ``class/file`` names, and hashes of the images'
-            files (uint8 ``[B, 32]``), or None for a batch with nothing to do.
+        loader: yields images ``[B, 3, H, W]``, labels, ``class/file`` names, and hashes of the
+            image files (uint8 ``[B, 32]``); or None for a batch with nothing to cache.
         precision: of the encoder.
 
     Returns:
-        the number of files written by all ranks, and how many of them replaced others.
+        the number of files written by all ranks, and how many of them replaced other files.
 
     Raises:
-        UserError: a name leads out of ``cached_path``, or a file cannot be written.
+        UserError: a name points outside of ``cached_path``, or a file cannot be written.
         NotFinite: the encoder overflows.
     """
     counts = torch.zeros(2)  # written, replaced
@@ -510,13 +546,13 @@ def cache_latents(
             moments, mirrored = (view.float().cpu() for view in views)
             for view in (moments, mirrored):
                 check_finite(view, "the tokenizer's encoder", precision)
-            for name, *content in zip(names, moments, mirrored, hashes, strict=True):
+            for name, *tensors in zip(names, moments, mirrored, hashes, strict=True):
                 path = cached_file(cached_path, name)
                 counts += torch.tensor([1.0, float(path.exists())])
-                plain, flipped, digest = (value.numpy() for value in content)
+                plain, flipped, digest = (tensor.numpy() for tensor in tensors)
                 with written_whole(path, flush=False) as file:
                     np.savez(file, moments=plain, moments_flip=flipped, **{IMAGE_HASH: digest})
-    flush_all()  # before the counts report to other ranks that all files are there
+    flush_all()  # all files are on disk before the other ranks receive the counts
     totals = distributed.all_reduce_mean(counts.to(device)) * distributed.get_world_size()
     written, replaced = totals.round().int().tolist()
     return written, replaced

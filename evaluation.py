@@ -1,4 +1,4 @@
-"""Measure a model: samples and their metrics, held-out likelihood, searches over guidance and temperature."""
+"""Measure a model: metrics of its samples, held-out likelihood, search over guidance scales."""
 
 import argparse
 import hashlib
@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from models.sampling import SamplingOptions
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Encoder, Tokenizer
+from models.tokenizer import LatentEncoder, Tokenizer
 from util import distributed
 from util.checkpoint import hub
 from util.checksums import checksum, fingerprint
@@ -36,7 +36,7 @@ from util.provenance import provenance
 from util.rng import image_seeds, numbered_draws
 from util.signals import StopSignals, until_stopped
 
-if TYPE_CHECKING:  # metrics load torch_fidelity and torchvision, which take longer than torch
+if TYPE_CHECKING:  # importing it loads torch_fidelity and torchvision, which takes seconds
     from util.metrics.compute import Evaluator
 
 # --------------------------------------------------------------------------------------------------
@@ -65,11 +65,12 @@ def evaluate(
     weights: dict,
     stop_signals: StopSignals | None = None,
 ) -> SampleFolder:
-    """Sample ``settings.num_images`` images, equally many of each class to within one, to ``folder/NNNNN.png``.
+    """Sample ``settings.num_images`` images to ``folder/NNNNN.png``, and return the folder.
 
-    Image n shows class ``n * class_num // num_images`` and has its own seed. Each rank takes whole chunks
-    of ``eval_bsz`` consecutive images, so the number of ranks never changes an image. An interrupted run
-    continues where it stopped.
+    The numbers of images of two classes differ by one at most. Image n shows class
+    ``n * class_num // num_images`` and has its own seed. Each rank takes whole chunks of
+    ``eval_bsz`` consecutive images, so the number of ranks never changes an image. An interrupted
+    run continues where it stopped.
 
     Args:
         folder: on a disk that all ranks share (:func:`util.files.check_shared`).
@@ -77,51 +78,43 @@ def evaluate(
         stop_signals: end sampling after the chunk in which a rank received one.
 
     Raises:
-        UserError: the folder cannot be written or holds other images; on all ranks after the same chunk.
-        NotFinite: model or tokenizer overflow; on all ranks after the same chunk.
+        UserError: the folder cannot be written or holds other images.
+        NotFinite: model or tokenizer overflow. Like a UserError, on all ranks after the same chunk.
         Preempted: a signal was received.
     """
     folder = SampleFolder(folder)
     distributed.on_rank_0(
         lambda: folder.prepare({"settings": asdict(settings), "weights": weights})
     )
-    total, size, rank, world = (
-        settings.num_images,
-        settings.eval_bsz,
-        distributed.get_rank(),
-        distributed.get_world_size(),
-    )
+    total = settings.num_images
+    size = settings.eval_bsz
+    rank = distributed.get_rank()
+    world = distributed.get_world_size()
     chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
     if len(chunks) < world:
-        warn(
-            "%d chunks of %d images for %d processes: some have nothing to do",
-            len(chunks),
-            size,
-            world,
-        )
+        warn("%d chunks of %d images for %d ranks: some ranks are idle", len(chunks), size, world)
 
     def find_missing() -> list[range]:
-        there = folder.numbers()
+        finished = folder.numbers()
         if settings.save_confidence:
-            there &= folder.confidence.numbers()
-        return [chunk for chunk in chunks if not there.issuperset(chunk)]
+            finished &= folder.confidence.numbers()
+        return [chunk for chunk in chunks if not finished.issuperset(chunk)]
 
-    def make(own: Sequence[range]) -> None:
-        for chunk in own:
+    def sample_chunks(own_chunks: Sequence[range]) -> None:
+        for chunk in own_chunks:
             images, confidence = sample_chunk(model, tokenizer, chunk, settings, device)
             folder.save(images, chunk)
             if settings.save_confidence:
                 folder.confidence.save(confidence_maps(confidence, images.shape[-1]), chunk)
 
-    # All processes share what is missing, so that one whose images were lost has no more to do than others.
+    # Rank 0 distributes the missing chunks: a rank whose images were lost gets no more than others
     missing = distributed.on_rank_0(find_missing)
     with progress_bar(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
         bar.update(total - sum(map(len, missing)))
         for first in range(0, len(missing), world):
-            turn = missing[
-                first : first + world
-            ]  # a chunk for each process; the last turn may have fewer
-            distributed.on_all_ranks(partial(make, turn[rank : rank + 1]))
+            # A chunk for each rank; the last turn may have fewer
+            turn = missing[first : first + world]
+            distributed.on_all_ranks(partial(sample_chunks, turn[rank : rank + 1]))
             bar.update(sum(map(len, turn)))
             if stop_signals is not None:
                 stop_signals.check()
@@ -135,10 +128,11 @@ def sample_chunk(
     settings: SampleSettings,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Sample the images of these numbers.
+    """Sample the images of the given ``numbers``.
 
     Returns:
-        bytes ``[N, 3, H, W]``, and the confidence of their tokens ``[N, h, w]``, on the CPU.
+        images (uint8 ``[N, 3, H, W]``) and the confidence of their tokens ``[N, h, w]``, on the
+        CPU.
 
     Raises:
         NotFinite: the transformer or the tokenizer's decoder overflows.
@@ -151,31 +145,31 @@ def sample_chunk(
     precision = settings.vae_precision or settings.precision
     images = tokenizer.decode_images(latents, precision, "--vae_precision")
     confidence = confidence.cpu()
-    # The sampled levels are finite in any case; the confidence shows what is not
+    # Sampled levels are always finite, also if the logits were NaN: check the confidence
     check_finite(confidence, "the transformer", settings.precision)
     return images, confidence.unflatten(1, (model.grid_size, -1))
 
 
 def check_num_images(num_images: int, class_num: int) -> None:
-    """Raises UserError unless every class can have the same number of images, as metrics want them."""
+    """Raise UserError unless every class gets the same number of images, as metrics require."""
     if num_images <= 0 or num_images % class_num:
-        near = max(class_num, round(num_images / class_num) * class_num)
+        multiple = max(class_num, round(num_images / class_num) * class_num)
         raise UserError(
-            f"--num_images {num_images} cannot be shared evenly by {class_num} classes; use a multiple, such as "
-            f"{near}, or --no_metrics for pictures alone"
+            f"--num_images {num_images} cannot be shared evenly by {class_num} classes; use a "
+            f"multiple, such as {multiple}, or --no_metrics for images without metrics"
         )
 
 
 # --------------------------------------------------------------------------------------------------
 # Held-out likelihood
 
-LIKELIHOOD_MASKS = 4  # mask ratios an image is measured at
+LIKELIHOOD_MASKS = 4  # mask ratios at which each image is measured
 
 
 @torch.no_grad()
 def held_out_likelihood(
     model: TokenBridge,
-    tokenizer: Encoder,
+    tokenizer: LatentEncoder,
     loader: DataLoader,
     device: torch.device,
     precision: str,
@@ -183,16 +177,16 @@ def held_out_likelihood(
     head_options: Mapping[str, Any] | None = None,
     stop_signals: StopSignals | None = None,
 ) -> dict[str, float]:
-    """Measure the cross-entropy per latent dimension of held-out images, at fixed masks and posterior samples.
+    """Measure the cross-entropy per latent dimension of held-out images.
 
-    Each image is measured at :data:`LIKELIHOOD_MASKS` mask ratios, quantiles of the training distribution.
-    Its masks and posterior sample follow from ``seed`` and its number, so results do not depend on batch
-    size or ranks. So do the random numbers of the head's loss, if it takes any.
+    Each image is measured at :data:`LIKELIHOOD_MASKS` mask ratios, quantiles of the training
+    distribution. Its masks and posterior sample follow from ``seed`` and its number, so results do
+    not depend on batch size or ranks. So do the random numbers of the head's loss, if it takes any.
 
     Args:
         tokenizer: encodes the batches.
         loader: batches of images or cached moments, from a :class:`util.data.loaders.RankSampler`.
-        head_options: arguments of :meth:`models.channel_head.Head.nats`.
+        head_options: arguments of the head's ``loss``.
         stop_signals: end measuring after the batch in which a rank received one.
 
     Returns:
@@ -206,7 +200,9 @@ def held_out_likelihood(
     model.eval()
     sums = double(torch.zeros(2, device=device))  # cross-entropy, images
     limits = double(torch.zeros(2, device=device))  # extremes of the latents
-    rank, world, done = distributed.get_rank(), distributed.get_world_size(), 0
+    rank = distributed.get_rank()
+    world = distributed.get_world_size()
+    done = 0  # images of this rank
     counts = [model.num_masked_at((i + 0.5) / LIKELIHOOD_MASKS) for i in range(LIKELIHOOD_MASKS)]
     for batch, labels in until_stopped(loader, stop_signals):
         numbers = [rank + world * (done + i) for i in range(len(batch))]
@@ -229,14 +225,14 @@ def held_out_likelihood(
         sums[1] += len(batch)
     model.train(training)
     sums[0] /= model.head.channels_per_group  # a group's cross-entropy is that of all its channels
-    found = (distributed.all_reduce_mean(torch.cat([sums, limits])) * world).cpu()
+    totals = (distributed.all_reduce_mean(torch.cat([sums, limits])) * world).cpu()
 
     def check() -> None:
-        check_finite(found[2:], "the tokenizer's encoder", "fp32")  # without autocast
-        check_finite(found, "the transformer's likelihood", precision)
+        check_finite(totals[2:], "the tokenizer's encoder", "fp32")  # encodes without autocast
+        check_finite(totals, "the transformer's likelihood", precision)
 
     distributed.on_rank_0(check)
-    total, images = found[:2].tolist()
+    total, images = totals[:2].tolist()
     return {
         "nats_per_dim": total / images,
         "bits_per_dim": total / images / math.log(2),
@@ -250,25 +246,30 @@ def held_out_likelihood(
 
 @dataclass
 class Run:
-    """What sampling, measuring and training need: flags, device, tokenizer, metrics, held-out data."""
+    """Objects that sampling, measuring and training share."""
 
     args: argparse.Namespace
     device: torch.device
     tokenizer: Tokenizer | None  # None if cached moments are enough
-    encoder: Encoder  # of the batches of `held_out`: the tokenizer, or that of cached moments
-    evaluator: "Evaluator | None"  # None if only images are wanted
-    held_out: DataLoader | None  # images or moments to measure likelihoods on, if asked for
+    encoder: (
+        LatentEncoder  # of training and held-out batches: the tokenizer, or that of cached moments
+    )
+    evaluator: "Evaluator | None"  # None without metrics
+    held_out: DataLoader | None  # images or moments to measure the likelihood of; None without it
 
 
 def make_evaluator(args: argparse.Namespace, device: torch.device) -> "Evaluator | None":
-    """Everything that metrics need, loaded before the first image is made; None for pictures alone.
+    """Return Inception and the reference of the metrics, before an image is sampled.
+
+    Returns:
+        None without ``--evaluate`` and ``--online_eval``, or with ``--no_metrics``.
 
     Raises:
-        UserError: some of it is missing, or the processes do not share the folder of the images.
+        UserError: a file is missing or damaged, or the ranks do not share ``--output_dir``.
     """
     if not (args.evaluate or args.online_eval):
         return None
-    from util.metrics.compute import Evaluator
+    from util.metrics.compute import Evaluator  # loads torch_fidelity, which --help must not
 
     check_shared(args.output_dir)
     if args.no_metrics:
@@ -276,42 +277,55 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> "Evaluator
     if args.fid_stats is None and args.reference is None:
         args.fid_stats = default_statistics(args.img_size, args.class_num)
         if args.fid_stats is None:
-            warn("without FID: name what to compare with, by --fid_stats or --reference")
+            warn("FID is not measured: name a reference with --fid_stats or --reference")
 
     def check_stats() -> None:
         if args.fid_stats is not None and not Path(args.fid_stats).is_file():
             raise UserError(
-                f"no FID statistics at {args.fid_stats}: put ADM's for ImageNet 256 there, make others with "
-                "main_metrics.py --save_stats and name them with --fid_stats, or pass --no_metrics for pictures alone"
+                f"no FID statistics at {args.fid_stats}: save ADM's for ImageNet 256 as this file, "
+                "or compute others with main_metrics.py --save_stats and name them with "
+                "--fid_stats, or pass --no_metrics for images without metrics"
             )
 
     distributed.on_rank_0(check_stats)
-    how = device, args.eval_bsz, args.num_workers, args.num_images
-    return Evaluator(args.inception_weights, args.fid_stats, args.reference, *how)
+    return Evaluator(
+        args.inception_weights,
+        args.fid_stats,
+        args.reference,
+        device,
+        args.eval_bsz,
+        args.num_workers,
+        args.num_images,
+    )
 
 
 def sampling_settings(args: argparse.Namespace, cfg: float, temperature: float) -> SampleSettings:
-    """The flags' settings at one guidance scale and temperature."""
+    """Return the settings that flags describe, at one guidance scale and temperature."""
     names = set(SampleSettings.__dataclass_fields__) - {"cfg", "temperature"}
     return SampleSettings(
         cfg=cfg, temperature=temperature, **{name: getattr(args, name) for name in names}
     )
 
 
-def identity(path: str | Path | None) -> dict[str, str] | None:
-    """Return path and SHA-256 of a file, or of the names, sizes and times of a folder's files; None without a path."""
+def path_identity(path: str | Path | None) -> dict[str, str] | None:
+    """Return path and SHA-256 of a file or folder; None without a path.
+
+    The SHA-256 of a folder is that of the names, sizes and modification times of its files.
+    """
     if path is None:
         return None
-    file = Path(path)
-    if file.is_file():
-        return {"file": str(path), "sha256": hub.digest(file)}
-    status = [(str(each), each.stat()) for each in sorted(file.rglob("*")) if each.is_file()]
-    listed = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
-    return {"file": str(path), "sha256": hashlib.sha256(repr(listed).encode()).hexdigest()}
+    if Path(path).is_file():
+        return {"file": str(path), "sha256": hub.digest(Path(path))}
+    files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
+    status = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {"file": str(path), "sha256": hashlib.sha256(repr(status).encode()).hexdigest()}
 
 
 def weights_identity(run: Run, model: TokenBridge) -> dict[str, str | bool]:
-    """Return the SHA-256 of the weights of model and tokenizer, computed by rank 0; samples of others are replaced."""
+    """Return the SHA-256 of the weights of model and tokenizer, computed by rank 0.
+
+    Samples with another identity are replaced.
+    """
 
     def identify() -> dict[str, str | bool]:
         assert run.tokenizer is not None
@@ -324,12 +338,13 @@ def weights_identity(run: Run, model: TokenBridge) -> dict[str, str | bool]:
     return distributed.on_rank_0(identify)
 
 
-def measured_against(args: argparse.Namespace) -> dict:
-    """Identifies what samples are compared with: metrics against others are measured anew."""
-    return {
-        name: identity(getattr(args, name))
-        for name in ("fid_stats", "reference", "inception_weights")
-    }
+def reference_identity(args: argparse.Namespace) -> dict:
+    """Return the identity of the files that samples are compared with.
+
+    Metrics with another identity are measured again.
+    """
+    names = ("fid_stats", "reference", "inception_weights")
+    return {name: path_identity(getattr(args, name)) for name in names}
 
 
 def sample_and_measure(
@@ -341,15 +356,17 @@ def sample_and_measure(
     weights: dict,
     stop_signals: StopSignals | None = None,
 ) -> dict[str, float]:
-    """Samples into the folder ``path``, with a grid of some images beside it, and measures.
+    """Sample into the folder ``path``, write a grid of some images beside it, and measure metrics.
 
-    Returns the metrics on the main process, nothing on others and without an evaluator.
+    Returns:
+        the metrics on rank 0; nothing on other ranks or without an evaluator.
 
     Raises:
-        UserError, Preempted: see :func:`engine_tokenbridge.evaluate`.
+        UserError, Preempted: see :func:`evaluate`.
     """
-    args, settings = run.args, sampling_settings(run.args, cfg, temperature)
-    assert run.tokenizer is not None  # it is loaded if samples are wanted
+    args = run.args
+    settings = sampling_settings(args, cfg, temperature)
+    assert run.tokenizer is not None  # loaded with --evaluate and --online_eval
     folder = evaluate(model, run.tokenizer, path, settings, run.device, weights, stop_signals)
     images = distributed.on_all_ranks(lambda: folder.images(args.num_images))
 
@@ -369,7 +386,9 @@ def sample_and_measure(
             raise
         except BaseException:
             log.error(
-                "measuring failed; the images are kept: python main_metrics.py --images %s", folder
+                "measuring failed; the images are kept: measure them with "
+                "python main_metrics.py --images %s",
+                folder,
             )
             raise
 
@@ -378,13 +397,13 @@ def sample_and_measure(
             log.info("%s", metrics_table(metrics))
         made_with = {"settings": asdict(settings), "weights": weights, "args": vars(args)}
         if run.evaluator is not None:
-            made_with["measured_against"] = measured_against(args)
+            made_with["measured_against"] = reference_identity(args)
         write_json(
             folder.results_path, {**metrics, "seed": args.gen_seed, **made_with, **provenance()}
         )
         if run.evaluator is not None and not args.keep_images:
             folder.remove_images()
-        log.info("sampled %d images; a grid of them is %s.png", args.num_images, folder)
+        log.info("sampled %d images; %s.png shows some of them", args.num_images, folder)
 
     distributed.on_rank_0(write_results)
     return metrics
@@ -393,39 +412,46 @@ def sample_and_measure(
 def finished_before(
     run: Run, path: Path, cfg: float, temperature: float, weights: dict
 ) -> dict[str, float]:
-    """The metrics of this pair that an interrupted run by the same command has left; empty if there are none."""
+    """Return the metrics that an interrupted run of the same command stored for ``path``.
+
+    Returns:
+        empty if there are none, or they are of other settings, weights or references.
+    """
     if run.evaluator is None:
         return {}
 
-    def look() -> dict[str, float]:
+    def read_metrics() -> dict[str, float]:
         folder = SampleFolder(path)
         made_with = {
             "settings": asdict(sampling_settings(run.args, cfg, temperature)),
             "weights": weights,
         }
-        made_with |= {"measured_against": measured_against(run.args)}
+        made_with |= {"measured_against": reference_identity(run.args)}
         if not folder.is_of(made_with) or not Path(f"{folder}.png").exists():
             return {}
-        before = folder.results()
-        metrics = {name: before[name] for name in ("images", *METRIC_TITLES) if name in before}
+        results = folder.results()
+        metrics = {name: results[name] for name in ("images", *METRIC_TITLES) if name in results}
         return metrics if all(map(math.isfinite, metrics.values())) else {}
 
-    return distributed.on_rank_0(look)
+    return distributed.on_rank_0(read_metrics)
 
 
 def search(run: Run, model: TokenBridge, weights: dict) -> None:
-    """Samples at every given guidance scale and temperature; more than one pair makes a table and a heat map."""
-    args, out = run.args, Path(run.args.output_dir)
+    """Sample and measure at every given guidance scale and temperature.
+
+    For more than one pair, write a table and a heat map of the metrics.
+    """
+    args = run.args
+    output_dir = Path(args.output_dir)
     pairs = list(product(args.cfg, args.temperature))
-    paths = [
-        out / ("samples" if len(pairs) == 1 else f"samples-cfg{cfg:g}-t{t:g}") for cfg, t in pairs
-    ]
+    names = [f"samples-cfg{cfg:g}-t{t:g}" for cfg, t in pairs] if len(pairs) > 1 else ["samples"]
+    paths = [output_dir / name for name in names]
 
     def check_folders() -> None:
         for path in paths:
             SampleFolder(path).check_own()
 
-    distributed.on_rank_0(check_folders)  # all of them before the first image
+    distributed.on_rank_0(check_folders)  # all folders before the first image
     rows = []
     for (cfg, temperature), path in zip(pairs, paths, strict=True):
         metrics = finished_before(run, path, cfg, temperature, weights) if len(pairs) > 1 else {}
@@ -434,8 +460,8 @@ def search(run: Run, model: TokenBridge, weights: dict) -> None:
     if len(pairs) > 1 and run.evaluator is not None and distributed.is_main_process():
         from util.metrics.plots import write_search  # loads matplotlib
 
-        write_search(rows, out)
-        log.info("wrote %s/search.md, search.json and search.png", out)
+        write_search(rows, output_dir)
+        log.info("wrote %s/search.md, search.json and search.png", output_dir)
 
 
 def measure_likelihood(
@@ -460,7 +486,7 @@ def likelihood_options(run: Run, model: TokenBridge) -> dict[str, Any]:
 def likelihood_once(
     run: Run, model: TokenBridge, path: Path, weights: dict, stop_signals: StopSignals
 ) -> dict[str, float]:
-    """Return :func:`measure_likelihood`, or what ``path``.json holds of it for the same weights."""
+    """Return :func:`measure_likelihood`, read from ``path``.json if stored for the same weights."""
     record = SampleFolder(path)
     made_with = {
         "weights": weights,
@@ -478,11 +504,11 @@ def likelihood_once(
 
 @contextmanager
 def skipped_if_not_finite(epoch: int) -> Iterator[None]:
-    """Warn of a measurement within the block that gives NaN, and go on behind it."""
+    """Leave the block, with a warning, if a measurement in it is NaN or infinite."""
     try:
         yield
     except NotFinite as error:
-        warn("NOT MEASURED after epoch %d: %s. Training goes on", epoch, error)
+        warn("NOT MEASURED after epoch %d: %s. Training continues", epoch, error)
 
 
 def evaluate_online(
@@ -492,34 +518,39 @@ def evaluate_online(
     writer: SummaryWriter | None,
     stop_signals: StopSignals,
 ) -> None:
-    """Measures after an epoch of training, into TensorBoard: without guidance and with, and likelihood.
+    """Measure samples and likelihood after an epoch of training, and write them to TensorBoard.
 
-    What ``online_eval/`` holds of the same weights and settings is taken from there: images, metrics, likelihood. What
-    is not finite is left out, with a warning.
+    Samples are measured without guidance and at every ``--cfg``. Images, metrics and likelihood in
+    ``online_eval/`` that have the same weights and settings are read, not computed again. A
+    measurement that is NaN or infinite is skipped, with a warning.
 
     Raises:
         UserError: files cannot be written or read.
-        Preempted: a process received one of the ``stop_signals``.
+        Preempted: a rank received one of the ``stop_signals``.
     """
-    args, scalars, out = run.args, {}, Path(run.args.output_dir) / "online_eval"
+    args = run.args
     if not (args.online_nll or args.online_eval):
         return
+    folder = Path(args.output_dir) / "online_eval"
+    scalars: dict[str, float] = {}
     parts = {"model": model, "vae": run.tokenizer and run.tokenizer.vae}
     checksums = {
         name: checksum(part.parameters()) for name, part in parts.items() if part is not None
     }
     weights = {"epoch": epoch, "ema": not args.no_ema, **checksums}
+
+    # Likelihood
     if args.online_nll:
+        path = folder / f"epoch{epoch:04d}-likelihood"
         with skipped_if_not_finite(epoch):
-            metrics = likelihood_once(
-                run, model, out / f"epoch{epoch:04d}-likelihood", weights, stop_signals
-            )
+            metrics = likelihood_once(run, model, path, weights, stop_signals)
             scalars |= {f"eval/{name}": metrics[name] for name in ("nats_per_dim", "bits_per_dim")}
-    for cfg, temperature in (
-        product(dict.fromkeys([1.0, *args.cfg]), args.temperature) if args.online_eval else ()
-    ):
+
+    # Samples
+    guidance_scales = list(dict.fromkeys([1.0, *args.cfg])) if args.online_eval else []
+    for cfg, temperature in product(guidance_scales, args.temperature):
         name = f"cfg{cfg:g}" + (f"-t{temperature:g}" if len(args.temperature) > 1 else "")
-        path = out / f"epoch{epoch:04d}-{name}"
+        path = folder / f"epoch{epoch:04d}-{name}"
         with skipped_if_not_finite(epoch):
             metrics = finished_before(run, path, cfg, temperature, weights)
             metrics = metrics or sample_and_measure(
@@ -531,12 +562,8 @@ def evaluate_online(
                 if key in METRIC_TITLES
             }
             if writer is not None:
-                writer.add_image(
-                    f"samples/{name}",
-                    np.asarray(read_image(f"{path}.png")),
-                    epoch + 1,
-                    dataformats="HWC",
-                )
+                grid = np.asarray(read_image(f"{path}.png"))
+                writer.add_image(f"samples/{name}", grid, epoch + 1, dataformats="HWC")
     if writer is not None:
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, epoch + 1)

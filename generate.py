@@ -1,16 +1,12 @@
-"""Pictures of classes, and parts of pictures made anew, by a trained model."""
+"""Sample images of classes from a trained model, or regenerate parts of an image."""
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.editing import outpainted
 from models.pipeline import TokenBridgePipeline
@@ -23,96 +19,126 @@ from util.log import log
 from util.precision import PRECISIONS
 from util.process_group import process_group
 
-GIF_SECONDS, LAST_FRAME = 4.0, 2.0  # all frames together, and the last one beyond that
+GIF_SECONDS = 4.0  # duration of all frames
+LAST_FRAME_SECONDS = 2.0  # how much longer the last frame is shown
 
 
-def add_model_args(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of :func:`load_pipeline`."""
-    text = (
-        "the model: a run's folder or file, an exported folder, owner/repo or hf://owner/repo/path"
-    )
-    parser.add_argument("--resume", default="", help=text)
-    text = "its tokenizer; by default the one beside the model, or the one that its run names"
-    parser.add_argument("--vae_path", help=text)
+def add_pipeline_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of :func:`load_pipeline`."""
     parser.add_argument(
-        "--no_ema", action="store_true", help="the weights themselves, not their average"
+        "--resume",
+        default="",
+        help="the model: folder or file of a run, an exported folder, owner/repo "
+        "or hf://owner/repo/path",
+    )
+    parser.add_argument(
+        "--vae_path",
+        help="its tokenizer; by default the one beside the model, or the vae_path that the "
+        "checkpoint stores",
+    )
+    parser.add_argument(
+        "--no_ema", action="store_true", help="use the trained weights instead of their EMA"
     )
     add_device_arg(parser)
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="bf16", help="of autocast; fp32 means none"
+        "--precision",
+        choices=PRECISIONS,
+        default="bf16",
+        help="precision of autocast; fp32 turns it off",
     )
 
 
 def load_pipeline(args: argparse.Namespace, device: torch.device) -> TokenBridgePipeline:
-    """The model and tokenizer that the flags name, on ``device``; UserError if there are none."""
+    """Return the pipeline of the model and tokenizer that flags name, on ``device``.
+
+    Raises:
+        UserError: ``--resume`` is missing, or a file is missing or damaged.
+    """
     if not args.resume:
         raise errors.UserError("--resume is missing: name the model's folder or file")
-    ema = False if args.no_ema else None
-    return TokenBridgePipeline.from_pretrained(
-        args.resume, args.vae_path, ema=ema, precision=args.precision
-    ).to(device)
+    pipeline = TokenBridgePipeline.from_pretrained(
+        args.resume,
+        args.vae_path,
+        ema=False if args.no_ema else None,  # None: the EMA if there is one
+        precision=args.precision,
+    )
+    return pipeline.to(device)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+    """Return the parser of the command line."""
     parser = new_parser(__doc__)
-    add_model_args(parser)
-    text = "names of class folders, ImageNet's names, or numbers; by default none: pictures of any class"
-    parser.add_argument("--classes", nargs="+", help=text)
+    add_pipeline_args(parser)
     parser.add_argument(
-        "--candidates", type=int, default=1, help="pictures of each class, the most likely first"
+        "--classes",
+        nargs="+",
+        help="names of class folders, ImageNet class names, or numbers; "
+        "by default images of any class",
     )
-    text = "of the first candidate, the next has the next: the number of an image of --evaluate"
-    parser.add_argument("--seed", type=int, default=0, help=text)
-    parser.add_argument("--gen_seed", type=int, default=0, help="as of --evaluate")
+    parser.add_argument(
+        "--candidates", type=int, default=1, help="images of each class, the most likely first"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first candidate, counted up for the next ones; equals the number of the "
+        "image in main_tokenbridge.py --evaluate",
+    )
+    parser.add_argument(
+        "--gen_seed",
+        type=int,
+        default=0,
+        help="combined with --seed as in main_tokenbridge.py --evaluate",
+    )
     edit = parser.add_argument_group("editing")
     edit.add_argument(
         "--image",
-        help="to edit; cropped to the model's size; without --mask and --outpaint, vary it",
+        help="image to edit, cropped to the model's size; without --mask and --outpaint, vary it",
     )
+    edit.add_argument("--mask", help="image of the same size, white where to regenerate the image")
     edit.add_argument(
-        "--mask", help="an image of the same size, white where the picture is made anew"
+        "--outpaint",
+        type=int,
+        metavar="PIXELS",
+        help="generate this many pixels around the image, which is shrunk to make room",
     )
-    text = (
-        "make this many pixels anew on each side of the image, whose square is shrunk to make room"
-    )
-    edit.add_argument("--outpaint", type=int, metavar="PIXELS", help=text)
     edit.add_argument(
         "--strength",
         type=float,
         default=0.5,
-        help="share of the tokens that a variation makes anew",
+        help="share of the tokens that a variation regenerates",
     )
     how = parser.add_argument_group("sampling")
     add_sampling_args(how, SamplingOptions)
     parser.set_defaults(num_iter=SamplingOptions.num_iter, cfg=3.0)
-    how.add_argument("--batch_size", type=int, default=64, help="pictures at once, as --eval_bsz")
+    how.add_argument("--batch_size", type=int, default=64, help="images sampled at once")
     parser.add_argument(
         "--output",
         default="generated.png",
-        help="a PNG: a row of the classes, or a row of candidates for each class",
+        help="PNG to write: one row with an image of each class, or a row of candidates per class",
     )
     parser.add_argument(
-        "--gif", action="store_true", help="also <output>.gif, which shows how the tokens fill in"
+        "--gif", action="store_true", help="also write <output>.gif, which shows each sampling step"
     )
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that cannot work, before anything is read."""
+    """Raise UserError for impossible flags, before files are read."""
     check_positive(args, "candidates", "num_iter", "batch_size")
     check_range(args, 0, 2**32 - args.candidates, "seed")
     check_range(args, 0, math.inf, "gen_seed", "cfg", "temperature", "confidence_noise")
     if Path(args.output).suffix.lower() != ".png":
-        raise errors.UserError(f"--output {args.output}: the picture is a .png")
+        raise errors.UserError(f"--output {args.output}: choose a name that ends in .png")
     if args.mask and args.outpaint is not None:
-        raise errors.UserError("--mask and --outpaint: choose one, which is made anew")
+        raise errors.UserError("--mask and --outpaint exclude each other: remove one of them")
     if args.image is None and (args.mask or args.outpaint is not None):
-        raise errors.UserError("--mask and --outpaint need --image, the picture to edit")
+        raise errors.UserError("--mask and --outpaint need --image, the image to edit")
 
 
 def side_by_side(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size, row by row, pixel for pixel."""
+    """Return one image that shows ``images`` of equal size in a grid, row by row, without gaps."""
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
     for number, image in enumerate(images):
@@ -121,9 +147,9 @@ def side_by_side(images: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def write_gif(frames: Sequence[Image.Image], path: Path) -> None:
-    """Writes pictures as an endless GIF, the last one shown longer."""
-    durations = [max(20, int(1000 * GIF_SECONDS / len(frames)))] * len(frames)
-    durations[-1] += int(1000 * LAST_FRAME)
+    """Write ``frames`` as a GIF that repeats forever and shows the last frame longer."""
+    durations = [max(20, int(1000 * GIF_SECONDS / len(frames)))] * len(frames)  # milliseconds
+    durations[-1] += int(1000 * LAST_FRAME_SECONDS)
     with written_whole(path) as file:
         frames[0].save(
             file, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0
@@ -131,7 +157,7 @@ def write_gif(frames: Sequence[Image.Image], path: Path) -> None:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     args = get_args_parser().parse_args()
     with process_group(args.device) as device:
         check_args(args)
@@ -139,30 +165,38 @@ def main() -> None:
         image, mask = args.image, args.mask
         if args.outpaint is not None:
             image, mask = outpainted(image, pipe.model.config["img_size"], args.outpaint)
+
+        # Sample
         names = (*SamplingOptions.__dataclass_fields__, "strength", "gen_seed", "batch_size")
-        given = {name: getattr(args, name) for name in names}
+        options = {name: getattr(args, name) for name in names}
         frames: list[list[Image.Image]] = []
         callback = (lambda step, steps, images: frames.append(images)) if args.gif else None
-        classes, count = args.classes or [None], args.candidates
+        classes = args.classes or [None]
+        count = args.candidates
         seeds = list(range(args.seed, args.seed + count)) * len(classes)
         labels = args.classes and [label for label in classes for _ in range(count)]
-        made = pipe(labels, seeds=seeds, image=image, mask_image=mask, callback=callback, **given)
-        # Of each class, the most likely first.
-        scores = made.log_likelihoods
+        samples = pipe(
+            labels, seeds=seeds, image=image, mask_image=mask, callback=callback, **options
+        )
+
+        # Order the candidates of each class, the most likely first
+        scores = samples.log_likelihoods
         order = sorted(range(len(seeds)), key=lambda row: (row // count, -scores[row]))
         columns = count if count > 1 else len(classes)
-        written = Path(args.output)
-        in_order = made.part(order)
-        asked = {**given, "class_labels": in_order.labels, "seeds": in_order.seeds}
-        with written_whole(written) as file:
-            side_by_side(in_order.images, columns).save(file, "png", pnginfo=png_settings(asked))
+        ordered = samples.part(order)
+
+        # Write
+        output = Path(args.output)
+        settings = {**options, "class_labels": ordered.labels, "seeds": ordered.seeds}
+        with written_whole(output) as file:
+            side_by_side(ordered.images, columns).save(file, "png", pnginfo=png_settings(settings))
         if args.gif:
             sheets = [side_by_side([images[row] for row in order], columns) for images in frames]
-            write_gif(sheets, written.with_suffix(".gif"))
+            write_gif(sheets, output.with_suffix(".gif"))
         for row in order:
-            name = pipe.class_names[made.labels[row]] if made.labels else "any class"
+            name = pipe.class_names[samples.labels[row]] if samples.labels else "any class"
             log.info("%s, seed %d: log-likelihood %.1f nats", name, seeds[row], scores[row])
-        log.info("wrote %s%s", written, f" and {written.with_suffix('.gif')}" if args.gif else "")
+        log.info("wrote %s%s", output, f" and {output.with_suffix('.gif')}" if args.gif else "")
 
 
 if __name__ == "__main__":

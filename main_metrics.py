@@ -1,4 +1,7 @@
-"""FID, Inception Score, precision and recall of a folder of images; reference statistics (torchrun or plain python)."""
+"""Measure FID, Inception Score, precision and recall of images, or save their statistics.
+
+Runs with torchrun or plain python.
+"""
 
 import argparse
 
@@ -14,48 +17,68 @@ from util.provenance import provenance
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+    """Return the parser of the command line."""
     parser = new_parser(__doc__)
-    text = "what to measure: a folder of images, parquet files, hf://datasets/owner/name, or .npz with arr_0"
-    parser.add_argument("--images", default="", help=text)
+    parser.add_argument(
+        "--images",
+        default="",
+        help="images to measure: a folder, parquet files, hf://datasets/owner/name, "
+        "or an .npz with arr_0",
+    )
     add_metrics_args(parser)
-    parser.add_argument("--save_stats", help=".npz to write the images' statistics (mu, sigma) to")
     parser.add_argument(
-        "--img_size", type=int, help="crop to this size as for training; for --save_stats only"
+        "--save_stats", help=".npz to write the statistics of the images to (mu, sigma)"
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="images at once on each device")
     parser.add_argument(
-        "--num_workers", type=int, default=WORKERS, help="image reading processes for each device"
+        "--img_size",
+        type=int,
+        help="crop the images to this size, as training does; for --save_stats only",
     )
-    parser.add_argument("--json", help="file to write the figures to")
+    parser.add_argument(
+        "--batch_size", type=int, default=64, help="images per batch on each device"
+    )
+    parser.add_argument(
+        "--num_workers", type=int, default=WORKERS, help="processes per device that read images"
+    )
+    parser.add_argument("--json", help="file to write the metrics to")
     add_device_arg(parser)
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises UserError for flags that are missing, out of range or do not go together."""
-    check_positive(args, "batch_size", *(["img_size"] if args.img_size is not None else []))
+    """Raise UserError for flags that are missing, out of range or exclude each other."""
+    check_positive(args, "batch_size")
+    if args.img_size is not None:
+        check_positive(args, "img_size")
     if not args.images:
-        raise errors.UserError(
-            "--images is missing: name a folder of images, or an .npz with arr_0"
-        )
+        raise errors.UserError("--images is missing: name a folder of images or an .npz with arr_0")
     if args.img_size is not None and not args.save_stats:
         raise errors.UserError(
-            "--img_size goes with --save_stats only; images to measure are read as they are"
+            "--img_size only applies to --save_stats; images to measure are never cropped: "
+            "remove it"
         )
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     args = get_args_parser().parse_args()
     with process_group(args.device) as device:
         distributed.on_all_ranks(lambda: check_args(args))
         images = distributed.on_all_ranks(lambda: PlainImages(args.images, args.img_size))
         if args.save_stats:
             distributed.on_all_ranks(lambda: check_number(len(images), "images"))
-        how = device, args.batch_size, args.num_workers, len(images)
-        evaluator = Evaluator(args.inception_weights, args.fid_stats, args.reference, *how)
+        evaluator = Evaluator(
+            args.inception_weights,
+            args.fid_stats,
+            args.reference,
+            device,
+            args.batch_size,
+            args.num_workers,
+            len(images),
+        )
         features = evaluator.features(images)
+
+        # Statistics
         if args.save_stats:
             if distributed.is_main_process():
                 warn_if_few(len(images), "images")
@@ -63,13 +86,15 @@ def main() -> None:
             log.info("wrote the statistics of %d images to %s", len(images), args.save_stats)
             if not (args.fid_stats or args.reference or args.json):
                 return
-        if args.img_size is not None:  # the crop was for the statistics
+
+        # Metrics
+        if args.img_size is not None:  # only the statistics are of cropped images
             features = evaluator.features(distributed.on_all_ranks(images.uncropped))
-        figures = evaluator.measure(features)
+        metrics = evaluator.measure(features)
         if distributed.is_main_process():
-            print(metrics_table(figures))
+            print(metrics_table(metrics))
             if args.json:
-                write_json(args.json, {**figures, **provenance(), "args": vars(args)})
+                write_json(args.json, {**metrics, **provenance(), "args": vars(args)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains a TokenBridge, or samples from one (torchrun or plain python)."""
+"""Train a TokenBridge, or sample from one and measure it (torchrun or plain python)."""
 
 import argparse
 import dataclasses
@@ -25,19 +25,18 @@ from models.heads import HEADS
 from models.quantizer import QUANTIZERS
 from models.sampling import SamplingOptions, check_guidance, check_head_options
 from models.tokenbridge import MODELS, TokenBridge, sizes_of
-from models.tokenizer import CachedMoments, Encoder, Tokenizer
+from models.tokenizer import CachedMoments, LatentEncoder, Tokenizer
 from util import distributed, errors
 from util.args import (
     DATA_PATH,
     add_column_args,
-    add_dry_run_arg,
-    add_ema_args,
     add_metrics_args,
     add_mirror_arg,
     add_model_args,
     add_run_args,
     add_sampling_args,
     add_skip_arg,
+    add_training_args,
     check_bits,
     check_positive,
     check_range,
@@ -82,91 +81,42 @@ from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import seed_everything
 from util.signals import StopSignals
-from util.training_state import TrainingSettings
+from util.training_settings import TrainingSettings
 
-# --------------------------------------------------------------------------------------------------------------------
-# The command line.
+# --------------------------------------------------------------------------------------------------
+# Command line
 
 
-def add_training_args(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of training."""
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of training."""
     train = parser.add_argument_group("training")
     train.add_argument(
         "--finetune",
         default="",
-        help="start from these weights (file, folder, hf://owner/repo/path) as far as they fit",
+        help="start from the weights of this model (file, folder, hf://owner/repo/path); "
+        "weights that do not fit are initialized",
     )
     train.add_argument(
         "--freeze",
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="parameters that stay: encoder_blocks.*, class_emb.*",
+        help="parameters that are not trained, such as encoder_blocks.* or class_emb.*",
     )
-    train.add_argument("--epochs", type=int, default=400, help="passes over the training images")
-    train.add_argument(
-        "--accum_iter", type=int, default=1, help="batches whose gradients make one step"
-    )
-    train.add_argument(
-        "--lr", type=float, help="peak learning rate; by default blr x whole batch / 256"
-    )
-    train.add_argument(
-        "--blr", type=float, default=1e-4, help="base learning rate, for a batch of 256"
-    )
-    train.add_argument(
-        "--min_lr", type=float, default=0.0, help="learning rate at the end of the cosine"
-    )
-    text = "learning rate after the warm-up: half a cosine down to --min_lr, or --lr throughout"
-    train.add_argument("--lr_schedule", choices=["cosine", "constant"], default="cosine", help=text)
-    text = "epochs over which the learning rate rises from 0"
-    train.add_argument("--warmup_epochs", type=float, default=100, help=text)
-    train.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the blocks; minutes before the first step",
-    )
-    train.add_argument(
-        "--weight_decay",
-        type=float,
-        default=0.02,
-        help="AdamW's; biases and one-dimensional weights have none",
-    )
-    train.add_argument(
-        "--grad_clip",
-        type=float,
-        default=1.0,
-        help="largest gradient norm; 0 for no limit (release: 3.0)",
-    )
-    add_ema_args(train, 0.9999)
-    train.add_argument(
-        "--start_epoch", type=int, default=0, help="set by --resume where the checkpoint tells"
-    )
-    train.add_argument(
-        "--save_last_freq", type=int, default=5, help="epochs between two checkpoints"
-    )
-    train.add_argument(
-        "--save_every_steps",
-        type=int,
-        default=0,
-        help="steps between two checkpoints; 0 for epochs only",
-    )
-    train.add_argument(
-        "--max_bad_steps",
-        type=int,
-        default=0,
-        help="steps that may be left out for not being finite",
-    )
-    add_dry_run_arg(train)
-    train.add_argument(
-        "--keep_last", type=int, default=2, help="checkpoints kept, the newest included"
-    )
+    text = "peak learning rate; by default --blr x global batch size / 256"
+    train.add_argument("--lr", type=float, help=text)
+    text = "base learning rate, for a global batch size of 256"
+    train.add_argument("--blr", type=float, default=1e-4, help=text)
+    add_training_args(train, TrainingSettings)
 
 
 def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of sampling and evaluation."""
+    """Add the flags of sampling and evaluation."""
     sample = parser.add_argument_group("sampling and evaluation")
     sample.add_argument(
-        "--evaluate", action="store_true", help="sample from --resume's weights, measure, and stop"
+        "--evaluate",
+        action="store_true",
+        help="instead of training, sample from the weights in --resume and measure the images",
     )
     sample.add_argument(
         "--online_eval", action="store_true", help="sample and measure during training, too"
@@ -174,63 +124,82 @@ def add_evaluation_args(parser: argparse.ArgumentParser) -> None:
     sample.add_argument(
         "--evaluate_nll",
         action="store_true",
-        help="measure --resume's held-out likelihood, and stop",
+        help="instead of training, measure the held-out likelihood of the weights in --resume",
     )
-    sample.add_argument("--online_nll", action="store_true", help="measure it during training, too")
     sample.add_argument(
-        "--eval_freq", type=int, default=40, help="epochs between two measurements during training"
+        "--online_nll",
+        action="store_true",
+        help="measure the held-out likelihood during training, too",
     )
     sample.add_argument(
         "--eval_bsz", type=int, default=64, help="images sampled at once on each device"
     )
-    sample.add_argument("--num_images", type=int, default=50000, help="over all classes evenly")
+    sample.add_argument(
+        "--num_images", type=int, default=50000, help="images to sample, evenly over all classes"
+    )
     add_sampling_args(sample, SamplingOptions, search=True)
     sample.add_argument(
-        "--gen_seed", type=int, default=0, help="with an image's number, the seed of that image"
+        "--gen_seed",
+        type=int,
+        default=0,
+        help="seed of sampling; each image draws from it and the image's number",
     )
     sample.add_argument(
-        "--no_ema", action="store_true", help="evaluate the weights themselves, not their average"
-    )
-    sample.add_argument("--no_metrics", action="store_true", help="pictures alone")
-    sample.add_argument(
-        "--keep_images", action="store_true", help="keep the images once they are measured"
+        "--no_ema", action="store_true", help="evaluate the trained weights instead of their EMA"
     )
     sample.add_argument(
-        "--vae_precision", choices=PRECISIONS, help="of decoding; by default --precision"
+        "--no_metrics", action="store_true", help="sample images without measuring them"
     )
     sample.add_argument(
-        "--save_confidence", action="store_true", help="also picture each token's confidence"
+        "--keep_images",
+        action="store_true",
+        help="keep the images after measuring; by default they are deleted",
+    )
+    sample.add_argument(
+        "--vae_precision",
+        choices=PRECISIONS,
+        help="precision of the tokenizer's decoder; by default --precision",
+    )
+    sample.add_argument(
+        "--save_confidence",
+        action="store_true",
+        help="also write maps of the confidence of each image's tokens",
     )
     sample.add_argument(
         "--save_npz",
         action="store_true",
-        help="also write the images as ADM's evaluator reads them",
+        help="also write all images to one .npz, for ADM's evaluator",
     )
     add_metrics_args(sample)
 
 
 def add_file_args(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that name files and folders."""
+    """Add the flags that name files and folders."""
     files = parser.add_argument_group("files")
     files.add_argument("--data_path", default="./data/imagenet", help=DATA_PATH)
     files.add_argument(
         "--use_cached",
         action="store_true",
-        help="train on cached moments; needs no images, no tokenizer",
+        help="train on cached moments; needs neither images nor tokenizer",
     )
-    files.add_argument("--cached_path", default="", help="what main_cache.py or tools.pack wrote")
+    files.add_argument(
+        "--cached_path", default="", help="training cache of main_cache.py or tools.pack"
+    )
     files.add_argument(
         "--cached_val_path",
         default="",
-        help="what main_cache.py --split val wrote, for likelihoods",
+        help="validation cache of main_cache.py --split val, for likelihoods",
     )
     files.add_argument(
-        "--output_dir", default="./output_dir", help="checkpoints, TensorBoard's logs, samples"
+        "--output_dir",
+        default="./output_dir",
+        help="folder of checkpoints, TensorBoard logs and samples",
     )
     files.add_argument(
         "--resume",
         default="",
-        help="a run's folder or file, safetensors or not, or hf://owner/repo/path",
+        help="checkpoint to continue or evaluate: folder of a run, .pth or .safetensors file, "
+        "or hf://owner/repo/path",
     )
     add_mirror_arg(files)
     add_skip_arg(files)
@@ -238,10 +207,10 @@ def add_file_args(parser: argparse.ArgumentParser) -> None:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+    """Return the parser of the command line."""
     parser = new_parser(__doc__)
     add_model_args(parser, {"model": MODELS, "head": HEADS, "quantizer": QUANTIZERS})
-    add_training_args(parser)
+    add_training_flags(parser)
     add_evaluation_args(parser)
     add_file_args(parser)
     add_run_args(parser, batch_size=16, seed=1, precision="bf16")
@@ -249,87 +218,76 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raises UserError for values that cannot work, before anything is read or written."""
+    """Raise UserError for impossible flags, before files are read or written."""
+    measuring = args.evaluate or args.evaluate_nll
+
+    # Ranges
     check_bits(args.quant_bits, "--quant_bits")
     check_positive(
         args, "img_size", "batch_size", "epochs", "accum_iter", "class_num", "eval_bsz", "num_iter"
     )
-    check_positive(
-        args,
-        "save_last_freq",
-        "keep_last",
-        "eval_freq",
-        "vae_embed_dim",
-        "vae_stride",
-        "patch_size",
-    )
+    check_positive(args, "save_last_freq", "keep_last", "eval_freq")
+    check_positive(args, "vae_embed_dim", "vae_stride", "patch_size")
     check_range(
         args, 0, 1, "attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "ema_rate"
     )
-    check_range(
-        args,
-        0,
-        math.inf,
-        "grad_clip",
-        "weight_decay",
-        "warmup_epochs",
-        "start_epoch",
-        "num_workers",
-        "min_lr",
-    )
-    check_range(args, 0, math.inf, "save_every_steps", "max_bad_steps")
-    args.cfg, args.temperature = (
-        v if isinstance(v, list) else [v] for v in (args.cfg, args.temperature)
-    )
+    check_range(args, 0, math.inf, "grad_clip", "weight_decay", "warmup_epochs", "start_epoch")
+    check_range(args, 0, math.inf, "num_workers", "min_lr", "save_every_steps", "max_bad_steps")
     for name in ("channels_per_group", "head_dim", "head_depth", "head_heads"):
         if getattr(args, name) is not None:
             check_positive(args, name)
     check_range(args, 0, math.inf, "confidence_noise", "gen_seed", "seed")
     for name in ("cfg", "temperature"):
-        if not all(0 <= value < math.inf for value in getattr(args, name)):
-            raise errors.UserError(
-                f"--{name} {min(getattr(args, name))}: it must be a number, and not negative"
-            )
+        value = getattr(args, name)
+        values = value if isinstance(value, list) else [value]
+        setattr(args, name, values)
+        if not all(0 <= value < math.inf for value in values):
+            raise errors.UserError(f"--{name} {min(values)}: it must be a number, and not negative")
     check_positive(args, "num_images")
     if args.online_eval and not args.no_metrics:
         check_num_images(args.num_images, args.class_num)
-    if (args.evaluate or args.evaluate_nll) and not args.resume:
+
+    # Flags that need or exclude others
+    if measuring and not args.resume:
         flag = "--evaluate" if args.evaluate else "--evaluate_nll"
         raise errors.UserError(
             f"{flag} needs --resume, the folder that holds the weights to measure"
         )
-    if args.finetune and (args.evaluate or args.evaluate_nll):
+    if args.finetune and measuring:
         raise errors.UserError(
             "--finetune is for training: name the weights to measure with --resume"
         )
-    if args.use_cached and not args.cached_path and not args.evaluate and not args.evaluate_nll:
+    if args.use_cached and not args.cached_path and not measuring:
         raise errors.UserError(
             "--use_cached needs --cached_path, the folder that main_cache.py wrote"
         )
-    if args.skip_bad_images and (args.evaluate or args.evaluate_nll):
+    if args.skip_bad_images and measuring:
         raise errors.UserError(
-            "--skip_bad_images is for training: measurements are of all images or none; remove it"
+            "--skip_bad_images is for training, because measurements must cover all images: "
+            "remove it"
         )
-    if not args.use_cached:
-        unused = [name for name in ("cached_path", "cached_val_path") if getattr(args, name)]
-        if unused and not args.evaluate:
-            raise errors.UserError(
-                f"--{unused[0]} is read with --use_cached only: add that flag, or remove this one"
-            )
+    if not args.use_cached and not args.evaluate:
+        for name in ("cached_path", "cached_val_path"):
+            if getattr(args, name):
+                raise errors.UserError(
+                    f"--{name} only applies with --use_cached: add --use_cached, or remove --{name}"
+                )
     if args.use_cached and not args.cached_val_path and (args.evaluate_nll or args.online_nll):
         raise errors.UserError(
-            "likelihoods from a cache need --cached_val_path, what main_cache.py --split val wrote"
+            "likelihoods with --use_cached need --cached_val_path, "
+            "the folder that main_cache.py --split val wrote"
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The parts of a run: checkpoint, tokenizer, model.
+# --------------------------------------------------------------------------------------------------
+# Checkpoint, tokenizer and model
 
 
 def open_start(args: argparse.Namespace) -> Start:
-    """The checkpoint that ``--resume`` or ``--finetune`` names; a fresh start without one.
+    """Return the checkpoint that ``--resume`` or ``--finetune`` names; a fresh start without one.
 
-    The main process reads it, so that the file need not lie on other machines; these have a Start without content.
+    Only rank 0 reads the file, which other machines need not have: the content is empty on other
+    ranks.
 
     Raises:
         UserError: there is no such checkpoint, or it is damaged.
@@ -347,22 +305,21 @@ def open_start(args: argparse.Namespace) -> Start:
 
 
 def read_start(args: argparse.Namespace) -> Start:
-    """:func:`open_start` by this process alone.
+    """Read the checkpoint of :func:`open_start`, without collective operations.
 
-    ``--resume`` with the run's own ``--output_dir`` is a fresh start, or one from ``--finetune``, until it holds one.
+    ``--resume`` may name the ``--output_dir`` of a run that has not saved yet. Then the run starts
+    from ``--finetune`` or from scratch.
     """
-    measuring = args.evaluate or args.evaluate_nll
+    path: Path | None
+    if args.resume and (args.evaluate or args.evaluate_nll):
+        path = find_checkpoint(args.resume)
+        content = read_run(path)
+        return Start(EVALUATE, content, path, content.get("config", {}))
     if args.resume:
-        path = (
-            find_checkpoint(args.resume)
-            if measuring
-            else find_checkpoint_to_resume(args.resume, args.output_dir)
-        )
+        path = find_checkpoint_to_resume(args.resume, args.output_dir)
         if path is not None:
-            content, path = (read_run(path), path) if measuring else read_newest_checkpoint(path)
-            return Start(
-                EVALUATE if measuring else RESUME, content, path, content.get("config", {})
-            )
+            content, path = read_newest_checkpoint(path)
+            return Start(RESUME, content, path, content.get("config", {}))
     check_folder_is_free(args.output_dir, args.resume, CHECKPOINT_NAME)
     if args.finetune:
         path = find_checkpoint(args.finetune)
@@ -374,77 +331,97 @@ def read_start(args: argparse.Namespace) -> Start:
 def load_tokenizer(
     args: argparse.Namespace, defaults: argparse.Namespace, splits: Sequence[str], start: Start
 ) -> tuple[Tokenizer | None, TokenizerInfo]:
-    """The tokenizer, None where cached moments are enough, and its description, by itself or by the caches.
+    """Return the tokenizer and its description.
+
+    Args:
+        defaults: flags that nobody typed.
+        splits: of the data to read, ``"train"`` and ``"val"``.
+        start: the checkpoint that the run starts from.
+
+    Returns:
+        the tokenizer, or None if cached moments are enough; and the description in the tokenizer's
+        file or in the metadata of the caches.
 
     Raises:
-        UserError: it cannot be read, is not named, or a cache was made with another one.
+        UserError: the tokenizer cannot be read, another one is needed than the default, or a cache
+            was made with another one.
     """
-    tokenizer, found = None, []
+    tokenizer = None
+    descriptions = []
     roots = [data_root(args, split) for split in splits]
-    named = args.vae_path != defaults.vae_path
+    typed = args.vae_path != defaults.vae_path
     needed = args.evaluate or args.online_eval or not args.use_cached
     factor = start.config.get("latent_factor", KL16_LATENT_FACTOR)
-    if (
-        needed
-        and not named
-        and not math.isclose(factor, KL16_LATENT_FACTOR, rel_tol=1e-6)
-        and start.use != FINETUNE
-    ):
-        told = f"{start.path} was trained with another tokenizer than KL-16, of latent factor {factor:.4g}"
-        raise errors.UserError(f"{told}: name its file with --vae_path")
-    if needed or named:
-        tokenizer = Tokenizer.from_pretrained(args.vae_path)
-        found.append(tokenizer.info)
-    for root in roots if args.use_cached else ():
-        metadata = cache_metadata(root)
-        found.append(
-            TokenizerInfo(*tokenizer_config(metadata, root), root, metadata.get("vae_sha256"))
+    is_kl16 = math.isclose(factor, KL16_LATENT_FACTOR, rel_tol=1e-6)
+    if needed and not typed and not is_kl16 and start.use != FINETUNE:
+        raise errors.UserError(
+            f"{start.path} was trained with another tokenizer than KL-16, "
+            f"of latent factor {factor:.4g}: name its file with --vae_path"
         )
-    for other, later in combinations(found, 2):
-        if not other.same_factor(later.latent_factor):
-            differing = "latent factors"
-        elif not other.same_weights(later.sha256):
-            differing = "weights"
+
+    # The tokenizer's own description, and those of the caches
+    if needed or typed:
+        tokenizer = Tokenizer.from_pretrained(args.vae_path)
+        descriptions.append(tokenizer.info)
+    for root in roots if args.use_cached else ():
+        metadata = cache_metadata(Path(root))
+        config, latent_factor = tokenizer_config(metadata, root)
+        vae_sha256 = metadata.get("vae_sha256")
+        descriptions.append(TokenizerInfo(config, latent_factor, root, vae_sha256))
+    for first, second in combinations(descriptions, 2):
+        if not first.same_factor(second.latent_factor):
+            difference = "latent factors"
+        elif not first.same_weights(second.sha256):
+            difference = "weights"
         else:
             continue
         raise errors.UserError(
-            f"{later.source} was made with another tokenizer than {other.source}: {differing} differ"
+            f"{second.source} was made with another tokenizer than {first.source}: "
+            f"{difference} differ"
         )
-    known = next((each.sha256 for each in found if each.sha256 is not None), None)
-    return tokenizer if needed else None, found[-1]._replace(sha256=known)
+    hashes = [info.sha256 for info in descriptions if info.sha256 is not None]
+    info = descriptions[-1]._replace(sha256=hashes[0] if hashes else None)
+    return tokenizer if needed else None, info
 
 
 def load_inputs(
     args: argparse.Namespace, defaults: argparse.Namespace, splits: Sequence[str], start: Start
 ) -> tuple[Tokenizer | None, TokenizerInfo, dict, dict[str, Data]]:
-    """Load what this process reads itself, without exchanging anything with the other ranks.
+    """Load tokenizer and data, and resolve the model's arguments, without collective operations.
 
     Returns:
-        the tokenizer and its description (:func:`load_tokenizer`), the model's arguments, and the data sets by split.
+        the tokenizer and its description (:func:`load_tokenizer`), the arguments of the model, and
+        the data sets by split.
 
     Raises:
-        UserError: something is missing, damaged, or does not fit the rest.
+        UserError: a file is missing or damaged, or files, flags and checkpoint do not fit together.
     """
     tokenizer, info = load_tokenizer(args, defaults, splits, start)
     config = resolve(args, defaults, MODELS, sizes_of, info, start)
     if args.evaluate and not args.no_metrics:  # the number of classes is that of the weights
         check_num_images(args.num_images, args.class_num)
-    data, classes = {}, None if start.use == FINETUNE else start.config.get("class_names")
+    data: dict[str, Data] = {}
+    # All splits have the class names of the checkpoint, or of the first split
+    classes = None if start.use == FINETUNE else start.config.get("class_names")
     for split in splits:
         data[split] = load_data(args, split, info, classes)
         classes = data[split].classes
     return tokenizer, info, config, data
 
 
-CALIBRATION_IMAGES = 10_000
+CALIBRATION_IMAGES = 10_000  # at most, evenly spaced
 
 
 def calibrate(
-    args: argparse.Namespace, dataset: Data, encoder: Encoder, channels: int, device: torch.device
+    args: argparse.Namespace,
+    dataset: Data,
+    encoder: LatentEncoder,
+    channels: int,
+    device: torch.device,
 ) -> dict[str, list[float]]:
-    """Measure mean and standard deviation of the ``channels`` of the latents.
+    """Return mean and standard deviation of each latent channel, as arguments of the model.
 
-    They are measured over :data:`CALIBRATION_IMAGES` training images, evenly spaced.
+    They are measured on :data:`CALIBRATION_IMAGES` training images.
     """
     dataset.set_draws(args.seed, 0)
     images = evenly_spaced(dataset, CALIBRATION_IMAGES)
@@ -463,15 +440,16 @@ def build_model(
     device: torch.device,
     classes: Sequence[str] | None,
 ) -> TokenBridge:
-    """The model that ``config`` describes, with the weights of the checkpoint that the run starts from, or drawn ones.
+    """Return the model that ``config`` describes, on ``device``.
 
-    A run that is resumed gets its weights later, with the rest of its state.
+    It is randomly initialized, or has the weights of the checkpoint to evaluate or to fine-tune. A
+    resumed run loads its weights later, with the rest of its state.
 
     Args:
         classes: names of the classes to train on.
 
     Raises:
-        UserError: sizes that do not fit each other, options of sampling or weights that do not fit the model.
+        UserError: sizes do not fit each other, or sampling options or weights do not fit the model.
     """
 
     def construct() -> TokenBridge:
@@ -482,48 +460,47 @@ def build_model(
             for cfg in args.cfg if args.evaluate or args.online_eval else ():
                 check_guidance(trained.get("label_drop_prob", 0.1), cfg)
             return model
-        except (
-            Exception
-        ) as error:  # impossible sizes, of flags or of a checkpoint, fail in many ways
+        except Exception as error:  # impossible sizes raise errors of many types
             raise errors.UserError(errors.reason(error)) from error
 
     model = distributed.on_all_ranks(construct)
 
     def load() -> None:
+        path = start.path
+        if path is None:
+            return
         if start.use == FINETUNE:
-            finetune.start_from(
-                model, start.content, start.config, start.path, not args.no_ema, classes
-            )
+            finetune.start_from(model, start.content, start.config, path, not args.no_ema, classes)
         elif start.use == EVALUATE:
-            load_weights(model, start.content, start.path, ema=not args.no_ema)
+            load_weights(model, start.content, path, ema=not args.no_ema)
 
     distributed.on_rank_0(load)
     if start.use != RESUME:
-        start.content.clear()  # it may lie in memory
+        start.content.clear()  # free the memory
     distributed.on_all_ranks(lambda: model.to(device))
     distributed.broadcast_tensors(model.state_dict().values())
     return model
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training.
+# --------------------------------------------------------------------------------------------------
+# Train
 
 
 def train_model(
     run: Run, model: TokenBridge, loader: DataLoader, start: Start, settings: TrainingSettings
 ) -> None:
-    """Train ``model`` from the epoch and step of ``start``; save, and measure if flags ask for it."""
+    """Train ``model`` from the epoch and step of ``start``; save, and measure as flags say."""
     args = run.args
     if distributed.is_main_process() and not args.dry_run:
         remove_parts(Path(args.output_dir).glob(".*.part"))
     trainer = Trainer(model, settings, loader, run.encoder)
     state = trainer.state
-    if start.use == RESUME:
+    if start.use == RESUME and start.path is not None:
         state.load(start.content, start.path)
         start.content.clear()
     if distributed.get_world_size() > 2:
         trainer.order_gradients((args.batch_size, *model.latent_shape))
-    measured_model = state.model if args.no_ema else state.ema_model
+    measured_model = model if args.no_ema else state.ema_model
 
     def measure(epoch: int, writer: SummaryWriter | None, stop_signals: StopSignals) -> None:
         evaluate_online(run, measured_model, epoch, writer, stop_signals)
@@ -535,7 +512,7 @@ def main() -> None:
     """Run the command line."""
     args = get_args_parser().parse_args()
     with process_group(args.device, args.deterministic, args.precision) as device:
-        # Flags, and the files that they name
+        # Flags, and the files that flags name
         check_same_flags(args, device)
         distributed.on_all_ranks(lambda: check_args(args))
         measuring = args.evaluate or args.evaluate_nll
@@ -547,8 +524,9 @@ def main() -> None:
         )
         check_same_inputs(data, tokenizer and tokenizer.vae)
         seed_everything(args.seed + distributed.get_rank())
-        cached = CachedMoments(info.latent_factor, info.deterministic)
-        encoder = cached if args.use_cached else tokenizer
+        encoder = tokenizer
+        if args.use_cached:
+            encoder = CachedMoments(info.latent_factor, info.deterministic)
 
         # Model
         if args.quant_calibrate and config["channel_mean"] is None:
@@ -575,15 +553,16 @@ def main() -> None:
         run = Run(args, device, tokenizer, encoder, make_evaluator(args, device), held_out)
 
         # Train
-        if not measuring:
+        if loader is not None:
             model.metadata["class_names"] = classes
             saved_sha256 = start.config.get("vae_sha256") if start.use == RESUME else None
-            if (vae_sha256 := info.sha256 or saved_sha256) is not None:
+            vae_sha256 = info.sha256 or saved_sha256
+            if vae_sha256 is not None:
                 model.metadata["vae_sha256"] = vae_sha256
             distributed.on_all_ranks(lambda: finetune.freeze(model, args.freeze))
             if args.lr is None:
-                batch = args.batch_size * args.accum_iter * distributed.get_world_size()
-                args.lr = args.blr * batch / 256
+                global_batch = args.batch_size * args.accum_iter * distributed.get_world_size()
+                args.lr = args.blr * global_batch / 256
             train_model(run, model, loader, start, TrainingSettings.from_args(args))
             return
 

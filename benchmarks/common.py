@@ -25,7 +25,7 @@ from util.devices import find_device, keep_freed_memory, matmul_flops, memory_in
 from util.files import write_json
 from util.provenance import provenance
 from util.tables import markdown
-from util.training_state import TrainingSettings
+from util.training_settings import TrainingSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Column titles that differ from the keys in the JSON files.
@@ -62,7 +62,7 @@ def add_variant_flags(parser: argparse.ArgumentParser, batch: int, batch_help: s
     parser.add_argument("--compile", action="store_true", help=text)
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def parse_flags(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line, convert ``device`` to a torch.device and apply ``--threads``."""
     args = parser.parse_args()
     if args.threads:

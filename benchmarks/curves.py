@@ -48,7 +48,7 @@ def loss_curve(division: tuple[int, int, int], seed: int, args: argparse.Namespa
     ]
 
 
-def plot(curves: dict[str, list[float]], seed_curves: list[list[float]], path: Path) -> None:
+def plot_curves(curves: dict[str, list[float]], seed_curves: list[list[float]], path: Path) -> None:
     """Save a PNG of the curves and of their differences from the mean over seeds."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -113,7 +113,7 @@ def main() -> None:
     finish("curves", rows, hardware, args.json)
     if args.json:
         divided = dict(zip(names[args.seeds :], curves[args.seeds :], strict=True))
-        plot(divided, curves[: args.seeds], Path(args.json).with_suffix(".png"))
+        plot_curves(divided, curves[: args.seeds], Path(args.json).with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.baselines import DiffusionHead, RecomputingHead
-from benchmarks.common import benchmark_parser, finish, machine, parse, timings
+from benchmarks.common import benchmark_parser, finish, machine, parse_flags, timings
 from models.channel_head import ChannelHead, Head
 from models.masked_head import MaskedHead
 from models.tokenbridge import MODELS
@@ -35,7 +35,7 @@ def main() -> None:
     precisions = ["fp32", "bf16"]
     text = "autocast precisions"
     parser.add_argument("--precision", choices=PRECISIONS, nargs="+", default=precisions, help=text)
-    args = parse(parser)
+    args = parse_flags(parser)
     hardware, device = machine(args.device), args.device
     create = MODELS[args.model]
     with torch.device("meta"):  # only configurations are needed: heads run without their backbone

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 
-from benchmarks.common import benchmark_parser, finish, machine, parse, timings
+from benchmarks.common import benchmark_parser, finish, machine, parse_flags, timings
 from util.data.caches import CachedFolder
 from util.data.packed import DTYPES, PackedCache, pack
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="batch size")
     text = "numbers of DataLoader workers; 0 reads in the main process"
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help=text)
-    args = parse(parser)
+    args = parse_flags(parser)
     hardware, rows = machine(args.device), []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

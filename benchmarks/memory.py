@@ -26,7 +26,7 @@ from engine_tokenbridge import Trainer
 from models import fast
 from models.quantizer import GaussianQuantizer
 from models.tokenbridge import MODELS
-from models.tokenizer import Encoder, Tokenizer
+from models.tokenizer import LatentEncoder, Tokenizer
 from models.vae import AutoencoderKL
 from util.args import new_parser
 from util.files import write_json
@@ -176,7 +176,7 @@ def allocate_gradients(model: torch.nn.Module) -> None:
 def step_memory(
     trainer: Trainer,
     memory: PeakMemory,
-    tokenizer: Encoder,
+    tokenizer: LatentEncoder,
     batch: int,
     parts: Sequence[str],
 ) -> float:

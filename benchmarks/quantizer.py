@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from benchmarks.baselines import argmin_over_levels
-from benchmarks.common import benchmark_parser, finish, machine, parse, timings
+from benchmarks.common import benchmark_parser, finish, machine, parse_flags, timings
 from models.quantizer import GaussianQuantizer
 
 #: Bytes read and written per latent: the latent (4), its index (8) and its value (4).
@@ -14,7 +14,7 @@ BYTES_PER_LATENT = 16
 
 def main() -> None:
     """Run the command line."""
-    args = parse(benchmark_parser(__doc__, repeats=20))
+    args = parse_flags(benchmark_parser(__doc__, repeats=20))
     hardware = machine(args.device)
     rows = []
     for batch in (16, 256):

@@ -12,7 +12,7 @@ from benchmarks.common import (
     finish,
     logged_scalars,
     machine,
-    parse,
+    parse_flags,
     start_training,
 )
 from benchmarks.loader import write_cache
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="batch size of one rank")
     text = "steps of a run with several ranks; the other runs train on as many images"
     parser.add_argument("--steps", type=int, default=60, help=text)
-    args = parse(parser)
+    args = parse_flags(parser)
     hardware, several = machine(args.device), args.processes
     variants = {  # runs at the same time, ranks per run, batch size per rank
         "one process": (1, 1, args.batch),

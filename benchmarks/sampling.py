@@ -6,13 +6,13 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.baselines import RecomputingHead, plain_kernels
-from benchmarks.common import add_variant_flags, benchmark_parser, compare_variants, parse
+from benchmarks.common import add_variant_flags, benchmark_parser, compare_variants, parse_flags
 from models.sampling import SamplingOptions, sampling_plan
 from models.tokenbridge import MODELS
 from util.precision import autocast
 
 
-def prepare(
+def prepare_sampling(
     args: argparse.Namespace, release: bool, precision: str
 ) -> tuple[Callable[[], None], float]:
     """Return a function that samples a batch, and its FLOPs; see ``compare_variants``."""
@@ -43,8 +43,8 @@ def main() -> None:
     add_variant_flags(parser, batch=1, batch_help="images sampled at once")
     parser.add_argument("--num_iter", type=int, default=16, help="autoregressive steps")
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
-    args = parse(parser)
-    compare_variants("sampling", prepare, args, steps=args.num_iter)
+    args = parse_flags(parser)
+    compare_variants("sampling", prepare_sampling, args, steps=args.num_iter)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ CUDA_COMMANDS = {
 }
 
 
-def tables(device: str) -> str:
+def benchmark_tables(device: str) -> str:
     """Return the tables of a device, and the commands of benchmarks that have no results."""
     sections, commands = [], []
     for name, cuda_command in CUDA_COMMANDS.items():
@@ -66,7 +66,7 @@ def memory_table() -> str:
 def main() -> None:
     """Write all tables."""
     pages = {
-        HERE / "README.md": {"cpu": tables("cpu"), "cuda": tables("cuda")},
+        HERE / "README.md": {"cpu": benchmark_tables("cpu"), "cuda": benchmark_tables("cuda")},
         HERE.parent / "docs" / "training.md": {"memory": memory_table()},
     }
     for path, contents in pages.items():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import benchmark_parser, finish, machine, parse, timings
+from benchmarks.common import benchmark_parser, finish, machine, parse_flags, timings
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from util.config import KL16_CONFIG
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=precisions, help=text)
     text = "tokenizer to measure; by default KL-16 with random weights"
     parser.add_argument("--vae_path", default="", help=text)
-    args = parse(parser)
+    args = parse_flags(parser)
     hardware, rows = machine(args.device), []
     layouts = {"plain": torch.contiguous_format, "channels last": torch.channels_last}
     config: dict[str, Any] = KL16_CONFIG

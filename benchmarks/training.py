@@ -14,7 +14,7 @@ from benchmarks.common import (
     benchmark_parser,
     compare_variants,
     new_trainer,
-    parse,
+    parse_flags,
 )
 from models.tokenbridge import MODELS, TokenBridge
 from util.training_state import add_weight_decay
@@ -52,7 +52,7 @@ def our_step(
     return step
 
 
-def prepare(
+def prepare_training(
     args: argparse.Namespace, release: bool, precision: str
 ) -> tuple[Callable[[], None], float]:
     """Return a function that takes a step, and its FLOPs; see ``compare_variants``."""
@@ -74,7 +74,7 @@ def main() -> None:
     add_variant_flags(parser, batch=4, batch_help="batch size")
     text = "recompute activations in the backward pass"
     parser.add_argument("--grad_checkpointing", action="store_true", help=text)
-    compare_variants("training", prepare, parse(parser))
+    compare_variants("training", prepare_training, parse_flags(parser))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A web page that makes and edits pictures with a trained model; it ends with Ctrl-C."""
+"""Serve a web page that generates and edits images with a trained model, until Ctrl-C."""
 
 import argparse
 import math
@@ -17,13 +17,12 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageChops
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).resolve().parents[1]
-    )  # not demo/, where demo.py would hide the package
+    # The project root instead of demo/, where demo.py would hide the package of this name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from generate import add_model_args, load_pipeline, side_by_side
-from models.editing import MAX_PIXELS, cropped, opened
-from models.pipeline import Pictures, TokenBridgePipeline, to_pictures
+from generate import add_pipeline_args, load_pipeline, side_by_side
+from models.editing import MAX_PIXELS, center_crop, open_image
+from models.pipeline import GeneratedImages, TokenBridgePipeline, to_pil
 from models.sampling import ORDERS, SCHEDULES, SamplingOptions
 from util import errors
 from util.args import check_range, new_parser
@@ -36,20 +35,19 @@ try:
     import gradio as gr
     from gradio.processing_utils import save_file_to_cache
 except ImportError:
-    print(
-        "error: the page needs a package that is not installed: pip install gradio", file=sys.stderr
-    )
+    print("error: gradio is not installed: pip install gradio", file=sys.stderr)
     sys.exit(2)
 
-MAX_PICTURES, MAX_WAITING = 16, 32  # of one request; requests that wait
+MAX_IMAGES = 16  # per request
+MAX_WAITING = 32  # requests in the queue
 MAX_UPLOAD = 20 * 2**20  # bytes
-KEPT = 3600  # seconds that pictures lie on disk
-SHOWN_PIXELS = 512  # width of the picture that one draws on, about
-ANY = -1  # choice of no class
-WORKER = "pictures"  # thread in which the model works
-#: Settings of sampling that the page has controls for; others stay at their defaults.
+LIFETIME = 3600  # seconds before files and states of visitors are deleted
+EDITOR_PIXELS = 512  # approximate width of the image in the mask editor
+ANY = -1  # the choice "any class"
+WORKER = "generation"  # name of the thread that runs the model
+#: Sampling options with controls on the page; others keep their defaults.
 SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature", "order")
-#: Parts of a picture to cover without drawing: left, top, right, bottom as shares of its size.
+#: Regions to mask without drawing: left, top, right, bottom as shares of the image's size.
 AREAS = {
     "upper half": (0, 0, 1, 0.5),
     "lower half": (0, 0.5, 1, 1),
@@ -57,18 +55,19 @@ AREAS = {
     "right half": (0.5, 0, 1, 1),
     "middle": (0.25, 0.25, 0.75, 0.75),
 }
-#: Of events that need no turn of the model.
+#: Arguments of Gradio events that do not run the model.
 QUICK: dict[str, Any] = {
     "concurrency_limit": None,
     "api_visibility": "private",
     "show_progress": "hidden",
 }
-PAINT = (255, 0, 160, 160)  # of the mask
+MASK_COLOR = (255, 0, 160, 160)  # RGBA
 CSS = """
 .gradio-container {max-width: 1280px !important; width: 100%; margin: auto}
 #picture, #confidence {height: auto !important; padding-top: 28px}
 #picture :is(button, .image-frame), #confidence :is(button, .image-frame) {width: 100%}
-#picture img, #confidence img {width: 100% !important; height: auto !important; aspect-ratio: 1; object-fit: contain}
+#picture img, #confidence img {width: 100% !important; height: auto !important}
+#picture img, #confidence img {aspect-ratio: 1; object-fit: contain}
 #picture .empty, #confidence .empty {aspect-ratio: 1}
 #picture img, #confidence img, #gallery img {image-rendering: pixelated}
 #gallery .grid-wrap {min-height: 0; padding-top: 28px}
@@ -78,53 +77,58 @@ CSS = """
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+    """Return the parser of the command line."""
     parser = new_parser(__doc__)
-    add_model_args(parser)
-    text = "where the page is served; 0.0.0.0 lets other machines in, all that reach this one"
-    parser.add_argument("--host", default="127.0.0.1", help=text)
-    parser.add_argument("--port", type=int, default=7860, help="where the page is served")
+    add_pipeline_args(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address of the page; 0.0.0.0 admits every machine that can reach this one",
+    )
+    parser.add_argument("--port", type=int, default=7860, help="port of the page")
     return parser
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Making, while others watch.
+# --------------------------------------------------------------------------------------------------
+# Generation in a thread, with intermediate images
 
 
-class Gone(Exception):
-    """Nobody waits for the pictures any more."""
+class Cancelled(Exception):
+    """The visitor no longer waits for the images."""
 
 
-def filling(
-    pipe: TokenBridgePipeline, turn: threading.Lock, **request
-) -> Iterator[tuple | Pictures]:
-    """Yields the step, the number of steps and the pictures so far, and at last the finished :class:`Pictures`.
+def stream_images(
+    pipe: TokenBridgePipeline, lock: threading.Lock, **request
+) -> Iterator[tuple | GeneratedImages]:
+    """Yield the images after each step, and finally the :class:`GeneratedImages`.
 
-    Steps that pass while the last one is shown are skipped. Closing the iterator ends the work with its next step.
+    The intermediate items are tuples: the step, the number of steps, the images so far. Steps that
+    finish while the previous one is shown are skipped. Closing the iterator stops the generation
+    at its next step.
 
     Args:
-        turn: held while the model works.
+        lock: held while the model runs.
         request: arguments of the pipeline.
 
     Raises:
         UserError: see the pipeline.
     """
     frames: queue.SimpleQueue = queue.SimpleQueue()
-    gone = threading.Event()
+    cancelled = threading.Event()
 
     def callback(*frame) -> None:
-        if gone.is_set():
-            raise Gone
+        if cancelled.is_set():
+            raise Cancelled
         frames.put(frame)
 
-    def work() -> None:
+    def run() -> None:
         try:
-            with turn:
+            with lock:
                 frames.put(pipe(**request, callback=callback))
         except BaseException as error:
             frames.put(error)
 
-    threading.Thread(target=work, name=WORKER, daemon=True).start()
+    threading.Thread(target=run, name=WORKER, daemon=True).start()
     try:
         while True:
             frame = frames.get()
@@ -133,98 +137,115 @@ def filling(
             if isinstance(frame, BaseException):
                 raise frame
             yield frame
-            if isinstance(frame, Pictures):
+            if isinstance(frame, GeneratedImages):
                 return
     finally:
-        gone.set()
+        cancelled.set()
 
 
-def stored(image: Image.Image, folder: str, name: str = "picture.png", **options) -> str:
-    """Path of ``image`` as a PNG in Gradio's ``folder`` of files to serve; ``options`` are Pillow's.
+def save_to_cache(image: Image.Image, folder: str, name: str = "image.png", **options) -> str:
+    """Save ``image`` as a PNG in Gradio's ``folder`` of served files, and return its path.
 
-    Given a picture, Gradio writes the file anew each time, while a browser may be reading it.
+    If Gradio gets an image instead of a path, it writes the file again every time, while a browser
+    may be reading it.
+
+    Args:
+        options: of Pillow's ``save``.
     """
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / name
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / name
         image.save(path, **options)
         return save_file_to_cache(path, folder)
 
 
-class Shown(NamedTuple):
-    """A finished picture."""
+class ImageFiles(NamedTuple):
+    """The files and the caption of a generated image."""
 
-    file: str  # a PNG that holds its settings
+    image: str  # a PNG that contains its settings
     confidence: str  # a PNG
-    text: str
+    caption: str
 
 
-def finished(
-    pipe: TokenBridgePipeline, made: Pictures, sampling: dict[str, Any], folder: str
-) -> list[Shown]:
-    """Stores pictures, and tells what is shown of them."""
-    shown = []
-    maps = to_pictures(confidence_maps(made.confidence, pipe.model.config["img_size"]))
-    for row, image in enumerate(made.images):
-        label, seed = made.labels and made.labels[row], made.seeds[row]
+def save_images(
+    pipe: TokenBridgePipeline, generated: GeneratedImages, sampling: dict[str, Any], folder: str
+) -> list[ImageFiles]:
+    """Save generated images and their confidence maps; return their files."""
+    files = []
+    maps = to_pil(confidence_maps(generated.confidence, pipe.model.config["img_size"]))
+    for row, image in enumerate(generated.images):
+        label = generated.labels and generated.labels[row]
+        seed = generated.seeds[row]
         settings = {"class_labels": None if label is None else [label], "seeds": [seed], **sampling}
         name = f"class-{'any' if label is None else label}-seed-{seed}.png"
-        path = stored(image, folder, name, pnginfo=png_settings(settings))
-        text = f"seed {seed}: {made.log_likelihoods[row]:.1f} nats"
-        shown.append(Shown(path, stored(maps[row], folder), text))
-    return shown
+        path = save_to_cache(image, folder, name, pnginfo=png_settings(settings))
+        caption = f"seed {seed}: {generated.log_likelihoods[row]:.1f} nats"
+        files.append(ImageFiles(path, save_to_cache(maps[row], folder), caption))
+    return files
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Masks.
+# --------------------------------------------------------------------------------------------------
+# Masks
 
 
-def shown_size(size: int) -> int:
-    """The multiple of ``size`` pixels in which one draws on a picture."""
-    return size * max(1, round(SHOWN_PIXELS / size))
+def editor_size(size: int) -> int:
+    """Return the width of the mask editor: a multiple of ``size``, about :data:`EDITOR_PIXELS`."""
+    return size * max(1, round(EDITOR_PIXELS / size))
 
 
 def editor_value(image: Image.Image | None, area: str | None, folder: str) -> dict[str, Any] | None:
-    """A picture to draw on, enlarged, whose ``area`` is covered; its files in ``folder``."""
+    """Return the mask editor's value: the enlarged image, and a layer that covers ``area``.
+
+    Args:
+        area: a key of :data:`AREAS`, or None.
+        folder: for the files.
+    """
     if image is None:
         return None
-    size = shown_size(image.width)
+    size = editor_size(image.width)
     layers = []
     if area is not None:
         layer = Image.new("RGBA", (size, size))
-        layer.paste(PAINT, tuple(round(share * size) for share in AREAS[area]))
-        layers = [stored(layer, folder)]
-    large = stored(image.resize((size, size), Image.Resampling.NEAREST), folder)
+        left, top, right, bottom = (round(share * size) for share in AREAS[area])
+        layer.paste(MASK_COLOR, (left, top, right, bottom))
+        layers = [save_to_cache(layer, folder)]
+    large = save_to_cache(image.resize((size, size), Image.Resampling.NEAREST), folder)
     return {"background": large, "layers": layers, "composite": None}
 
 
 def drawn_mask(value: dict[str, Any] | None, size: int) -> Image.Image:
-    """A mask of ``size`` pixels each way, white wherever anything is drawn; UserError if it covers nothing, or all."""
+    """Return a mask of ``size`` x ``size`` pixels, white wherever something is drawn.
+
+    Args:
+        value: of the mask editor.
+
+    Raises:
+        UserError: the mask covers nothing, or everything.
+    """
     mask = Image.new("L", (size, size))
     for layer in (value or {}).get("layers", []):
         alpha = layer.convert("RGBA").getchannel("A").resize((size, size), Image.Resampling.BOX)
         mask = ImageChops.lighter(mask, alpha.point([0] + [255] * 255))
     low, high = mask.getextrema()
     if low == high:
-        covers = (
-            "everything: to make all of it anew, generate"
+        raise UserError(
+            "the mask covers everything: use the Generate tab instead"
             if low
-            else "nothing: draw on what is to be made anew"
+            else "the mask covers nothing: draw on the parts to regenerate"
         )
-        raise UserError(f"the mask covers {covers}")
     return mask
 
 
-def named(error: UserError, path: str) -> gr.Error:
-    """What the page says of a file, without the place where this machine keeps it."""
+def file_error(error: UserError, path: str) -> gr.Error:
+    """Return the error for the page, with the name of the file instead of its path here."""
     return gr.Error(str(error).replace(path, Path(path).name), print_exception=False)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The page.
+# --------------------------------------------------------------------------------------------------
+# Page
 
 
-class Results(NamedTuple):
-    """What one sees."""
+class ResultViews(NamedTuple):
+    """The components that show results."""
 
     status: gr.Textbox
     picture: gr.Image
@@ -232,21 +253,27 @@ class Results(NamedTuple):
     gallery: gr.Gallery
     download: gr.DownloadButton
     again: gr.Button
-    made: gr.State  # a list of Shown
+    files: gr.State  # a list of ImageFiles
 
 
 def class_choices(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Classes to choose from, by name and number."""
-    told = [name if name == str(label) else f"{name} ({label})" for label, name in enumerate(names)]
-    return [("any class", ANY), *((name, label) for label, name in enumerate(told))]
+    """Return the titles and numbers of the classes to choose from."""
+    titles = [
+        name if name == str(label) else f"{name} ({label})" for label, name in enumerate(names)
+    ]
+    return [("any class", ANY), *((title, label) for label, title in enumerate(titles))]
 
 
 def add_controls(pipe: TokenBridgePipeline) -> tuple[gr.Dropdown, gr.Number, gr.Slider]:
-    """Adds what is made: class, seed, number of pictures."""
+    """Add the controls for class, seed and number of images."""
     label = gr.Dropdown(
-        class_choices(pipe.class_names), value=0, label="Class", info="Type to search", allow_custom_value=True,
+        class_choices(pipe.class_names),
+        value=0,
+        label="Class",
+        info="Type to search",
+        allow_custom_value=True,
         elem_id="class",
-    )  # fmt: skip
+    )
     with gr.Row():
         seed = gr.Number(
             0,
@@ -257,36 +284,39 @@ def add_controls(pipe: TokenBridgePipeline) -> tuple[gr.Dropdown, gr.Number, gr.
             min_width=120,
             elem_id="seed",
         )
-        count = gr.Slider(
-            1, MAX_PICTURES, 1, step=1, label="Pictures", min_width=120, elem_id="count"
-        )
+        count = gr.Slider(1, MAX_IMAGES, 1, step=1, label="Images", min_width=120, elem_id="count")
     gr.Button("Another seed", size="sm").click(
-        lambda: random.randrange(2**32 - MAX_PICTURES), None, seed, **QUICK
+        lambda: random.randrange(2**32 - MAX_IMAGES), None, seed, **QUICK
     )
     return label, seed, count
 
 
 def add_sampling(pipe: TokenBridgePipeline) -> list[gr.components.Component]:
-    """Adds how it is made: controls of SAMPLING."""
-    length, wide = pipe.model.seq_len, {"min_width": 240}
+    """Add the controls for the options in :data:`SAMPLING`."""
+    length = pipe.model.seq_len
+    # Guidance needs a model that was trained with unlabeled images.
+    default_cfg = 3.0 if pipe.model.config["label_drop_prob"] else 1.0
+    wide: dict[str, Any] = {"min_width": 240}
     with gr.Accordion("Sampling", open=True), gr.Row():
-        usual_steps = min(SamplingOptions.num_iter, length)
-        steps = gr.Slider(1, length, usual_steps, step=1, label="Steps", elem_id="steps", **wide)
-        text = "Towards the class; 1 is without"
-        usual = (
-            3.0 if pipe.model.config["label_drop_prob"] else 1.0
-        )  # guidance needs unlabeled training
+        default_steps = min(SamplingOptions.num_iter, length)
+        steps = gr.Slider(1, length, default_steps, step=1, label="Steps", elem_id="steps", **wide)
         cfg = gr.Slider(
-            0, 10, usual, step=0.05, label="Guidance", info=text, elem_id="guidance", **wide
+            0,
+            10,
+            default_cfg,
+            step=0.05,
+            label="Guidance",
+            info="Scale of classifier-free guidance; 1 is without",
+            elem_id="guidance",
+            **wide,
         )
-        text = "Below 1 more typical"
         temperature = gr.Slider(
             0,
             2,
             SamplingOptions.temperature,
             step=0.01,
             label="Temperature",
-            info=text,
+            info="Below 1: less diverse",
             elem_id="temperature",
             **wide,
         )
@@ -296,27 +326,30 @@ def add_sampling(pipe: TokenBridgePipeline) -> list[gr.components.Component]:
             label="Guidance over the steps",
             **wide,
         )
-        text = "Of tokens: at random, by rows, the surest first"
         order = gr.Radio(
             list(ORDERS),
             value=SamplingOptions.order,
             label="Order",
-            info=text,
+            info="Of tokens: random, row by row, or the most confident first",
             elem_id="order",
             **wide,
         )
     return [steps, cfg, schedule, temperature, order]
 
 
-def add_results() -> tuple[Results, gr.Button]:
-    """Adds the pictures and what is said of them, and a button to cancel."""
+def add_results() -> tuple[ResultViews, gr.Button]:
+    """Add the images with status and confidence, and a button to cancel."""
     with gr.Row():
-        text = "Nothing made yet"
         status = gr.Textbox(
-            text, show_label=False, container=False, interactive=False, scale=3, elem_id="status"
+            "Nothing generated yet",
+            show_label=False,
+            container=False,
+            interactive=False,
+            scale=3,
+            elem_id="status",
         )
         cancel = gr.Button("Cancel", min_width=80, elem_id="cancel")
-    look = {
+    look: dict[str, Any] = {
         "type": "filepath",
         "format": "png",
         "interactive": False,
@@ -324,164 +357,178 @@ def add_results() -> tuple[Results, gr.Button]:
         "min_width": 150,
     }
     with gr.Row():
-        picture = gr.Image(label="Picture", elem_id="picture", **look)
-        confidence = gr.Image(label="Confidence (yellow: sure)", elem_id="confidence", **look)
+        picture = gr.Image(label="Image", elem_id="picture", **look)
+        confidence = gr.Image(label="Confidence (yellow: high)", elem_id="confidence", **look)
     with gr.Row():
-        again = gr.Button("Edit this picture", interactive=False, min_width=150, elem_id="again")
+        again = gr.Button("Edit this image", interactive=False, min_width=150, elem_id="again")
         download = gr.DownloadButton(
             "Download", interactive=False, min_width=150, elem_id="download"
         )
     gallery = gr.Gallery(
-        label="All: choose one", height="auto", format="png", allow_preview=False, buttons=[], visible=False,
+        label="All images: choose one",
+        height="auto",
+        format="png",
+        allow_preview=False,
+        buttons=[],
+        visible=False,
         elem_id="gallery",
-    )  # fmt: skip
-    return Results(
-        status, picture, confidence, gallery, download, again, gr.State([], time_to_live=KEPT)
-    ), cancel
+    )
+    files = gr.State([], time_to_live=LIFETIME)
+    return ResultViews(status, picture, confidence, gallery, download, again, files), cancel
 
 
 def add_editor(
     pipe: TokenBridgePipeline,
 ) -> tuple[gr.UploadButton, gr.ImageEditor, gr.Dropdown, gr.Button]:
-    """Adds what one edits with: a picture's file, the picture to draw on, a part to cover, the button."""
-    upload = gr.UploadButton("Open a picture", file_types=["image"], size="sm", elem_id="open")
-    canvas = [shown_size(pipe.model.config["img_size"])] * 2
+    """Add the upload of an image, the mask editor, the choice of an area, and the edit button."""
+    upload = gr.UploadButton("Open an image", file_types=["image"], size="sm", elem_id="open")
+    width = editor_size(pipe.model.config["img_size"])
     editor = gr.ImageEditor(
-        type="pil", format="png", sources=(), transforms=(), layers=False, buttons=[], elem_id="editor",
-        canvas_size=canvas, fixed_canvas=True,
-        label="Draw the mask", brush=gr.Brush(40, ["#ff00a0a0"], color_mode="fixed"),
+        type="pil",
+        format="png",
+        sources=(),
+        transforms=(),
+        layers=False,
+        buttons=[],
+        elem_id="editor",
+        canvas_size=(width, width),
+        fixed_canvas=True,
+        label="Draw the mask",
+        brush=gr.Brush(40, ["#ff00a0a0"], color_mode="fixed"),
         eraser=gr.Eraser(40),
-    )  # fmt: skip
-    area = gr.Dropdown(list(AREAS), value=None, label="Or cover a part of it", elem_id="area")
-    return upload, editor, area, gr.Button("Make it anew", variant="primary", elem_id="edit")
+    )
+    area = gr.Dropdown(list(AREAS), value=None, label="Or mask a region", elem_id="area")
+    return upload, editor, area, gr.Button("Regenerate", variant="primary", elem_id="edit")
 
 
-class Maker:
-    """What the page's buttons do.
+class Actions:
+    """The actions of the page's buttons.
 
     Args:
-        pipe: makes the pictures of all visitors, one request after the other.
-        folder: of finished pictures.
+        pipe: generates the images of all visitors, one request after another.
+        folder: of generated images.
     """
 
     def __init__(self, pipe: TokenBridgePipeline, folder: str):
-        self.pipe, self.folder, self.turn = pipe, folder, threading.Lock()
+        self.pipe = pipe
+        self.folder = folder
+        self.lock = threading.Lock()
 
     def generate(
         self, label: int | str, seed: int | None, count: float, *sampling, **edit
     ) -> Iterator[tuple]:
-        """Yields values of :class:`Results` while ``count`` pictures are made; gr.Error tells what is wrong."""
+        """Yield values of :class:`ResultViews` while ``count`` images are generated.
+
+        Raises:
+            gr.Error: a setting is invalid.
+        """
         settings = dict(zip(SAMPLING, sampling, strict=True))
         first, count = int(seed or 0), int(count)
         request = {**settings, **edit, "class_labels": None if label == ANY else label}
         request["seeds"] = range(first, first + count)
         try:
-            for made in filling(self.pipe, self.turn, **request):
-                if isinstance(made, Pictures):
-                    shown = finished(
-                        self.pipe, made.ranked() if edit else made, settings, self.folder
-                    )
-                    status, picture, confidence, download, again = show(shown)
-                    all_files = gr.update(
-                        value=[(each.file, each.text) for each in shown], visible=count > 1
-                    )
-                    yield status, picture, confidence, all_files, download, again, shown
+            for frame in stream_images(self.pipe, self.lock, **request):
+                if isinstance(frame, GeneratedImages):
+                    generated = frame.ranked() if edit else frame
+                    files = save_images(self.pipe, generated, settings, self.folder)
+                    status, image, confidence, download, again = show(files)
+                    captioned = [(item.image, item.caption) for item in files]
+                    gallery = gr.update(value=captioned, visible=count > 1)
+                    yield status, image, confidence, gallery, download, again, files
                 else:
-                    step, steps, images = made
-                    sheet = stored(side_by_side(images, math.ceil(count**0.5)), self.folder)
-                    later = gr.update(interactive=False)
-                    yield (
-                        f"Step {step} of {steps}",
-                        sheet,
-                        None,
-                        gr.update(visible=False),
-                        later,
-                        later,
-                        [],
-                    )
+                    step, steps, images = frame
+                    status = f"Step {step} of {steps}"
+                    grid = side_by_side(images, math.ceil(count**0.5))
+                    path = save_to_cache(grid, self.folder)
+                    hidden = gr.update(visible=False)
+                    disabled = gr.update(interactive=False)
+                    yield status, path, None, hidden, disabled, disabled, []
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
     def edit(
-        self, source: Image.Image | None, drawn: dict[str, Any] | None, *how
+        self, source: Image.Image | None, editor: dict[str, Any] | None, *controls
     ) -> Iterator[tuple]:
-        """As :meth:`generate`, what is drawn on in ``source`` made anew, the most likely first."""
+        """Regenerate the masked parts of ``source``; see :meth:`generate`. Most likely first.
+
+        Args:
+            editor: value of the mask editor.
+            controls: arguments of :meth:`generate`.
+        """
         try:
             if source is None:
-                raise UserError("there is no picture to edit: open one, or make one and choose it")
-            mask = drawn_mask(drawn, self.pipe.model.config["img_size"])
+                raise UserError(
+                    "there is no image to edit: open one, or generate one and choose it"
+                )
+            mask = drawn_mask(editor, self.pipe.model.config["img_size"])
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        yield from self.generate(*how, image=source, mask_image=mask)
+        yield from self.generate(*controls, image=source, mask_image=mask)
 
-    def opened(self, path: str) -> tuple[Image.Image, dict[str, Any] | None]:
-        """A picture to edit, as the model sees it, and what one draws on."""
+    def open(self, path: str) -> tuple[Image.Image, dict[str, Any] | None]:
+        """Return an image to edit, cropped to the model's size, and the mask editor's value."""
         try:
-            picture = cropped(opened(path, "the picture"), self.pipe.model.config["img_size"])
+            image = center_crop(open_image(path, "the image"), self.pipe.model.config["img_size"])
         except UserError as error:
-            raise named(error, path) from error
-        return picture, editor_value(picture, None, self.folder)
+            raise file_error(error, path) from error
+        return image, editor_value(image, None, self.folder)
 
-    def covered(self, picture: Image.Image | None, area: str | None) -> dict[str, Any] | None:
-        """See :func:`editor_value`."""
-        return editor_value(picture, area, self.folder)
+    def cover(self, image: Image.Image | None, area: str | None) -> dict[str, Any] | None:
+        """Return the mask editor's value with ``area`` masked; see :func:`editor_value`."""
+        return editor_value(image, area, self.folder)
 
     def settings(self, path: str) -> list:
-        """Values of the controls, from a PNG's settings: class, seed, and those of SAMPLING."""
+        """Return the settings stored in a PNG: class, seed, and the :data:`SAMPLING` options."""
         try:
-            told = read_settings(path)
+            stored = read_settings(path)
             try:
                 sampling = self.pipe.checked_options(
-                    {name: told[name] for name in SAMPLING if name in told}
+                    {name: stored[name] for name in SAMPLING if name in stored}
                 )
-                label = (
-                    ANY
-                    if told["class_labels"] is None
-                    else self.pipe.class_number(told["class_labels"][0])
-                )
-                values = [
-                    label,
-                    int(told["seeds"][0]),
-                    *(getattr(sampling, name) for name in SAMPLING),
-                ]
+                label = ANY
+                if stored["class_labels"] is not None:
+                    label = self.pipe.class_number(stored["class_labels"][0])
+                seed = int(stored["seeds"][0])
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise UserError(
-                    f"{path} holds settings of another kind ({errors.reason(error)})"
+                    f"{path} contains settings of another program ({errors.reason(error)})"
                 ) from error
         except UserError as error:
-            raise named(error, path) from error
-        return values
+            raise file_error(error, path) from error
+        return [label, seed, *(getattr(sampling, name) for name in SAMPLING)]
 
 
-def show(shown: list[Shown], number: int = 0) -> tuple:
-    """What :class:`Results` show of one of several pictures: status, picture, confidence, buttons."""
-    one = shown[number]
-    ready = gr.update(interactive=True)
-    return (
-        f"Made: {one.text}",
-        one.file,
-        one.confidence,
-        gr.update(value=one.file, interactive=True),
-        ready,
-    )
+def show(files: list[ImageFiles], number: int = 0) -> tuple:
+    """Return the values for one image: status, image, confidence, download and edit button."""
+    file = files[number]
+    download = gr.update(value=file.image, interactive=True)
+    again = gr.update(interactive=True)
+    return f"Generated: {file.caption}", file.image, file.confidence, download, again
 
 
-def choose(shown: list[Shown], chosen: gr.SelectData) -> tuple:
-    """See :func:`show`."""
-    return show(shown, chosen.index)
+def choose(files: list[ImageFiles], chosen: gr.SelectData) -> tuple:
+    """Return the values for the image that the visitor chose; see :func:`show`."""
+    return show(files, chosen.index)
 
 
 def build(pipe: TokenBridgePipeline, folder: str) -> gr.Blocks:
-    """The page of a model; its files lie in ``folder``, which no other server may use."""
+    """Return the page of a model.
+
+    Args:
+        folder: for the files of the page; no other server may use it.
+    """
     os.environ["GRADIO_TEMP_DIR"] = folder
     size = pipe.model.config["img_size"]
+    actions = Actions(pipe, folder)
     with gr.Blocks(
-        title="TokenBridge", analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)
+        title="TokenBridge", analytics_enabled=False, delete_cache=(LIFETIME // 6, LIFETIME)
     ) as page:
+        # Components
         gr.Markdown(
-            f"# TokenBridge\n{len(pipe.class_names)} classes, {size}x{size} pixels, {pipe.model.seq_len} tokens"
+            f"# TokenBridge\n{len(pipe.class_names)} classes, {size}x{size} pixels, "
+            f"{pipe.model.seq_len} tokens"
         )
-        source = gr.State(None, time_to_live=KEPT)
+        source = gr.State(None, time_to_live=LIFETIME)
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 label, seed, count = add_controls(pipe)
@@ -496,26 +543,30 @@ def build(pipe: TokenBridgePipeline, folder: str) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320):
                 results, cancel = add_results()
         sampling = add_sampling(pipe)
-        maker = Maker(pipe, folder)
-        how = [label, seed, count, *sampling]
-        common = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
-        look = {
+
+        # Events
+        controls = [label, seed, count, *sampling]
+        run_model: dict[str, Any] = {
+            "outputs": list(results),
+            "concurrency_id": "model",
+            "concurrency_limit": 1,
+            "api_visibility": "private",
             "scroll_to_output": True,
             "show_progress": "minimal",
             "show_progress_on": results.status,
         }
-        running = [
-            generate.click(maker.generate, how, list(results), **common, **look),
-            edit.click(maker.edit, [source, editor, *how], list(results), **common, **look),
+        running: list[Any] = [
+            generate.click(actions.generate, controls, **run_model),
+            edit.click(actions.edit, [source, editor, *controls], **run_model),
         ]
         cancel.click(lambda: "Cancelled", None, results.status, cancels=running, **QUICK)
-        upload.upload(maker.opened, upload, [source, editor], **QUICK)
-        area.input(maker.covered, [source, area], editor, **QUICK)
-        load.upload(maker.settings, load, [label, seed, *sampling], **QUICK)
+        upload.upload(actions.open, upload, [source, editor], **QUICK)
+        area.input(actions.cover, [source, area], editor, **QUICK)
+        load.upload(actions.settings, load, [label, seed, *sampling], **QUICK)
         one = [results.status, results.picture, results.confidence, results.download, results.again]
-        results.gallery.select(choose, results.made, one, **QUICK)
+        results.gallery.select(choose, results.files, one, **QUICK)
         results.again.click(
-            lambda path: (*maker.opened(path), gr.Tabs(selected="edit")),
+            lambda path: (*actions.open(path), gr.Tabs(selected="edit")),
             results.picture,
             [source, editor, tabs],
             **QUICK,
@@ -524,40 +575,54 @@ def build(pipe: TokenBridgePipeline, folder: str) -> gr.Blocks:
 
 
 def launch(page: gr.Blocks, host: str, port: int, block: bool = True) -> None:
-    """Serves the page; UserError if the address cannot be used.
+    """Serve the page.
 
     Args:
         block: whether to return only after Ctrl-C.
+
+    Raises:
+        UserError: the address cannot be used.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        ).close()
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
-        why = f"{errors.reason(error)}; choose another --port or --host"
-        raise UserError(f"cannot serve on {host}, port {port}: {why}") from error
+        raise UserError(
+            f"cannot serve on {host}, port {port}: {errors.reason(error)}; choose another --port "
+            "or --host"
+        ) from error
     page.queue(max_size=MAX_WAITING, api_open=False).launch(
-        server_name=host, server_port=port, share=False, allowed_paths=[], max_file_size=MAX_UPLOAD,
-        run_history=False, enable_monitoring=False, mcp_server=False, pwa=False, ssr_mode=False, footer_links=[],
-        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]), css=CSS,
-        state_session_capacity=100, quiet=True, prevent_thread_lock=True,
-    )  # fmt: skip
-    log.info("serving on %s; Ctrl-C ends it", page.local_url)
+        server_name=host,
+        server_port=port,
+        share=False,
+        allowed_paths=[],
+        max_file_size=MAX_UPLOAD,
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        pwa=False,
+        ssr_mode=False,
+        footer_links=[],
+        theme=gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"]),
+        css=CSS,
+        state_session_capacity=100,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    log.info("serving on %s; stop with Ctrl-C", page.local_url)
     if block:
         page.block_thread()
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     args = get_args_parser().parse_args()
     with process_group(args.device) as device:
         check_range(args, 1, 65535, "port")
-        signal.signal(
-            signal.SIGTERM, signal.default_int_handler
-        )  # removes visitors' pictures, as Ctrl-C does
-        Image.MAX_IMAGE_PIXELS = (
-            MAX_PIXELS // 2
-        )  # Pillow refuses twice as many, whoever opens an image
+        # SIGTERM removes the temporary folder of images, as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Pillow refuses images of more than twice as many pixels, also those that Gradio opens.
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
         pipe = load_pipeline(args, device)
         with tempfile.TemporaryDirectory() as folder:
             launch(build(pipe, folder), args.host, args.port)

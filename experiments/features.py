@@ -93,7 +93,9 @@ def read_images(
     return images, torch.tensor([labels[label] for _, label in source.samples]), source.classes
 
 
-def train(net: FeatureNet, images: Tensor, labels: Tensor, args: argparse.Namespace) -> None:
+def train_classifier(
+    net: FeatureNet, images: Tensor, labels: Tensor, args: argparse.Namespace
+) -> None:
     """Train ``net`` with Adam and a cosine schedule, then set mean and std of its features."""
     steps = max(1, len(images) // args.batch_size)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
@@ -154,7 +156,7 @@ def main() -> None:
         seed_everything(args.seed)
         images, labels, classes = read_images(args.data_path, "train", args.img_size)
         net = FeatureNet(len(classes)).to(device)
-        train(net, images.to(device), labels.to(device), args)
+        train_classifier(net, images.to(device), labels.to(device), args)
         held_out, true_labels, _ = read_images(args.data_path, "val", args.img_size, classes)
         accuracy = net.accuracy(held_out.to(device), true_labels.to(device))
         with written_whole(args.output) as file:

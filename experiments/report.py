@@ -96,7 +96,7 @@ def plots() -> dict[Path, Figure]:
 # Tables.
 
 
-def tables(scale: str) -> str:
+def result_tables(scale: str) -> str:
     """Return all tables of a scale that have results, with their plots."""
     experiments, results, parts = Experiments(DEFAULT, scale), Results(RESULTS, scale), []
     for table, content in experiments.content["tables"].items():
@@ -176,7 +176,7 @@ def values() -> dict[str, str]:
     markers: dict[str, str] = {}
     for scale in SCALES:
         experiments, results = Experiments(DEFAULT, scale), Results(RESULTS, scale)
-        markers[scale] = "\n" + tables(scale)
+        markers[scale] = "\n" + result_tables(scale)
         markers[f"{scale}_findings"] = "\n" + finding_table(results, experiments)
         markers[f"{scale}_heads"] = "\n" + short_table(results, experiments.rows("heads"))
     experiments, results = Experiments(DEFAULT, "digits"), Results(RESULTS, "digits")

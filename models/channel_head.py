@@ -17,7 +17,7 @@ from models import fast, layers
 from util.model_config import ModelConfig
 from util.options import option, option_names
 
-#: Most classes of one channel step: a group of channels has levels^group joint classes.
+#: Maximum number of classes of a channel step (levels^group for a group of channels).
 MAX_CLASSES = 2**17
 
 # --------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class ChannelAttention(nn.Module):
         """Attend from one step ``x [M, 1, D]`` to itself and the steps before it.
 
         Args:
-            cache: keys and values ``[2, M, H, S, D / H]``; those of this step are added.
+            cache: keys and values ``[2, M, H, S, D / H]``; this step is added in place.
             step: number of the step.
         """
         q, k, v = self.project(x)
@@ -151,8 +151,9 @@ class Head(nn.Module):
     the latents' own channel order; inside, classes are in generation order.
 
     A head implements :meth:`summed_loss`, :meth:`draw`, :meth:`training_flops` and
-    :meth:`elements_per_token`. It may replace the class attributes below, :meth:`given`,
-    :meth:`nats` and :meth:`check_options`.
+    :meth:`elements_per_token`. It may replace the class attributes below, ``sample_numbers`` and
+    ``loss_numbers``, and :meth:`given`, :meth:`loss`, :meth:`sampling_flops` and
+    :meth:`check_options`.
 
     Args:
         config: arguments of :class:`models.tokenbridge.TokenBridge`.
@@ -163,12 +164,12 @@ class Head(nn.Module):
 
     #: Dataclass of the head's own sampling options, made with :func:`util.options.option`.
     Options: ClassVar[type] = NoOptions
-    #: Names of those options on which :meth:`nats` depends.
+    #: Names of those options that :meth:`loss` takes when held-out images are measured.
     likelihood_options: ClassVar[Sequence[str]] = ()
     #: Arguments of a model with this head that differ from :data:`models.tokenbridge.SIZES`, by
     #: model size.
     sizes: ClassVar[dict[str, dict[str, int]]] = {}
-    #: Prefixes of the names of parameters that belong to one channel step each.
+    #: Name prefixes of parameters that have a copy for each channel step.
     step_parameters: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig):
@@ -186,7 +187,7 @@ class Head(nn.Module):
                 f"limit is {MAX_CLASSES:,}: the output layers would hold {weights:,} parameters "
                 f"({4 * weights / 2**30:,.0f} GiB in fp32)"
             )
-        #: Positions of the sequence that a token makes in training.
+        #: Length of the sequence that the head processes for one token in training.
         self.sequence_length = self.channel_steps
         #: Uniform random numbers per token that :meth:`sample` and that :meth:`given` take.
         self.sample_numbers, self.loss_numbers = self.channel_steps, 0
@@ -245,15 +246,6 @@ class Head(nn.Module):
             given: output of :meth:`given` for these tokens.
         """
         raise NotImplementedError
-
-    def nats(self, features: Tensor, targets: Tensor, *uniform: Tensor, **options: Any) -> Tensor:
-        """Return the mean cross-entropy in nats by which held-out images are measured.
-
-        Args:
-            features, targets, uniform: see :meth:`loss`.
-            options: those of :attr:`likelihood_options`.
-        """
-        return self.loss(features, targets, *uniform)
 
     # ----------------------------------------------------------------------------------------------
     # Sampling.

@@ -1,4 +1,4 @@
-"""KL tokenizers of the diffusers library (an optional extra) behind the interface of :mod:`models.vae`."""
+"""KL tokenizers of the diffusers library (optional) with the interface of :mod:`models.vae`."""
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +10,22 @@ class DiffusersVAE(nn.Module):
     """An ``AutoencoderKL`` of diffusers, frozen.
 
     Args:
-        vae: the loaded ``AutoencoderKL``; all of its latents must be scaled by one factor.
+        vae: the loaded ``AutoencoderKL``. One factor must scale all latent channels.
 
     Attributes:
         embed_dim: latent channels C.
-        stride: pixels that a latent position covers, each way.
-        latent_factor: what latents are multiplied by.
-        config: what caches and checkpoints tell of the tokenizer.
+        stride: pixels that a latent position covers, in each direction.
+        latent_factor: the scale of the latents.
+        config: the description of the tokenizer in caches and checkpoints.
     """
 
     def __init__(self, vae: nn.Module):
         super().__init__()
-        self.vae, config = vae, vae.config
+        self.vae = vae
+        config = vae.config
         widths = config["block_out_channels"]
-        self.embed_dim, self.stride = config["latent_channels"], 2 ** (len(widths) - 1)
+        self.embed_dim = config["latent_channels"]
+        self.stride = 2 ** (len(widths) - 1)
         self.latent_factor = float(config["scaling_factor"])
         self.shift = float(config.get("shift_factor") or 0.0)
         self.config = {
@@ -33,10 +35,18 @@ class DiffusersVAE(nn.Module):
         self.eval().requires_grad_(False)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Images ``[B, 3, H, W]`` in [-1, 1] to the posterior of latents ``[B, C, h, w]``, centred by the shift."""
+        """Return the posterior of the latents ``[B, C, h, w]`` minus the shift.
+
+        Args:
+            x: images ``[B, 3, H, W]`` in [-1, 1].
+        """
         mean, logvar = self.vae.encode(x).latent_dist.parameters.chunk(2, dim=1)
         return DiagonalGaussianDistribution(torch.cat([mean - self.shift, logvar], dim=1))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents ``[B, C, h, w]`` to images ``[B, 3, h stride, w stride]``, about [-1, 1], not clipped."""
+        """Return images ``[B, 3, h stride, w stride]``, about [-1, 1] and not clipped.
+
+        Args:
+            z: unscaled latents ``[B, C, h, w]``.
+        """
         return self.vae.decode(z + self.shift).sample

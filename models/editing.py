@@ -1,8 +1,8 @@
-"""Image editing: prepare image and mask for a model, and insert the generated parts.
+"""Image editing: crop images and masks to the model's size, and insert generated pixels.
 
-No pixel under a mask affects the result. A resized pixel is masked if any pixel under the mask
-contributes to it; masked pixels are blank when the tokenizer encodes the image; and seams are
-blended by means of the pixels outside of the mask.
+The result is independent of the pixels under the mask. A resized pixel that mixes masked pixels is
+masked, too. Masked pixels are blank when the tokenizer encodes the image. At the seam, colors are
+adjusted with known pixels outside the mask only.
 """
 
 from pathlib import Path
@@ -19,13 +19,13 @@ from util.data.datasets import to_pixels
 from util.data.sources import over_white, read_upright
 from util.errors import UserError
 
-#: Largest number of pixels of an image or mask before it is cropped.
+#: Largest number of pixels of an image or mask before cropping.
 MAX_PIXELS = 2**26
-#: Mean difference of bytes below which the visible part of a mask is taken for the image itself.
+#: Largest mean difference, in bytes, of the rest of an erased photograph from the image itself.
 ALIKE = 16
 
 # --------------------------------------------------------------------------------------------------
-# Inputs.
+# Images and masks of the caller
 
 
 class Edit(NamedTuple):
@@ -33,88 +33,90 @@ class Edit(NamedTuple):
 
     original: Tensor  # bytes [3, S, S]
     mask: Tensor  # [S, S], true where pixels are regenerated
-    seen: Tensor  # [3, S, S] in [-1, 1], input of the tokenizer
+    seen: Tensor  # [3, S, S] in [-1, 1], the input of the tokenizer
 
 
-Picture = Image.Image | str | Path
+ImageOrPath = Image.Image | str | Path
 
 
-def as_pictures(value: Any, what: str) -> list:
+def as_images(value: Any, name: str) -> list:
     """Return the images that a caller passed, as PIL images and paths; ``[None]`` for None.
 
     Args:
-        value: a PIL image, a path, a tensor ``[3, H, W]`` or ``[B, 3, H, W]``, an array ``[H, W,
-            3]`` or ``[B, H, W, 3]``, or a list of such. Masks have one channel, or are ``[H, W]``.
-            Values are bytes, booleans, or floats in [0, 1].
-        what: its name in messages, ``image`` or ``mask_image``.
+        value: a PIL image, a path, a tensor ``[3, H, W]`` or ``[B, 3, H, W]``, an array
+            ``[H, W, 3]`` or ``[B, H, W, 3]``, or a list of these. Masks have one channel, or are
+            ``[H, W]``. Values are bytes, booleans, or floats in [0, 1].
+        name: the argument, ``image`` or ``mask_image``.
 
     Raises:
-        UserError: it is something else, or of another shape or range.
+        UserError: the type, shape or range is another one.
     """
-    if value is None or isinstance(value, Picture):
+    if value is None or isinstance(value, ImageOrPath):
         return [value]
     if isinstance(value, list | tuple):
-        return [picture for item in value for picture in as_pictures(item, what)]
+        return [image for item in value for image in as_images(item, name)]
     if not isinstance(value, Tensor | np.ndarray):
         raise UserError(
-            f"{what}: pass PIL images, paths, tensors or arrays, not {type(value).__name__}"
+            f"{name}: pass PIL images, paths, tensors or arrays, not {type(value).__name__}"
         )
     pixels = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in ("uint8", "bool") and "float" not in dtype:
-        raise UserError(f"{what} holds {dtype}: pass bytes (uint8), or floats from 0 to 1")
-    channels, axis = (1 if what == "mask_image" else 3), (-3 if isinstance(value, Tensor) else -1)
+        raise UserError(f"{name} has type {dtype}: pass bytes (uint8), or floats from 0 to 1")
+    channels = 1 if name == "mask_image" else 3
+    axis = -3 if isinstance(value, Tensor) else -1
     if channels == 1 and pixels.ndim == 2:
         pixels = np.expand_dims(pixels, axis)
     if pixels.ndim not in (3, 4) or pixels.shape[axis] != channels or not pixels.size:
-        forms = (
-            f"[{channels}, H, W] or [B, {channels}, H, W], "
-            f"or an array [H, W, {channels}] or [B, H, W, {channels}]"
+        raise UserError(
+            f"{name} has the shape {list(value.shape)}: pass a tensor [{channels}, H, W] or "
+            f"[B, {channels}, H, W], or an array [H, W, {channels}] or [B, H, W, {channels}]"
         )
-        raise UserError(f"{what} has the shape {list(value.shape)}: pass a tensor {forms}")
     if dtype != "uint8":
-        low, high = float(pixels.min()), float(pixels.max())
-        if not (low >= 0 and high <= 1):  # nor NaN
+        low = float(pixels.min())
+        high = float(pixels.max())
+        # Also refuses NaN.
+        if not (low >= 0 and high <= 1):
             raise UserError(
-                f"{what} has values from {low:.4g} to {high:.4g}: pass floats from 0 to 1, "
-                "or bytes (uint8)"
+                f"{name} has values from {low:.4g} to {high:.4g}: pass floats from 0 to 1, or "
+                "bytes (uint8)"
             )
         pixels = np.round(pixels.astype(np.float32) * 255)
     pixels = np.moveaxis(pixels, axis, -1).astype(np.uint8)
     batch = pixels if pixels.ndim == 4 else pixels[None]
-    return [Image.fromarray(image[..., 0] if channels == 1 else image) for image in batch]
+    return [Image.fromarray(item[..., 0] if channels == 1 else item) for item in batch]
 
 
-def opened(image: Picture, what: str) -> Image.Image:
-    """Open an image by :func:`util.data.sources.read_upright`.
+def open_image(image: ImageOrPath, name: str) -> Image.Image:
+    """Return an image as :func:`util.data.sources.read_upright` reads it.
 
     Args:
-        what: name of a PIL image, which has no path, in messages.
+        name: the name in messages of an image without a path.
 
     Raises:
-        UserError: it is damaged or too large.
+        UserError: the image is damaged or too large.
     """
-    return read_upright(image, what if isinstance(image, Image.Image) else "", MAX_PIXELS)
+    return read_upright(image, name if isinstance(image, Image.Image) else "", MAX_PIXELS)
 
 
-def read_mask(mask_image: Picture, image: Image.Image) -> Image.Image:
-    """Return a mask as a gray image, white where pixels are regenerated, else black.
+def read_mask(mask_image: ImageOrPath, image: Image.Image) -> Image.Image:
+    """Return a mask as a gray image: white where pixels are regenerated, else black.
 
-    A mask is stored as brightness, or as transparency: parts erased from a photograph are
-    regenerated.
+    The mask is the brightness of ``mask_image``. If parts of it are transparent, the mask is its
+    transparency: parts that were erased from a photograph are regenerated.
 
     Args:
         image: the photograph, RGB.
 
     Raises:
-        UserError: the mask cannot be read, is not of the image's size, or its brightness
+        UserError: the mask cannot be read, has another size than the image, or its brightness
             contradicts its transparency.
     """
-    mask = opened(mask_image, "the mask")
+    mask = open_image(mask_image, "the mask")
     if mask.size != image.size:
-        sizes = [f"{width}x{height}" for width, height in (mask.size, image.size)]
+        mask_size, image_size = (f"{width}x{height}" for width, height in (mask.size, image.size))
         raise UserError(
-            f"the mask has {sizes[0]} pixels, the image {sizes[1]}: make them equally large"
+            f"the mask has {mask_size} pixels, the image {image_size}: make them equally large"
         )
     bright = np.asarray(mask.convert("RGB").convert("L")) > 127
     visible = np.ones_like(bright)
@@ -122,21 +124,21 @@ def read_mask(mask_image: Picture, image: Image.Image) -> Image.Image:
         visible = np.asarray(mask.getchannel("A")) > 127
     if visible.all() or not visible.any():
         return Image.fromarray(bright).convert("L")
-    # Opaque white means opposite things by brightness and by transparency, unless it belongs to the
-    # photograph. A visible part of one color may have been drawn.
-    left, own = (np.asarray(x.convert("RGB"), dtype=np.int16)[visible] for x in (mask, image))
-    erased = np.abs(left - own).mean() < ALIKE and (left != left[0]).any()
-    if bright[visible].any() and not erased:
+    # Visible white is ambiguous, unless it belongs to the photograph. A single color is a drawing.
+    rest = np.asarray(mask.convert("RGB"), dtype=np.int16)[visible]
+    photograph = np.asarray(image.convert("RGB"), dtype=np.int16)[visible]
+    is_erased_photograph = np.abs(rest - photograph).mean() < ALIKE and (rest != rest[0]).any()
+    if bright[visible].any() and not is_erased_photograph:
         raise UserError(
-            "the mask is ambiguous: by brightness, its white parts would be regenerated, by "
-            "transparency, its transparent parts; save it in black and white without transparency, "
-            "or erase the parts to regenerate from the image itself"
+            "the mask is ambiguous: its brightness selects the white parts, its transparency the "
+            "transparent parts; save it in black and white without transparency, or erase the "
+            "parts from the image itself"
         )
     return Image.fromarray(~visible).convert("L")
 
 
-def cropped(image: Image.Image, size: int) -> Image.Image:
-    """Crop an image as training does: the center square, resized to ``size`` pixels.
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the center square of an image, resized to ``size`` as training images are.
 
     Raises:
         UserError: the image is too narrow.
@@ -147,88 +149,101 @@ def cropped(image: Image.Image, size: int) -> Image.Image:
         raise UserError(f"cannot crop the image ({error}); crop it yourself") from error
 
 
-def edit_of(image: Picture, mask_image: Picture | None, size: int) -> Edit:
-    """Read an image and its mask, cropped to ``size`` pixels each way.
+def prepare_edit(image: ImageOrPath, mask_image: ImageOrPath | None, size: int) -> Edit:
+    """Return an image and its mask, cropped to ``size`` x ``size`` pixels.
 
     Args:
         image: a PIL image of any mode, or a path.
-        mask_image: of the image's size, white or transparent where it is regenerated
-            (:func:`read_mask`); None if all of the image may change.
+        mask_image: of the image's size; see :func:`read_mask`. None selects all pixels.
 
     Raises:
-        UserError: one of them cannot be read or is too large, their sizes differ, the mask is
-            ambiguous, or it covers nothing or everything of the cropped image.
+        UserError: a file cannot be read or is too large, the sizes differ, the mask is ambiguous,
+            or it covers all or nothing of the cropped image.
     """
-    image = over_white(opened(image, "the image"))
-    small = cropped(image, size)
+    full_image = over_white(open_image(image, "the image"))
+    small = center_crop(full_image, size)
     original = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     if mask_image is None:
         return Edit(original, torch.ones(size, size, dtype=torch.bool), to_pixels(small))
-    white = read_mask(mask_image, image)
-    # In floating point, small and negative contributions from under the mask remain visible.
-    mask = torch.from_numpy(np.array(cropped(white.convert("F"), size)) != 0)
-    if not mask.any() or mask.all():
-        covers = "nothing: paint the parts to regenerate white"
-        if mask.any():
-            covers = "everything: remove image and mask"
-        raise UserError(f"in the cropped square, the mask covers {covers}")
+    full_mask = read_mask(mask_image, full_image)
+    # Resized as floating point, which keeps all shares of masked pixels: small ones, and the
+    # negative ones of bicubic interpolation.
+    mask = torch.from_numpy(np.array(center_crop(full_mask.convert("F"), size)) != 0)
+    if mask.all():
+        raise UserError(
+            "the mask covers all of the cropped image: pass neither an image nor a mask to "
+            "generate a whole image"
+        )
+    if not mask.any():
+        raise UserError(
+            "the mask covers nothing of the cropped image: paint the parts to regenerate white"
+        )
     return Edit(original, mask, to_pixels(small) * ~mask)
 
 
-def outpainted(image: Picture, size: int, margin: int) -> tuple[Image.Image, Image.Image]:
-    """Return the image's center square within a blank margin, and the mask of the margin.
+def outpainted(image: ImageOrPath, size: int, margin: int) -> tuple[Image.Image, Image.Image]:
+    """Return the image within a blank margin, and the mask of the margin.
+
+    Args:
+        size: height and width of the results in pixels; the image's center square is resized to
+            ``size - 2 * margin``.
 
     Raises:
-        UserError: the image cannot be read or is too large, or no pixel lies within the margin.
+        UserError: the image cannot be read or is too large, or the margin is too small or large.
     """
     inner = size - 2 * margin
     if margin < 1 or inner < 1:
         raise UserError(
-            f"a margin of {margin} pixels in an image of {size}: choose 1 to {(size - 1) // 2}"
+            f"the margin of {margin} pixels does not fit an image of {size} pixels: choose 1 to "
+            f"{(size - 1) // 2}"
         )
-    canvas, mask = Image.new("RGB", (size, size)), Image.new("L", (size, size), 255)
-    canvas.paste(cropped(over_white(opened(image, "the image")), inner), (margin, margin))
+    canvas = Image.new("RGB", (size, size))
+    canvas.paste(center_crop(over_white(open_image(image, "the image")), inner), (margin, margin))
+    mask = Image.new("L", (size, size), 255)
     mask.paste(0, (margin, margin, margin + inner, margin + inner))
     return canvas, mask
 
 
 # --------------------------------------------------------------------------------------------------
-# Tokens.
+# Tokens
 
 
 def grown(mask: Tensor) -> Tensor:
-    """Extend a mask ``[B, h, w]`` to all eight neighbors of each position."""
+    """Return a mask ``[B, h, w]`` extended to all eight neighbors of masked positions."""
     return F.max_pool2d(mask.float(), 3, stride=1, padding=1) > 0
 
 
 def kept_tokens(mask: Tensor, grid_size: int) -> Tensor:
-    """Return the tokens ``[B, L]`` to keep under a mask of pixels ``[B, S, S]``.
+    """Return which tokens ``[B, L]`` are kept under a mask of pixels ``[B, S, S]``.
 
-    Neither they nor their neighbors have masked pixels: the tokenizer's convolutions extend across
-    the border of a token.
+    A token is kept if neither it nor a neighbor contains masked pixels: the tokenizer's
+    convolutions mix blank pixels into neighboring tokens.
     """
     return ~grown(F.adaptive_max_pool2d(mask.float(), grid_size)).flatten(1)
 
 
 # --------------------------------------------------------------------------------------------------
-# The result.
+# Generated pixels
 
 
-def put_into(made: Tensor, original: Tensor, mask: Tensor) -> Tensor:
-    """Combine ``made`` under the mask ``[B, S, S]`` with the unchanged ``original`` elsewhere.
+def insert_generated(generated: Tensor, original: Tensor, mask: Tensor) -> Tensor:
+    """Return ``original`` with the masked pixels replaced by ``generated``, without visible seams.
 
-    At the seam, ``made`` is shifted by its difference from ``original`` just outside of the mask.
-    The shift decreases within the mask.
+    At the seam, ``generated`` is shifted by its difference from ``original`` just outside the mask.
+    The shift fades within the mask.
 
     Args:
-        made, original: bytes ``[B, 3, S, S]``.
+        generated, original: bytes ``[B, 3, S, S]``.
+        mask: ``[B, S, S]``.
     """
-    # Loads torch._dynamo, which takes longer than torch
+    # Loads torch._dynamo, which takes longer than torch.
     from torchvision.transforms.functional import gaussian_blur
 
-    outside, sigma = (~mask[:, None]).float(), made.shape[-1] / 32
+    outside = (~mask[:, None]).float()
+    sigma = generated.shape[-1] / 32
     kernel = 2 * int(3 * sigma) + 1
-    difference = gaussian_blur((original.float() - made.float()) * outside, kernel, sigma)
-    weight = gaussian_blur(outside, kernel, sigma).clamp(min=0.5)  # 0.5 at a straight seam
-    blended = (made.float() + difference / weight).round().clamp(0, 255).to(torch.uint8)
-    return torch.where(mask[:, None], blended, original)
+    difference = gaussian_blur((original.float() - generated.float()) * outside, kernel, sigma)
+    # The blurred `outside` is 0.5 at a straight seam, and less within the mask.
+    shift = difference / gaussian_blur(outside, kernel, sigma).clamp(min=0.5)
+    shifted = (generated.float() + shift).round().clamp(0, 255).to(torch.uint8)
+    return torch.where(mask[:, None], shifted, original)

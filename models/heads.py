@@ -1,4 +1,4 @@
-"""All heads by name. A new head is a class in a file of its own, and a line here."""
+"""All heads by name. A new head is a class in a file of its own, imported and listed here."""
 
 from models.channel_head import ChannelHead, Head, ParallelHead
 from models.masked_head import MaskedHead

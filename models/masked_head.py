@@ -188,22 +188,23 @@ class MaskedHead(Head):
         logits = self(features, classes, order).float()
         return -F.cross_entropy(logits.transpose(1, 2), classes, reduction="none").sum(dim=1)
 
-    def nats(  # type: ignore[override]  # it names its options
+    def loss(
         self,
         features: Tensor,
         targets: Tensor,
         *uniform: Tensor,
         head_order: str | None = MaskedHeadOptions.head_order,
     ) -> Tensor:
-        """Return the mean cross-entropy per channel step; see :meth:`Head.nats`.
+        """Return the mean cross-entropy per channel step; see :meth:`Head.loss`.
 
         Args:
-            head_order: with ``"frequency"``, the exact value for one channel per step in the
-                generation order; otherwise an unbiased estimate of the mean over all orders.
+            head_order: for held-out images; with ``"frequency"``, the exact value for one channel
+                per step in the generation order, otherwise an unbiased estimate of the mean over
+                all orders.
         """
         if head_order == "frequency":
             return -self.log_likelihood(features, targets).mean() / self.channel_steps
-        return self.loss(features, targets, *uniform)
+        return super().loss(features, targets, *uniform)
 
     # ----------------------------------------------------------------------------------------------
     # Sampling.

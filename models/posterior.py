@@ -1,18 +1,19 @@
-"""What a KL tokenizer's encoder predicts: a normal distribution of the latents with independent dimensions."""
+"""The distribution of latents that a KL tokenizer's encoder predicts."""
 
 import torch
 from torch import Tensor
 
 
 class DiagonalGaussianDistribution:
-    """A normal with independent dimensions, from its moments ``[B, 2C, h, w]``: mean, then log variance.
+    """A normal distribution with independent dimensions.
 
     Args:
-        deterministic: the moments are the mean alone, ``[B, C, h, w]``, and the variance is 0.
+        moments: ``[B, 2C, h, w]``, the mean, then the log variance.
+        deterministic: the moments are only the mean, ``[B, C, h, w]``, and the variance is 0.
 
     Attributes:
-        parameters: the moments as given.
-        mean, std: ``[B, C, h, w]``; the log variance is clamped to [-30, 20].
+        parameters: the moments, unchanged.
+        mean, logvar, std: ``[B, C, h, w]``; the log variance is clamped to [-30, 20].
     """
 
     def __init__(self, moments: Tensor, deterministic: bool = False):
@@ -25,20 +26,23 @@ class DiagonalGaussianDistribution:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, noise: Tensor | None = None) -> Tensor:
-        """One draw ``[B, C, h, w]``; ``noise``, standard normal of that shape, replaces the global generator's."""
+        """Return one sample ``[B, C, h, w]``.
+
+        Args:
+            noise: standard normal, of the sample's shape; by default from the global generator.
+        """
         return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
 
     def mode(self) -> Tensor:
-        """The most probable latents, ``[B, C, h, w]``."""
+        """Return the most probable latents, ``[B, C, h, w]``."""
         return self.mean
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal in nats, summed over all but the batch: ``[B]``.
+        """Return the KL divergence from the standard normal in nats, summed per image: ``[B]``.
 
         It is infinite without a variance.
         """
-        mean, logvar = (
-            self.mean.float(),
-            self.logvar.float(),
-        )  # sums of thousands of terms, in bf16 only near 1%
+        # In float32: a sum of thousands of terms in bf16 has an error near 1%.
+        mean = self.mean.float()
+        logvar = self.logvar.float()
         return 0.5 * (mean**2 + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)

@@ -1,4 +1,7 @@
-"""Published checkpoints: names and order of weights, and the configuration that shapes show."""
+"""Published checkpoints: the configuration that shapes show, and loading by published names.
+
+The mapping of names is in :mod:`util.checkpoint.names`.
+"""
 
 import math
 from collections.abc import Mapping

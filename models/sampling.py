@@ -138,7 +138,7 @@ class Given(NamedTuple):
 # The plan: how many tokens each step takes, and its guidance scale.
 
 
-class Step(NamedTuple):
+class SamplingStep(NamedTuple):
     """One step of the plan."""
 
     masked: int  # unknown tokens before the step
@@ -160,7 +160,9 @@ def mask_schedule(num_iter: int, seq_len: int) -> list[int]:
     return schedule
 
 
-def sampling_plan(options: TokenOptions, seq_len: int, unknown: int | None = None) -> list[Step]:
+def sampling_plan(
+    options: TokenOptions, seq_len: int, unknown: int | None = None
+) -> list[SamplingStep]:
     """Return the steps that generate ``unknown`` tokens, by default all L.
 
     Steps that take no token are left out.
@@ -173,7 +175,7 @@ def sampling_plan(options: TokenOptions, seq_len: int, unknown: int | None = Non
         left = 0 if step == options.num_iter - 1 else masked
         if left < before:
             scale = guidance(options.cfg, seq_len - masked, seq_len)
-            plan.append(Step(before, left, scale))
+            plan.append(SamplingStep(before, left, scale))
             before = left
     return plan
 

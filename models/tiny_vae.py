@@ -17,7 +17,7 @@ from util.model_config import TINY_CONFIG
 BLOCKS = (1, 3, 3, 3)
 
 # --------------------------------------------------------------------------------------------------
-# Building blocks. Attribute names are those of the published weights.
+# Building blocks: attribute names are those of the published weights
 
 
 def conv(in_channels: int, out_channels: int, **options) -> nn.Conv2d:
@@ -25,8 +25,8 @@ def conv(in_channels: int, out_channels: int, **options) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, padding=1, **options)
 
 
-class Block(nn.Module):
-    """Residual block of three 3x3 convolutions; the shape ``[B, width, h, w]`` stays.
+class TinyBlock(nn.Module):
+    """Residual block of three 3x3 convolutions, ``[B, width, h, w]`` to the same shape.
 
     Args:
         pooled: add a branch with a group norm, which pools statistics over all positions (TAEF2).
@@ -60,7 +60,7 @@ class Clamp(nn.Module):
 
 def blocks(number: int, width: int, pooled: bool = False) -> list[nn.Module]:
     """Return the residual blocks of one resolution."""
-    return [Block(width, pooled) for _ in range(number)]
+    return [TinyBlock(width, pooled) for _ in range(number)]
 
 
 def encoder(embed_dim: int, ch: int, pooled: bool) -> nn.Sequential:
@@ -83,7 +83,7 @@ def decoder(embed_dim: int, ch: int, pooled: bool) -> nn.Sequential:
 
 
 # --------------------------------------------------------------------------------------------------
-# The autoencoder.
+# Autoencoder
 
 
 class TinyAutoencoder(nn.Module):

@@ -32,7 +32,7 @@ from util.model_config import (
 def _size(
     width: int, depth: int, heads: int, head_width: int, head_depth: int, head_heads: int
 ) -> dict[str, int]:
-    """Return the arguments of a model whose encoder and decoder have the same size."""
+    """Return constructor arguments of a model whose encoder and decoder have equal size."""
     backbone = {"embed_dim": width, "depth": depth, "num_heads": heads}
     head = {
         "channel_embed_dim": head_width,
@@ -43,7 +43,7 @@ def _size(
     return {f"{part}_{name}": value for part in parts for name, value in backbone.items()} | head
 
 
-#: Arguments of each size with the paper's head.
+#: Constructor arguments of each size with the paper's head.
 SIZES = {
     "tokenbridge_tiny": _size(128, 2, 4, 128, 2, 4),
     "tokenbridge_base": _size(768, 12, 12, 768, 4, 8),
@@ -53,9 +53,9 @@ SIZES = {
 
 
 def sizes_of(model: str, head: str) -> dict[str, int]:
-    """Return the arguments of a size of :data:`SIZES` with a head.
+    """Return constructor arguments of a size of :data:`SIZES` with a head.
 
-    A head that does not exist is refused when the model is built.
+    An unknown head is ignored here; the model's constructor raises the error.
     """
     kind = HEADS.get(head) if isinstance(head, str) else None
     return SIZES[model] | (kind.sizes.get(model, {}) if kind else {})
@@ -100,7 +100,11 @@ class TokenBridge(PretrainedTokenBridge):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialize weights: Xavier for layers, zero for AdaLN, std 0.02 for all others."""
+        """Initialize weights.
+
+        Linear layers: Xavier, zero bias. AdaLN: zero. Free parameters and class embedding: normal
+        with std 0.02. Norms and the head's token embeddings keep PyTorch's initialization.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -137,12 +141,12 @@ class TokenBridge(PretrainedTokenBridge):
         return rearrange(x, "b (h w) (c p q) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p)
 
     def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return levels and values of tokens ``[B, L, C]``, in channel order (Eq. 1, 4, 5)."""
+        """Return levels and values of tokens ``[B, L, C]`` in their channel order (Eq. 1, 4, 5)."""
         return self.quantizer(x)
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ValueError if labels on the CPU are outside the classes."""
-        # Labels on a device are not checked, which would force a synchronization.
+        # Labels on an accelerator are not checked: that would force a synchronization.
         if labels.device.type != "cpu" or not len(labels):
             return
         lowest, highest = int(labels.min()), int(labels.max())
@@ -157,14 +161,16 @@ class TokenBridge(PretrainedTokenBridge):
     # Training (section 3.3).
 
     def sample_orders(self, bsz: int) -> Tensor:
-        """Draw a random order of positions for each sample, ``[B, L]``; the first are masked."""
+        """Return random orders of positions ``[B, L]``. Training masks the first ones.
+
+        Sampling takes tokens from the end of an order, so the first ones are masked longest.
+        """
         return torch.rand(bsz, self.seq_len, device=self.device).argsort(dim=1)
 
     def num_masked_at(self, quantile: float) -> int:
-        """Return the number of masked tokens at a ``quantile`` of the mask ratios.
+        """Return ceil(L x ratio), the number of masked tokens at a quantile of the mask ratios.
 
-        It is L times the ratio, rounded up. Ratios are normal(1, 0.25) truncated to
-        [mask_ratio_min, 1].
+        Ratios follow normal(1, 0.25), truncated to [mask_ratio_min, 1].
 
         Args:
             quantile: in [0, 1].
@@ -179,7 +185,7 @@ class TokenBridge(PretrainedTokenBridge):
 
     @staticmethod
     def _split(mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return positions of known ``[B, L - n]`` and masked ``[B, n]`` tokens of a mask."""
+        """Return the positions of known ``[B, L - n]`` and masked ``[B, n]`` tokens."""
         counts = mask.sum(dim=1).long().tolist()
         if len(set(counts)) > 1:
             raise ValueError(
@@ -195,7 +201,7 @@ class TokenBridge(PretrainedTokenBridge):
         labels: Tensor,
         mask: Tensor | None = None,
         *uniform: Tensor,
-        **likelihood_options: Any,
+        **options: Any,
     ) -> Tensor:
         """Return the mean cross-entropy in nats over masked tokens and channels (or groups).
 
@@ -206,20 +212,19 @@ class TokenBridge(PretrainedTokenBridge):
                 default. Pass it on the CPU: counting a CUDA mask forces a synchronization.
             uniform: numbers in [0, 1), ``[B, L, head.loss_numbers]``, of a head whose loss takes
                 some; drawn by default.
-            likelihood_options: see :meth:`models.channel_head.Head.nats`, for held-out images.
+            options: those of ``head.likelihood_options``, for held-out images.
 
         Raises:
             ValueError: latents of another shape, labels outside the classes, or uneven masks.
         """
-        tokens = self.masked_tokens(latents, labels, mask, *uniform)
-        if likelihood_options:
-            return self.head.nats(*tokens, **likelihood_options)
-        return self.head.loss(*tokens)
+        return self.head.loss(*self.masked_tokens(latents, labels, mask, *uniform), **options)
 
     def masked_tokens(
         self, latents: Tensor, labels: Tensor, mask: Tensor | None, *others: Tensor
     ) -> list[Tensor]:
-        """Return features ``[M, D]``, levels ``[M, C]`` and ``others`` of the masked tokens.
+        """Draw the mask unless given; return features, levels and ``others`` of masked tokens.
+
+        Features are ``[M, D]``, levels ``[M, C]``.
 
         Args:
             latents, labels, mask: see :meth:`forward`.
@@ -272,7 +277,10 @@ class TokenBridge(PretrainedTokenBridge):
     # MAR's interface to the same parts, by masks; :meth:`forward` works with positions instead.
 
     def random_masking(self, x: Tensor, orders: Tensor) -> Tensor:
-        """Draw a mask ``[B, L]``, 1 at the first of ``orders [B, L]``, on the device of ``x``."""
+        """Draw a mask ``[B, L]``, 1 at the first of ``orders [B, L]``, on the device of ``x``.
+
+        Training does not call this; it draws the mask in :meth:`masked_tokens`.
+        """
         mask = torch.zeros(orders.shape, device=x.device)
         masked = orders[:, : self.draw_num_masked()].to(x.device)
         return mask.scatter(1, masked, 1.0)
@@ -295,7 +303,7 @@ class TokenBridge(PretrainedTokenBridge):
 
         Returns:
             logits ``[masked, C, K]`` in generation order, rows by sample, then position; for groups
-            of channels ``[masked, C / group, K^group]``.
+            of channels ``[masked, S, K]``, K = levels^group.
         """
         masked = mask.bool()
         return self.head(features[masked], self.head.to_classes(channel_targets[masked]))

@@ -12,20 +12,23 @@ from torch import Tensor, nn
 from models.posterior import DiagonalGaussianDistribution
 from models.pretrained import PretrainedVAE
 
-#: The level of the encoder that has attention: of resolution 16 for images of 256 pixels, whatever the image's size.
+#: The level of the encoder that has attention: resolution 16 for images of 256 pixels.
 ATTENTION_LEVEL = 4
 
-# --------------------------------------------------------------------------------------------------------------------
-# Building blocks. Attribute names are those of the published weights.
+# --------------------------------------------------------------------------------------------------
+# Building blocks (attribute names are those of the published weights)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as published; fewer where a small tokenizer's width is not a multiple of 32."""
+    """Return a group norm of 32 groups; fewer if the number of channels is no multiple of 32."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    """Twice norm, SiLU and a 3x3 convolution, beside a shortcut: ``[B, in, h, w]`` to ``[B, out, h, w]``."""
+    """Residual block: two times norm, SiLU and a 3x3 convolution.
+
+    Maps ``[B, in_channels, h, w]`` to ``[B, out_channels, h, w]``.
+    """
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -43,7 +46,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Self-attention with one head over the positions of a feature map; its projections are 1x1 convolutions."""
+    """Self-attention with one head over the positions of a feature map."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -63,7 +66,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width; pads right and bottom by one zero, as the published weights expect."""
+    """Halves height and width. Zeros are padded right and bottom, as for the published weights."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -74,7 +77,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
+    """Doubles height and width: nearest neighbor, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -85,12 +88,13 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution; with ``attention`` each is followed by it."""
+    """The residual blocks of one resolution, each optionally followed by attention."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool):
         super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
         self.block = nn.ModuleList(
-            ResnetBlock(a, b) for a, b in pairwise([in_channels] + [out_channels] * blocks)
+            ResnetBlock(width_in, width_out) for width_in, width_out in pairwise(widths)
         )
         self.attn = nn.ModuleList(
             AttnBlock(out_channels) for _ in range(blocks if attention else 0)
@@ -105,7 +109,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Block, attention, block at the lowest resolution."""
+    """Residual block, attention and residual block at the lowest resolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -118,7 +122,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images ``[B, 3, H, W]`` to ``[B, 2 z_channels, H / s, W / s]``, s = 2^(levels - 1)."""
+    """Maps images ``[B, 3, H, W]`` to ``[B, 2 z_channels, H / s, W / s]``, s = 2^(levels - 1)."""
 
     def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
         super().__init__()
@@ -145,7 +149,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """``[B, z_channels, h, w]`` to images ``[B, 3, h s, w s]``; one block more a level than the encoder."""
+    """Maps ``[B, z_channels, h, w]`` to images ``[B, 3, h s, w s]``, s = 2^(levels - 1).
+
+    Each level has one block more than the encoder's.
+    """
 
     def __init__(self, ch: int, ch_mult: Sequence[int], num_res_blocks: int, z_channels: int):
         super().__init__()
@@ -159,9 +166,8 @@ class Decoder(nn.Module):
             if i > 0:
                 level.upsample = Upsample(width)
             levels.insert(0, level)
-        self.up = nn.ModuleList(
-            levels
-        )  # numbered by resolution, the highest first, and run from the last
+        # The highest resolution is number 0, and runs last.
+        self.up = nn.ModuleList(levels)
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
@@ -174,20 +180,23 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The autoencoder.
+# --------------------------------------------------------------------------------------------------
+# The autoencoder
 
 
-class AutoencoderKL(PretrainedVAE, nn.Module):
-    """The KL autoencoder; its defaults with ``embed_dim=16, ch_mult=(1, 1, 2, 2, 4)`` are the published KL-16.
+class AutoencoderKL(PretrainedVAE):
+    """The KL autoencoder.
+
+    With ``embed_dim=16, ch_mult=(1, 1, 2, 2, 4)`` and the defaults it is the published KL-16.
 
     Args:
         embed_dim: latent channels C.
-        ch_mult: width of each resolution, in units of ``ch``; the stride is ``2 ** (len(ch_mult) - 1)``.
-        use_variational: without it the encoder gives latents only, and the posterior has no spread.
+        ch_mult: width of each resolution, in units of ``ch``; the stride is
+            ``2 ** (len(ch_mult) - 1)``.
+        use_variational: False for an encoder that predicts only latents; the std is then near 0.
         ckpt_path: a file of weights to load, or its address on the Hub.
         ch: base width.
-        num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+        num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
     """
 
     def __init__(
@@ -201,34 +210,44 @@ class AutoencoderKL(PretrainedVAE, nn.Module):
         num_res_blocks: int = 2,
     ):
         super().__init__()
-        self.embed_dim, self.use_variational = embed_dim, use_variational
+        self.embed_dim = embed_dim
+        self.use_variational = use_variational
         self.stride = 2 ** (len(ch_mult) - 1)
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, embed_dim)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, embed_dim)
         self.quant_conv = nn.Conv2d(2 * embed_dim, (2 if use_variational else 1) * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
-        #: Arguments that rebuild this tokenizer: plain types, stored beside the weights.
+        #: Constructor arguments as plain types, stored next to the weights.
         self.config = {
             "embed_dim": embed_dim,
             "ch_mult": list(ch_mult),
             "use_variational": use_variational,
+            "ch": ch,
+            "num_res_blocks": num_res_blocks,
         }
-        self.config |= {"ch": ch, "num_res_blocks": num_res_blocks}
         if ckpt_path is not None:
             self.load_file(ckpt_path)
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
-        """Images ``[B, 3, H, W]`` in [-1, 1] to the posterior of latents ``[B, C, H / stride, W / stride]``."""
+        """Return the posterior of the latents ``[B, C, H / stride, W / stride]``.
+
+        Args:
+            x: images ``[B, 3, H, W]`` in [-1, 1].
+        """
         moments = self.quant_conv(self.encoder(x))
         if not self.use_variational:
             moments = torch.cat([moments, torch.full_like(moments, -30.0)], dim=1)
         return DiagonalGaussianDistribution(moments)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents ``[B, C, h, w]`` to images ``[B, 3, h stride, w stride]``, about [-1, 1], not clipped."""
+        """Return images ``[B, 3, h stride, w stride]``, about [-1, 1] and not clipped.
+
+        Args:
+            z: unscaled latents ``[B, C, h, w]``.
+        """
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x: Tensor) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """The reconstruction from a posterior sample, and the posterior: what training the tokenizer needs."""
+        """Return the reconstruction from a sample of the posterior, and the posterior."""
         posterior = self.encode(x)
         return self.decode(posterior.sample()), posterior

@@ -33,7 +33,8 @@ from tests.scripts.trace import Trace
 from util import errors
 from util.checkpoint.vae_files import save_vae
 from util.precision import effective_precision
-from util.training_state import TrainingSettings, TrainingState, add_weight_decay
+from util.training_settings import TrainingSettings
+from util.training_state import TrainingState, add_weight_decay
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"

@@ -21,7 +21,14 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 #: Flags in running text that are other programs'.
 FOREIGN_FLAGS = {"--max_restarts", "--nnodes", "--local_addr", "--signal"}
 #: Programs before they moved, which CHANGELOG.md names.
-FORMER = {"figures", "channel_order", "util.download", "util.packed", "util.checkpoint", "demo.generate"}
+FORMER = {
+    "figures",
+    "channel_order",
+    "util.download",
+    "util.packed",
+    "util.checkpoint",
+    "demo.generate",
+}
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reading Markdown.

@@ -74,27 +74,31 @@ def test_imports_point_from_scripts_to_models_to_util(module):
     assert not wrong
 
 
-def test_models_and_sources_load_no_metrics_plots_downloads_or_datasets():
-    heavy = [
-        "torch_fidelity",
-        "scipy.stats",
-        "matplotlib",
-        "tensorboard",
-        "datasets",
-        "torchvision",
-    ]
-    heavy += [
-        "util.checkpoint.files",
-        "util.checkpoint.hub",
-        "tools.download",
-        "util.metrics.plots",
-        "util.metrics",
-    ]
+def test_no_two_functions_or_classes_have_the_same_name():
+    owners: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                owners.setdefault(node.name, []).append(module)
+    every_script_has = {"main", "get_args_parser", "check_args"}
+    shared = {name: modules for name, modules in owners.items() if len(modules) > 1}
+    assert {name: shared[name] for name in shared if name not in every_script_has} == {}
+
+
+LOADED = """
+import sys
+import models.tokenbridge, models.vae, util.data.sources
+print(sorted({*sys.modules} & {*sys.argv[1:]}))
+import main_tokenbridge
+print(sorted({*sys.modules} & {"torchvision", "torch._dynamo", "matplotlib", "torch_fidelity"}))
+"""
+
+
+def test_models_and_the_training_script_load_what_they_need_only():
+    """Importing a model loads neither metrics, plots nor downloads; --help none that is slow."""
+    heavy = ["torch_fidelity", "scipy.stats", "matplotlib", "tensorboard", "datasets"]
+    heavy += ["torchvision", "tools.download"]
     heavy += ["util.metrics.plots", "util.metrics.compute"]
-    code = "import sys, models.tokenbridge, models.vae; found = {*sys.modules}\n"
-    code += "import util.data.sources; found |= {*sys.modules} & {'datasets'}\n"
-    code += f"print(sorted(found & {{*{heavy}}}))"
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    assert found.stdout.strip() == "[]"
+    command = [sys.executable, "-c", LOADED, *heavy]
+    found = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout.splitlines() == ["[]", "[]"]

@@ -1,1 +1,1 @@
-"""What one types beside the pipeline: ``python -m tools.<name>`` from the project's root."""
+"""Command-line tools beside the main scripts: ``python -m tools.<name>`` from the project root."""

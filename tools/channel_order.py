@@ -1,4 +1,7 @@
-"""Orders the channels of cached latents by their share of low-frequency energy (section 3.2; torchrun or python)."""
+"""Order the channels of cached latents by their share of low-frequency energy (section 3.2).
+
+Runs with torchrun or plain python.
+"""
 
 import argparse
 import math
@@ -24,36 +27,53 @@ from util.tables import markdown
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this script."""
+    """Return the parser of the command line."""
     parser = new_parser(__doc__, "tools.channel_order")
-    parser.add_argument("--cached_path", default="", help="a cache of main_cache.py or tools.pack")
+    parser.add_argument("--cached_path", default="", help="cache of main_cache.py or tools.pack")
     parser.add_argument(
         "--patch_size", type=int, default=1, help="side of a token in latent positions"
     )
-    text = "up to which share of the highest (Nyquist's) frequency one counts as low"
-    parser.add_argument("--cutoff", type=float, default=0.5, help=text)
-    parser.add_argument("--num_images", type=int, default=10000, help="at most, evenly spaced")
     parser.add_argument(
-        "--output_dir", default="./output_dir", help="for channel_order.json and channel_order.png"
+        "--cutoff",
+        type=float,
+        default=0.5,
+        help="frequencies up to this fraction of the Nyquist frequency count as low",
+    )
+    parser.add_argument(
+        "--num_images", type=int, default=10000, help="images to read, at most, evenly spaced"
+    )
+    parser.add_argument(
+        "--output_dir",
+        default="./output_dir",
+        help="folder of channel_order.json and channel_order.png",
     )
     add_run_args(parser, batch_size=64, seed=0, precision="fp32")
     return parser
 
 
 def low_frequencies(height: int, width: int, cutoff: float) -> Tensor:
-    """Which coefficients of ``fft2`` have a frequency of at most ``cutoff`` times Nyquist's: bool ``[h, w]``."""
-    rows, columns = (
-        torch.fft.fftfreq(height),
-        torch.fft.fftfreq(width),
-    )  # in cycles a position, Nyquist's is 1/2
+    """Return a mask of the low frequencies, up to ``cutoff`` times the Nyquist frequency.
+
+    Returns:
+        bool ``[h, w]``, for the coefficients of ``torch.fft.fft2``.
+    """
+    # In cycles per position; the Nyquist frequency is 1/2
+    rows = torch.fft.fftfreq(height)
+    columns = torch.fft.fftfreq(width)
     return (rows[:, None] ** 2 + columns**2).sqrt() <= cutoff / 2
 
 
 def energies(maps: Tensor, low: Tensor) -> Tensor:
-    """Sums ``[4, C]`` over maps ``[N, C, h, w]``, from which :func:`low_shares` computes shares.
+    """Sum the energies of maps, for :func:`low_shares`.
 
-    These are the energy at the ``low [h, w]`` frequencies without zero, that at all frequencies without zero, and the
-    sum and the sum of squares of the coefficients at frequency zero.
+    Args:
+        maps: ``[N, C, h, w]``.
+        low: mask of the low frequencies ``[h, w]``.
+
+    Returns:
+        four sums for each channel, ``[4, C]``: the energy at low frequencies except zero, the
+        energy at all frequencies except zero, the coefficients at frequency zero, and their
+        squares.
     """
     maps = double(maps)
     spectrum = torch.fft.fft2(maps)
@@ -67,26 +87,33 @@ def energies(maps: Tensor, low: Tensor) -> Tensor:
 
 
 def low_shares(sums: Tensor, images: int) -> Tensor:
-    """Shares ``[C]`` of energy at low frequencies, from :func:`energies` summed over all images.
+    """Return each channel's share of energy at low frequencies, ``[C]``.
 
-    Frequency zero counts by its variation over images: an offset that all images share carries no information.
+    At frequency zero, only the variation over images counts: an offset that all images share
+    carries no information.
+
+    Args:
+        sums: :func:`energies`, summed over all ``images``.
     """
-    low, total, first, second = sums
-    zero = (second - first**2 / images).clamp(min=0)
+    low, total, zero_sum, zero_squares = sums
+    zero = (zero_squares - zero_sum**2 / images).clamp(min=0)
     return (low + zero) / (total + zero).clamp(min=1e-300)
 
 
 def frequency_order(shares: Tensor) -> list[int]:
-    """Channels by their ``shares [C]`` of low-frequency energy, the highest first; equal ones by number."""
+    """Return the channels, ordered by their ``shares [C]`` of low-frequency energy.
+
+    The highest share is first. Channels of equal shares are ordered by number.
+    """
     return shares.argsort(descending=True, stable=True).tolist()
 
 
-def plot(shares: Tensor, order: list[int], cutoff: float) -> Figure:
-    """A bar for each channel's share, in generation order."""
+def plot_shares(shares: Tensor, order: list[int], cutoff: float) -> Figure:
+    """Plot a bar for each channel's share, in generation order."""
     figure = Figure(figsize=(max(4.0, 0.45 * len(order)), 3.5), layout="constrained")
     axes = figure.subplots()
     axes.bar(range(len(order)), shares[order].tolist())
-    axes.set_xticks(range(len(order)), order)
+    axes.set_xticks(range(len(order)), [str(channel) for channel in order])
     axes.set(
         xlabel="channel, in generation order",
         ylabel=f"energy below {cutoff:g} of Nyquist",
@@ -97,7 +124,7 @@ def plot(shares: Tensor, order: list[int], cutoff: float) -> Figure:
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     args = get_args_parser().parse_args()
     with process_group(args.device, args.deterministic, args.precision) as device:
         check_positive(args, "patch_size", "num_images", "batch_size", "cutoff")
@@ -114,40 +141,44 @@ def main() -> None:
         _, channels, height, width = encoder.encode(cache[0][0][None]).shape
         p = args.patch_size
         if height % p or width % p or height // p < 4 or width // p < 4:
-            few = f"with --patch_size {p} too few for frequencies"
-            raise errors.UserError(f"{args.cached_path} holds latents of {height}x{width}: {few}")
-        chosen = evenly_spaced(cache, args.num_images)
-        loader = loader_of_all(chosen, device, args)
+            raise errors.UserError(
+                f"{args.cached_path} holds latents of {height}x{width}: with --patch_size {p} too "
+                "few for frequencies, which need 4x4 tokens"
+            )
+
+        # Measure
+        images = evenly_spaced(cache, args.num_images)
+        loader = loader_of_all(images, device, args)
         low = low_frequencies(height // p, width // p, args.cutoff)
         sums = double(torch.zeros(4, channels * p * p, device=device))
         with progress_bar(loader, unit="batch", desc="measuring") as batches:
             for moments, _ in batches:
                 latents = encoder.encode(moments.to(device)).mode()
-                # A map for each channel of a token; pixel_unshuffle orders them as the model's patchify does.
-                sums += energies(torch.nn.functional.pixel_unshuffle(latents, p), low)
-        shares = low_shares(
-            distributed.all_reduce_mean(sums).cpu() * distributed.get_world_size(), len(chosen)
-        )
+                # A map for each channel of a token, in the order of the model's patchify
+                maps = torch.nn.functional.pixel_unshuffle(latents, p)
+                sums += energies(maps, low)
+        sums = distributed.all_reduce_mean(sums).cpu() * distributed.get_world_size()
+        shares = low_shares(sums, len(images))
         order = frequency_order(shares)
+
+        # Write
         if distributed.is_main_process():
-            log.info(
-                "%s",
-                markdown(
-                    ["channel", "low-frequency share"], [[c, shares[c].item()] for c in order]
-                ),
-            )
+            rows = [[channel, shares[channel].item()] for channel in order]
+            log.info("%s", markdown(["channel", "low-frequency share"], rows))
             log.info("--channel_order %s", ",".join(map(str, order)))
-            out = Path(args.output_dir)
-            settings = {
-                "images": len(chosen),
+            folder = Path(args.output_dir)
+            results = {
+                "order": order,
+                "shares": shares.tolist(),
+                "images": len(images),
                 "cutoff": args.cutoff,
                 "patch_size": p,
                 "cached_path": args.cached_path,
+                **provenance(),
             }
-            content = {"order": order, "shares": shares.tolist(), **settings, **provenance()}
-            write_json(out / "channel_order.json", content)
-            save_figure(plot(shares, order, args.cutoff), out / "channel_order.png")
-            log.info("wrote %s/channel_order.json and channel_order.png", out)
+            write_json(folder / "channel_order.json", results)
+            save_figure(plot_shares(shares, order, args.cutoff), folder / "channel_order.png")
+            log.info("wrote %s/channel_order.json and channel_order.png", folder)
         distributed.barrier()
 
 

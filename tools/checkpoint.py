@@ -1,4 +1,4 @@
-"""Shows, converts and exports checkpoints: ``python -m tools.checkpoint show|convert|export``."""
+"""Show, convert and export checkpoints: ``python -m tools.checkpoint show|convert|export``."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -29,9 +29,9 @@ from util.files import read_json, written_whole
 from util.log import log, start_log
 from util.metrics.tables import METRIC_TITLES
 
-#: Files to look for in a folder of a model or tokenizer, in this order.
+#: File names to look for in the folder of a model or tokenizer, in this order.
 CONTENT_NAMES = (CHECKPOINT_NAME, SAFE_NAME, *VAE_NAMES)
-#: Names of weights that only tokenizers have: KL-16 and its like, and tiny autoencoders.
+#: Names of weights that only tokenizers have: KL VAEs, and tiny autoencoders.
 TOKENIZER_WEIGHTS = ("post_quant_conv.weight", "decoder.1.weight")
 
 
@@ -46,25 +46,31 @@ def read_content(path: Path) -> dict[str, Any]:
 
 
 def convert(source: str | Path, target: str | Path, weights: str | None = None) -> None:
-    """Writes a checkpoint in the format that the suffix of ``target`` names, ``.safetensors`` or ``.pth``.
+    """Write a checkpoint in the format that the suffix of ``target`` names.
 
-    With ``weights``, ``"model"`` or ``"model_ema"``, only those and the quantizer's tables are written.
+    Args:
+        target: ends in ``.safetensors``, ``.pth`` or ``.ckpt``.
+        weights: ``"model"`` or ``"model_ema"`` writes only these weights and the quantizer's
+            tables; None writes everything.
 
     Raises:
-        UserError: see :func:`util.checkpoint.files.read_checkpoint`; ``target`` has another suffix or exists; there are no such weights.
+        UserError: ``source`` cannot be read or has no such weights, or ``target`` has another
+            suffix or exists.
     """
     target = Path(target)
     if target.suffix not in (safetensors_io.SUFFIX, ".pth", ".ckpt"):
         raise UserError(f"{target}: choose a name that ends in {safetensors_io.SUFFIX} or .pth")
     if target.exists():
-        raise UserError(f"{target} is there already; choose another name")
+        raise UserError(f"{target} exists already; choose another name")
     content = read_checkpoint(source)
     if weights is not None:
         if not isinstance(content.get(weights), Mapping):
             raise UserError(f"{source} has no weights under '{weights}'")
-        tables = content.get("model")
+        # The EMA has no buffers: the quantizer's tables are in "model"
+        model = content.get("model")
+        tables = model if isinstance(model, Mapping) else {}
         content = {
-            "model": {**(tables if isinstance(tables, Mapping) else {}), **content[weights]},
+            "model": {**tables, **content[weights]},
             **{name: content[name] for name in ("config", "args", "epoch") if name in content},
             "averaged": weights == "model_ema",
         }
@@ -79,7 +85,11 @@ def convert(source: str | Path, target: str | Path, weights: str | None = None) 
 
 
 def summary(path: str | Path, tensors: bool = False) -> list[str]:
-    """Lines that describe what is in a checkpoint; with ``tensors`` one for every tensor, too."""
+    """Return lines of text that describe the content of a checkpoint.
+
+    Args:
+        tensors: add a line for each tensor.
+    """
     path = locate_tokenizer(path, CONTENT_NAMES)
     content = read_content(path)
     if "config" not in content and (config := config_beside(path)):
@@ -87,117 +97,136 @@ def summary(path: str | Path, tensors: bool = False) -> list[str]:
     size = sum(file.stat().st_size for file in pair_of(path) or [path])
     lines = [f"{path}: {size / 2**20:,.1f} MiB"]
     for name, value in content.items():
-        if (
-            isinstance(value, Mapping)
-            and value
-            and all(isinstance(each, Tensor) for each in value.values())
-        ):
-            count = sum(each.numel() for each in value.values())
-            kinds = ", ".join(
-                sorted({str(each.dtype).removeprefix("torch.") for each in value.values()})
+        if is_state(value):
+            count = sum(tensor.numel() for tensor in value.values())
+            dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in value.values()}
+            lines.append(
+                f"{name}: {len(value)} tensors, {count / 1e6:,.2f}M values, "
+                + ", ".join(sorted(dtypes))
             )
-            lines.append(f"{name}: {len(value)} tensors, {count / 1e6:,.2f}M values, {kinds}")
-            lines += [
-                f"    {each} {list(tensor.shape)} {tensor.dtype}"
-                for each, tensor in value.items()
-                if tensors
-            ]
+            if tensors:
+                for key, tensor in value.items():
+                    lines.append(f"    {key} {list(tensor.shape)} {tensor.dtype}")
         elif name == "optimizer" and isinstance(value, Mapping):
-            lines.append(f"{name}: moments of {len(value.get('state', {}))} parameters")
+            lines.append(f"{name}: state of {len(value.get('state', {}))} parameters")
         elif isinstance(value, Mapping | argparse.Namespace):
             entries = value if isinstance(value, Mapping) else vars(value)
-            lines += [
-                f"{name}:",
-                *(f"    {key}: {shortened(each)}" for key, each in entries.items()),
-            ]
+            lines.append(f"{name}:")
+            lines += [f"    {key}: {shortened(entry)}" for key, entry in entries.items()]
         else:
             lines.append(f"{name}: {shortened(value)}")
     return lines
 
 
+def is_state(value: Any) -> bool:
+    """Return whether ``value`` is a mapping of names to tensors, and not empty."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(entry, Tensor) for entry in value.values())
+    )
+
+
 def shortened(value: Any) -> str:
-    """A value in at most 100 characters."""
+    """Return a value as text of at most 100 characters."""
     text = f"tensor {list(value.shape)}" if isinstance(value, Tensor) else str(value)
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def export(args: argparse.Namespace) -> None:
-    """Writes a folder that ``from_pretrained`` reads, and uploads it with ``--push_to_hub``."""
+    """Write a folder that ``from_pretrained`` reads, and upload it with ``--push_to_hub``.
+
+    Raises:
+        UserError: a file is missing, damaged or exists already, or the Hub refuses the upload.
+    """
     folder = Path(args.folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(f"{folder} is there already; choose another folder")
+        raise UserError(f"{folder} exists already; choose another folder")
     source = locate_tokenizer(args.source, CONTENT_NAMES)
     if "_class_name" in (config_beside(source) or {}):
         raise UserError(
-            f"{source} is a tokenizer of diffusers already, which from_pretrained reads as it is"
+            f"{source} is a diffusers tokenizer, which from_pretrained reads without an export"
         )
     content = read_content(source)
-    place = hub.Address(args.push_to_hub or "", None, "")
+    address = hub.Address(args.push_to_hub or "", None, "")
     if args.push_to_hub:  # first, so that nothing is written if it fails
-        with hub.explained(place, "write to"):
+        with hub.explained(address, "write to"):
             hub.make_repo(args.push_to_hub, args.private)
-    weights = content.get("model") or content.get("state_dict") or content
-    if any(name in weights for name in TOKENIZER_WEIGHTS):
-        vae, latent_factor = AutoencoderKL.from_pretrained(source)
+    states = [content.get(name) or content for name in ("model", "state_dict")]
+    if any(name in state for state in states for name in TOKENIZER_WEIGHTS):
+        vae, latent_factor = AutoencoderKL.from_pretrained(str(source))
         if args.figures or args.licence or args.tokenizer:
             raise UserError(
-                f"{source} is a tokenizer: --figures, --licence and --tokenizer are for a model's card"
+                f"{source} is a tokenizer, which has no model card: "
+                "remove --figures, --licence and --tokenizer"
             )
         save_vae_folder(folder, vae, latent_factor)
     else:
-        figures = read_json(args.figures) if args.figures else None
-        if args.figures and not (isinstance(figures, dict) and set(METRIC_TITLES) & set(figures)):
-            hint = "name the samples.json of an evaluation that measured some"
-            raise UserError(f"{args.figures} holds no metrics: {hint}")
-        card = {"figures": figures, "licence": args.licence, "tokenizer": args.tokenizer}
-        card["repo_id"] = args.push_to_hub or str(folder)
-        model = TokenBridge.from_content(
-            check_run(content, source), source, False if args.no_ema else None
-        )
+        metrics = read_json(args.figures) if args.figures else None
+        if args.figures and not (isinstance(metrics, dict) and set(METRIC_TITLES) & set(metrics)):
+            raise UserError(
+                f"{args.figures} holds no metrics: name the samples.json of an evaluation that "
+                "measured some"
+            )
+        card = {
+            "figures": metrics,
+            "licence": args.licence,
+            "tokenizer": args.tokenizer,
+            "repo_id": args.push_to_hub or str(folder),
+        }
+        ema = False if args.no_ema else None  # None: the EMA if there is one
+        model = TokenBridge.from_content(check_run(content, source), source, ema)
         model.save_pretrained(folder, model_card_kwargs=card)
-    log.info("wrote %s, of %s", folder, source)
+    log.info("wrote %s from %s", folder, source)
     if args.push_to_hub:
-        with hub.explained(place, "write to"):
+        with hub.explained(address, "write to"):
             print(HfApi().upload_folder(repo_id=args.push_to_hub, folder_path=folder))
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this module."""
-    text = "Shows what is in a checkpoint, converts between .pth and .safetensors without loss, exports models."
-    parser = new_parser(text, "tools.checkpoint", config=False)
+    """Return the parser of the command line."""
+    description = "Show what is in a checkpoint, convert between .pth and .safetensors without "
+    description += "loss, or export a model."
+    parser = new_parser(description, "tools.checkpoint", config=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("show", help="what is in a file")
+
+    show = commands.add_parser("show", help="show what is in a file")
     show.add_argument("file", help="a checkpoint, its folder, or an address on the Hub")
-    show.add_argument("--tensors", action="store_true", help="every tensor, too")
-    change = commands.add_parser("convert", help="from .pth to .safetensors, or back")
-    change.add_argument("source", help="file to read")
-    change.add_argument("target", help="file to write; its ending says in which format")
-    change.add_argument(
-        "--weights", choices=["model", "model_ema"], help="these alone; by default everything"
+    show.add_argument("--tensors", action="store_true", help="list every tensor, too")
+
+    convert = commands.add_parser("convert", help="convert .pth to .safetensors, or back")
+    convert.add_argument("source", help="file to read")
+    convert.add_argument("target", help="file to write; the suffix decides on the format")
+    convert.add_argument(
+        "--weights",
+        choices=["model", "model_ema"],
+        help="write only these weights; by default everything",
     )
-    text = "a model or tokenizer to a folder that from_pretrained reads, or the Hub"
-    export = commands.add_parser("export", help=text)
+
+    export = commands.add_parser(
+        "export", help="write a model or tokenizer to a folder for from_pretrained, or to the Hub"
+    )
     export.add_argument(
         "source", help="a checkpoint, its folder, a tokenizer, or an address on the Hub"
     )
+    export.add_argument("folder", help="folder for model.safetensors, config.json and a model card")
     export.add_argument(
-        "folder", help="where to write model.safetensors, config.json and a model card"
-    )
-    export.add_argument(
-        "--no_ema", action="store_true", help="the weights themselves, not their average"
+        "--no_ema", action="store_true", help="export the trained weights instead of their EMA"
     )
     export.add_argument("--figures", help="samples.json of an evaluation, for the model card")
-    export.add_argument("--licence", help="of the weights, for the model card, such as mit")
-    export.add_argument("--tokenizer", help="where its tokenizer lies, for the model card")
+    export.add_argument("--licence", help="license of the weights, such as mit, for the model card")
+    export.add_argument("--tokenizer", help="address of the tokenizer, for the model card")
     export.add_argument(
-        "--push_to_hub", metavar="OWNER/REPO", help="also upload it there; made if there is none"
+        "--push_to_hub",
+        metavar="OWNER/REPO",
+        help="also upload the folder to this repository, which is created if it is missing",
     )
-    export.add_argument("--private", action="store_true", help="make that repository a private one")
+    export.add_argument("--private", action="store_true", help="create a private repository")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     args = get_args_parser().parse_args(argv)
     start_log()
     if args.command == "show":

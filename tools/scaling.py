@@ -1,11 +1,14 @@
-"""Computes what a training takes on many GPUs, from operations and bytes, without one: docs/scaling.md."""
+"""Estimate time and storage of training on many GPUs, without a GPU: docs/scaling.md.
+
+They follow from the operations and bytes of the models. Flags set the assumptions.
+"""
 
 import argparse
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,24 +25,26 @@ from util.tables import fill, markdown, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# --------------------------------------------------------------------------------------------------------------------
-# What is assumed.
+# --------------------------------------------------------------------------------------------------
+# Assumptions
 
 
 class Gpu(NamedTuple):
-    """Vendor's peak rates of one GPU, and of the InfiniBand port beside it in the vendor's own machines."""
+    """Peak rates of a GPU and of its InfiniBand port, from NVIDIA's data sheets."""
 
-    bf16: float  # operations a second, dense
+    bf16: float  # operations per second, dense
     tf32: float
-    nvlink: float  # bytes a second, one way
+    nvlink: float  # bytes per second, one way
     port: float
 
 
-GPUS = {  # H200 has more and faster memory than H100, and the same rates otherwise
+GPUS = {  # H200 differs from H100 in its memory only
     "A100": Gpu(312e12, 156e12, 300e9, 25e9),
     "H100, H200": Gpu(989e12, 494.5e12, 450e9, 50e9),
 }
-COUNTS = (8, 32, 256)
+GPU_COUNTS = (8, 32, 256)
+EPOCHS = (400, 800)
+#: Flags: name, default and meaning.
 ASSUMED = {
     "utilization": (0.4, "fraction of the peak that matrix products reach, averaged over a step"),
     "batch": (2048, "global batch size"),
@@ -57,283 +62,320 @@ ASSUMED = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line of this module."""
+    """Return the parser of the command line."""
     parser = new_parser(__doc__, "tools.scaling")
-    for name, (default, what) in ASSUMED.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=what)
+    for name, (default, meaning) in ASSUMED.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     parser.add_argument(
         "--write", action="store_true", help="write the tables into docs/scaling.md and README.md"
     )
     return parser
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What is counted.
+# --------------------------------------------------------------------------------------------------
+# Counts
 
 
 @torch.no_grad()
-def counted(function, *shape: int) -> float:
-    """Floating-point operations of a function of a tensor of this shape, matrix products and convolutions alone."""
+def count_flops(function: Callable, *shape: int) -> float:
+    """Return the operations of ``function`` on a tensor of this shape.
+
+    Only matrix products and convolutions are counted.
+    """
     with FlopCounterMode(display=False) as counter:
         function(torch.empty(shape, device="meta"))
     return counter.get_total_flops()
 
 
 class Counts(NamedTuple):
-    """Operations and bytes, from the models themselves on the meta device: nothing is computed."""
+    """Models on the meta device, and the operations of the VAE and Inception on one image."""
 
     models: dict[str, TokenBridge]
-    encode: float  # of the VAE, for one image
+    encode: float
     decode: float
     inception: float
 
     @classmethod
     def make(cls) -> "Counts":
-        """Builds and counts everything; takes seconds."""
+        """Build the models and count operations; takes seconds."""
+        vae_config: dict[str, Any] = dict(KL16_CONFIG)
         with torch.device("meta"):
             models = {
                 name: MODELS[f"tokenbridge_{name}"](quant_levels=64).eval()
                 for name in ("large", "huge")
             }
-            vae, inception = (
-                AutoencoderKL(**KL16_CONFIG).eval(),
-                inception_v3(init_weights=False).eval(),
-            )
-        sizes = counted(vae.encode, 1, 3, 256, 256), counted(vae.decode, 1, 16, 16, 16)
-        return cls(models, *sizes, counted(inception, 1, 3, 299, 299))
+            vae = AutoencoderKL(**vae_config).eval()
+            inception = inception_v3(init_weights=False).eval()
+        return cls(
+            models,
+            encode=count_flops(vae.encode, 1, 3, 256, 256),
+            decode=count_flops(vae.decode, 1, 16, 16, 16),
+            inception=count_flops(inception, 1, 3, 299, 299),
+        )
 
 
-def parameters(model: TokenBridge) -> int:
-    """The number of learned values."""
+def count_parameters(model: TokenBridge) -> int:
+    """Return the number of parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What follows.
+# --------------------------------------------------------------------------------------------------
+# Estimates
 
 
-def seconds_an_image(flops: float, gpu: Gpu, a: argparse.Namespace, encode: float = 0.0) -> float:
-    """Of one GPU, for a training step's ``flops`` in bf16 and the VAE's in fp32, whose convolutions run in TF32."""
-    return (flops / gpu.bf16 + encode / gpu.tf32) / a.utilization
+def seconds_per_image(
+    flops: float, gpu: Gpu, assumed: argparse.Namespace, encode: float = 0.0
+) -> float:
+    """Return the seconds per training image on one GPU.
+
+    Args:
+        flops: of the training step per image, in bf16.
+        encode: operations of the VAE's encoder per image, in fp32, whose convolutions run in TF32.
+    """
+    return (flops / gpu.bf16 + encode / gpu.tf32) / assumed.utilization
+
+
+def backward_seconds(
+    model: TokenBridge, gpu: Gpu, assumed: argparse.Namespace, images: float
+) -> float:
+    """Return the seconds of the backward pass over ``images`` on one GPU, 2/3 of a step."""
+    return 2 / 3 * images * seconds_per_image(model.training_flops(), gpu, assumed)
 
 
 def gpu_hours(
-    flops: float, gpu: Gpu, a: argparse.Namespace, epochs: int, encode: float = 0.0
+    flops: float, gpu: Gpu, assumed: argparse.Namespace, epochs: int, encode: float = 0.0
 ) -> float:
-    """Of a training."""
-    return epochs * a.images * seconds_an_image(flops, gpu, a, encode) / 3600
+    """Return the GPU-hours of training for ``epochs``; see :func:`seconds_per_image`."""
+    return epochs * assumed.images * seconds_per_image(flops, gpu, assumed, encode) / 3600
 
 
 def all_reduce_seconds(
-    size: float, count: int, gpu: Gpu, a: argparse.Namespace, ports: int
+    size: float, count: int, gpu: Gpu, assumed: argparse.Namespace, ports: int
 ) -> float:
-    """Of a ring over ``count`` GPUs: each link carries 2 (n - 1) / n times the bytes; the slowest one decides."""
-    rate = gpu.nvlink if count <= a.node else min(gpu.nvlink, ports * gpu.port)
+    """Return the seconds of an all-reduce of ``size`` bytes in a ring of ``count`` GPUs.
+
+    Each link of a ring of n GPUs carries 2 (n - 1) / n times the bytes. The slowest link decides.
+
+    Args:
+        ports: InfiniBand ports per machine.
+    """
+    rate = gpu.nvlink if count <= assumed.node else min(gpu.nvlink, ports * gpu.port)
     return 2 * (count - 1) / count * size / rate
 
 
-def launches(model: TokenBridge, a: argparse.Namespace) -> tuple[int, int]:
-    """Of one step of sampling, by the backbone's blocks and by the head's, which run once a channel step."""
+def launches(model: TokenBridge, assumed: argparse.Namespace) -> tuple[int, int]:
+    """Return the kernel launches of one sampling step in the backbone and in the head.
+
+    The blocks of the head run once per channel step.
+    """
     backbone = model.config["encoder_depth"] + model.config["decoder_depth"]
-    return a.launches * backbone, a.launches * model.head.depth * model.head.channel_steps
+    return (
+        assumed.launches * backbone,
+        assumed.launches * model.head.depth * model.head.channel_steps,
+    )
 
 
-def sampling_seconds(model: TokenBridge, gpu: Gpu, a: argparse.Namespace) -> tuple[float, float]:
-    """Of a batch, by backbone and head: of each step, what its operations take or what launching them takes."""
-    rate, backbone, head = gpu.bf16 * a.utilization / a.eval_bsz, 0.0, 0.0
-    waits = [1e-6 * a.launch * count for count in launches(model, a)]
-    for step in sampling_plan(SamplingOptions(a.num_iter), model.seq_len):
-        backbone += max(
-            2 * model.backbone.flops(step.masked) / rate, waits[0]
-        )  # guidance doubles the batch
+def sampling_seconds(
+    model: TokenBridge, gpu: Gpu, assumed: argparse.Namespace
+) -> tuple[float, float]:
+    """Return the seconds that backbone and head take to sample a batch.
+
+    Each step takes the time of its operations, or of their launches if that is longer.
+    """
+    rate = gpu.bf16 * assumed.utilization / assumed.eval_bsz
+    backbone = 0.0
+    head = 0.0
+    waits = [1e-6 * assumed.launch * count for count in launches(model, assumed)]
+    for step in sampling_plan(SamplingOptions(assumed.num_iter), model.seq_len):
+        # Guidance doubles the batch
+        backbone += max(2 * model.backbone.flops(step.masked) / rate, waits[0])
         head += max((step.masked - step.left) * model.head.sampling_flops() / rate, waits[1])
     return backbone, head
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The tables. Each takes what was counted and what is assumed.
+# --------------------------------------------------------------------------------------------------
+# Tables of docs/scaling.md. Comments in the page mark their places by the names of the functions.
 
 
-def operations(c: Counts, a: argparse.Namespace) -> str:
-    rows = [
-        [name, f"{parameters(m) / 1e6:.1f}M", m.training_flops() / 1e12, c.encode / 1e12]
-        + [epochs * a.images * m.training_flops() / 1e18 for epochs in (400, 800)]
-        for name, m in c.models.items()
-    ]
+def operations(counts: Counts, assumed: argparse.Namespace) -> str:
+    """Return the table of operations per image and per training."""
+    rows = []
+    for name, model in counts.models.items():
+        flops = model.training_flops()
+        totals = [epochs * assumed.images * flops / 1e18 for epochs in EPOCHS]
+        size = f"{count_parameters(model) / 1e6:.1f}M"
+        rows.append([name, size, flops / 1e12, counts.encode / 1e12, *totals])
     header = ["model", "parameters", "training, per image", "VAE, per image"]
-    return markdown([*header, *(f"{epochs} epochs (10^18)" for epochs in (400, 800))], rows)
+    return markdown([*header, *(f"{epochs} epochs (10^18)" for epochs in EPOCHS)], rows)
 
 
-def hours(c: Counts, a: argparse.Namespace) -> str:
+def hours(counts: Counts, assumed: argparse.Namespace) -> str:
+    """Return the table of GPU-hours and hours of training."""
     rows = []
-    for name, model in c.models.items():
-        for epochs in (400, 800):
-            for data, encode in (("cached", 0.0), ("images", c.encode)):
+    for name, model in counts.models.items():
+        for epochs in EPOCHS:
+            for data, encode in (("cached", 0.0), ("images", counts.encode)):
                 for kind, gpu in GPUS.items():
-                    total = gpu_hours(model.training_flops(), gpu, a, epochs, encode)
-                    each = [f"{total / count:,.1f}" for count in COUNTS]
-                    rows.append([name, epochs, data, kind, f"{total:,.0f}", *each])
-    return markdown(
-        ["model", "epochs", "data", "GPU", "GPU-hours", *(f"hours on {n}" for n in COUNTS)], rows
-    )
+                    total = gpu_hours(model.training_flops(), gpu, assumed, epochs, encode)
+                    times = [f"{total / count:,.1f}" for count in GPU_COUNTS]
+                    rows.append([name, epochs, data, kind, f"{total:,.0f}", *times])
+    header = ["model", "epochs", "data", "GPU", "GPU-hours"]
+    return markdown([*header, *(f"hours on {count}" for count in GPU_COUNTS)], rows)
 
 
-def communication(c: Counts, a: argparse.Namespace) -> str:
+def communication(counts: Counts, assumed: argparse.Namespace) -> str:
+    """Return the table of backward passes and all-reduces of gradients."""
     rows = []
-    for name, model in c.models.items():
-        size = 4 * parameters(model)
+    for name, model in counts.models.items():
+        size = 4 * count_parameters(model)  # float32
         for kind, gpu in GPUS.items():
-            for count in COUNTS:
-                backward = (
-                    2 / 3 * a.batch / count * seconds_an_image(model.training_flops(), gpu, a)
-                )
-                times = [all_reduce_seconds(size, count, gpu, a, ports) for ports in (a.ports, 1)]
-                shares = [f"{1e3 * time:.1f} ms, {time / backward:.1%}" for time in times]
-                row = [
-                    name,
-                    f"{size / 2**30:.2f} GiB",
-                    kind,
-                    count,
-                    f"{a.batch / count:g}",
-                    f"{1e3 * backward:,.0f} ms",
-                ]
-                rows.append([*row, shares[0], shares[1] if count > a.node else None])
-    header = [
-        "model",
-        "gradients",
-        "GPU",
-        "GPUs",
-        "images per GPU",
-        "backward pass",
-        "all-reduce",
-        "with one port",
-    ]
-    return markdown(header, rows)
+            for count in GPU_COUNTS:
+                images = assumed.batch / count
+                backward = backward_seconds(model, gpu, assumed, images)
+                cells: list[str | None] = []
+                for ports in (assumed.ports, 1):
+                    seconds = all_reduce_seconds(size, count, gpu, assumed, ports)
+                    cells.append(f"{1e3 * seconds:.1f} ms, {seconds / backward:.1%}")
+                if count <= assumed.node:  # no port is used
+                    cells[1] = None
+                row = [name, f"{size / 2**30:.2f} GiB", kind, count, f"{images:g}"]
+                rows.append([*row, f"{1e3 * backward:,.0f} ms", *cells])
+    header = ["model", "gradients", "GPU", "GPUs", "images per GPU", "backward pass"]
+    return markdown([*header, "all-reduce", "with one port"], rows)
 
 
-def binding(c: Counts, a: argparse.Namespace) -> str:
+def binding(counts: Counts, assumed: argparse.Namespace) -> str:
+    """Return the table of the GPUs at which communication takes as long as the backward pass."""
     rows = []
-    for name, model in c.models.items():
+    for name, model in counts.models.items():
         for kind, gpu in GPUS.items():
-            backward = (
-                2 / 3 * a.batch * seconds_an_image(model.training_flops(), gpu, a)
-            )  # of one GPU
-            rates = [
-                min(gpu.nvlink, ports * gpu.port) / (2 * 4 * parameters(model))
-                for ports in (a.ports, 1)
-            ]
-            rows.append([name, kind, *(f"{backward * rate:,.0f}" for rate in rates)])
+            backward = backward_seconds(model, gpu, assumed, assumed.batch)  # on one GPU
+            cells = []
+            for ports in (assumed.ports, 1):
+                bandwidth = min(gpu.nvlink, ports * gpu.port)
+                rate = bandwidth / (2 * 4 * count_parameters(model))
+                cells.append(f"{backward * rate:,.0f}")
+            rows.append([name, kind, *cells])
     return markdown(["model", "GPU", "limit, GPUs", "with one port"], rows)
 
 
-def loading(c: Counts, a: argparse.Namespace) -> str:
+def loading(counts: Counts, assumed: argparse.Namespace) -> str:
+    """Return the table of data rates that training needs."""
     results = read_json(ROOT / "benchmarks" / "results" / "cpu-loader.json")["rows"]
     measured = {row["cache"]: row["images_per_s"] for row in results if row["workers"] == 0}
     rows = []
-    for name, model in c.models.items():
+    for name, model in counts.models.items():
+        flops = model.training_flops()
         for kind, gpu in GPUS.items():
-            rate = 1 / seconds_an_image(model.training_flops(), gpu, a)
-            feeds = [
-                f"{measured[way] / rate:,.0f}" for way in ("one file per image", "packed, fp32")
-            ]
-            workers = 1 / seconds_an_image(model.training_flops(), gpu, a, c.encode) / a.decoded
-            read = f"{COUNTS[-1] * rate * 2**15 / 1e9:.2f} GB/s"
-            rows.append([name, kind, f"{rate:.0f}", *feeds, read, f"{workers:.1f}"])
+            rate = 1 / seconds_per_image(flops, gpu, assumed)
+            caches = ("one file per image", "packed, fp32")
+            readers = [f"{measured[cache] / rate:,.0f}" for cache in caches]
+            read = f"{GPU_COUNTS[-1] * rate * 2**15 / 1e9:.2f} GB/s"
+            # Training on images also encodes them
+            workers = 1 / seconds_per_image(flops, gpu, assumed, counts.encode) / assumed.decoded
+            rows.append([name, kind, f"{rate:.0f}", *readers, read, f"{workers:.1f}"])
     header = ["model", "GPU", "images/s per GPU", "GPUs per reader: files", "packed"]
-    return markdown(
-        [*header, f"read rate, {COUNTS[-1]} GPUs", "from images: workers per GPU"], rows
-    )
+    header += [f"read rate, {GPU_COUNTS[-1]} GPUs", "from images: workers per GPU"]
+    return markdown(header, rows)
 
 
-def files(c: Counts, a: argparse.Namespace) -> str:
-    views = (
-        2 * 2 * 16 * 16 * 16
-    )  # moments, mean and log-variance of 16 channels on 16 x 16 places, of two views
-    rows = [
-        [f"cache, {dtype}", a.images * views * size / 2**30]
-        for dtype, size in (("fp32", 4), ("fp16, bf16", 2))
-    ]
-    rows = [[*row, None, *[None] * len(COUNTS)] for row in rows]
+def files(counts: Counts, assumed: argparse.Namespace) -> str:
+    """Return the table of sizes of caches and checkpoints, and of the time to write them."""
+    # Two views of an image; mean and log-variance of 16 channels at 16 x 16 positions
+    values = 2 * 2 * 16 * 16 * 16
+    rows: list[list] = []
+    for dtype, size in (("fp32", 4), ("fp16, bf16", 2)):
+        gib = assumed.images * values * size / 2**30
+        rows.append([f"cache, {dtype}", gib, None, *[None] * len(GPU_COUNTS)])
     gpu = GPUS["H100, H200"]
-    for name, model in c.models.items():
-        size = 16 * parameters(
-            model
-        )  # weights, their average, and the optimizer's two moments, in fp32
-        seconds = size / (1e9 * a.disk)
-        between = gpu_hours(model.training_flops(), gpu, a, a.save_last_freq) * 3600
-        shares = [f"{seconds / (between / count):.1%}" for count in COUNTS]
+    for name, model in counts.models.items():
+        # Weights, EMA, and two tensors of optimizer state, in fp32
+        size = 16 * count_parameters(model)
+        seconds = size / (1e9 * assumed.disk)
+        between = gpu_hours(model.training_flops(), gpu, assumed, assumed.save_last_freq) * 3600
+        shares = [f"{seconds / (between / count):.1%}" for count in GPU_COUNTS]
         rows.append([f"checkpoint, {name}", size / 2**30, f"{seconds:.1f} s", *shares])
-    return markdown(
-        ["file", "GiB", "time to write", *(f"share of training, {n} H100" for n in COUNTS)], rows
-    )
+    header = ["file", "GiB", "time to write"]
+    return markdown([*header, *(f"share of training, {n} H100" for n in GPU_COUNTS)], rows)
 
 
-def fid(c: Counts, a: argparse.Namespace) -> str:
-    rows, images = [], 50_000
-    for name, model in c.models.items():
+def fid(counts: Counts, assumed: argparse.Namespace) -> str:
+    """Return the table of minutes to measure FID on one machine."""
+    rows = []
+    images = 50_000
+    for name, model in counts.models.items():
         for kind, gpu in GPUS.items():
-            batches = math.ceil(math.ceil(images / a.eval_bsz) / a.node)  # of one GPU
-            parts = [batches * seconds for seconds in sampling_seconds(model, gpu, a)]
-            parts.append(images * c.decode / gpu.bf16 / a.utilization / a.node)
-            parts.append(images * c.inception / gpu.tf32 / a.utilization / a.node)
+            batches = math.ceil(math.ceil(images / assumed.eval_bsz) / assumed.node)  # of one GPU
+            parts = [batches * seconds for seconds in sampling_seconds(model, gpu, assumed)]
+            parts.append(images * counts.decode / gpu.bf16 / assumed.utilization / assumed.node)
+            parts.append(images * counts.inception / gpu.tf32 / assumed.utilization / assumed.node)
             minutes = [f"{seconds / 60:.1f}" for seconds in (*parts, sum(parts))]
-            rows.append(
-                [name, kind, " + ".join(f"{count:,}" for count in launches(model, a)), *minutes]
-            )
+            launched = " + ".join(f"{count:,}" for count in launches(model, assumed))
+            rows.append([name, kind, launched, *minutes])
     header = ["model", "GPU", "launches per step", "backbone", "head", "VAE", "Inception", "total"]
     return markdown(header, rows)
 
 
-def sentences(c: Counts, a: argparse.Namespace) -> dict[str, str]:
-    """The figures that stand in running text, by the name of their place."""
-    cpu, cuda = (
-        read_json(ROOT / "benchmarks" / "results" / f"{device}-training.json")
-        for device in ("cpu", "cuda")
-    )
-    of_cpu, of_h200 = (
-        {row["way"]: row["utilization"] for row in file["rows"]} for file in (cpu, cuda)
-    )
-    large, a100, h100 = c.models["large"], *GPUS.values()
-    days = {
-        epochs: gpu_hours(large.training_flops(), a100, a, epochs) / 32 / 24
-        for epochs in (400, 800)
-    }
-    # 1 day and 11 hours on 16 H100s, cached, 400 epochs; MAR's own head is not counted.
-    masked = large.num_masked_at(0.5)
-    mar = 3 * large.backbone.flops(masked) * 400 * a.images / (35 * 3600 * 16 * h100.bf16)
-    return {
-        "assumed": f"{a.utilization:.0%}",
-        "cpu": f"{of_cpu['ours, bf16']:.0%}",
-        "h200": f"{cuda['machine']['matmul_tflops']['bf16'] * 1e12 / h100.bf16 * of_h200['ours, bf16, compiled']:.0%}",
-        "mar": f"{mar:.0%}",
-        "days": f"{days[400]:.1f} days ({days[800]:.1f} for 800 epochs) at {a.utilization:.0%} utilization",
-    }
-
-
 TABLES = (operations, hours, communication, binding, loading, files, fid)
 
+# --------------------------------------------------------------------------------------------------
+# Pages
 
-def pages(a: argparse.Namespace) -> dict[Path, str]:
-    """The pages that quote these figures, filled in."""
+
+def quoted_numbers(counts: Counts, assumed: argparse.Namespace) -> dict[str, str]:
+    """Return the numbers in running text, by the names that mark their places in the pages."""
+    results = ROOT / "benchmarks" / "results"
+    cpu = read_json(results / "cpu-training.json")
+    cuda = read_json(results / "cuda-training.json")
+    cpu_utilization = {row["way"]: row["utilization"] for row in cpu["rows"]}
+    cuda_utilization = {row["way"]: row["utilization"] for row in cuda["rows"]}
+    large = counts.models["large"]
+    a100, h100 = GPUS.values()
+    days = [gpu_hours(large.training_flops(), a100, assumed, epochs) / 32 / 24 for epochs in EPOCHS]
+
+    # The benchmark's utilization is relative to measured matrix products, not to the peak
+    matmul_rate = cuda["machine"]["matmul_tflops"]["bf16"] * 1e12
+    h200 = matmul_rate / h100.bf16 * cuda_utilization["ours, bf16, compiled"]
+
+    # MAR: 400 epochs in 1 day and 11 hours on 16 H100s with a cache; its head is not counted
+    masked = large.num_masked_at(0.5)
+    mar = 3 * large.backbone.flops(masked) * 400 * assumed.images / (35 * 3600 * 16 * h100.bf16)
+    return {
+        "assumed": f"{assumed.utilization:.0%}",
+        "cpu": f"{cpu_utilization['ours, bf16']:.0%}",
+        "h200": f"{h200:.0%}",
+        "mar": f"{mar:.0%}",
+        "days": f"{days[0]:.1f} days ({days[1]:.1f} for 800 epochs) "
+        f"at {assumed.utilization:.0%} utilization",
+    }
+
+
+def filled_pages(assumed: argparse.Namespace) -> dict[Path, str]:
+    """Return docs/scaling.md and README.md with up-to-date estimates, by path."""
     counts = Counts.make()
-    values = {table.__name__: f"\n{table(counts, a)}" for table in TABLES} | sentences(counts, a)
-    assumed = [[f"`--{name}`", getattr(a, name), what] for name, (_, what) in ASSUMED.items()]
-    values["assumptions"] = "\n" + markdown(["flag", "value", "meaning"], assumed)
-    texts = {path: path.read_text() for path in (ROOT / "docs" / "scaling.md", ROOT / "README.md")}
-    for path, text in texts.items():
+    values = {table.__name__: f"\n{table(counts, assumed)}" for table in TABLES}
+    values |= quoted_numbers(counts, assumed)
+    rows = [
+        [f"`--{name}`", getattr(assumed, name), meaning] for name, (_, meaning) in ASSUMED.items()
+    ]
+    values["assumptions"] = "\n" + markdown(["flag", "value", "meaning"], rows)
+    pages = {}
+    for path in (ROOT / "docs" / "scaling.md", ROOT / "README.md"):
+        text = path.read_text()
         for name in re.findall(r"<!-- (\w+) -->", text):
-            text = fill(text, name, values[name]) if name in values else text
-        texts[path] = text
-    return texts
+            if name in values:
+                text = fill(text, name, values[name])
+        pages[path] = text
+    return pages
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line."""
     args = get_args_parser().parse_args(argv)
-    texts = pages(args)
-    print(texts[ROOT / "docs" / "scaling.md"], end="")
+    pages = filled_pages(args)
+    print(pages[ROOT / "docs" / "scaling.md"], end="")
     if args.write:
-        for path, text in texts.items():
+        for path, text in pages.items():
             write_text(path, text)
 
 

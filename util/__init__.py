@@ -1,1 +1,1 @@
-"""What the training and evaluation loops need around the models: data, files, schedules, processes."""
+"""Data, checkpoints, metrics and the utilities of training and evaluation."""

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -75,55 +75,51 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"{unknown[0]} belongs to no flag; --help lists them")
         if self.has_config and parsed.config:
-            parsed, _ = super().parse_known_args([*self.words_of(parsed.config), *args])
+            # Flags that are not typed keep the values that the namespace has already
+            values = argparse.Namespace(**self.read_config(parsed.config))
+            parsed, _ = super().parse_known_args(args, values)
         return parsed, []
 
-    def words_of(self, path: str) -> list[str]:
-        """Return the flags in a file as words of a command line; values stay text, as typed."""
+    def read_config(self, path: str) -> dict[str, Any]:
+        """Return the values of the flags in a YAML file, converted and checked as if typed."""
         try:
-            flags = yaml.load(Path(path).read_text(), yaml.BaseLoader)
+            flags = yaml.load(Path(path).read_text(), yaml.BaseLoader)  # values stay text
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.error(f"{path} cannot be read as YAML: {' '.join(str(error).split())}")
         if not isinstance(flags, dict):
             self.error(f"{path} must hold lines of the form 'flag: value'")
-        named = [
-            action
-            for action in self._actions
-            if action.option_strings and action.dest not in ("help", "config")
-        ]
-        known = {action.dest: action for action in named}
-        known |= {
-            flag.removeprefix("--"): action for action in named for flag in action.option_strings
-        }
-        words = []
+        actions: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            if action.option_strings and action.dest not in ("help", "config"):
+                actions |= {flag.removeprefix("--"): action for flag in action.option_strings}
+                actions.setdefault(action.dest, action)
+        values = {}
         for name, value in flags.items():
-            if name not in known:
-                self.error(f"{path}: unknown flag {name}; {advice(name, known)}")
-            if known[name].nargs == 0:
-                words += self.switched(known[name], value, path, name)
-            elif isinstance(value, list) and known[name].nargs:
-                words += [known[name].option_strings[0], *map(str, value)]
-            elif isinstance(value, str):
-                words.append(f"{known[name].option_strings[0]}={value}")
+            if name not in actions:
+                self.error(f"{path}: unknown flag {name}; {advice(name, actions)}")
+            action = actions[name]
+            if action.nargs == 0:
+                values[action.dest] = self.read_switch(action, name, value, path)
+            elif isinstance(value, str) or (isinstance(value, list) and action.nargs):
+                words = [value] if isinstance(value, str) else list(map(str, value))
+                try:
+                    if not words:
+                        raise argparse.ArgumentError(action, "expected at least one argument")
+                    values[action.dest] = self._get_values(action, words)
+                except argparse.ArgumentError as error:
+                    self.error(str(error))
             else:
                 self.error(f"{path}: {name} takes one value, not {value}")
-        return words
+        return values
 
-    def switched(self, action: argparse.Action, value: object, path: str, name: str) -> list[str]:
-        """Return the flag that sets ``name`` to true or false; none if that is the default."""
+    def read_switch(self, action: argparse.Action, name: str, value: Any, path: str) -> bool:
+        """Return the value of a flag without an argument, by its name or that of its variable."""
         text = str(value).lower()
         if text not in ("true", "false"):
             self.error(f"{path}: {name} is true or false, not {value}")
-        wanted = text == "true"
-        if (
-            f"--{name}" in self._option_string_actions
-        ):  # such as no_pin_mem, which turns pin_mem off
-            wanted = wanted == action.const
-        return [
-            each.option_strings[0]
-            for each in self._actions
-            if (each.dest, each.const) == (action.dest, wanted)
-        ]
+        if f"--{name}" in action.option_strings:  # such as no_pin_mem, which turns pin_mem off
+            return (text == "true") == action.const
+        return text == "true"
 
 
 def advice(name: str, known: Iterable[str]) -> str:
@@ -199,19 +195,20 @@ def add_mirror_arg(parser: Flags) -> None:
     parser.add_argument("--no_mirror", action="store_false", dest="mirror", help=text)
 
 
-def add_ema_args(parser: Flags, rate: float) -> None:
-    """Add the flags of the exponential moving average of the weights."""
-    parser.add_argument(
-        "--ema_rate", type=float, default=rate, help="decay of the weights' EMA per step"
-    )
-    text = "use --ema_rate from the first step on, as the paper; by default the rate rises to it"
-    parser.add_argument("--no_ema_warmup", action="store_true", help=text)
+def add_training_args(
+    parser: Flags, settings: type, without: Collection[str] = (), **defaults: Any
+) -> None:
+    """Add the flags of the training loop.
 
-
-def add_dry_run_arg(parser: Flags) -> None:
-    """Add the flag that measures what a training would take."""
-    text = "take two steps, report hours, memory and the size of a checkpoint, write nothing"
-    parser.add_argument("--dry_run", action="store_true", help=text)
+    Args:
+        settings: :class:`util.training_settings.TrainingSettings`.
+        without: settings that the script has no flag for.
+        defaults: defaults that differ from those of ``settings``.
+    """
+    for field in dataclasses.fields(settings):
+        if field.metadata and field.name not in without:
+            changes = {"default": defaults[field.name]} if field.name in defaults else {}
+            add_option(parser, settings, field.name, **changes)
 
 
 def add_skip_arg(parser: Flags) -> None:
@@ -356,8 +353,8 @@ OF_A_MACHINE = (
 def check_same_flags(args: argparse.Namespace, device: torch.device) -> None:
     """Check that all ranks have the same flags, and compute in the same precision.
 
-    Replaces ``precision`` and ``vae_precision`` by :func:`util.precision.effective_precision`, so that
-    files of the run name the precision that they were computed in.
+    Replace ``precision`` and ``vae_precision`` by :func:`util.precision.effective_precision`, so
+    that files of the run name the precision that they were computed in.
 
     Raises:
         UserError: ranks differ; all end with it.

@@ -10,9 +10,9 @@ from util.checkpoint.safetensors_io import tensor_bytes
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's weights and buffers.
+    """Return the SHA-256 of a model's weights and buffers as hex digits.
 
-    It does not depend on the format of the file that they were loaded from.
+    It does not depend on the format of the file from which they were loaded.
     """
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
@@ -22,15 +22,16 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def bit_sum(tensors: Iterable[Tensor]) -> Tensor:
-    """Return a checksum of the tensors' bits as one int64 on their device, without waiting for the device."""
+    """Return a checksum of the tensors' bits: one int64 on their device, not waited for."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = [tensor.detach().flatten() for tensor in tensors]
     sums = torch.stack([values.view(integers[values.element_size()]).sum() for values in flat])
-    # Each tensor has a large odd factor of its own, modulo 2^64: changes in two tensors do not cancel out.
+    # Each tensor has its own large odd factor, modulo 2^64, so that changes in two tensors do not
+    # cancel out.
     factors = torch.arange(1, len(sums) + 1, device=sums.device) * -7046029254386353131 | 1
     return (sums * factors).sum()
 
 
 def checksum(tensors: Iterable[Tensor]) -> str:
-    """Return :func:`bit_sum` as 16 hex digits."""
+    """Return :func:`bit_sum` as 16 hex digits. This waits for the device."""
     return f"{bit_sum(tensors).item() % 2**64:016x}"

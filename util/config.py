@@ -52,7 +52,7 @@ class TokenizerInfo(NamedTuple):
 
     @property
     def deterministic(self) -> bool:
-        """Whether the latents have no variance: moments are means alone."""
+        """Whether the latents have no variance, so that moments are only means."""
         return self.config.get("deterministic", False)
 
     def moments_shape(self, img_size: int) -> tuple[int, int, int]:

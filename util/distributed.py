@@ -11,32 +11,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from util.errors import UserError, as_user_error, told_by_main
+from util.errors import UserError, as_user_error, reported_by_rank_0
 
 
 def get_rank() -> int:
-    """This process's number, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def get_world_size() -> int:
-    """The number of processes."""
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this process writes the shared files and talks to the terminal."""
+    """Return whether this is rank 0, which writes the shared files and prints messages."""
     return get_rank() == 0
 
 
 def is_local_main_process() -> bool:
-    """Whether this process is the first on its machine."""
+    """Return whether this process is the first one on its machine."""
     return not dist.is_initialized() or int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
-# How long an operation of all processes waits for the slowest of them before it ends the run: usually, since the main
-# process computes metrics and writes files meanwhile; and in a training step. A lost machine may show by nothing else.
-TIMEOUT, STEP_TIMEOUT = timedelta(minutes=30), timedelta(minutes=5)
+#: A collective operation waits this long for the slowest rank, then the run ends. The limit is
+#: long, since rank 0 computes metrics and writes files while the other ranks wait.
+TIMEOUT = timedelta(minutes=30)
+#: The limit in a training step. The loss of a machine may show in nothing but this timeout.
+STEP_TIMEOUT = timedelta(minutes=5)
 
 
 def _set_timeout(limit: timedelta) -> None:
@@ -47,20 +49,20 @@ def _set_timeout(limit: timedelta) -> None:
 
 @contextmanager
 def collective_timeout(limit: timedelta) -> Iterator[None]:
-    """Operations of all processes that start within the block wait ``limit`` for the slowest, not ``PATIENCE``."""
+    """Set the timeout of collective operations to ``limit`` in the block, then to ``TIMEOUT``."""
     _set_timeout(limit)
     yield
     _set_timeout(TIMEOUT)
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean of ``value`` over all processes."""
+    """Return the mean of ``value`` over all ranks."""
     if not dist.is_initialized():
         return value
     value = value.clone()
@@ -69,16 +71,16 @@ def all_reduce_mean(value: Tensor) -> Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """The main process's ``value`` (plain types), on all processes."""
+    """Return rank 0's ``value`` (plain types) on all ranks."""
     if not dist.is_initialized():
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def gather_objects(value: Any) -> list:
-    """Each process's ``value`` (plain types), in order, on all processes."""
+    """Return each rank's ``value`` (plain types), by rank, on all ranks."""
     if not dist.is_initialized():
         return [value]
     gathered = [None] * get_world_size()
@@ -87,104 +89,107 @@ def gather_objects(value: Any) -> list:
 
 
 def raise_on_all_ranks(error: str | UserError) -> NoReturn:
-    """End all processes, each of which must call this, with a UserError that the main one alone prints."""
+    """End all ranks with a UserError that rank 0 prints. Every rank must call this."""
     error = UserError(error) if isinstance(error, str) else error
-    raise error if is_main_process() else told_by_main(error)
+    raise error if is_main_process() else reported_by_rank_0(error)
 
 
 def on_rank_0(work: Callable[[], Any]) -> Any:
-    """What ``work``, run by the main process alone, returns there (plain types): on all processes.
+    """Run ``work`` on rank 0, and return its result (plain types) on all ranks.
 
     Raises:
-        UserError: ``work`` raised one; all processes end with it, and the main one alone prints it. So they end with
-            any other error, too, which the main process raises as it is.
+        UserError: ``work`` raised one. All ranks raise it, and rank 0 prints it. After any other
+            error, rank 0 raises the original one.
     """
-    result, failed = None, None
+    result, original = None, None
     if is_main_process():
         try:
             result = work()
         except Exception as error:
-            failed = error
-    result, error = broadcast_object((result, failed and as_user_error(failed)))
+            original = error
+    result, error = broadcast_object((result, original and as_user_error(original)))
     if error is not None:
-        raise failed or told_by_main(error)
+        raise original or reported_by_rank_0(error)
     return result
 
 
 def on_all_ranks(work: Callable[[], Any]) -> Any:
-    """What ``work``, run by every process, returns in this one.
+    """Run ``work`` on every rank, and return this rank's result.
 
-    ``work`` must make the same collective calls in every process, also where it fails.
+    ``work`` must make the same collective calls on every rank, also where it fails.
 
     Raises:
-        UserError: ``work`` raised one in some process; all end with it, and the main one prints it with the hosts. So
-            they end with any other error, too, which the process where it happened raises as it is.
+        UserError: ``work`` raised one on some rank. All ranks raise it, and rank 0 prints it with
+            the names of the hosts. After any other error, the rank that failed raises the
+            original one.
     """
-    result, failed = None, None
+    result, original = None, None
     try:
         result = work()
     except Exception as error:
-        failed = error
-    answers = gather_objects((socket.gethostname(), failed and as_user_error(failed)))
-    if failed is not None and not isinstance(failed, UserError):
-        raise failed
-    problems = [error for _, error in answers if error is not None]
-    if problems:
-        hosts = ", ".join(sorted({host for host, error in answers if error is not None}))
-        which = (
-            f" ({len(problems)} of {len(answers)} processes, on {hosts})"
-            if len(answers) > 1
-            else ""
-        )
-        raise_on_all_ranks(type(problems[0])(f"{problems[0]}{which}"))
+        original = error
+    outcomes = gather_objects((socket.gethostname(), original and as_user_error(original)))
+    if original is not None and not isinstance(original, UserError):
+        raise original
+    failures = [(host, error) for host, error in outcomes if error is not None]
+    if failures:
+        _, first = failures[0]
+        message = str(first)
+        if len(outcomes) > 1:
+            hosts = ", ".join(sorted({host for host, _ in failures}))
+            message += f" ({len(failures)} of {len(outcomes)} ranks, on {hosts})"
+        raise_on_all_ranks(type(first)(message))
     return result
 
 
 def check_equal(values: Mapping[str, Any], advice: str) -> None:
-    """Compares plain values over all processes.
+    """Check that plain values are equal on all ranks.
 
     Raises:
-        UserError: some differ, on all processes; the main one prints which, where, and ``advice``.
+        UserError: some differ. All ranks raise it, and rank 0 prints the name, the values, the
+            host and ``advice``.
     """
-    (_, here), *others = gathered = gather_objects((socket.gethostname(), dict(values)))
-    for rank, (host, there) in enumerate(others, start=1):
-        for name in here:
-            if there[name] != here[name]:
-                differing = sum(values[name] != here[name] for _, values in gathered)
+    gathered = gather_objects((socket.gethostname(), dict(values)))
+    expected = gathered[0][1]
+    for rank, (host, found) in enumerate(gathered[1:], start=1):
+        for name in expected:
+            if found[name] != expected[name]:
+                differing = sum(values[name] != expected[name] for _, values in gathered)
                 raise_on_all_ranks(
-                    f"{name} is {here[name]} in process 0, but {there[name]} in process {rank} on {host} "
-                    f"({differing} of {len(gathered)} processes differ); {advice}"
+                    f"{name} is {expected[name]} on rank 0, but {found[name]} on rank {rank} on "
+                    f"{host} ({differing} of {len(gathered)} ranks differ); {advice}"
                 )
 
 
 def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
-    """Overwrites ``tensors``, of equal shapes on all processes, with the main process's."""
+    """Overwrite ``tensors`` with those of rank 0. Their shapes must be equal on all ranks."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), src=0)
 
 
 class HostCopy:
-    """A tensor on its way to the host: reading it waits for what computes it, not for what the device does later.
+    """Asynchronous device-to-host copy. :meth:`read` blocks only until this tensor is ready.
 
     Args:
-        value: the tensor; on CUDA it is copied.
-        work: an asynchronous operation that writes it.
+        value: the tensor. On CUDA it is copied.
+        work: an asynchronous operation that writes the tensor.
     """
 
     def __init__(self, value: Tensor, work: dist.Work | None = None):
-        self.value, self.work, self.event = value, work, None
+        self.value = value
+        self.work = work
+        self.event: torch.cuda.Event | None = None
         if value.is_cuda:
             if work is not None:
-                work.wait()  # on CUDA, only later operations wait
-            self.value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(
-                value, non_blocking=True
-            )
+                work.wait()  # on CUDA only later operations wait, not this process
+            pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self.value = pinned.copy_(value, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
 
     def read(self) -> Tensor:
-        """The tensor on the host."""
+        """Return the tensor on the CPU, after waiting until it is ready."""
         if self.event is not None:
             self.event.synchronize()
         elif self.work is not None:
@@ -193,14 +198,19 @@ class HostCopy:
 
 
 def gather_async(values: Tensor) -> HostCopy:
-    """Start to send each rank's ``values`` to all ranks, which all must call this; they arrive as ``[ranks, ...]``."""
+    """Start to gather each rank's ``values`` as ``[ranks, ...]``. All ranks must call this."""
     rows = values.new_zeros(get_world_size(), *values.shape)
     rows[get_rank()] = values
     return HostCopy(rows, dist.all_reduce(rows, async_op=True))
 
 
 def gather_rows(rows: Tensor, total: int) -> Tensor:
-    """All ``total`` rows in order, from each process's rows, dealt by :class:`util.data.loaders.RankSampler`."""
+    """Return all ``total`` rows in order, on all ranks.
+
+    Args:
+        rows: the rows of this rank, which :class:`util.data.loaders.RankSampler` assigns.
+        total: the number of rows over all ranks.
+    """
     world = get_world_size()
     if world == 1:
         return rows

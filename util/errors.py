@@ -1,4 +1,4 @@
-"""Errors for the person at the keyboard: one line that says what was wrong and what to do."""
+"""Errors for users (one line that says what is wrong and what to do), and exit statuses."""
 
 import os
 import re
@@ -15,75 +15,78 @@ from util import launcher
 
 
 class UserError(Exception):
-    """An error that the user can mend. Its message is one line; scripts print it and exit with status 2."""
+    """An error that the user can fix. Scripts print its one-line message and exit with status 2."""
 
 
 class NotFinite(UserError):
     """A stage of the model computed NaN or infinity."""
 
 
-class ToldByMain(UserError):
-    """A user error that ends every process, which the main process prints for all."""
+class ReportedByRank0(UserError):
+    """A user error on every rank, which rank 0 prints. The other ranks exit without a message."""
 
 
-class NotFiniteToldByMain(NotFinite, ToldByMain):
-    """A :class:`NotFinite` of every process, which the main process prints for all."""
+class NotFiniteReportedByRank0(NotFinite, ReportedByRank0):
+    """A :class:`NotFinite` on every rank, which rank 0 prints."""
 
 
-def told_by_main(error: UserError) -> ToldByMain:
-    """Return the error that other processes raise where the main process raises, and prints, ``error``."""
-    return (NotFiniteToldByMain if isinstance(error, NotFinite) else ToldByMain)(str(error))
+def reported_by_rank_0(error: UserError) -> ReportedByRank0:
+    """Return the error for the other ranks to raise when rank 0 raises ``error``."""
+    error_type = NotFiniteReportedByRank0 if isinstance(error, NotFinite) else ReportedByRank0
+    return error_type(str(error))
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, or the error's type if the message is empty."""
+    """Return the first line of an error's message, or the error's type if the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:
-    """Return the first ``limit`` of ``names``, and the number of the others, as text."""
-    return ", ".join(names[:limit]) + (
-        f" and {len(names) - limit} more" if len(names) > limit else ""
-    )
+    """Return text with the first ``limit`` of ``names`` and the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def one_line(error: BaseException) -> str:
-    """Return one line that says what ``error`` is, also if a data loader's worker raised it."""
-    wrapped = re.findall(r"UserError: (.*)", str(error))  # it then holds that process's traceback
-    if wrapped or isinstance(error, UserError):
-        return wrapped[-1] if wrapped else str(error)
+    """Return one line that describes ``error``, also if a worker of a data loader raised it."""
+    # The message of a worker's error contains the worker's traceback.
+    worker_messages = re.findall(r"UserError: (.*)", str(error))
+    if worker_messages:
+        return worker_messages[-1]
+    if isinstance(error, UserError):
+        return str(error)
     return f"{type(error).__name__}: {reason(error)}"
 
 
 def as_user_error(error: BaseException) -> UserError:
-    """Return :func:`one_line` of ``error`` as a UserError that other processes can be sent."""
+    """Return :func:`one_line` of ``error`` as a UserError that can be sent to other ranks."""
     return (NotFinite if isinstance(error, NotFinite) else UserError)(one_line(error))
 
 
 def where() -> str:
-    """A prefix that names the process that prints a message; empty for the main one."""
+    """Return the prefix of messages, which names the rank. It is empty on rank 0."""
     rank = os.environ.get("RANK", "0")
-    return "" if rank == "0" else f"[process {rank}] "
+    return "" if rank == "0" else f"[rank {rank}] "
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop, and it has saved; exit status 75 tells a scheduler to start the command again."""
+    """A signal stopped the run, which has saved. Exit status 75 asks a scheduler to restart it."""
 
 
 USER_ERROR_STATUS = 2
 PREEMPTED_STATUS = 75  # EX_TEMPFAIL
-INTERRUPTED_STATUS = 128 + signal.SIGINT  # as shells count it
+INTERRUPTED_STATUS = 128 + signal.SIGINT  # the convention of shells
 
 
 def lost_process(error: Exception) -> bool:
-    """Whether ``error`` is what a collective operation raises when another process has ended or does not take part."""
+    """Return whether a collective operation raised ``error`` because another rank is missing."""
     signs = ("gloo", "NCCL", "Connection closed", "pair closure")
     lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     return lost or isinstance(error, dist.DistError)
 
 
 class LossyStream:
-    """A text stream that drops what cannot be written.
+    """A text stream that drops text which cannot be written.
 
     Args:
         stream: the stream to write to.
@@ -109,7 +112,7 @@ class LossyStream:
 
 @contextmanager
 def lossy_stderr() -> Iterator[None]:
-    """Drop what cannot be written to standard error: a closed pipe or a full disk must not end a run."""
+    """Ignore failed writes to standard error: a closed pipe or a full disk must not end a run."""
     stream = sys.stderr
     try:
         with redirect_stderr(LossyStream(stream)):
@@ -117,20 +120,24 @@ def lossy_stderr() -> Iterator[None]:
     finally:
         try:
             stream.flush()
-        except OSError:  # Python would try again when it exits, and replace the exit status by 120
+        except OSError:
+            # Python would flush again at its exit, fail, and replace the exit status by 120.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @lossy_stderr()
 def run(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; a :class:`UserError` becomes its one line on standard error and exit status 2.
+    """Run a script's ``main``, and turn its errors into exit statuses.
 
-    :class:`Preempted` likewise, with status 75; Ctrl-C with status 130; the loss of another process with status 1.
-    torchrun's restarts of this process end with the same line and status 2 or 75 (:mod:`util.launcher`).
+    :class:`UserError` gives status 2 and :class:`Preempted` 75; each is printed as one line.
+    Ctrl-C gives 130, and the end of another rank 1. Other errors are raised.
+
+    If torchrun restarts this process after status 2 or 75, the new process ends with the same
+    message and status (:mod:`util.launcher`).
     """
     try:
         main()
-    except ToldByMain:
+    except ReportedByRank0:
         sys.exit(USER_ERROR_STATUS)
     except UserError as error:
         message = one_line(error)
@@ -149,19 +156,22 @@ def run(main: Callable[[], None]) -> None:
             raise
         traceback.print_exc()
         print(
-            f"{where()}error: another process of this run is gone; what it said last tells why",
+            f"{where()}error: another rank of this run has ended; its last messages say why",
             file=sys.stderr,
+            flush=True,
         )
-        sys.stderr.flush()
-        os._exit(1)  # without taking down the process group, which would wait for the lost process
+        # A normal exit would destroy the process group, which waits for the missing rank.
+        os._exit(1)
 
 
 def repeat_end(status: int, message: str, rank: int) -> NoReturn:
-    """End this process, restarted by torchrun, as its run has ended before; rank 0 prints the message.
+    """End this process, which torchrun has restarted, as the run ended before the restart.
+
+    Rank 0 prints the message.
 
     Args:
         status, message: from :func:`util.launcher.end_before`.
     """
     if status == PREEMPTED_STATUS:
         raise SystemExit(status) if rank else Preempted(message)
-    raise ToldByMain(message) if rank else UserError(message)
+    raise ReportedByRank0(message) if rank else UserError(message)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, folders shared by all processes, JSON and npz files read without running code."""
+"""Atomic file writes, checks of shared folders, and safe reading of JSON and npz files."""
 
 import hashlib
 import json
@@ -20,70 +20,68 @@ from util.errors import UserError, reason
 
 @contextmanager
 def written_whole(path: str | Path, flush: bool = True) -> Iterator[BinaryIO]:
-    """A binary file to write; it replaces ``path`` when the block ends without an error, and is flushed to disk before.
+    """Open a binary file that replaces ``path`` atomically when the block ends without an error.
 
     Args:
-        flush: False for one of many files that :func:`flush_all` flushes together, before anything calls them complete.
+        flush: flush the file to disk before it replaces ``path``. Pass False for one of many files
+            that :func:`flush_all` flushes together.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; ``path`` is as it was.
+        UserError: the disk is full or the folder cannot be written. ``path`` is unchanged.
     """
     path = Path(path)
-    name = (
-        path.name
-        if len(os.fsencode(path.name)) <= 200
-        else hashlib.sha256(os.fsencode(path.name)).hexdigest()
-    )
-    beside = path.with_name(f".{name}.{os.getpid()}.part")
+    name = path.name
+    if len(os.fsencode(name)) > 200:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    part = path.with_name(f".{name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
+        with open(part, "wb") as file:
             mode = os.fstat(file.fileno()).st_mode
             yield file
-        # Opened by name, since safetensors replaces the file by one of its own, which nobody else may read.
-        with open(beside, "r+b") as written:  # Windows flushes only what is open for writing
+        # Opened again by name: safetensors replaces the file by its own, which only the owner may
+        # read. Windows flushes only files that are open for writing.
+        with open(part, "r+b") as written:
             if os.fstat(written.fileno()).st_mode != mode:
-                os.chmod(beside, mode)
+                os.chmod(part, mode)
             if flush:
                 os.fsync(written.fileno())
-        os.replace(beside, path)
+        os.replace(part, path)
     except (OSError, RuntimeError) as error:
         # torch.save wraps the file system's error in a RuntimeError.
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__
         if not isinstance(cause, OSError):
             raise
-        what = cause.strerror or cause
         raise UserError(
-            f"cannot write {path}: {what}; free space or choose another folder"
+            f"cannot write {path}: {cause.strerror or cause}; free space or choose another folder"
         ) from error
     finally:
         with suppress(OSError):
-            beside.unlink()
+            part.unlink()
 
 
 def flush_all() -> None:
-    """Flush everything that was written to disk, where the system has a call for it (Windows has none)."""
+    """Flush all written files to disk. Do nothing on Windows, which has no call for it."""
     if hasattr(os, "sync"):
         os.sync()
 
 
 def remove_parts(paths: Iterable[Path]) -> None:
-    """Remove those of ``paths`` that :func:`written_whole` left unfinished because its process was killed."""
+    """Remove unfinished files of :func:`written_whole` whose process was killed from ``paths``."""
     for path in paths:
         if re.fullmatch(r"\..+\.\d+\.part", path.name):
             path.unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Folders that all processes share.
+# --------------------------------------------------------------------------------------------------
+# Folders that all ranks share
 
-PATIENCE = (
-    60.0  # seconds for which network file systems may show what was there before (NFS: acdirmax)
-)
+#: Network file systems may show an old state of a folder for this many seconds (NFS: acdirmax).
+PATIENCE = 60.0
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:
-    """Whether ``condition`` holds, asked again for up to :data:`PATIENCE` seconds until it does."""
+    """Wait up to :data:`PATIENCE` seconds for ``condition``, and return whether it holds."""
     end = time.monotonic() + PATIENCE
     while not (holds := condition()) and time.monotonic() < end:
         time.sleep(min(1.0, PATIENCE / 10))
@@ -91,92 +89,104 @@ def wait_until(condition: Callable[[], bool]) -> bool:
 
 
 def check_shared(folder: str | Path) -> None:
-    """Makes ``folder``, and makes sure that all processes see in it what the main one writes there.
+    """Create ``folder``, and check that all ranks see the files that rank 0 writes to it.
 
     Raises:
-        UserError: some do not, after :data:`PATIENCE` seconds, or it cannot be written; all processes end with it.
+        UserError: some rank does not see them after :data:`PATIENCE` seconds, or the folder cannot
+            be written. All ranks raise it.
     """
     if distributed.get_world_size() == 1:
         return
-    token = Path(folder) / distributed.broadcast_object(
-        f".{socket.gethostname()}.{time.time_ns()}.part"
-    )
+    token_name = distributed.broadcast_object(f".{socket.gethostname()}.{time.time_ns()}.part")
+    token = Path(folder) / token_name
 
-    def write() -> None:
+    def write_token() -> None:
         with written_whole(token):
             pass
 
-    def look() -> None:
+    def check_token() -> None:
         if not wait_until(token.exists):
             raise UserError(
-                f"{folder} must be on a disk that all machines share: what the main process writes is missing"
+                f"{folder} must be on a disk that all machines share: a file that rank 0 has "
+                "written is missing"
             )
 
-    distributed.on_rank_0(write)
+    distributed.on_rank_0(write_token)
     try:
-        distributed.on_all_ranks(look)
+        distributed.on_all_ranks(check_token)
     finally:
         if distributed.is_main_process():
             token.unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# JSON, paths and arrays.
+# --------------------------------------------------------------------------------------------------
+# JSON, paths and arrays
 
-LONGEST_NAME = 255  # bytes, on all usual file systems
+LONGEST_NAME = 255  # bytes, on all common file systems
 
 
 def write_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
-    """Writes ``value`` as JSON, whole or not at all."""
+    """Write ``value`` as JSON, atomically."""
     with written_whole(path) as file:
         file.write((json.dumps(value, indent=indent) + "\n").encode())
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; UserError if there is none or it is damaged."""
+    """Return the content of a JSON file.
+
+    Raises:
+        UserError: there is no such file, or it is damaged.
+    """
     try:
         return json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        what = error.strerror if isinstance(error, OSError) else "it is damaged"
-        raise UserError(f"cannot read {path}: {what}") from error
+        problem = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise UserError(f"cannot read {path}: {problem}") from error
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """The path of ``name``, a relative path, in ``folder``; UserError if it leads out of it, or is too long for one."""
-    parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or not parts.parts:
-        raise UserError(f"the name {name!r} leads out of {folder}; nothing was written there")
-    if longest := [part for part in parts.parts if len(os.fsencode(part)) > LONGEST_NAME]:
-        raise UserError(
-            f"{longest[0]!r} is longer than the {LONGEST_NAME} bytes of a file's name; rename the image"
-        )
-    return Path(folder) / parts
+    """Return the path of the relative path ``name`` in ``folder``.
+
+    Raises:
+        UserError: the name leads out of the folder, or a part of it is too long for a file name.
+    """
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        raise UserError(f"the name {name!r} leads out of {folder}; nothing was written")
+    for part in relative.parts:
+        if len(os.fsencode(part)) > LONGEST_NAME:
+            raise UserError(
+                f"{part!r} is longer than the {LONGEST_NAME} bytes of a file name; rename the image"
+            )
+    return Path(folder) / relative
 
 
 def read_arrays(
     path: str | Path, *names: str, optional: Sequence[str] = ()
 ) -> dict[str, np.ndarray]:
-    """Arrays of an ``.npz``, their checksums compared; no code of the file is run.
+    """Return arrays of an ``.npz`` by name. Their checksums are compared; no pickle is loaded.
 
     Args:
-        optional: names of further arrays, which the file may lack.
+        names: arrays that the file must contain.
+        optional: arrays that the file may lack.
 
     Raises:
         UserError: there is no such file, it is damaged, or it lacks one of ``names``.
     """
-    path, arrays = Path(path), {}
+    path = Path(path)
+    arrays: dict[str, np.ndarray] = {}
     if not path.is_file():
         raise UserError(f"no file at {path}; check the path")
     try:
         with zipfile.ZipFile(path) as archive:
-            there = archive.namelist()
-            missing = [name for name in names if f"{name}.npy" not in there]
-            names += tuple(name for name in optional if f"{name}.npy" in there)
+            members = archive.namelist()
+            missing = [name for name in names if f"{name}.npy" not in members]
+            names += tuple(name for name in optional if f"{name}.npy" in members)
             for name in names if not missing else ():
                 with archive.open(f"{name}.npy") as file:
                     arrays[name] = np.lib.format.read_array(file, allow_pickle=False)
-                    if file.read(1):  # zipfile compares the checksum when it reaches the end
-                        raise ValueError(f"{name} is longer than it says")
+                    if file.read(1):  # zipfile compares the checksum at the end of the file
+                        raise ValueError(f"{name} has more bytes than its header says")
     except Exception as error:  # zip, header and array errors have no common class
         raise UserError(f"{path} is damaged or no .npz of arrays ({reason(error)})") from error
     if missing:

@@ -1,7 +1,7 @@
-"""Notes for the processes that torchrun starts in the place of these ones (``--max_restarts``).
+"""Notes that a process leaves for its successor after a restart by torchrun (``--max_restarts``).
 
-They lie in the launcher's own folder on each machine, which other launchers do not read. Without torchrun, and with a
-torchrun that has no such folder, nothing is noted.
+They are files in the launcher's own folder on each machine, which other launchers do not read.
+Without torchrun, or with a torchrun that has no such folder, nothing is written.
 """
 
 import json
@@ -10,16 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-END_NAME, SAVED_NAME = "end.json", "saved.json"
+END_NAME = "end.json"
+SAVED_NAME = "saved.json"
 
 
 def restarts() -> int:
-    """Return how often torchrun has restarted this machine's processes after one failed; 0 without torchrun."""
+    """Return how often torchrun has restarted this machine's processes; 0 without torchrun."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _folder() -> Path | None:
-    """Return the launcher's folder: TORCHELASTIC_ERROR_FILE is ``<folder>/attempt_<n>/<local rank>/error.json``."""
+    # The variable contains <folder>/attempt_<n>/<local rank>/error.json.
     path = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
     return path.parents[2] if path.parent.parent.name == f"attempt_{restarts()}" else None
 
@@ -38,29 +39,29 @@ def _read(name: str) -> Any:
 
 
 def note_end(status: int, message: str) -> None:
-    """Note the exit status and message of a process that must not be tried again."""
+    """Write the exit status and message of a run that must not be restarted."""
     _write(f"attempt_{restarts()}/{END_NAME}", [status, message])
 
 
 def end_before() -> tuple[int, str] | None:
-    """Return what :func:`note_end` noted before the last restart.
+    """Return the status and message that :func:`note_end` wrote before the last restart.
 
-    torchrun empties the folder of an attempt when it starts the attempt again because a machine has joined: such a
-    restart continues the run.
+    When a machine joins, torchrun repeats an attempt and empties its folder. Such a restart
+    continues the run.
     """
     return _read(f"attempt_{restarts() - 1}/{END_NAME}")
 
 
 def note_saved(path: str | Path) -> None:
-    """Note that the run has written its checkpoint ``path``."""
+    """Write that the run has saved the checkpoint ``path``."""
     _write(SAVED_NAME, str(path))
 
 
 def saved_before() -> str | None:
-    """Return the path that :func:`note_saved` noted on this machine."""
+    """Return the path that :func:`note_saved` wrote on this machine; None without a note."""
     return _read(SAVED_NAME)
 
 
 def launched() -> bool:
-    """Whether torchrun started this process, or what sets its variables."""
+    """Return whether torchrun, or a launcher that sets the same variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

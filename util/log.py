@@ -1,4 +1,4 @@
-"""The log of a run, its warnings and progress bars."""
+"""Log, warnings and progress bars of a run."""
 
 import logging
 import sys
@@ -8,31 +8,31 @@ from typing import Any
 from tqdm import tqdm
 
 from util import distributed
-from util.errors import (
-    where,
-)
+from util.errors import where
 
 log = logging.getLogger("tokenbridge")
 
 
 def start_log() -> None:
-    """Sends the main process's log to standard error, and of others, by their number, what warns."""
-    handler = logging.StreamHandler()  # made anew, since tests replace sys.stderr
+    """Send the log to standard error: everything from rank 0, only warnings from other ranks."""
+    # A new handler, since tests replace sys.stderr
+    handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(f"{where()}%(message)s"))
     log.handlers = [handler]
     log.setLevel(logging.INFO if distributed.is_main_process() else logging.WARNING)
 
 
 def warn(message: str, *args: Any) -> None:
-    """Logs a warning that every process has: the main one says it for all."""
+    """Log a warning that applies to all ranks. Only rank 0 prints it."""
     if distributed.is_main_process():
         log.warning(message, *args)
 
 
 def progress_bar(iterable: Iterable | None = None, **options) -> tqdm:
-    """The main process's progress bar with rate and time left; redrawn every 20 s if standard error is no terminal.
+    """Return a progress bar with rate and remaining time, which only rank 0 shows.
 
-    Use it in a ``with`` block, which ends its line before an error is printed.
+    It is redrawn every 20 s if standard error is no terminal. Use it in a ``with`` block: that ends
+    the line of the bar before an error is printed.
     """
     interactive = sys.stderr.isatty()
     options = {"mininterval": 0.5 if interactive else 20.0, "dynamic_ncols": interactive, **options}

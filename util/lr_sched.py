@@ -13,7 +13,10 @@ LEAST_MOVE = 1e-3
 
 
 class Schedule(Protocol):
-    """Settings of the learning rate: a command line, or :class:`util.training_state.TrainingSettings`."""
+    """Settings of the learning rate.
+
+    A parsed command line or :class:`util.training_state.TrainingSettings`.
+    """
 
     lr: float
     min_lr: float
@@ -27,7 +30,7 @@ def learning_rate(epoch: float, args: Schedule) -> float:
 
     Args:
         epoch: ``epoch + iteration / iterations per epoch``.
-        args: ``lr``, ``min_lr``, ``warmup_epochs``, ``epochs`` and ``lr_schedule`` (``"cosine"`` or ``"constant"``).
+        args: the settings. ``lr_schedule`` is ``"cosine"`` or ``"constant"``.
     """
     if epoch < args.warmup_epochs:
         return args.lr * epoch / args.warmup_epochs
@@ -42,7 +45,10 @@ def learning_rate(epoch: float, args: Schedule) -> float:
 
 
 def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Schedule) -> float:
-    """Set and return :func:`learning_rate`; groups of the optimizer multiply it by their ``lr_scale``, if any."""
+    """Set the optimizer's learning rate to :func:`learning_rate`, and return it.
+
+    Groups of the optimizer that have an ``lr_scale`` multiply it by that.
+    """
     lr = learning_rate(epoch, args)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -50,10 +56,12 @@ def adjust_learning_rate(optimizer: Optimizer, epoch: float, args: Schedule) -> 
 
 
 def log_learning_rates(args: Schedule, steps_per_epoch: int) -> None:
-    """Log the steps and the highest learning rate of a run; warn if they are too low to have an effect."""
-    steps, looks = args.epochs * steps_per_epoch, 1000
-    rates = [learning_rate(args.epochs * look / looks, args) for look in range(looks)]
-    peak, total = max(rates), sum(rates) / looks * steps
+    """Log the steps and the highest learning rate of a run; warn if it is too low."""
+    steps = args.epochs * steps_per_epoch
+    samples = 1000
+    rates = [learning_rate(args.epochs * sample / samples, args) for sample in range(samples)]
+    peak = max(rates)
+    total = sum(rates) / samples * steps
     log.info(
         "%d steps, %d in each of %d epochs, learning rate up to %.3g",
         steps,
@@ -62,15 +70,19 @@ def log_learning_rates(args: Schedule, steps_per_epoch: int) -> None:
         peak,
     )
     if args.epochs < args.warmup_epochs:
-        text = "this run of %d epochs never leaves its warm-up of %g: its learning rate ends at %.2g, not %.2g; lower "
         warn(
-            text + "--warmup_epochs, to a tenth of the epochs, say",
+            "this run of %d epochs never leaves its warm-up of %g: its learning rate ends at %.2g, "
+            "not %.2g; lower --warmup_epochs, for example to a tenth of the epochs",
             args.epochs,
             args.warmup_epochs,
             peak,
             args.lr,
         )
     if 0 < total < LEAST_MOVE:
-        text = "the learning rates of all steps add up to %.2g: Adam moves no weight further than that, and %g is the "
-        text += "least that shows; raise --lr (1e-3 for a small model, 2e-4 for a large one) or --epochs"
-        warn(text, total, LEAST_MOVE)
+        warn(
+            "the learning rates of all steps add up to %.2g: Adam moves no weight further than "
+            "that, and less than %g has no visible effect; raise --lr (1e-3 for a small model, "
+            "2e-4 for a large one) or --epochs",
+            total,
+            LEAST_MOVE,
+        )

@@ -63,7 +63,7 @@ class Meter:
             return {}
         loss = distributed.all_reduce_mean(torch.stack(self.losses).mean()).item()
         norms = torch.stack(self.norms)
-        # With fp16, steps count whose gradients overflow
+        # With fp16, steps whose gradients overflow are counted
         norm = norms.where(norms.isfinite(), math.nan).nanmean().item()
         seconds = (time.perf_counter() - self.started) / len(self.losses)
         self.restart()
@@ -77,26 +77,28 @@ class Meter:
 
 
 class BadSteps:
-    """Counts the steps that were not taken because loss or gradient was not finite, and lists their images.
+    """Counts skipped steps, whose loss or gradient was not finite, and lists their images.
 
     Args:
-        limit: how many a run may have.
-        folder: where ``bad_steps-rank<n>.jsonl`` goes.
+        limit: the number of skipped steps that a run may have.
+        folder: the folder of ``bad_steps-rank<n>.jsonl``.
     """
 
     def __init__(self, limit: int, folder: str | Path):
-        self.limit, self.count, self.rank = limit, 0, distributed.get_rank()
+        self.limit = limit
+        self.count = 0
+        self.rank = distributed.get_rank()
         self.path = Path(folder) / f"bad_steps-rank{self.rank}.jsonl"
 
     def add(self, result: StepResult, files: list[str]) -> None:
-        """Records a step that was not taken, with the ``files`` of its images; all ranks call this.
+        """Record a skipped step, with the ``files`` of its images. All ranks call this.
 
         Raises:
-            UserError: there have been more than the limit; on all ranks.
+            UserError: there are more skipped steps than the limit. All ranks raise it.
         """
         self.count += 1
         loss, norm = result.loss.item(), result.grad_norm.item()
-        figures = {
+        metrics = {
             "loss": loss,
             "grad_norm": norm,
             "lr": result.lr,
@@ -106,7 +108,7 @@ class BadSteps:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
-                file.write(json.dumps({**figures, "rank": self.rank, "files": files}) + "\n")
+                file.write(json.dumps({**metrics, "rank": self.rank, "files": files}) + "\n")
         except OSError as error:
             log.warning(
                 "cannot write %s (%s); the images are %s",
@@ -114,31 +116,38 @@ class BadSteps:
                 reason(error),
                 ", ".join(files),
             )
-        what = f"loss {loss:.4g}, gradient norm {norm:.4g} at epoch {result.epoch}, step {result.step}: not finite"
+        problem = (
+            f"loss {loss:.4g}, gradient norm {norm:.4g} at epoch {result.epoch}, "
+            f"step {result.step}: not finite"
+        )
         if self.count > self.limit:
             distributed.raise_on_all_ranks(
-                f"{what}, the step was not taken (learning rate {result.lr:.3g}, process {self.rank}, bad steps so far "
-                f"{self.count}); its images are listed in {self.path}; lower the learning rate, check the data, or "
-                "allow more with --max_bad_steps"
+                f"{problem}, the step was skipped (learning rate {result.lr:.3g}, rank "
+                f"{self.rank}, bad steps so far {self.count}); its images are listed in "
+                f"{self.path}; lower the learning rate, check the data, or allow more with "
+                "--max_bad_steps"
             )
-        warn("%s, the step is left out (%d of %d allowed)", what, self.count, self.limit)
+        warn("%s, the step is skipped (%d of %d allowed)", problem, self.count, self.limit)
 
 
 class RunLog(SummaryWriter):
-    """A TensorBoard log that never ends a run: values that cannot be written are dropped, with one warning.
+    """A TensorBoard log that never ends a run.
 
-    After :data:`PAUSE` seconds it tries again, with a new file.
+    Values that cannot be written are dropped, with one warning. After :data:`PAUSE` seconds the log
+    tries again, with a new file.
 
     Args:
-        folder: where the log goes.
-        steps_done: steps of the run up to now. What the folder's logs hold of later ones, from before the run went
-            back to this step, is hidden.
+        folder: the folder of the log.
+        steps_done: steps of the run so far. Values of later steps in the folder's earlier logs,
+            written before the run resumed from this step, are hidden.
     """
 
     PAUSE = 60.0
 
     def __init__(self, folder: str | Path, steps_done: int):
-        self.folder, self.closed_until, self.warned = folder, -math.inf, False
+        self.folder = folder
+        self.closed_until = -math.inf
+        self.warned = False
         threading.excepthook = report_thread
         self._try(super().__init__, str(folder), purge_step=steps_done + 1)
 
@@ -147,14 +156,18 @@ class RunLog(SummaryWriter):
             return
         try:
             call(*args, **options)
-        except (
-            Exception
-        ) as error:  # the thread's, too, raised by a later call; the log is no reason to end a run
+        except Exception as error:
+            # Also an error of the writer's thread, which a later call raises.
             if not self.warned:
-                text = "cannot write TensorBoard's log in %s (%s); training goes on without it, and tries again"
-                log.warning(text, self.folder, reason(error))
-            self.warned, self.closed_until = True, time.monotonic() + self.PAUSE
-            self.file_writer = self.all_writers = None  # the next call makes a new one
+                log.warning(
+                    "cannot write the TensorBoard log in %s (%s); training continues without it, "
+                    "and tries again",
+                    self.folder,
+                    reason(error),
+                )
+            self.warned = True
+            self.closed_until = time.monotonic() + self.PAUSE
+            self.file_writer = self.all_writers = None  # the next call creates a new one
 
     def add_scalar(self, *args: Any, **options: Any) -> None:
         """See :class:`torch.utils.tensorboard.SummaryWriter`."""
@@ -165,12 +178,15 @@ class RunLog(SummaryWriter):
         self._try(super().add_image, *args, **options)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining values."""
         self._try(super().close)
 
 
 def report_thread(args: Any) -> None:
-    """Print the traceback of a thread's exception, unless it is of the file system, which the thread's owner raises."""
+    """Print the traceback of a thread's exception, except of an OSError.
+
+    TensorBoard raises an OSError of its thread in the next call.
+    """
     if not isinstance(args.exc_value, OSError):
         threading.__excepthook__(args)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-#: The published tokenizer, KL-16: assumed for files that do not describe theirs.
+#: The published tokenizer, KL-16; assumed if a file stores no tokenizer metadata.
 KL16_CONFIG = {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}
 KL16_LATENT_FACTOR = 0.2325
 #: What all tiny autoencoders store: stride 8, and latents without a variance.
@@ -21,7 +21,7 @@ TINY_CONFIG = {"ch_mult": [1, 1, 1, 1], "deterministic": True}
 #: KL-16's channels by share of low-frequency energy, highest first (section 3.2 of the paper).
 KL16_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 
-#: How a run uses the checkpoint that it starts from; a fresh run has none.
+#: How a run uses its initial checkpoint; FRESH means that there is none.
 FRESH, RESUME, EVALUATE, FINETUNE = "fresh", "resume", "evaluate", "finetune"
 EVERY_USE = (RESUME, EVALUATE, FINETUNE)
 EXCEPT_RESUME = (EVALUATE, FINETUNE)
@@ -45,12 +45,14 @@ class Entry:
 
     #: Flags that set the entry, for messages.
     flags: str = ""
-    #: Uses of a checkpoint in which its value replaces a flag's default.
+    #: Uses (RESUME, EVALUATE, FINETUNE) in which the checkpoint's value applies if the flag is
+    #: omitted.
     adopted_in: Sequence[str] = ()
-    #: Value of published checkpoints, which store none; None if it differs between them.
+    #: Value assumed for published checkpoints, which do not store it; None if it varies between
+    #: them or does not matter.
     published: Any = None
-    #: What happens if a run uses a published checkpoint with another value: "refuse", "warn", or
-    #: nothing if the shapes of the weights show the difference.
+    #: Action if a run uses a published checkpoint with another value: "refuse", "warn", or "" if a
+    #: mismatch of shapes already raises an error.
     unlike_published: str = ""
     #: Convert the value of the entry to that of its flag, and back.
     to_flag: Callable[[Any], Any] = same
@@ -65,8 +67,9 @@ class Entry:
 def entry(value: Any, text: str, flag: str = "", *, set_by: str = "", **rules: Any) -> Any:
     """Return a dataclass field with its flag (:func:`util.options.option`) and its :class:`Entry`.
 
-    The default of the flag is the published value. Flags of entries that every use adopts have
-    none: if the flag is omitted, the checkpoint decides, or else the default of the field.
+    The default of the flag is the published value, or ``value`` if that is None. Flags of entries
+    that every use adopts default to None: the checkpoint's value applies, or ``value`` without a
+    checkpoint.
 
     Args:
         value: default of the field.
@@ -149,7 +152,7 @@ class ModelConfig:
     attn_dropout: float = entry(0.1, "dropout of attention weights, 0 to 1", "--attn_dropout")
     proj_dropout: float = entry(0.1, "dropout of projections and MLPs, 0 to 1", "--proj_dropout")
     buffer_size: int = entry(
-        64, "positions before the tokens that hold the class embedding",
+        64, "positions in front of the tokens, each with the class embedding",
         "--buffer_size", adopted_in=EXCEPT_RESUME,
     )
     grad_checkpointing: bool | Sequence[str] = entry(

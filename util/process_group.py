@@ -14,15 +14,10 @@ import torch
 import torch.distributed as dist
 
 from util import distributed, launcher
-from util.devices import (
-    described,
-    find_device,
-    keep_freed_memory,
-    make_deterministic,
-)
+from util.devices import describe_devices, find_device, keep_freed_memory, make_deterministic
 from util.errors import (
     Preempted,
-    ToldByMain,
+    ReportedByRank0,
     UserError,
     lost_process,
     one_line,
@@ -35,71 +30,78 @@ from util.precision import exact_convolutions
 def check_devices(
     store: dist.Store, rank: int, world: int, device: torch.device, problem: str
 ) -> int:
-    """Compares the devices of all processes before they join; the number of machines.
+    """Compare the devices of all ranks before they join a group, and return the number of machines.
 
-    Processes of different backends, or one that ended before it joined, would let the others wait for half an hour.
-    Processes whose run ended before with something to correct or with a signal, and that torchrun has started
-    again, end again.
+    In the process group, ranks with different backends would wait for each other for half an hour,
+    as would all ranks if one ends before it joins. If the run ended with a user error or after a
+    signal, and torchrun has restarted it, it ends again.
 
     Args:
-        store: the launcher's, which all processes reach.
-        device, problem: what :func:`find_device` found.
+        store: the launcher's store, which all ranks reach.
+        device, problem: from :func:`find_device`.
 
     Raises:
-        UserError: some compute on CUDA and others on the CPU, or some have a problem; all end with it, and the main one
-            prints it.
-        Preempted: a signal ended the run before, and torchrun has started it again.
+        UserError: some ranks use CUDA and others the CPU, or a rank has a problem. All ranks raise
+            it, and rank 0 prints it.
+        Preempted: a signal ended the run before torchrun restarted it.
     """
     shared = dist.PrefixStore("devices", store)
-    shared.set(
-        str(rank), json.dumps([device.type, socket.gethostname(), problem, launcher.end_before()])
-    )
-    told = [json.loads(shared.get(str(other))) for other in range(world)]
+    report = [device.type, socket.gethostname(), problem, launcher.end_before()]
+    shared.set(str(rank), json.dumps(report))
+    reports = [json.loads(shared.get(str(other))) for other in range(world)]
     if shared.add("have read", 1) == world:
         shared.set("all have read", "")
-    wrong, ends = [], [end for *_, end in told if end]
-    for other, (kind, host, its_problem, _) in enumerate(told):
-        if its_problem:
-            wrong.append(its_problem)
-        elif kind != told[0][0]:
-            text = f"process 0 on {told[0][1]} computes on {told[0][0]}, process {other} on {host} on {kind}"
-            wrong.append(
-                f"{text}: pass --device cuda, which tells why a machine does not, or --device cpu"
+
+    problems = []
+    first_kind, first_host, *_ = reports[0]
+    for other, (kind, host, other_problem, _) in enumerate(reports):
+        if other_problem:
+            problems.append(other_problem)
+        elif kind != first_kind:
+            problems.append(
+                f"rank 0 on {first_host} uses {first_kind} and rank {other} on {host} uses {kind}: "
+                "pass --device cuda to see why a machine does not use CUDA, or --device cpu"
             )
-    if wrong or ends:
-        # The launcher ends all when the first one ends, and the main one may hold the store.
+    ends = [end for *_, end in reports if end]
+    if problems or ends:
+        # The launcher ends all processes when the first one ends, and rank 0 may hold the store.
         with suppress(dist.DistError):
             shared.wait(["all have read"])
         if ends:
-            status, ending = ends[0]
-            repeat_end(status, ending, rank)
-        message = f"{wrong[0]} ({len(wrong)} of {world} processes)"
-        raise ToldByMain(message) if rank else UserError(message)
-    return len({host for _, host, *_ in told})
+            status, message = ends[0]
+            repeat_end(status, message, rank)
+        message = f"{problems[0]} ({len(problems)} of {world} ranks)"
+        raise ReportedByRank0(message) if rank else UserError(message)
+    return len({host for _, host, *_ in reports})
 
 
 class Failures:
     """Ends this process when another rank has failed alone.
 
-    It would wait for that rank in its next collective operation, until the timeout of half an hour: NCCL does not
-    notice that a process has ended. (gloo does, and launchers may end all processes before.)
+    Without it this process would wait for that rank in its next collective operation, until the
+    timeout of half an hour: NCCL does not notice that a process has ended. (gloo does, and
+    launchers may end all processes before.)
 
     Args:
-        store: the launcher's, which all processes reach.
+        store: the launcher's store, which all ranks reach.
     """
 
-    INTERVAL = 0.5  # seconds between two looks at the store
+    INTERVAL = 0.5  # seconds between two reads of the store
     GRACE = 10.0  # seconds in which a process may end by itself
 
     def __init__(self, store: dist.Store):
-        self.store, self.over = dist.PrefixStore("failures", store), threading.Event()
+        self.store = dist.PrefixStore("failures", store)
+        self.over = threading.Event()
         threading.Thread(target=self._watch, name="failures", daemon=True).start()
 
     def report(self, error: BaseException) -> None:
-        """Tell the other ranks that this one ends with ``error``, and wait until they have looked."""
+        """Report to the other ranks that this one ends with ``error``, and give them time to read.
+
+        Nothing is reported if rank 0, which may hold the store, has already ended.
+        """
         status = 2 if isinstance(error, UserError) else 1
-        text = f"{one_line(error)} (process {os.environ['RANK']} on {socket.gethostname()})"
-        with suppress(RuntimeError):  # process 0 has ended, which may hold the store
+        text = f"{one_line(error)} (rank {os.environ['RANK']} on {socket.gethostname()})"
+        with suppress(RuntimeError):
             self.store.set("first", json.dumps([status, text]))
             time.sleep(2 * self.INTERVAL)
 
@@ -116,15 +118,18 @@ class Failures:
 
 
 def join_group(device: torch.device, problem: str, timeout: timedelta) -> tuple[int, Failures]:
-    """Join torchrun's process group, nccl on CUDA and gloo on the CPU; return the number of machines, and a watch.
+    """Join torchrun's process group, nccl on CUDA and gloo otherwise.
 
     Args:
         device, problem: see :func:`check_devices`, which raises UserError.
-        timeout: how long an operation of all processes waits for the slowest.
+        timeout: how long a collective operation waits for the slowest rank.
+
+    Returns:
+        the number of machines, and a watch for failures of other ranks.
     """
     store, rank, world = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # The one launcher may keep its store for restarted processes, with the addresses of the processes before them.
+        # A single launcher may keep its store, with addresses of the processes before a restart.
         store = dist.PrefixStore(f"attempt {launcher.restarts()}", store)
     hosts = check_devices(store, rank, world, device, problem)
     options = {"store": store, "rank": rank, "world_size": world, "timeout": timeout}
@@ -139,44 +144,40 @@ def join_group(device: torch.device, problem: str, timeout: timedelta) -> tuple[
 def process_group(
     device: str | None = None, deterministic: bool = False, precision: str | None = None
 ) -> Iterator[torch.device]:
-    """Joins torchrun's process group, if there is one, and starts the log; yields this process's device.
+    """Join torchrun's process group, if any, and start the log; yield the device of this process.
 
     Args:
         device: see :func:`util.devices.find_device`.
         deterministic: see :func:`util.devices.make_deterministic`.
-        precision: ``--precision``; with ``"fp32"`` all convolutions are :func:`exact_convolutions`, outside of
-            :func:`autocast` and in backward passes, too.
+        precision: ``--precision``. With ``"fp32"`` all convolutions are
+            :func:`exact_convolutions`, also outside of :func:`autocast` and in backward passes.
 
     Raises:
-        UserError: there is no such device; or processes have different ones.
+        UserError: there is no such device, or ranks have different ones.
     """
     if deterministic:
         make_deterministic()
-    device, problem = find_device(device)
-    if device.type == "cpu":
+    found_device, problem = find_device(device)
+    if found_device.type == "cpu":
         keep_freed_memory()
-    elif device.type == "cuda" and not problem:
-        torch.cuda.set_device(device)
-    hosts, failures = (
-        join_group(device, problem, timeout=distributed.TIMEOUT)
-        if launcher.launched()
-        else (1, None)
-    )
+    elif found_device.type == "cuda" and not problem:
+        torch.cuda.set_device(found_device)
+    hosts = 1
+    failures: Failures | None = None
+    if launcher.launched():
+        hosts, failures = join_group(found_device, problem, timeout=distributed.TIMEOUT)
     if problem:
         raise UserError(problem)
     start_log()
-    log.info("computing on %s", described(device, hosts))
+    log.info("computing on %s", describe_devices(found_device, hosts))
     try:
         with exact_convolutions() if precision == "fp32" else nullcontext():
-            yield device
+            yield found_device
     except Exception as error:
-        # The process group stays: others may wait in a collective operation, and to leave it would wait for them.
-        # Where another process is gone, each finds that out by itself: to report it would only delay the last line.
-        if (
-            failures is not None
-            and not isinstance(error, ToldByMain | Preempted)
-            and not lost_process(error)
-        ):
+        # The process group is not destroyed: that would wait for ranks that are waiting in a
+        # collective operation. If another rank has ended, each rank notices that by itself.
+        expected = isinstance(error, ReportedByRank0 | Preempted)
+        if failures is not None and not expected and not lost_process(error):
             failures.report(error)
         raise
     finally:

@@ -11,20 +11,22 @@ from torch.utils.data import DataLoader
 
 from util import distributed
 from util.devices import c_library
-from util.errors import (
-    Preempted,
-)
+from util.errors import Preempted
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and SIGINT, so that all processes can stop after the same step.
+    """Records SIGTERM, SIGUSR1 and SIGINT, so that all ranks can stop after the same step.
 
-    A context manager: leaving it restores the signals' former handlers. A SIGINT more than :data:`SAME` seconds after
-    the first signal kills at once. One that comes sooner is the same one: a terminal sends it to every process, and
-    torchrun once more to those that it started.
+    A context manager, which restores the former handlers at its end. A SIGINT more than
+    :data:`SAME` seconds after the first signal kills the process at once. An earlier SIGINT is
+    taken for the same one: a terminal sends it to every process, and torchrun sends it again to the
+    processes that it started.
 
     Args:
-        device: on which processes tell each other, so that the run needs no other network than that of its gradients.
+        device: the ranks exchange the signals on it, by the same network as the gradients.
+
+    Attributes:
+        heard: the name of the last signal that this rank received.
     """
 
     NUMBERS = tuple(
@@ -36,7 +38,8 @@ class StopSignals:
         self.heard: str | None = None
         self.device = device
         self.answer: distributed.HostCopy | None = None
-        # KeyboardInterrupt would wait for collectives and a checkpoint, as would any handler of Python's.
+        # Set the default handler in C: a Python handler, such as that of KeyboardInterrupt, would
+        # run only after a collective operation or the write of a checkpoint has ended.
         self.kill_by_next = threading.Timer(
             self.SAME, lambda: c_library("signal", signal.SIGINT, signal.SIG_DFL)
         )
@@ -57,28 +60,31 @@ class StopSignals:
         self.heard = signal.Signals(number).name
 
     def agreed(self) -> bool:
-        """Whether any process had a signal when all last exchanged; all processes must call this once a step."""
+        """Return whether any rank had received a signal by the previous call.
+
+        All ranks must call this once per step.
+        """
         if not dist.is_initialized():
             return self.heard is not None
-        # Answered a step later: neither is the device waited for, nor another process.
+        # The result is read one step later, so that no rank waits for its device or another rank.
         stop = self.answer is not None and bool(self.answer.read())
-        heard = torch.full((), float(self.heard is not None), device=self.device)
-        self.answer = distributed.HostCopy(heard, dist.all_reduce(heard, async_op=True))
+        count = torch.full((), float(self.heard is not None), device=self.device)
+        self.answer = distributed.HostCopy(count, dist.all_reduce(count, async_op=True))
         return stop
 
     def check(self) -> None:
-        """Wait for all processes, each of which must call this, and compare what they have heard.
+        """Gather the signals of all ranks. All ranks must call this, and wait for each other.
 
         Raises:
-            Preempted: one of them has had a signal, on all processes.
+            Preempted: a rank has received a signal. All ranks raise it.
         """
-        heard = [name for name in distributed.gather_objects(self.heard) if name is not None]
-        if heard:
-            raise Preempted(f"by {heard[0]}")
+        names = [name for name in distributed.gather_objects(self.heard) if name is not None]
+        if names:
+            raise Preempted(f"by {names[0]}")
 
 
 def until_stopped(loader: DataLoader, stop_signals: StopSignals | None) -> Iterator:
-    """Yield the batches of this process's ``loader``; all processes stop after the same one where there are signals.
+    """Yield the batches of this rank's ``loader``. After a signal all ranks stop at the same batch.
 
     Raises:
         Preempted: see :meth:`StopSignals.check`.

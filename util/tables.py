@@ -8,7 +8,7 @@ from util.files import written_whole
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A Markdown table; floats with four significant digits, None as a dash."""
+    """Return a Markdown table. Floats get four significant digits, None becomes a dash."""
 
     def cell(value) -> str:
         if value is None:
@@ -20,19 +20,19 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes text, whole or not at all."""
+    """Write a text file atomically."""
     with written_whole(path) as file:
         file.write(text.encode())
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """``text`` with ``content`` between ``<!-- name -->`` and the ``<!-- end -->`` after it.
+    """Replace the text between ``<!-- name -->`` and the next ``<!-- end -->`` by ``content``.
 
     Raises:
-        ValueError: there is no such place.
+        ValueError: the text has no such markers.
     """
-    place = re.compile(rf"(<!-- {name} -->).*?(<!-- end -->)", re.DOTALL)
-    filled, places = place.subn(lambda match: match[1] + content + match[2], text)
-    if not places:
-        raise ValueError(f"the text has no place named {name}")
+    pattern = re.compile(rf"(<!-- {name} -->).*?(<!-- end -->)", re.DOTALL)
+    filled, replacements = pattern.subn(lambda match: match[1] + content + match[2], text)
+    if not replacements:
+        raise ValueError(f"the text has no marker <!-- {name} --> with an <!-- end -->")
     return filled

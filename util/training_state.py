@@ -1,10 +1,12 @@
-"""The state of a training run that checkpoints hold: weights, EMA, optimizer, gradient scaler, epoch and step."""
+"""The state of a training run.
+
+Checkpoints hold it: weights, EMA, optimizer, gradient scaler, epoch and step.
+"""
 
 import argparse
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from util.checkpoint.saver import Saver
 from util.checksums import bit_sum, checksum
 from util.errors import UserError
 from util.log import log
+from util.training_settings import TrainingSettings
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter
 #: After n steps the EMA decays by n / (n + 10), at most --ema_rate: it covers the last tenth of a
@@ -32,48 +35,11 @@ ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter
 EMA_WARMUP: dict[str, Any] = {"warmup_gamma": 10.0, "warmup_power": 1.0}
 
 
-@dataclass
-class TrainingSettings:
-    """Settings of a training run. The flags of the same names describe them."""
-
-    output_dir: str | Path
-    epochs: int
-    batch_size: int  # images of a batch on each rank
-    lr: float
-    accum_iter: int = 1
-    min_lr: float = 0.0
-    lr_schedule: str = "cosine"
-    warmup_epochs: float = 0.0
-    weight_decay: float = 0.02
-    grad_clip: float = 1.0
-    ema_rate: float = 0.9999
-    no_ema_warmup: bool = False
-    precision: str = "bf16"
-    compile: bool = False
-    seed: int = 1
-    start_epoch: int = 0
-    save_last_freq: int = 5
-    save_every_steps: int = 0
-    keep_last: int = 2
-    eval_freq: int = 40
-    max_bad_steps: int = 0
-    dry_run: bool = False
-    freeze: Sequence[str] = ()
-    #: All flags of the run, which checkpoints and ``args.json`` record.
-    args: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "TrainingSettings":
-        """Return the settings that a command line gives; what it has no flag for keeps its default."""
-        flags = vars(args)
-        names = {setting.name for setting in fields(cls)} - {"args"}
-        return cls(**{name: flags[name] for name in names & set(flags)}, args=flags)
-
-
 def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return optimizer groups: one-dimensional parameters and biases without decay, then all others with decay.
+    """Return optimizer groups: first without decay, then with it.
 
-    Frozen parameters are left out. Within a group, the order is that of published optimizer states.
+    One-dimensional parameters and biases are without decay, all others with it. Frozen parameters
+    are left out. Within a group, the order is that of published optimizer states.
     """
     spared, decayed = [], []
     for name, parameter in to_published(dict(model.named_parameters())).items():
@@ -87,7 +53,7 @@ def add_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class TrainingState:
-    """The model, EMA, optimizer and gradient scaler of a run, and the epoch and step that come next.
+    """The model, EMA, optimizer and gradient scaler of a run, and the next epoch and step.
 
     Args:
         model: on its device. With several ranks all take the weights of rank 0.
@@ -122,6 +88,8 @@ class TrainingState:
         self.path = Path(settings.output_dir) / name
         self.device = next(model.parameters()).device
         self.wrapped: nn.Module = model
+        # FSDP would go here: see `shard` in tests/models/test_fsdp.py. Saving, and comparing ranks,
+        # assume that every rank holds all weights.
         if distributed.get_world_size() > 1:
             self.wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
             # Buffers are tables that never change. As an argument of the constructor this would
@@ -137,7 +105,7 @@ class TrainingState:
         )
         self.ema_steps = 0
         if settings.compile:
-            model.compile_blocks()
+            self.model.compile_blocks()
         parts = parts or [add_weight_decay(model, settings.weight_decay)]
         self.clipped = [[p for group in part for p in group["params"]] for part in parts]
         self.optimizer = torch.optim.AdamW(
@@ -147,8 +115,10 @@ class TrainingState:
             fused=self.device.type != "mps",  # which cannot skip a step by a flag on the device
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
-        self.epoch, self.step = settings.start_epoch, 0
-        self.saver, self.resumed = Saver(), False
+        self.epoch = settings.start_epoch
+        self.step = 0
+        self.saver = Saver()
+        self.resumed = False
         self._saved_at: tuple[Path, int, int] | None = None
         # Checksums of weights and EMA at the last save, of all ranks
         self._sums: distributed.HostCopy | None = None
@@ -164,7 +134,7 @@ class TrainingState:
         return self.ema.module
 
     def update_ema(self) -> None:
-        """Update the EMA by the weights."""
+        """Update the EMA with the present weights, after a step that changed them."""
         self.ema_steps += 1
         self.ema.update(self.model, self.ema_steps if self.ema.use_warmup else None)
 
@@ -229,11 +199,11 @@ class TrainingState:
         where = ", ".join(f"{rank} on {hosts[rank]}" for rank in differing)
         advice = "start again"
         if path.exists():
-            advice = f"{path} is of an earlier step, continue from it"
+            advice = f"{path} is from an earlier step, continue from it"
         distributed.raise_on_all_ranks(
-            f"at epoch {epoch}, step {step} the weights of {len(differing)} of {len(hosts)} ranks differ "
-            f"from the others': {where}; no checkpoint was written of this step; {advice}, without the "
-            "machines whose memory, GPU or connection is at fault"
+            f"at epoch {epoch}, step {step} the weights of {len(differing)} of {len(hosts)} ranks "
+            f"differ from the others': {where}; no checkpoint of this step was written; {advice}, "
+            "without the machines whose memory, GPU or connection is at fault"
         )
 
     def finish(self) -> None:
@@ -249,7 +219,7 @@ class TrainingState:
     # Resuming
 
     def load(self, content: Mapping[str, Any], path: Path) -> None:
-        """Load weights, EMA, optimizer, scaler, epoch and step from a checkpoint, as far as it holds them.
+        """Load weights, EMA, optimizer, scaler, epoch and step, if the checkpoint holds them.
 
         Only rank 0 needs the content; it sends the state to the other ranks.
 
@@ -294,25 +264,31 @@ class TrainingState:
             raise UserError(f"{path} is damaged: its args.freeze is no list of patterns")
         if saved_freeze != freeze:
             raise UserError(
-                f"{path} was trained with --freeze {saved_freeze or 'nothing'}, not {freeze or 'nothing'}: "
-                "to change it, start a new run with --finetune and another --output_dir"
+                f"{path} was trained with --freeze {saved_freeze or 'nothing'}, not "
+                f"{freeze or 'nothing'}: to change it, start a new run with --finetune and another "
+                "--output_dir"
             )
         precision = self.settings.precision
         if args.get("precision", precision) != precision:
             log.warning(
-                "%s was written by a run in %s, this run computes in %s: its steps round differently",
+                "%s was written by a run in %s, this run computes in %s: its steps round "
+                "differently",
                 *(path, args["precision"], precision),
             )
 
     def _load_ema_warmup(self, content: Mapping[str, Any], path: Path) -> None:
-        """Warm the EMA up if the checkpoint's run did; UserError if ``--no_ema_warmup`` contradicts."""
+        """Use the EMA warm-up if the checkpoint's run did.
+
+        Raises:
+            UserError: it did, but this run has ``--no_ema_warmup``.
+        """
         # The release has no warm-up and writes no config; earlier versions of this project store
         # a config but not the entry.
         warmup = content.get("ema_warmup", "config" in content)
         if warmup and not self.ema.use_warmup:
             raise UserError(
-                f"{path} was trained with a warm-up of the EMA: remove --no_ema_warmup, or start a new "
-                "run with --finetune and another --output_dir"
+                f"{path} was trained with a warm-up of the EMA: remove --no_ema_warmup, or start a "
+                "new run with --finetune and another --output_dir"
             )
         if self.ema.use_warmup and not warmup:
             log.info(
@@ -332,9 +308,9 @@ class TrainingState:
                 "random numbers" if saved_steps == steps else "random numbers and image order"
             )
             log.warning(
-                "%s was written by %d ranks with %d steps per epoch, this run has %d with %d: it continues "
-                "at the same share of the epoch, rounded down to a step, but its %s differ from those of "
-                "an uninterrupted run",
+                "%s was written by %d ranks with %d steps per epoch, this run has %d with %d: it "
+                "continues at the same share of the epoch, rounded down to a step, but its %s "
+                "differ from those of an uninterrupted run",
                 *(path, saved_ranks, saved_steps, ranks, steps, differing),
             )
 
@@ -367,7 +343,7 @@ class TrainingState:
 
 
 def differing_ranks(sums: distributed.HostCopy | None) -> list[int]:
-    """Return the ranks whose row of checksums differs from that of most ranks; none without checksums."""
+    """Return the ranks whose checksums differ from those of most ranks; none without checksums."""
     if sums is None:
         return []
     rows = [tuple(row) for row in sums.read().tolist()]

@@ -261,7 +261,7 @@ def test_edited_pictures_are_waited_for_at_their_end():
     waits = (
         "decode_images",
         "check_finite",
-        "make",
+        "generate_batch",
         "check_finite",
     )  # the checks read what is computed by then
     with FakeCuda(*waits) as cuda, mock.patch.object(TokenBridgePipeline, "to"):  # fakes stay
@@ -332,6 +332,8 @@ def test_measures_of_images_and_latents_without_float64():
         main_vae.measure_reconstructions(tokens.vae, loader, DEVICE, "bf16")
         main_vae.measure_latents(tokens.vae, loader, 2, 8, DEVICE)
         x, real = device.tensor(torch.randn(2, 4, 8, 8)), device.tensor(images)
-        stats = reconstruction.ReconstructionStats(reconstruction.Setting(-1, 5.0), 4, DEVICE)
+        stats = reconstruction.ReconstructionStats(
+            reconstruction.QuantizerSetting(-1, 5.0), 4, DEVICE
+        )
         stats.add(real, real, None, double(x), x > 1)
-        assert stats.figures(2)["images"] == 2
+        assert stats.metrics(2)["images"] == 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.editing import edit_of, grown, kept_tokens, outpainted, put_into
+from models.editing import grown, insert_generated, kept_tokens, outpainted, prepare_edit
 from models.pipeline import TokenBridgePipeline
 from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.tokenizer import Tokenizer
@@ -156,7 +156,7 @@ def test_a_picture_depends_on_its_class_and_seed_alone(pipe, monkeypatch):
     assert sizes == [8, 4, 2, 2, 4, 2, 2] and most_differ(halved.images, eight.images) <= 1
     assert calls[-1] == (16, 16) and [step for step, _ in calls] == list(range(1, 17))
     limit = 0
-    with pytest.raises(UserError, match="too little memory for one picture"):
+    with pytest.raises(UserError, match="too little memory for one image"):
         pipe(0)
 
 
@@ -186,7 +186,7 @@ def test_models_and_tokenizers_come_from_folders_files_and_the_hub(
     # What the run names.
     with pytest.raises(
         UserError,
-        match=r"no tokenizer beside it \(vae or vae.ckpt\), and pretrained_models.*name it",
+        match=r"no tokenizer beside it \(vae or vae.ckpt\), and .*pretrained_models.*pass one",
     ):
         TokenBridgePipeline.from_pretrained(trained)
     data = f"--vae_path {vae_path} --data_path {tmp_path}/data --output_dir {tmp_path}/b"
@@ -209,7 +209,7 @@ def test_nothing_leaks_from_under_the_mask_and_the_rest_stays(pipe, size):
     made, again = pipe("bee", image=image, **how), pipe("bee", image=other, **how)
     assert same(made.images, again.images) and torch.equal(made.confidence, again.confidence)
     # The mask holds every pixel of the crop that a pixel under it has a part in, and few beside them.
-    edit = edit_of(image, mask, 16)
+    edit = prepare_edit(image, mask, 16)
     filled_in = []
     for colour in (0, 255):
         image.paste((colour,) * 3, mask=mask)
@@ -236,7 +236,7 @@ def test_seams_are_evened_out_within_the_mask():
     original, made = (torch.full((1, 3, 64, 64), value, dtype=torch.uint8) for value in (100, 140))
     mask = torch.zeros(1, 64, 64, dtype=torch.bool)
     mask[:, 32:] = True
-    column = put_into(made, original, mask)[0, 0, :, 5].int()
+    column = insert_generated(made, original, mask)[0, 0, :, 5].int()
     assert (column[:32] == 100).all() and column[32] < 110 and (column[40:] == 140).all()
     assert (column.diff() >= 0).all()
 
@@ -284,7 +284,9 @@ def test_a_canvas_for_outpainting(pipe, tmp_path):
     (made,) = pipe(2, image=canvas, mask_image=mask, num_iter=2).images
     assert np.array_equal(np.asarray(made)[3:13, 3:13], np.asarray(canvas)[3:13, 3:13])
     assert (np.asarray(made)[:3] != np.asarray(canvas)[:3]).any()
-    with pytest.raises(UserError, match="a margin of 8 pixels in an image of 16: choose 1 to 7"):
+    with pytest.raises(
+        UserError, match="the margin of 8 pixels does not fit an image of 16 pixels: choose 1 to 7"
+    ):
         outpainted(tmp_path / "image.png", 16, 8)
 
 
@@ -363,22 +365,22 @@ def test_what_is_erased_from_a_photograph_is_made_anew(pipe, tmp_path):
     )
     white = Image.new("RGB", (16, 16), "white")
     white.putpixel((12, 4), (0, 0, 0))
-    expected = edit_of(bright, box(16, 16, 0, 0, 8, 16), 16)
+    expected = prepare_edit(bright, box(16, 16, 0, 0, 8, 16), 16)
     mask = erased(bright, 0, 0, 8, 16)
     mask.save(tmp_path / "mask.png")
     mask.save(tmp_path / "mask.webp")  # lossy
     for given in (mask, tmp_path / "mask.png", tmp_path / "mask.webp"):
-        assert torch.equal(edit_of(bright, given, 16).mask, expected.mask)
+        assert torch.equal(prepare_edit(bright, given, 16).mask, expected.mask)
     black = strokes((0, 0, 0, 0), (0, 0, 0, 255))  # what is left is black: both readings agree
     for image, given in ((mask, mask), (bright, black), (white, erased(white, 0, 0, 8, 16))):
-        edit = edit_of(image, given, 16)
+        edit = prepare_edit(image, given, 16)
         assert torch.equal(edit.mask, expected.mask) and not edit.seen[:, edit.mask].any()
     # Transparency that does not vary says nothing.
     plain = box(16, 16, 0, 0, 8, 16)
     for alpha in (255, 120, 0):
         layer = plain.convert("RGBA")
         layer.putalpha(alpha)
-        assert torch.equal(edit_of(bright, layer, 16).mask, expected.mask)
+        assert torch.equal(prepare_edit(bright, layer, 16).mask, expected.mask)
 
 
 @pytest.mark.parametrize(
@@ -396,9 +398,9 @@ def test_what_is_erased_from_a_photograph_is_made_anew(pipe, tmp_path):
 )
 def test_masks_of_two_readings_are_refused(mask, image):
     with pytest.raises(
-        UserError, match=r"the mask is ambiguous: by brightness, .* by transparency"
+        UserError, match=r"the mask is ambiguous: its brightness selects .* its transparency"
     ) as error:
-        edit_of(image, mask, 16)
+        prepare_edit(image, mask, 16)
     assert "\n" not in str(error.value)
 
 
@@ -413,12 +415,12 @@ def test_masks_of_two_readings_are_refused(mask, image):
         ({"class_labels": [0, 4]}, "no class 4: there are 4, numbered from 0"),
         ({"class_labels": -1}, "no class -1"),
         ({"class_labels": "7"}, "no class '7': there are 4"),
-        ({"class_labels": [0, 1], "seeds": [1, 2, 3]}, "2 class_labels for 3 pictures"),
-        ({"class_labels": []}, "0 class_labels for 1 pictures"),
+        ({"class_labels": [0, 1], "seeds": [1, 2, 3]}, "2 class_labels for 3 images"),
+        ({"class_labels": []}, "0 class_labels for 1 images"),
         ({"seeds": -1}, "whole numbers from 0 to 4294967295"),
         ({"seeds": [0, 2**32]}, "whole numbers from 0"),
         ({"seeds": [0.5]}, "whole numbers from 0"),
-        ({"gen_seed": -1}, "gen_seed is not negative"),
+        ({"gen_seed": -1}, "gen_seed not negative"),
         ({"batch_size": 0}, "batch_size 0: it must be above zero"),
         ({"num_iter": 0}, "at least one step"),
         ({"cfg": -1.0}, "must not be negative"),
@@ -429,27 +431,27 @@ def test_masks_of_two_readings_are_refused(mask, image):
         ({"first_place": "last"}, "first_place is one of"),
         ({"head_steps": 2}, "--head_steps only applies to --head masked"),
         ({"mask_image": box(16, 16, 0, 0, 4, 4)}, "a mask needs an image"),
-        ({"image": noise(16, 16), "strength": 0.0}, "strength 0.0: it lies above 0"),
+        ({"image": noise(16, 16), "strength": 0.0}, "strength 0.0: it must be above 0"),
         ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 0, 0)}, "the mask covers nothing"),
-        ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 16, 16)}, "the mask covers everything"),
-        ({"image": noise(60, 16), "mask_image": box(60, 16, 0, 0, 9, 16)}, "the mask covers nothing"),
+        ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 16, 16)}, "the mask covers all"),
+        ({"image": noise(60, 16), "mask_image": box(60, 16, 0, 0, 9, 16)}, "nothing of the cropped image"),
         ({"image": noise(16, 16), "mask_image": box(16, 15, 0, 0, 4, 4)}, "mask has 16x15 pixels, the image 16x16"),
-        ({"image": noise(16, 16), "mask_image": [box(16, 16, 0, 0, 4, 4), None]}, "a mask for each image, or for none"),
+        ({"image": noise(16, 16), "mask_image": [box(16, 16, 0, 0, 4, 4), None]}, "a mask for each image, or none"),
         ({"image": "nowhere.png"}, "no image at nowhere.png"),
-        ({"image": [None, noise(16, 16)]}, "pass an image for each picture, or none"),
+        ({"image": [None, noise(16, 16)]}, "pass an image to edit for each generated image, or none"),
         ({"image": torch.zeros(16, 16, 3)}, r"image has the shape \[16, 16, 3\]: pass a tensor \[3, H, W\]"),
         ({"image": np.zeros((3, 16, 16))}, r"image has the shape \[3, 16, 16\]: pass .* an array \[H, W, 3\]"),
         ({"image": torch.zeros(0, 3, 16, 16)}, r"image has the shape \[0, 3, 16, 16\]"),
         ({"image": torch.full((3, 16, 16), 255.0)}, "image has values from 255 to 255: pass floats from 0"),
         ({"image": torch.linspace(-1, 1, 768).view(3, 16, 16)}, "image has values from -1 to 1: pass floats"),
         ({"image": np.full((16, 16, 3), np.nan)}, "image has values from nan to nan: pass floats"),
-        ({"image": np.zeros((16, 16, 3), int)}, r"image holds int64: pass bytes \(uint8\)"),
+        ({"image": np.zeros((16, 16, 3), int)}, r"image has type int64: pass bytes \(uint8\)"),
         ({"image": {"a": 1}}, "image: pass PIL images, paths, tensors or arrays, not dict"),
         ({"image": noise(16, 16), "mask_image": np.zeros((16, 16, 3))}, r"mask_image has the shape \[16, 16, 3\]"),
         ({"class_labels": torch.zeros(2, 3)}, "no class of type list"),
         ({"class_labels": torch.rand(2)}, "no class 0"),
-        ({"seeds": torch.zeros(2, 3)}, "seeds are whole numbers"),
-        ({"image": noise(16, 16), "strength": torch.tensor(2.0)}, "strength 2.0: it lies above 0"),
+        ({"seeds": torch.zeros(2, 3)}, "seeds must be whole numbers"),
+        ({"image": noise(16, 16), "strength": torch.tensor(2.0)}, "strength 2.0: it must be above 0"),
         ({"image": Image.new("1", (9000, 9000))}, "cannot read image the image .9000x9000 pixels, more than 67108864"),
         ({"image": Image.new("1", (1_000_000, 1))}, "cannot crop the image"),
     ],
@@ -472,7 +474,7 @@ def test_a_tokenizer_of_another_model_is_refused(pipe):
     ):
         with pytest.raises(
             UserError,
-            match=r"was trained on another tokenizer: .* has \d latent channels, stride 4",
+            match=r"was trained with another tokenizer: .* has \d latent channels, stride 4",
         ):
             TokenBridgePipeline(pipe.model, Tokenizer(vae, factor))
 

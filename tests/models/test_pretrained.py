@@ -68,7 +68,7 @@ def test_the_model_card_has_figures_usage_and_licence(tmp_path):
     ):
         assert part in text
     other = str(described().generate_model_card())
-    assert "## Figures" not in other and "Not stated" in other
+    assert "## Metrics" not in other and "Not stated" in other
 
 
 @pytest.mark.slow

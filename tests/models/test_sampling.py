@@ -131,7 +131,7 @@ def test_the_head_in_parts_changes_nothing(small_model, monkeypatch):
 def test_bad_arguments_are_named(small_model):
     for message, options in {
         "num_iter=0": {"num_iter": 0},
-        "cfg_schedule is one of": {"cfg_schedule": "cosine"},
+        "cfg_schedule is one of": {"cfg_schedule": "unknown"},
         "negative": {"temperature": -1.0},
         "labels run from 4 to 4": {"labels": torch.tensor([4, 4])},
         "3 labels for 2": {"labels": torch.tensor([1, 1, 1])},

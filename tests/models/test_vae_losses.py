@@ -50,9 +50,9 @@ def test_an_image_counts_by_its_absolute_error_and_divergence():
     expected = (reconstruction - images).abs().sum(dim=(1, 2, 3)) + 0.5 * kl
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
     losses(2 * images)
-    figures = losses.read_figures()
+    figures = losses.read_metrics()
     assert figures["kl"] > kl.mean() / 2 and set(figures) == {"error", "kl"}
-    assert not losses.read_figures()
+    assert not losses.read_metrics()
 
 
 def test_one_backward_pass_gives_the_gradients_of_two_losses():
@@ -76,7 +76,7 @@ def test_before_its_start_a_discriminator_changes_nothing_and_learns_nothing():
     losses = VAELosses(vae, 16, kl_weight=0.0, disc_weight=0.25, disc_start=5)
     losses.steps_done = lambda: 4
     loss = losses(images)
-    assert torch.equal(loss, plain) and "discriminator" not in losses.read_figures()
+    assert torch.equal(loss, plain) and "discriminator" not in losses.read_metrics()
     assert not any(gradient.any() for gradient in gradients(loss, losses.discriminator))
 
 

@@ -143,7 +143,7 @@ class Visitor:
         while not re.match(status, self.status()):
             assert time.monotonic() < end, f"waited for {status!r}, was told {self.status()!r}"
             self.page.wait_for_timeout(50)
-        if status.startswith("Made"):
+        if status.startswith("Generated"):
             self.page.wait_for_selector("#picture img[src*=class-]")
         return self.status()
 
@@ -210,7 +210,7 @@ def main() -> None:
             visitor.set("count", 4)
             visitor.set("guidance", 2)
             visitor.click("generate")
-            visitor.until("Made")
+            visitor.until("Generated")
             if name == "page":
                 visitor.click("again")
                 visitor.page.wait_for_selector("#editor canvas")

@@ -73,7 +73,7 @@ def test_what_cannot_be_converted_is_named(tmp_path, small_model):
     torch.save({"model": small_model.state_dict(), "what": {1, 2}}, path)
     for target, weights, message in (
         ("b.zip", None, "choose a name"),
-        ("a.pth", None, "is there already"),
+        ("a.pth", None, "exists already"),
         ("b.safetensors", "model_ema", "no weights under 'model_ema'"),
         ("b.safetensors", None, "what is a set"),
     ):
@@ -122,7 +122,7 @@ def test_a_run_exports_and_its_export_is_a_checkpoint_again(
     for number in range(4):
         name = f"samples/{number:05d}.png"
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         commands.main(["export", str(trained), f"{tmp_path}/model"])
     # Everybody may read them, as far as everybody may read what is made here.
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()}
@@ -157,7 +157,7 @@ def test_evaluation_and_show_know_sizes_from_the_export_alone(
         ("{run} {tmp}/x --figures {tmp}/empty.json", "holds no metrics"),
         (
             "{vae} {tmp}/x --licence mit",
-            "is a tokenizer: --figures, --licence and --tokenizer are for a model's card",
+            "is a tokenizer, which has no model card: remove --figures, --licence and --tokenizer",
         ),
         ("{tmp}/nowhere {tmp}/x", "no checkpoint at"),
     ],
@@ -184,10 +184,10 @@ def test_a_tokenizer_goes_to_the_hub_by_the_export_command(
 def test_a_public_repository_is_not_taken_for_a_private_one(served, trained, monkeypatch, tmp_path):
     served.add(OWN, {"README.md": b"mine"})
     monkeypatch.setenv("HF_TOKEN", "hf_right")
-    with pytest.raises(UserError, match="is there already, and not private"):
+    with pytest.raises(UserError, match="already exists and is public"):
         commands.main(
             ["export", str(trained), f"{tmp_path}/model", "--push_to_hub", OWN, "--private"]
         )
-    with pytest.raises(UserError, match="is there already, and not private"):
+    with pytest.raises(UserError, match="already exists and is public"):
         described().push_to_hub(OWN, private=True)
     assert set(served.repos[OWN]) == {"README.md"} and not (tmp_path / "model").exists()

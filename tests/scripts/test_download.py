@@ -74,7 +74,7 @@ def test_download_fills_the_folders_that_the_commands_expect(published, tmp_path
         find_inception_weights(None) == inception and inception.read_bytes() == b"inception" * 1000
     )
     assert not (tmp_path / "fid_stats/VIRTUAL_imagenet256_labeled.npz").exists()
-    assert "its licence: mit" in caplog.text and COMMIT in caplog.text
+    assert "; license: mit" in caplog.text and COMMIT in caplog.text
     caplog.clear()
     before = len(
         [
@@ -91,7 +91,7 @@ def test_download_fills_the_folders_that_the_commands_expect(published, tmp_path
             if method == "GET" and path.startswith("/large")
         ]
     )
-    assert caplog.text.count("is there already, and whole") == 5 and before == after
+    assert caplog.text.count("exists already and is complete") == 5 and before == after
     # What is there but not whole is fetched again.
     (tmp_path / "pretrained_models/vae/kl16.ckpt").write_bytes(b"tokenizes" * 1000)
     download.main(["vae", "reference", "--output_dir", str(tmp_path)])
@@ -104,7 +104,7 @@ def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published
     target = target_of(name, tmp_path)
     file = {"vae": "kl16.ckpt", "fid_stats": "/stats.npz", "inception": "/inception.pth"}[name]
     published.damage.add(file)
-    with pytest.raises(UserError, match=r"arrived damaged.*start again"):
+    with pytest.raises(UserError, match=r"arrived damaged.*download again"):
         download.main([name, "--output_dir", str(tmp_path)])
     assert not target.exists()
     published.damage.clear()
@@ -137,13 +137,13 @@ def test_download_goes_on_where_it_stopped_and_refuses_what_is_damaged(published
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ("nothing", "nothing published is called nothing: choose from tokenbridge_large"),
+        ("nothing", "no published file is called nothing: choose from tokenbridge_large"),
         ("tokenbridge_large --revision v9", "Epiphqny/TokenBridge has no revision v9"),
         (
             "tokenbridge_huge",
-            r"no file .../tokenbridge_huge/checkpoint-last.pth in Epiphqny/TokenBridge: see .*save",
+            r"no file .../tokenbridge_huge/checkpoint-last.pth in Epiphqny/TokenBridge: look for it at .*save",
         ),
-        ("fid_stats", "cannot fetch"),
+        ("fid_stats", "cannot download"),
     ],
 )
 def test_download_says_what_it_cannot_find(published, tmp_path, arguments, says):
@@ -191,7 +191,7 @@ def test_tiny_autoencoders_come_as_tokenizers(served, monkeypatch, tmp_path, cap
     served.add("madebyollin/taef1", files)
     served.licence = "mit"
     download.main(["taef1", "taef2", "--output_dir", str(tmp_path)])
-    assert "its licence: mit" in caplog.text and "github.com/madebyollin/taesd" in caplog.text
+    assert "; license: mit" in caplog.text and "github.com/madebyollin/taesd" in caplog.text
     assert len(list((tmp_path / "pretrained_models" / "taef1").iterdir())) == 2
     for name, latent_factor in (("taef1", 0.5), ("taef2", 1.0)):
         tokenizer = Tokenizer.from_pretrained(str(tmp_path / "pretrained_models" / name))

@@ -271,13 +271,13 @@ def test_images_depend_neither_on_processes_nor_on_interruption(run, run_two, we
 
 
 def test_chunk_sizes_change_rounding_only(run, weights, tmp_path):
-    common = f"{weights} --evaluate --no_metrics --num_images 40 --num_iter 16 --cfg 2.0 --precision fp32"
+    common = f"{weights} --evaluate --no_metrics --num_images 20 --num_iter 16 --cfg 2.0 --precision fp32"
     sizes = {}
-    for size in (1, 7, 40):
+    for size in (1, 7, 20):
         run("main_tokenbridge", f"{common} --eval_bsz {size} --output_dir {tmp_path}/{size}")
         sizes[size] = all_pixels(tmp_path / str(size) / "samples")
     for size in (1, 7):
-        assert sum(np.array_equal(a, b) for a, b in zip(sizes[size], sizes[40], strict=True)) >= 38
+        assert sum(np.array_equal(a, b) for a, b in zip(sizes[size], sizes[20], strict=True)) >= 19
 
 
 def test_images_of_other_settings_or_weights_are_replaced(run, weights, tmp_path, caplog):
@@ -291,7 +291,7 @@ def test_images_of_other_settings_or_weights_are_replaced(run, weights, tmp_path
     assert seen[0] != seen[1] != seen[2] == seen[3]
     assert (
         caplog.text.count("replacing the images of another run") == 2
-        and "gen_seed 0 then, 1 now" in caplog.text
+        and "gen_seed was 0, now 1" in caplog.text
     )
 
 
@@ -401,7 +401,7 @@ def test_everything_is_checked_before_the_first_image(
     assert "nowhere" in refused("main_tokenbridge", f"{common} {missing}")
     assert not (tmp_path / "out").exists()
     np.savez(tmp_path / "nan.npz", mu=np.zeros(2048), sigma=np.full((2048, 2048), np.nan))
-    assert "sigma holds NaN" in refused(
+    assert "sigma contains NaN" in refused(
         "main_tokenbridge", f"{common} --fid_stats {tmp_path}/nan.npz"
     )
     online = common.replace("--evaluate", "--online_eval").replace(
@@ -409,7 +409,7 @@ def test_everything_is_checked_before_the_first_image(
     )
     online = f"{online} --data_path {tmp_path} --fid_stats {tmp_path}/nan.npz"
     write_images(tmp_path)
-    assert "sigma holds NaN" in refused("main_tokenbridge", online)  # before the first step
+    assert "sigma contains NaN" in refused("main_tokenbridge", online)  # before the first step
 
 
 def test_a_model_of_imagenet_256_needs_its_statistics(refused, weights, vae_path, tmp_path):
@@ -445,7 +445,7 @@ def test_another_model_is_not_compared_with_imagenet(
     assert (
         IS in figures
         and FID not in figures
-        and "without FID: name what to compare with" in caplog.text
+        and "FID is not measured: name a reference" in caplog.text
     )
     run(
         "main_tokenbridge",

@@ -131,18 +131,18 @@ def test_what_cannot_be_made_is_told_in_one_line(refused, weights, vae_path, tmp
         "--num_iter 0": "--num_iter 0: it must be above zero",
         "--cfg nan": "--cfg nan",
         f"--image {tmp_path}/bomb.png": "decompression bomb",
-        f"--image {tmp_path}/text.png": "text.png (it is none); replace or remove it",
+        f"--image {tmp_path}/text.png": "text.png (it is no image); replace or remove it",
         f"{image} --mask {tmp_path}/in.png": "the mask covers nothing",
-        f"{image} --mask {tmp_path}/in.png --outpaint 2": "--mask and --outpaint: choose one",
-        f"{image} --outpaint 8": "a margin of 8 pixels in an image of 16: choose 1 to 7",
+        f"{image} --mask {tmp_path}/in.png --outpaint 2": "--mask and --outpaint exclude each other",
+        f"{image} --outpaint 8": "the margin of 8 pixels does not fit an image of 16 pixels: choose 1 to 7",
         "--outpaint 2": "--mask and --outpaint need --image",
-        f"{image} --strength 2": "strength 2.0: it lies above 0",
-        f"--vae_path {tmp_path}/other.ckpt": "the tokenizer is another model's",
-        "--output out.jpg": "--output out.jpg: the picture is a .png",
-        "--resume nowhere": "nowhere is no file or folder here",
+        f"{image} --strength 2": "strength 2.0: it must be above 0",
+        f"--vae_path {tmp_path}/other.ckpt": "was trained with another tokenizer",
+        "--output out.jpg": "--output out.jpg: choose a name that ends in .png",
+        "--resume nowhere": "there is no file or folder nowhere",
     }.items():
         assert says in refused("generate", f"{model} {flags}"), flags
-    assert "has no tokenizer beside it (vae or vae.ckpt): name it (--vae_path, or" in refused(
+    assert "has no tokenizer beside it (vae or vae.ckpt): pass one (--vae_path, or" in refused(
         "generate", f"--resume {tmp_path}/weights --device cpu"
     )
     assert "--resume is missing" in refused("generate", "--classes 1")

@@ -20,7 +20,7 @@ from util import distributed
 from util.checkpoint.vae_files import save_vae
 from util.training_state import TrainingState
 
-LOST = "another process of this run is gone"
+LOST = "another rank of this run has ended"
 SECONDS = 15  # of a step, until the others are thought lost
 
 

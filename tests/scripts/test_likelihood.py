@@ -240,7 +240,7 @@ def test_held_out_folders_that_are_numbers_are_labels(
         [labels for _, labels, _, _ in losses[::4]]
     )  # each batch is measured with four masks
     assert labels.tolist() == 4 * [0] + 4 * [2] + 4 * [1] + 4 * [3]
-    assert "names of classes are numbers, and read as the labels in training" in caplog.text
+    assert "class names are numbers, and are used as the labels in training" in caplog.text
 
 
 def test_held_out_folders_that_are_other_numbers_are_refused(refused, train, images, vae_path):

@@ -91,7 +91,10 @@ def test_two_processes_cache_and_count_together(run_two, images, vae_path, cache
     command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
     run_two("main_cache", f"{command} --skip_bad_images")
     said = capfd.readouterr().err
-    assert said.count("cached 15 images") == 1 and "13 were there, 0 are new, 2 replaced" in said
+    assert (
+        said.count("cached 15 images") == 1
+        and "13 were already cached, 0 are new, 2 replaced" in said
+    )
     about = json.loads((cached / "cache.json").read_text())
     assert (about["images"], about["complete"]) == (15, True) and not list(cached.rglob("*.part"))
     assert len(CachedFolder(cached)) == 15
@@ -194,7 +197,7 @@ def test_caching_again_makes_only_what_is_missing_or_damaged(
     (cached / "class3" / ".3.png.npz.123.part").write_bytes(b"left by a killed process")
     caplog.set_level("INFO")
     run("main_cache", command)
-    assert "13 were there, 1 are new, 2 replaced" in caplog.text
+    assert "13 were already cached, 1 are new, 2 replaced" in caplog.text
     assert not list(cached.rglob(".*"))
     changed = {path.name for path, (time, _) in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"1.png.npz", "2.png.npz", "0.png.npz"}
@@ -207,12 +210,14 @@ def test_caching_again_makes_only_what_is_missing_or_damaged(
 
 def test_two_caches_are_never_mixed(refused, images, cached, vae_path, tmp_path):
     command = f"--vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 0"
-    assert "img_size 16 there, 32 here" in refused("main_cache", f"{command} --img_size 32")
-    assert "precision fp32 there, bf16 here" in refused(
+    assert "img_size is 16 in the cache, 32 in this run" in refused(
+        "main_cache", f"{command} --img_size 32"
+    )
+    assert "precision is fp32 in the cache, bf16 in this run" in refused(
         "main_cache", f"{command} --img_size 16 --precision bf16"
     )
     (images / "val").symlink_to(images / "train")
-    assert "split train there, val here" in refused(
+    assert "split is train in the cache, val in this run" in refused(
         "main_cache", f"{command} --img_size 16 --split val"
     )
     torch.manual_seed(5)
@@ -257,7 +262,7 @@ def test_moments_follow_the_images_of_their_names(
         if kind == "rows":
             write_rows(path, in_rows(images / "train"))
         run("main_cache", command)
-    assert "15 were there, 0 are new, 1 replaced" in caplog.text
+    assert "15 were already cached, 0 are new, 1 replaced" in caplog.text
     names = ("1.png", "3.png") if kind == "folder" else ("train-00000005", "train-00000011")
     files = [
         tmp_path / "cache" / f"class{label}" / f"{name}.npz"
@@ -268,7 +273,7 @@ def test_moments_follow_the_images_of_their_names(
     # What is there is not decoded again.
     monkeypatch.setattr("util.data.sources.read_image", None)
     run("main_cache", command)
-    assert "16 were there, 0 are new, 0 replaced" in caplog.text
+    assert "16 were already cached, 0 are new, 0 replaced" in caplog.text
 
 
 def test_moments_without_a_hash_are_kept_with_one_warning(run, images, cached, vae_path, caplog):
@@ -280,7 +285,7 @@ def test_moments_without_a_hash_are_kept_with_one_warning(run, images, cached, v
     command = f"--img_size 16 --vae_path {vae_path} --data_path {images} --cached_path {cached} --num_workers 2"
     run("main_cache", command)
     (line,) = [each.message for each in caplog.records if "could not be compared" in each.message]
-    assert line.startswith("3 of them could not be compared") and "delete these files" in line
+    assert line.startswith("3 of them could not be compared") and "delete the files" in line
     assert {path: path.read_bytes() for path in cached.rglob("*.npz")} == before
     assert len(CachedFolder(cached)) == 16
 

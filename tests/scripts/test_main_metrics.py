@@ -137,7 +137,7 @@ def test_what_cannot_be_measured_is_named(refused, inception, photographs, tmp_p
     torch.save({"weight": torch.zeros(1)}, tmp_path / "wrong.pth")
     cases = {
         f"{weights}": "--images is missing",
-        f"--images {sharp} --img_size 32 {weights}": "--save_stats only",
+        f"--images {sharp} --img_size 32 {weights}": "only applies to --save_stats",
         f"--images {tmp_path}/nowhere {weights}": "nowhere",
         f"--images {tmp_path}/empty {weights}": "holds no images",
         f"--images {mixed} {weights}": "09.png has 20x30 pixels",
@@ -148,7 +148,7 @@ def test_what_cannot_be_measured_is_named(refused, inception, photographs, tmp_p
         f"--images {sharp} --fid_stats {tmp_path}/none.npz {weights}": "has no mu and sigma",
         f"--images {sharp} --fid_stats {tmp_path}/other.npz {weights}": "mu [64], sigma [64, 64]",
         f"--images {sharp} --inception_weights {tmp_path}/trap.pth --device cpu": "not loaded",
-        f"--images {sharp} --inception_weights {tmp_path}/wrong.pth --device cpu": "does not hold the weights",
+        f"--images {sharp} --inception_weights {tmp_path}/wrong.pth --device cpu": "does not contain the weights",
     }
     for command, words in cases.items():
         assert words in refused("main_metrics", command), command

@@ -86,7 +86,7 @@ def test_a_masked_head_starts_on_a_trained_backbone(run, cached, trained, tmp_pa
     for name, value in after["model"].items():
         if name.startswith(("encoder", "decoder", "class_emb", "condition_proj")):
             assert torch.equal(value, before["model_ema"][name]), name
-    assert "drawn anew: token_embeddings.weight, masked_blocks" in caplog.text
+    assert "reinitialized: token_embeddings.weight, masked_blocks" in caplog.text
     run(
         "main_tokenbridge",
         f"{common} --head ar --finetune {tmp_path}/tuned --output_dir {tmp_path}/back",

@@ -83,7 +83,7 @@ def test_all_processes_end_after_the_chunk_in_which_one_overflows(
     assert (
         len(lines) == 1
         and lines[0].startswith("error: the tokenizer's decoder")
-        and "1 of 2 processes" in lines[0]
+        and "1 of 2 ranks" in lines[0]
     )
     assert (
         len(list(chunks.iterdir())) <= 2
@@ -123,7 +123,7 @@ def test_training_goes_on_where_its_evaluation_overflows(
     folder = train("run", f"--epochs 3 --resume {tmp_path}/run {online}")
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     # Also of the epoch that the resumed run found unmeasured.
-    assert len(warnings) == 3 and all(text.endswith("Training goes on") for text in warnings)
+    assert len(warnings) == 3 and all(text.endswith("Training continues") for text in warnings)
     for epoch, text in enumerate(warnings):
         assert text.startswith(f"NOT MEASURED after epoch {epoch}: {stage} computed NaN")
     assert load(folder)["epoch"] == 2 and not list((folder / "online_eval").glob("*.png"))

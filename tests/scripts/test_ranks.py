@@ -94,9 +94,7 @@ def test_a_newer_checkpoint_elsewhere_is_not_passed_over(
     monkeypatch.setattr(distributed, "is_local_main_process", lambda: True)
     monkeypatch.setattr(runs, "PAUSE", 0.0)
     behind = 100
-    assert f"holds a newer checkpoint in {folder}" in error(
-        f"{command} --epochs 2 --resume {folder}"
-    )
+    assert f"has a newer checkpoint in {folder}" in error(f"{command} --epochs 2 --resume {folder}")
     assert load(folder)["epoch"] == 0
     behind = 2  # a network's disk that shows it later
     run_two("main_tokenbridge", f"{command} --epochs 2 --resume {folder}")
@@ -114,7 +112,7 @@ def test_flags_that_differ_end_the_run(command, error, monkeypatch):
         check_same_flags(args, device)
 
     monkeypatch.setattr(main_tokenbridge, "check_same_flags", typed)
-    assert "--lr is 0.5 in process 0, but 1.5 in process 1" in error(command)
+    assert "--lr is 0.5 on rank 0, but 1.5 on rank 1" in error(command)
 
 
 def test_images_that_differ_end_the_run(command, error, monkeypatch):

@@ -297,7 +297,8 @@ def test_reconstruction_measures_against_statistics_and_originals(
     run, images, vae_path, quick_inception, fid_stats, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "util.metrics.compute.fid_statistics_to_metric", lambda a, b, **_: {FID: abs(a["mu"] - b["mu"]).sum()}
+        "util.metrics.compute.fid_statistics_to_metric",
+        lambda a, b, **_: {FID: abs(a["mu"] - b["mu"]).sum()},
     )
     run(
         "reconstruction",
@@ -363,7 +364,9 @@ def test_the_sweep_writes_table_1_and_the_figures(run, images, vae_path, tmp_pat
 def test_the_papers_numbers_stand_beside_what_they_are_of(
     run, images, vae_path, quick_inception, fid_stats, tmp_path, monkeypatch, statistics
 ):
-    monkeypatch.setattr("util.metrics.fid_statistics_to_metric", lambda *_, **__: {FID: 7.0})
+    monkeypatch.setattr(
+        "util.metrics.compute.fid_statistics_to_metric", lambda *_, **__: {FID: 7.0}
+    )
     common = f"--img_size 16 --vae_path {vae_path} --image_dir {images} --num_workers 0 --device cpu --sweep"
     against = f"--fid_stats {fid_stats[0]}" if statistics else ""
     run("reconstruction", f"{common} {quick_inception.flag} {against} --output_dir {tmp_path}/out")
@@ -388,7 +391,7 @@ def test_the_papers_numbers_stand_beside_what_they_are_of(
         + ["rFID, to the originals"]
     )
     assert "16 images of 4 classes" in (text := (folder / "table1.md").read_text())
-    assert "others than the paper's: do not compare" in text
+    assert "differ from the paper's: do not compare" in text
 
 
 @pytest.mark.parametrize(
@@ -402,7 +405,7 @@ def test_statistics_of_imagenet_are_the_default_for_its_images_alone(
 
     def evaluator():
         args = reconstruction.get_args_parser().parse_args(flags)
-        return reconstruction.make_evaluator(args, classes, 4, torch.device("cpu"))
+        return reconstruction.make_rfid_evaluator(args, classes, 4, torch.device("cpu"))
 
     # Without the file rFID is that to the originals.
     assert evaluator().stats is None

@@ -54,12 +54,12 @@ def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, tr
         f"{TINY} {evaluate.replace('--no_metrics', '')} --num_images 10": "cannot be shared evenly by 4 classes",
         f"{TINY} {evaluate} --temperature -1": "not negative",
         f"{TINY} {evaluate} --skip_bad_images": "--skip_bad_images is for training",
-        f"{TINY} {use.replace('--use_cached ', '')}": "--cached_path is read with --use_cached only",
-        f"{TINY} --cached_val_path {cached} --online_nll": "--cached_val_path is read with --use_cached only",
+        f"{TINY} {use.replace('--use_cached ', '')}": "--cached_path only applies with --use_cached",
+        f"{TINY} --cached_val_path {cached} --online_nll": "--cached_val_path only applies with --use_cached",
         f"{TINY} {evaluate} --cfg 2 -1": "--cfg -1.0: it must be a number, and not negative",
         f"{TINY} {evaluate} --quant_bits 4": "quant_levels is 8 in the checkpoint, 16 in this run (--quant_bits)",
         f"{small} --quant_bits 3 --class_num 2 {evaluate}": "class_num is 4 in the checkpoint, 2 in this run",
-        f"--model tokenbridge_base {TINY.split('tiny', 1)[1]} {evaluate}": "model is tokenbridge_tiny in the checkpoint",
+        f"--model tokenbridge_base {TINY.split('tiny', 1)[1]} {evaluate}": "model is tokenbridge_tiny in the",
     }
     for command, words in cases.items():
         assert words in refused("main_tokenbridge", command), command

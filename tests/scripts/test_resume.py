@@ -437,7 +437,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         "main_tokenbridge",
         f"{common} --epochs 3 --keep_last 3 --output_dir {trained} --resume {trained}",
     )
-    assert "continuing from the one before" in caplog.text and load(trained)["epoch"] == 2
+    assert "continuing from the previous checkpoint" in caplog.text and load(trained)["epoch"] == 2
     names = [f"checkpoint-last{age}.pth" for age in (".1", ".2", "")]
     assert sorted(path.name for path in trained.glob("*.pth")) == names
     for name in names:
@@ -485,7 +485,7 @@ def test_a_run_goes_on_with_its_own_classes_only(run, refused, images, vae_path,
     before = (tmp_path / "run" / "checkpoint-last.pth").read_bytes()
     (images / "train" / "class0").rename(images / "train" / "zebra")
     line = refused("main_tokenbridge", f"{command} --epochs 2")
-    assert "it lacks class0; has besides zebra" in line and "--finetune" in line
+    assert "it lacks class0; also has zebra" in line and "--finetune" in line
     for label in (1, 2, 3):  # no name in common
         (images / "train" / f"class{label}").rename(images / "train" / f"other{label}")
     assert "lacks class0, class1, class2, class3;" in refused(
@@ -579,7 +579,7 @@ def test_a_finished_run_trains_nothing_and_what_it_reports_is_there(
     assert "2 epochs are done, --epochs is 1: nothing to train" in caplog.text
     assert {path: path.read_bytes() for path in folder.glob("*.[pj]*")} == before
     other = train("other", f"--epochs 2 --resume {folder}")
-    assert f"2 epochs are trained: {other}/checkpoint-last.pth" in caplog.text
+    assert f"trained 2 epochs: {other}/checkpoint-last.pth" in caplog.text
     assert same_weights(folder, other)
     command = f"{BASE} --use_cached --cached_path {cached} --output_dir {tmp_path}/new"
     line = refused("main_tokenbridge", f"{command} --epochs 2 --start_epoch 2")

@@ -213,7 +213,7 @@ def test_a_run_warns_at_once_of_a_full_disk_and_writes_when_there_is_space_again
     folder = train("run", "--epochs 1 --save_every_steps 2")
     assert [load(folder, f"checkpoint-last{age}.pth")["step"] for age in (".1", "")] == [2, 0]
     warnings = [
-        record.getMessage() for record in caplog.records if "tried again in" in record.getMessage()
+        record.getMessage() for record in caplog.records if "is retried in" in record.getMessage()
     ]
     assert len(warnings) == 2 and all("No space left on device" in warning for warning in warnings)
 

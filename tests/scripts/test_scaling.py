@@ -24,7 +24,7 @@ def table(text: str) -> list[list[str]]:
 
 def test_the_pages_are_what_the_script_writes(counts, monkeypatch):
     monkeypatch.setattr(scaling.Counts, "make", lambda: counts)
-    for path, text in scaling.pages(ARGS).items():
+    for path, text in scaling.filled_pages(ARGS).items():
         assert path.read_text() == text, f"{path.name}: run python -m tools.scaling --write"
 
 

@@ -322,7 +322,7 @@ def test_an_evaluation_that_fails_loses_no_training_and_is_repeated(
         run_two("main_tokenbridge", online, status=2)
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert lines and all(
-        line.startswith("error: cannot write it: disk full (2 of 2 processes") for line in lines
+        line.startswith("error: cannot write it: disk full (2 of 2 ranks") for line in lines
     )
     assert load(folder)["epoch"] == 1 and not list((folder / "online_eval").glob("*.png"))
     trained = load(folder)["model"]["mask_token"]

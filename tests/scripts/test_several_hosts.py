@@ -50,7 +50,7 @@ def test_images_that_would_lie_on_disks_of_their_own(
     line = ended("main_tokenbridge", f"{evaluate} --no_metrics --output_dir out")
     assert (
         "out must be on a disk that all machines share" in line
-        and "(1 of 2 processes, on host1)" in line
+        and "(1 of 2 ranks, on host1)" in line
     )
     assert not list(tmp_path.glob("host?/out/**/*.*"))  # neither images nor checkpoints
 
@@ -111,7 +111,7 @@ def test_images_that_another_host_wrote_are_waited_for(
 def test_and_missed_in_one_line(ended, evaluate, tmp_path, sampler, decoder, late):
     late(1000)
     line = ended("main_tokenbridge", f"{evaluate} --no_metrics --output_dir {tmp_path}/out")
-    assert "1 of 8 images are missing" in line and "(1 of 2 processes, on host1)" in line
+    assert "1 of 8 images are missing" in line and "(1 of 2 ranks, on host1)" in line
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_what_a_search_has_measured_before(
         SampleFolder, "results", lambda self: results(self) if distributed.is_main_process() else {}
     )
     monkeypatch.setattr(
-        "evaluation.write_search",
+        "util.metrics.plots.write_search",
         lambda rows, out: (out / "rows.json").write_text(json.dumps(rows)),
     )
     for host in ("host0", "host1"):  # copies of other times
@@ -173,7 +173,7 @@ def test_the_newest_checkpoint_is_the_one_of_the_most_steps_whatever_the_clocks(
         os.utime(tmp_path / "host1" / "run" / "checkpoint-last.pth", (10**9 - 120, 10**9 - 120))
     command = f"{BASE} --batch_size 2 --epochs 3 --use_cached --cached_path {cached} --output_dir run --resume run"
     if case == "newer there":
-        assert "host1 holds a newer checkpoint in run than host0" in ended(
+        assert "host1 has a newer checkpoint in run than host0" in ended(
             "main_tokenbridge", command
         )
     else:
@@ -194,7 +194,7 @@ def test_a_run_in_bf16_on_cpus_with_and_without_its_instructions(
     command = f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run --lr 1e-3 --epochs 1"
     line = ended("main_tokenbridge", f"{command} --precision bf16")
     assert (
-        "the precision that --precision bf16 runs in is bf16 in process 0, but fp32 in process 1 on host1"
+        "the precision that --precision bf16 runs in is bf16 on rank 0, but fp32 on rank 1 on host1"
         in line
     )
     assert "pass --precision fp32" in line and not (tmp_path / "run").exists()
@@ -265,7 +265,7 @@ def test_inputs_that_one_host_lacks(
         shutil.copy(vae_path, tmp_path / host)
     (tmp_path / "host1" / missing).rename(tmp_path / "moved")
     said = ended(script, flags)
-    assert line in said and said.endswith("(1 of 2 processes, on host1)")
+    assert line in said and said.endswith("(1 of 2 ranks, on host1)")
 
 
 def test_images_to_cache_that_one_host_lacks(ended, images, vae_path, tmp_path):
@@ -274,7 +274,7 @@ def test_images_to_cache_that_one_host_lacks(ended, images, vae_path, tmp_path):
         "main_cache",
         f"{IMAGES} --data_path data --vae_path {vae_path} --cached_path {tmp_path}/new",
     )
-    assert "no image folder at data" in line and line.endswith("(1 of 2 processes, on host1)")
+    assert "no image folder at data" in line and line.endswith("(1 of 2 ranks, on host1)")
 
 
 def test_evaluation_without_inception_on_one_host(
@@ -307,7 +307,7 @@ def test_reconstruction_without_inception_on_one_host_measures_the_rest(
     (tmp_path / "inception.pth").rename(checkpoints / "weights-inception-2015-12-05-6726825d.pth")
     command = f"--img_size 16 --vae_path {vae_path} --image_dir {images} --num_workers 0 --output_dir {tmp_path}/out"
     said = two_hosts("reconstruction", command)
-    (line,) = [line for line in said if "without rFID and Inception Score" in line]
+    (line,) = [line for line in said if "rFID and Inception Score are not measured" in line]
     assert "on host1)" in line
     assert "psnr_db" in json.loads(
         (tmp_path / "out" / "quant_b6_r5.0_n50" / "results.json").read_text()
@@ -325,7 +325,7 @@ def test_other_classes_and_caches_of_another_tokenizer_on_one_host(
     )
     command = f"{BASE} --batch_size 2 --epochs 1 --output_dir {tmp_path}/out"
     line = ended("main_tokenbridge", f"{command} --data_path data --vae_path {vae_path}")
-    assert "the list of images in train" in line and "in process 1 on host1" in line
+    assert "the list of images in train" in line and "on rank 1 on host1" in line
     about = json.loads((cached / "cache.json").read_text())
     (tmp_path / "host1" / "cache" / "cache.json").write_text(
         json.dumps(about | {"vae_sha256": "0" * 64})
@@ -333,7 +333,7 @@ def test_other_classes_and_caches_of_another_tokenizer_on_one_host(
     line = ended("main_tokenbridge", f"{command} --use_cached --cached_path cache")
     assert (
         "the SHA-256 of the tokenizer that cached train" in line
-        and "0000 in process 1 on host1" in line
+        and "0000 on rank 1 on host1" in line
     )
 
 
@@ -348,5 +348,5 @@ def test_other_images_on_one_host(ended, images, vae_path, tmp_path, quick_incep
         "main_metrics": f"--images data {quick_inception.flag} --num_workers 0",
     }.items():
         assert re.search(
-            r"images.* is 16 .*in process 0, but 15 .*in process 1 on host1", ended(script, command)
+            r"images.* is 16 .*on rank 0, but 15 .*on rank 1 on host1", ended(script, command)
         )

@@ -68,7 +68,7 @@ def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(train, caplog):
     with caplog.at_level("INFO", logger="tokenbridge"):
         folder = train("run", "--epochs 3 --dry_run --skip_bad_images")
     assert "12 steps, 4 in each of 3 epochs" in caplog.text and "hours for 12 steps" in caplog.text
-    assert "GiB a checkpoint; nothing was written" in caplog.text and not folder.exists()
+    assert "GiB for each checkpoint; nothing was written" in caplog.text and not folder.exists()
 
 
 def test_a_dry_run_writes_nothing_though_images_are_bad(run, images, vae_path, tmp_path, caplog):
@@ -80,7 +80,7 @@ def test_a_dry_run_writes_nothing_though_images_are_bad(run, images, vae_path, t
         f"{BASE} --data_path {images} --vae_path {vae_path} --epochs 1 --dry_run --skip_bad_images"
     )
     run("main_tokenbridge", f"{command} --output_dir {tmp_path}/run")
-    assert "left out" in caplog.text
+    assert "skipped" in caplog.text
     assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["of a run"]
 
 
@@ -207,7 +207,7 @@ def test_more_steps_than_tokens_are_told_once(run, trained, vae_path, tmp_path, 
     command = f"{TINY} --evaluate --no_metrics --resume {trained} --vae_path {vae_path} --num_images 4 --eval_bsz 2"
     with caplog.at_level("INFO", logger="tokenbridge"):
         run("main_tokenbridge", f"{command} --output_dir {tmp_path}/new --num_iter 100")
-    assert caplog.text.count("--num_iter 100 for 16 tokens: 16 steps do it") == 1
+    assert caplog.text.count("--num_iter 100 is reduced to the number of tokens, 16") == 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_held_out_classes_are_those_that_were_trained(
         tmp_path / "val" / "class9"
     )  # sorts elsewhere: labels would move
     line = refused("main_tokenbridge", f"{command} {tmp_path}/val")
-    assert "other classes than the training images: it lacks class1; has besides class9" in line
+    assert "other classes than the training images: it lacks class1; also has class9" in line
     train = f"{BASE} --epochs 1 --online_nll --use_cached --cached_path {cached} --cached_val_path {tmp_path}/val"
     assert "lacks class1" in refused("main_tokenbridge", f"{train} --output_dir {tmp_path}/new")
     with caplog.at_level("WARNING", logger="tokenbridge"):

@@ -204,7 +204,7 @@ def test_a_preempted_run_ends_as_an_unbroken_one_and_is_evaluated(
         ("COMPLETED", "0"),
     ]
     log = slurm.log(cut)
-    assert (log.count("starting afresh"), log.count("resumed from")) == (
+    assert (log.count("starting a new run"), log.count("resumed from")) == (
         1,
         2,
     ) and "by SIGUSR1, saved at" in log

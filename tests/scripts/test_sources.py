@@ -317,7 +317,7 @@ def test_a_resumed_run_keeps_its_classes(refused, run, images, vae_path, tmp_pat
     train = f"{BASE} --vae_path {vae_path} --data_path {images} --output_dir {tmp_path}/run --resume {tmp_path}/run"
     run("main_tokenbridge", f"{train} --epochs 1")
     (images / "train" / "class1").rename(images / "train" / "class9")
-    assert "lacks class1; has besides class9" in refused("main_tokenbridge", f"{train} --epochs 2")
+    assert "lacks class1; also has class9" in refused("main_tokenbridge", f"{train} --epochs 2")
 
 
 def test_what_cannot_be_read_is_one_line_and_nothing_is_left(
@@ -330,7 +330,7 @@ def test_what_cannot_be_read_is_one_line_and_nothing_is_left(
     train = f"{BASE} --epochs 1 --vae_path {vae_path} --output_dir {tmp_path}/new --data_path"
     cases = {
         f"{train} {cut}": "cannot open",
-        f"{train} {rows} --image_column pixels": "but width (integers), image (images), label (classes)",
+        f"{train} {rows} --image_column pixels": "its columns are width (integers), image (images), label (classes)",
         f"{train} {rows} --label_column image": "no such column of labels",
         f"{train} {rows} --class_num 3": "has 4 classes, but class_num is 3: pass --class_num 4",
         f"{train} {one}": "has 1 class, but class_num is 4: pass --class_num 1",

@@ -1,5 +1,6 @@
 """demo/web.py: the page in a real browser, headless Chromium; and its command."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from PIL import Image
 
 from demo import web
 from tests.conftest import ROOT
-from tests.processes import free_port
+from tests.processes import forked, free_port
 from tests.scripts.conftest import pixels
 from tests.scripts.page import SECONDS, Site, Visitor, chromium
 from tests.scripts.test_generate import bomb
@@ -70,9 +71,9 @@ def test_a_class_is_searched_and_made_by_keyboard_without_another_host(visit, si
     assert visitor.page.locator("#class input").input_value() == "bee (1)"
     visitor.page.locator("#generate").focus()
     visitor.page.keyboard.press("Enter")
-    says = visitor.until("Made")
+    says = visitor.until("Generated")
     made = site.alone(1, seeds=0, num_iter=16, cfg=3.0)
-    assert says == f"Made: seed 0: {made.log_likelihoods[0]:.1f} nats"
+    assert says == f"Generated: seed 0: {made.log_likelihoods[0]:.1f} nats"
     assert np.array_equal(visitor.picture(), np.asarray(made.images[0]))
     surest = made.confidence[0].numpy()
     least, most = (np.unravel_index(at, (4, 4)) for at in (surest.argmin(), surest.argmax()))
@@ -97,7 +98,7 @@ def test_settings_come_back_from_a_png(visit, site, tmp_path):
     visitor.choose("class", "dog")
     visitor.page.locator("#order").get_by_text("raster").click()
     visitor.click("generate")
-    visitor.until("Made: seed 41")
+    visitor.until("Generated: seed 41")
     visitor.download(tmp_path / "dog.png")
     how = {
         "num_iter": 5,
@@ -114,7 +115,7 @@ def test_settings_come_back_from_a_png(visit, site, tmp_path):
     other.page.wait_for_function("document.querySelector('#seed input').value == 41")
     assert [other.number(name) for name in ("steps", "guidance", "temperature")] == [5, 1.5, 0.8]
     other.click("generate")
-    other.until("Made: seed 41")
+    other.until("Generated: seed 41")
     other.download(tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "dog.png").read_bytes()
     for name, text in {
@@ -145,9 +146,9 @@ def test_the_picture_fills_in_step_by_step(visit, site):
         grey.append((sheet == 128).all(axis=2).sum())
     assert grey == sorted(set(grey), reverse=True)  # fewer with each step
     site.go_on()
-    visitor.until("Made: seed 0")
+    visitor.until("Generated: seed 0")
     visitor.page.locator("#gallery button").nth(1).click()
-    visitor.until("Made: seed 1")
+    visitor.until("Generated: seed 1")
     assert np.abs(visitor.picture() - site.pixels(0, seeds=1).astype(int)).max() <= 1
 
 
@@ -164,7 +165,7 @@ def test_work_is_cancelled(visit, site):
     site.go_on()
     visitor.set("seed", 7)
     visitor.click("generate")
-    visitor.until("Made: seed 7")
+    visitor.until("Generated: seed 7")
 
 
 @pytest.mark.slow
@@ -178,7 +179,7 @@ def test_a_page_that_is_closed_half_way_ends_its_work(visit, site):
     waiting.click("generate")
     leaving.page.close()
     assert site.rest() <= 16 + 4  # not the 14 that were left, and 16
-    waiting.until("Made: seed 5")
+    waiting.until("Generated: seed 5")
     assert np.array_equal(waiting.picture(), site.pixels(0, seeds=5))
 
 
@@ -192,10 +193,10 @@ def test_two_visitors_at_once_get_what_each_asked_for(visit, site):
         visitor.click("generate")
         site.leave.release()
         visitors[0].until("Step 1 of 16")
-    assert visitors[1].status() == "Nothing made yet"  # it waits
+    assert visitors[1].status() == "Nothing generated yet"  # it waits
     site.go_on()
     for seed, (visitor, label) in enumerate(zip(visitors, (1, 3), strict=True)):
-        visitor.until(f"Made: seed {seed}")
+        visitor.until(f"Generated: seed {seed}")
         assert f"class-{label}-seed-{seed}.png" in visitor.page.locator(
             "#picture img"
         ).get_attribute("src")
@@ -207,7 +208,7 @@ def test_a_phone_shows_all_of_it(visit, site):
     visitor = visit(width=390, height=844, is_mobile=True, has_touch=True)
     visitor.set("count", 3)
     visitor.page.tap("button#generate")
-    visitor.until("Made")
+    visitor.until("Generated")
     visitor.page.tap("button#again")
     visitor.page.wait_for_selector("#editor canvas")
     for name in (
@@ -242,7 +243,7 @@ def test_a_picture_is_edited_under_a_drawn_mask_the_likeliest_first(visit, site,
     visitor.draw(0.75, 0.95)
     visitor.set("count", 5)
     visitor.click("edit")
-    visitor.until("Made")
+    visitor.until("Generated")
     made = visitor.picture()
     changed = (made != original).any(axis=(1, 2))
     assert not changed[:8].any() and changed[13:15].all()
@@ -259,7 +260,7 @@ def test_a_picture_is_edited_under_a_drawn_mask_the_likeliest_first(visit, site,
 def test_a_part_is_covered_without_drawing(visit, site):
     visitor = visit()
     visitor.click("generate")
-    visitor.until("Made")
+    visitor.until("Generated")
     before = visitor.picture()
     visitor.click("again")
     visitor.page.wait_for_selector("#editor canvas")
@@ -267,7 +268,7 @@ def test_a_part_is_covered_without_drawing(visit, site):
     visitor.page.wait_for_timeout(1000)
     visitor.set("seed", 3)
     visitor.click("edit")
-    visitor.until("Made: seed 3")
+    visitor.until("Generated: seed 3")
     lower = Image.new("L", (16, 16))
     lower.paste(255, (0, 8, 16, 16))
     expected = site.pixels(0, image=Image.fromarray(before), mask_image=lower, seeds=3)
@@ -288,17 +289,17 @@ def test_what_cannot_be_made_is_told_and_the_page_goes_on(visit, site, tmp_path)
     visitor.set("seed", 2**32 - 1)
     visitor.set("count", 2)
     visitor.click("generate")
-    assert "seeds are whole numbers from 0 to 4294967295" in visitor.told()
+    assert "seeds must be whole numbers from 0 to 4294967295" in visitor.told()
     visitor.set("seed", 0)
     visitor.page.get_by_role("tab", name="Edit").click()
     visitor.click("edit")
-    assert "there is no picture to edit" in visitor.told()
+    assert "there is no image to edit" in visitor.told()
     (tmp_path / "text.png").write_text("no image")
     bomb(tmp_path / "bomb.png")
     (tmp_path / "heavy.png").write_bytes(bytes(web.MAX_UPLOAD + 1))
     (tmp_path / "page.html").write_text("<p>")
     for name, says in {
-        "text.png": "cannot read image text.png (it is none)",
+        "text.png": "cannot read image text.png (it is no image)",
         "bomb.png": "decompression bomb",
         "heavy.png": "exceed the maximum allowed size",
         "page.html": "file type",
@@ -311,11 +312,11 @@ def test_what_cannot_be_made_is_told_and_the_page_goes_on(visit, site, tmp_path)
     visitor.page.wait_for_selector("#editor canvas")
     visitor.page.wait_for_timeout(1000)
     visitor.click("edit")
-    assert "the mask covers nothing: draw on what is to be made anew" in visitor.told()
+    assert "the mask covers nothing: draw on the parts to regenerate" in visitor.told()
     visitor.click("cancel")  # of nothing
     visitor.page.get_by_role("tab", name="Generate").click()
     visitor.click("generate")
-    visitor.until("Made: seed 0")
+    visitor.until("Generated: seed 0")
 
 
 def test_no_file_of_the_machine_is_served(site):
@@ -347,7 +348,7 @@ def test_the_command_serves_to_this_machine_alone(
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as server:
         try:
             line = next(line for line in server.stderr if "serving" in line)
-            assert f"serving on http://127.0.0.1:{port}/; Ctrl-C ends it" in line
+            assert f"serving on http://127.0.0.1:{port}/; stop with Ctrl-C" in line
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/config") as config:
                 assert json.load(config)["analytics_enabled"] is False
             sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
@@ -360,7 +361,7 @@ def test_the_command_serves_to_this_machine_alone(
         finally:
             server.kill()
     for flags, says in {
-        "--resume nowhere": "nowhere is no file or folder here",
+        "--resume nowhere": "there is no file or folder nowhere",
         f"--resume {tmp_path}/weights": "has no tokenizer beside it",
         "": "--resume is missing",
         f"{model} --port 0": "--port 0: it must lie between 1 and 65535",
@@ -369,10 +370,12 @@ def test_the_command_serves_to_this_machine_alone(
         assert says in refused("demo.web", f"{flags} --device cpu"), flags
 
 
-def test_the_package_that_may_be_missing_is_named():
-    code = "import sys; sys.modules['gradio'] = None; import demo.web"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (
-        2,
-        1,
-    ) and "pip install gradio" in done.stderr
+def test_the_package_that_may_be_missing_is_named(capfd):
+    def import_without_gradio(rank: int) -> None:
+        del sys.modules["demo.web"]
+        sys.modules["gradio"] = None
+        importlib.import_module("demo.web")
+
+    assert forked(1, import_without_gradio)[1] == [2]
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "pip install gradio" in said

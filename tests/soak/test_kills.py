@@ -103,5 +103,5 @@ def test_the_death_of_one_process_ends_the_others_and_is_in_the_log(digits, tmp_
     os.kill(second, signal.SIGKILL)
     _, said = run.communicate(timeout=90)
     assert run.returncode != 0 and not Path(f"/proc/{first}").exists()
-    assert "error: another process of this run is gone" in said  # what the one that is left says
+    assert "error: another rank of this run has ended" in said  # what the one that is left says
     assert "Signal 9 (SIGKILL)" in said  # what the launcher says

@@ -60,9 +60,7 @@ def test_a_process_that_is_not_the_main_one_says_so(run, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit):
         run("main_cache", "--seeds 4")
-    assert (
-        capsys.readouterr().err == "[process 3] error: unknown flag --seeds; did you mean --seed?\n"
-    )
+    assert capsys.readouterr().err == "[rank 3] error: unknown flag --seeds; did you mean --seed?\n"
 
 
 def parsed(tmp_path, text: str, *typed: str) -> dict:

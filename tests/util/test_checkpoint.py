@@ -25,7 +25,7 @@ from tests.fill import deterministic_fill
 from tools import checkpoint as commands
 from util.checkpoint import safetensors_io
 from util.checkpoint.files import file_stamp, read_checkpoint, save_checkpoint
-from util.checkpoint.load import load_weights, warn_of_young_average
+from util.checkpoint.load import load_weights, warn_if_ema_is_untrained
 from util.checkpoint.runs import find_checkpoint, read_newest_checkpoint, read_run
 from util.checkpoint.vae_files import save_vae
 from util.checksums import fingerprint
@@ -79,7 +79,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match="damaged"):
         read_checkpoint(path)
     torch.save(torch.zeros(3), path)
-    with pytest.raises(UserError, match="holds a Tensor"):
+    with pytest.raises(UserError, match="contains a Tensor"):
         read_checkpoint(path)
     with pytest.raises(UserError, match="no weights under 'model_ema'"):
         load_weights(TokenBridge(**SMALL), {"model": {}}, path, ema=True)
@@ -92,7 +92,7 @@ def test_numpy_values_are_named_with_the_remedy_and_never_passed_over_for_an_old
         {"model": {}, "epoch": np.int64(3), "args": argparse.Namespace(lr=np.float64(1))}, path
     )
     with pytest.raises(
-        UserError, match=r"holds NumPy values \(numpy.*scalar.*\) and was not .*int\(epoch\)"
+        UserError, match=r"contains NumPy values \(numpy.*scalar.*\) and was not .*int\(epoch\)"
     ) as error:
         read_newest_checkpoint(path)
     assert "damaged" not in str(error.value)
@@ -113,7 +113,7 @@ def test_names_of_wrapped_models_are_read_without_the_wrappers(
     torch.save({"model": wrapped[0], "model_ema": wrapped[1]}, tmp_path / "checkpoint-last.pth")
     content = read_run(tmp_path / "checkpoint-last.pth")
     assert same(dict(content["model"]), dict(state)) and same(dict(content["model_ema"]), averages)
-    assert caplog.text.count("names are read without module. and _orig_mod.") == 2
+    assert caplog.text.count("removed the prefixes module. and _orig_mod.") == 2
 
 
 def test_a_tokenizer_whose_blocks_were_compiled_one_by_one_is_read_without_the_wrappers(
@@ -267,7 +267,7 @@ def test_an_average_that_is_mostly_of_drawn_weights_is_told(caplog, entries, war
     # An earlier version did not warm the average up, and did not count its steps.
     content = {"epoch": 3, "steps_per_epoch": 10, "args": {"ema_rate": 0.9999}, **entries}
     with caplog.at_level("WARNING", logger="tokenbridge"):
-        warn_of_young_average(content, "file.pth")
+        warn_if_ema_is_untrained(content, "file.pth")
     assert (
-        "40 steps only" in caplog.text and "--no_ema" in caplog.text and "--resume" in caplog.text
+        "only 40 steps" in caplog.text and "--no_ema" in caplog.text and "--resume" in caplog.text
     ) == warned

@@ -59,7 +59,9 @@ def test_a_name_that_is_another_classes_number_is_logged(caplog):
     with caplog.at_level("INFO", logger="tokenbridge"):
         find_classes(["1", "0"], ["1", "2"])
     assert (
-        caplog.text.count("class 1: the one of this name, number 0, not 2, which has this number")
+        caplog.text.count(
+            "class 1: using the class of this name, number 0, not 2, which has this number"
+        )
         == 1
     )
     assert "class 0" not in caplog.text
@@ -113,4 +115,4 @@ def test_numbers_that_are_no_labels_are_refused(held_out, class_num, says):
 
 def test_names_that_say_nothing_count_in_order_and_are_logged(caplog):
     assert check_classes(["x", "y"], 2, "val", ["cat", "dog"], held_out=True) == [0, 1]
-    assert "their order counts, x is cat, ..., y is dog" in caplog.text
+    assert "matched by position, x is cat, ..., y is dog" in caplog.text

@@ -14,7 +14,7 @@ from tests.processes import forked
 from util import devices, distributed, errors, precision
 from util import process_group as groups
 from util.checksums import bit_sum
-from util.errors import ToldByMain, UserError
+from util.errors import ReportedByRank0, UserError
 from util.log import log, warn
 from util.precision import PRECISIONS, autocast, effective_precision
 from util.process_group import process_group
@@ -27,7 +27,7 @@ from util.signals import StopSignals
         (
             None,
             (3, 0, 3),
-            "on cuda, process 1 on {host} on cpu: pass --device cuda, which tells why",
+            "cuda and rank 1 on {host} uses cpu: pass --device cuda to see why",
         ),
         ("cuda", (3, 0, 3), "--device cuda, but torch can use no CUDA device on {host}: "),
         ("cuda", (2, 2, 2), "there is no cuda:2 on {host}, which has 2 CUDA devices"),
@@ -54,11 +54,11 @@ def test_processes_that_cannot_compute_alike_end_at_once_with_one_line(
     answers, statuses = forked(3, start)
     assert statuses == [0] * 3 and [kind for kind, _ in answers] == [
         UserError,
-        ToldByMain,
-        ToldByMain,
+        ReportedByRank0,
+        ReportedByRank0,
     ]
     host = "node2" if "cuda:2" in said else "node1"
-    assert said.format(host=host) in answers[0][1] and answers[0][1].endswith("(1 of 3 processes)")
+    assert said.format(host=host) in answers[0][1] and answers[0][1].endswith("(1 of 3 ranks)")
 
 
 def test_a_cuda_device_that_is_not_there_is_refused(monkeypatch):
@@ -219,8 +219,8 @@ def test_the_log_tells_device_and_processes_and_what_others_warn_of(capfd):
     assert forked(2, start)[1] == [0, 0]
     said = sorted(capfd.readouterr().err.splitlines())
     assert len(said) == 5
-    assert said[0] == "[process 1] warned by 1"
-    assert said[1].startswith("computing on cpu (") and "2 processes on 1 machines, gloo" in said[1]
+    assert said[0] == "[rank 1] warned by 1"
+    assert said[1].startswith("computing on cpu (") and "2 ranks on 1 machines, gloo" in said[1]
     assert f"torch {torch.__version__}, CUDA {torch.version.cuda}, NVIDIA driver " in said[1]
     assert said[2:] == ["known to all", "said by 0", "warned by 0"]
 
@@ -232,7 +232,7 @@ def test_the_log_tells_a_gpu_and_its_driver(monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "DRIVER", tmp_path / "version")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    said = devices.described(torch.device("cuda:0"), hosts=1)
+    said = devices.describe_devices(torch.device("cuda:0"), hosts=1)
     assert said.startswith("cuda (NVIDIA A100-SXM4-80GB, 8 on this machine), one process, torch ")
     assert said.endswith(", NVIDIA driver 535.104.05")
 
@@ -265,7 +265,7 @@ def test_a_process_that_fails_alone_ends_one_that_would_not_notice(
 
     assert forked(2, lambda rank: errors.run(main))[1] == [status, status]
     said = capfd.readouterr().err
-    assert said.count("\nerror: ") == 1 and f"{errors.one_line(error)} (process 1 on node1)" in said
+    assert said.count("\nerror: ") == 1 and f"{errors.one_line(error)} (rank 1 on node1)" in said
 
 
 @pytest.mark.skipif(

@@ -15,7 +15,7 @@ from tests.conftest import ROOT, SHORT, TINY, scalars
 from tests.processes import forked, in_processes
 from util import distributed, errors
 from util.checksums import checksum
-from util.errors import ToldByMain, UserError
+from util.errors import ReportedByRank0, UserError
 from util.process_group import process_group
 from util.rng import seed_everything
 from util.signals import StopSignals
@@ -67,8 +67,8 @@ def test_the_main_process_decides_for_all_and_its_error_ends_all():
     assert [str(answer) for answer in answers] == ["mend it 0"] * 3
     assert [type(answer) for answer in answers] == [
         UserError,
-        ToldByMain,
-        ToldByMain,
+        ReportedByRank0,
+        ReportedByRank0,
     ]  # which alone is printed
 
 
@@ -85,10 +85,8 @@ def test_an_error_of_any_process_ends_all_and_names_its_host():
 
     assert in_processes(3, lambda rank: work(rank, 3)) == [0, 1, 2]
     answers = in_processes(3, lambda rank: work(rank, 1))
-    assert [str(answer) for answer in answers] == [
-        "mend it 1 (2 of 3 processes, on host1, host2)"
-    ] * 3
-    assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]
+    assert [str(answer) for answer in answers] == ["mend it 1 (2 of 3 ranks, on host1, host2)"] * 3
+    assert [type(answer) for answer in answers] == [UserError, ReportedByRank0, ReportedByRank0]
 
 
 @pytest.mark.parametrize(
@@ -110,9 +108,7 @@ def test_an_unexpected_error_ends_all_too_with_its_traceback_where_it_happened(
     assert forked(2, lambda rank: errors.run(main))[1] == statuses
     said = capfd.readouterr().err
     assert said.count("Traceback") == 1
-    assert ("error: OutOfMemoryError: CUDA out of memory (1 of 2 processes" in said) == (
-        failing == 1
-    )
+    assert ("error: OutOfMemoryError: CUDA out of memory (1 of 2 ranks" in said) == (failing == 1)
 
 
 def test_values_that_differ_end_all_processes():
@@ -125,9 +121,9 @@ def test_values_that_differ_end_all_processes():
     answers = in_processes(
         3, lambda rank: distributed.check_equal({"--lr": 0.1, "--seed": rank // 2}, "start alike")
     )
-    assert all("--seed is 0 in process 0, but 1 in process 2" in str(answer) for answer in answers)
-    assert "1 of 3 processes differ" in str(answers[0]) and str(answers[0]).endswith("start alike")
-    assert [type(answer) for answer in answers] == [UserError, ToldByMain, ToldByMain]
+    assert all("--seed is 0 on rank 0, but 1 on rank 2" in str(answer) for answer in answers)
+    assert "1 of 3 ranks differ" in str(answers[0]) and str(answers[0]).endswith("start alike")
+    assert [type(answer) for answer in answers] == [UserError, ReportedByRank0, ReportedByRank0]
 
 
 def test_processes_stop_after_the_same_step_without_another_network(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import engine_tokenbridge
+from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from tests.conftest import filled
 from tests.processes import forked
@@ -68,7 +69,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_old_file(tmp_path, write, capfd)
 def test_names_that_leave_their_folder_are_refused(tmp_path, name):
     with pytest.raises(UserError, match="leads out of"):
         inside(tmp_path, name)
-    vae = filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1))
+    vae = Tokenizer(filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 1.0)
     batches = [(torch.zeros(1, 3, 8, 8), None, [name], torch.zeros(1, 32).byte())]
     if name:
         with pytest.raises(UserError, match="leads out of"):

@@ -30,7 +30,7 @@ def test_weights_that_fit_are_kept_whole():
     other, model = filled(TokenBridge(**SMALL)), TokenBridge(**SMALL)
     done = start(model, other)
     assert done["kept"] == list(published_parameters(model))
-    assert not done["resized"] + done["drawn anew"] + done["left out"]
+    assert not done["resized"] + done["reinitialized"] + done["ignored"]
     for (name, value), expected in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(value, expected), name
     start(model, other, ema=True)
@@ -60,14 +60,14 @@ def test_what_does_not_fit_is_drawn_anew_and_named(options, anew, left, caplog):
     before = {name: value.clone() for name, value in published_parameters(model).items()}
     done = start(model, other)
     assert (
-        set(finetune.grouped(done["drawn anew"])) == anew
-        and set(finetune.grouped(done["left out"])) == left
+        set(finetune.grouped(done["reinitialized"])) == anew
+        and set(finetune.grouped(done["ignored"])) == left
     )
     theirs = published_parameters(other)
     for name, value in published_parameters(model).items():
-        assert torch.equal(value, before[name] if name in done["drawn anew"] else theirs[name]), (
-            name
-        )
+        assert torch.equal(
+            value, before[name] if name in done["reinitialized"] else theirs[name]
+        ), name
     for name in anew | left:
         assert name in caplog.text
     (option,) = options
@@ -95,12 +95,12 @@ def start_with_classes(here: list[str] | None, there: list[str] | None, rows: in
             ["bee", "cat", "dog", "zebra"],
             ["ant", "bee", "cat", "dog"],
             [1, 2, 3, None],
-            "kept in part",
+            "partly kept",
         ),
-        (["asp", "dog"], ["ant", "bee", "cat", "dog"], [None, 3], "kept in part"),
-        (["0", "1", "2", "3"], ["ant", "bee", "cat", "dog"], [None] * 4, "drawn anew"),
+        (["asp", "dog"], ["ant", "bee", "cat", "dog"], [None, 3], "partly kept"),
+        (["0", "1", "2", "3"], ["ant", "bee", "cat", "dog"], [None] * 4, "reinitialized"),
         (["images"], ["images"], [0], "kept"),
-        (["images"], ["ant", "bee"], [None], "drawn anew"),
+        (["images"], ["ant", "bee"], [None], "reinitialized"),
         (["bee", "cat", "dog", "zebra"], None, [0, 1, 2, 3], "kept"),
     ],
 )
@@ -112,7 +112,7 @@ def test_class_embeddings_go_with_the_names_of_the_classes(here, there, rows, ki
     )
     assert done == kind and ("100.0% of the parameters kept" in caplog.text) == (None not in rows)
     if there is None:
-        assert "does not name its classes" in caplog.text
+        assert "stores no class names" in caplog.text
     else:
         kept = len(rows) - rows.count(None)
         assert f"class embeddings: {kept} of {len(rows)} kept, by the names" in caplog.text
@@ -148,7 +148,7 @@ def test_positions_are_resized_over_the_grid(img_size, buffer_size):
     done = start(model, other)
     expected = {"encoder_pos_embed_learned", "decoder_pos_embed_learned"}
     assert set(done["resized"]) == expected | ({"output_pos_embed"} if side != 4 else set())
-    assert not done["drawn anew"]
+    assert not done["reinitialized"]
     found = model.backbone.output_pos_embed[0, :, 0].detach().unflatten(0, (side, side))
     rows, columns = (
         (torch.arange(side) + 0.5) * 4 / side - 0.5,
@@ -168,7 +168,7 @@ def test_files_that_do_not_tell_their_order_or_buffer_fit_all_the_same():
     other, model = filled(TokenBridge(**SMALL)), TokenBridge(**SMALL)
     content, _, path = content_of(other)
     done = finetune.start_from(model, content, {"latent_factor": 0.2325}, path, ema=False)
-    assert not done["drawn anew"]
+    assert not done["reinitialized"]
 
 
 def test_weights_of_another_model_are_refused():
@@ -197,7 +197,7 @@ def test_patterns_freeze_and_say_where_they_match_nothing():
     }
     assert frozen == expected | {"backbone.class_emb.weight"}
     with pytest.raises(
-        UserError, match=r"--freeze blocks.\* matches no parameter; there are fake_latent, .*"
+        UserError, match=r"--freeze blocks.\* matches no parameter; choose from fake_latent, .*"
     ):
         finetune.freeze(model, ["blocks.*"])
     with pytest.raises(UserError, match="leaves no parameter"):
@@ -222,7 +222,7 @@ def test_a_run_goes_on_with_other_classes_and_size_as_a_user_types_it(
     for part in (
         "of the parameters kept",
         "resized: encoder_pos",
-        "drawn anew: class_emb.weight",
+        "reinitialized: class_emb.weight",
         "frozen: ",
     ):
         assert part in caplog.text
@@ -282,7 +282,7 @@ def test_what_flags_leave_open_comes_from_the_weights(run, refused, cached, tmp_
         "main_tokenbridge",
         f"{common} --head ar --finetune {tmp_path}/first --output_dir {tmp_path}/third",
     )
-    assert "drawn anew: token_embeddings.*.weight" in caplog.text
+    assert "reinitialized: token_embeddings.*.weight" in caplog.text
     missing = refused(
         "main_tokenbridge", f"{common} --finetune {tmp_path}/nowhere --output_dir {tmp_path}/fourth"
     )

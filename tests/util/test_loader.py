@@ -227,7 +227,7 @@ def test_what_is_no_image_is_told(tmp_path):
     says = {
         "a.jpg": r"\(it is empty\)",
         "b.jpg": r"\(it is HEIC, .*pillow-heif",
-        "c.jpg": r"\(it is none\)",
+        "c.jpg": r"\(it is no image\)",
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
@@ -364,7 +364,7 @@ def test_metadata_of_no_tokenizer_is_named(refused, cached, tmp_path):
         "main_tokenbridge",
         f"{TINY} --use_cached --cached_path {cached} --output_dir {tmp_path}/run",
     )
-    assert "describes no tokenizer" in line and str(cached) in line
+    assert "does not describe a tokenizer" in line and str(cached) in line
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -484,10 +484,8 @@ def test_damaged_moments_are_left_out_counted_and_listed(
     tiny = TINY.replace("--num_workers 0", "--num_workers 1")
     command = f"{tiny} --use_cached --cached_path {tmp_path}/{'packed' if packed else 'cache'} --epochs 2 --lr 1e-3"
     line = refused("main_tokenbridge", f"{command} --output_dir {tmp_path}/run")
-    assert "class0/0.png" in line and line.endswith(
-        "or leave such images out with --skip_bad_images"
-    )
-    assert ("pack the cache anew" if packed else "renew them with main_cache.py") in line
+    assert "class0/0.png" in line and line.endswith("or skip such images with --skip_bad_images")
+    assert ("pack the cache again" if packed else "regenerate them with main_cache.py") in line
 
     caplog.clear()
     run("main_tokenbridge", f"{command} --output_dir {tmp_path}/run --skip_bad_images")

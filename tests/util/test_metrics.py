@@ -89,14 +89,14 @@ FINE = {"mu": np.zeros(2048), "sigma": np.eye(2048)}
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        ({"mu": np.full(2048, np.nan)}, "mu holds NaN"),
+        ({"mu": np.full(2048, np.nan)}, "mu contains NaN"),
         (
             {"sigma": np.full((2048, 2048), np.nan)},
-            "sigma holds NaN or infinity; make the statistics again",
+            "sigma contains NaN or infinity; compute the statistics again",
         ),
-        ({"sigma": np.full((2048, 2048), np.inf)}, "sigma holds NaN"),
-        ({"sigma": -np.eye(2048)}, "no covariance"),
-        ({"sigma": np.eye(2048) + np.eye(2048, k=1)}, "no covariance"),
+        ({"sigma": np.full((2048, 2048), np.inf)}, "sigma contains NaN"),
+        ({"sigma": -np.eye(2048)}, "not a covariance"),
+        ({"sigma": np.eye(2048) + np.eye(2048, k=1)}, "not a covariance"),
         ({"mu": np.full(2048, "a")}, "mu is <U1 and sigma is float64, expected numbers"),
     ],
 )
@@ -117,7 +117,7 @@ def test_weights_of_inception_that_are_not_finite_are_refused(inception, tmp_pat
     weights = torch.load(inception, weights_only=True)
     weights["fc.weight"][3, 5] = torch.nan
     torch.save(weights, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"weights\.pth is damaged: it holds NaN"):
+    with pytest.raises(UserError, match=r"weights\.pth is damaged: it contains NaN"):
         load_inception(str(tmp_path / "weights.pth"), torch.device("cpu"))
 
 

@@ -131,6 +131,6 @@ def test_what_cannot_be_converted_is_named(pack, cached, tmp_path):
             pack_command.main(command.split())
     path = next(cached.rglob("*.npz"))
     np.savez(path, **{name: np.full((16, 4, 4), 1e6, np.float32) for name in VIEWS})
-    with pytest.raises(UserError, match="pass the range of fp16"):
+    with pytest.raises(UserError, match="exceed the range of fp16"):
         pack("fp16")
     assert not (tmp_path / "packed-fp16" / "packed.json").exists()

@@ -124,15 +124,16 @@ def test_columns_are_found_by_type_then_by_name_or_as_asked_for(images, tmp_path
     assert other.read(5).tobytes() == data.read(0).tobytes() != data.read(5).tobytes()
     columns = r"thumb \(images\), coarse \(classes\), width \(integers\), image \(images\), label \(classes\)"
     with pytest.raises(
-        UserError, match=rf"--image_column pixels: .*no such column of images, but {columns}"
+        UserError,
+        match=rf"--image_column pixels: .*no such column of images; its columns are {columns}",
     ):
         Rows(path, "train", "pixels")
     with pytest.raises(
-        UserError, match=r"--label_column image: .*no such column of labels, but thumb"
+        UserError, match=r"--label_column image: .*no such column of labels; its columns are thumb"
     ):
         Rows(path, "train", None, "image")
     with pytest.raises(
-        UserError, match=r"row 0 of .* has 100 in column width, which is no class's number"
+        UserError, match=r"row 0 of .* has 100 in column width, which is not the number of a class"
     ):
         Rows(path, "train", None, "width")
     none = write_rows(tmp_path / "none", rows.select_columns(["label", "width"]))
@@ -306,7 +307,7 @@ def test_links_are_followed_but_never_upwards(images, tmp_path, caplog):
     counts = Counter(label for _, label in data.samples)
     assert counts == {0: 4, 1: 4, 2: 4, 3: 8, 4: 8} and len(AllImages(root).samples) == 28
     assert (
-        "folders are read twice, by links" in caplog.text
+        "folders are read twice because of links" in caplog.text
         and f"{root}/class9 is {root}/class3" in caplog.text
     )
 
@@ -417,7 +418,7 @@ def test_names_of_two_lines_are_told_in_one(images, tmp_path):
     path = images / "train" / "class0" / os.fsdecode(b"two\nlines\xff.png")
     path.write_bytes(b"none")
     data = ImageFolder(images / "train", bad_images=BadImages(tmp_path))
-    with pytest.raises(UserError, match=r"two\\nlines\udcff\.png \(it is none\)") as error:
+    with pytest.raises(UserError, match=r"two\\nlines\udcff\.png \(it is no image\)") as error:
         data.read(4)
     assert "\n" not in str(error.value)
 

@@ -27,7 +27,7 @@ from tests.fill import deterministic_fill
 from tests.processes import free_port, in_processes
 from util.checkpoint.load import load_optimizer
 from util.checksums import checksum
-from util.errors import ToldByMain, UserError
+from util.errors import ReportedByRank0, UserError
 from util.training_state import TrainingState, add_weight_decay
 
 
@@ -197,7 +197,7 @@ def test_a_damaged_checkpoint_ends_all_processes_and_one_tells():
 
     first, second = in_processes(2, resume)
     assert "here.pth has no weights" in str(first)
-    assert str(second) == str(first) and isinstance(second, ToldByMain)
+    assert str(second) == str(first) and isinstance(second, ReportedByRank0)
 
 
 def test_a_step_that_the_scaler_leaves_out_changes_neither_weights_nor_average():

@@ -1,4 +1,4 @@
-"""Starts training from another run's weights: keeps those that fit, resizes positions, draws the others anew."""
+"""Start training from the weights of another run: keep, resize or reinitialize each parameter."""
 
 import math
 import re
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.checkpoint.load import dense, fits, warn_of_young_average
+from util.checkpoint.load import dense, fits, warn_if_ema_is_untrained
 from util.checkpoint.names import to_published
 from util.errors import UserError, some
 from util.log import log
 from util.model_config import ENTRIES, KL16_CHANNEL_ORDER
 
-#: Position embeddings, and whether they have positions for the class embedding before those of the tokens.
+#: Position embeddings, and whether positions of the class embedding precede those of the tokens.
 POSITIONS = {
     "encoder_pos_embed_learned": True,
     "decoder_pos_embed_learned": True,
@@ -26,9 +26,9 @@ POSITIONS = {
 
 
 def resized(positions: Tensor, buffer: int, new_buffer: int, side: int) -> Tensor:
-    """Position embeddings ``[1, buffer + L, D]`` resized to ``[1, new_buffer + side^2, D]``.
+    """Resize position embeddings ``[1, buffer + L, D]`` to ``[1, new_buffer + side^2, D]``.
 
-    Those of tokens are interpolated bicubically over their grid, those before them linearly.
+    Embeddings of tokens are interpolated bicubically over their grid, those before them linearly.
     """
     before, tokens = positions.float().tensor_split([buffer], dim=1)
     old = math.isqrt(tokens.shape[1])
@@ -42,35 +42,40 @@ def resized(positions: Tensor, buffer: int, new_buffer: int, side: int) -> Tenso
 
 
 def by_class(
-    value: Any, parameter: Tensor, theirs: Any, classes: Sequence[str] | None, path: Path
+    value: Any, parameter: Tensor, saved_classes: Any, classes: Sequence[str] | None, path: Path
 ) -> tuple[Any, int]:
-    """Return the class embeddings to start from, and the number of rows that come from ``value``, a checkpoint's.
+    """Return the class embeddings to start from, and how many rows come from the checkpoint.
 
-    Rows are matched by the names of their classes, ``theirs`` and ``classes``. The others are those of ``parameter``.
-    If names are unknown, rows are matched by number, but only if the number of classes is the same. The log says which.
+    Rows are matched by class name. Rows of new classes keep their initialization. If names are
+    unknown, rows are matched by number, provided that the number of classes is the same. Both are
+    logged.
+
+    Args:
+        value: embeddings in the checkpoint, which may hold anything.
+        parameter: initialized embeddings of the model.
+        saved_classes: class names in the checkpoint.
+        classes: class names of the model; None if they are unknown.
+        path: the checkpoint, for messages.
     """
     if (
         classes is None
-        or not isinstance(theirs, list)
+        or not isinstance(saved_classes, list)
         or not dense(value)
-        or len(theirs) != len(value)
+        or len(saved_classes) != len(value)
     ):
         if not fits(value, parameter):
             return None, 0
-        log.warning(
-            "%s does not name its classes: embeddings are kept for classes of the same number", path
-        )
+        log.warning("%s stores no class names: class embeddings are matched by number", path)
         return value, len(value)
-    row_of = {name: row for row, name in enumerate(theirs)}
+    row_of = {name: row for row, name in enumerate(saved_classes)}
     rows = {row: row_of[name] for row, name in enumerate(classes) if name in row_of}
     new = [name for name in classes if name not in row_of]
     text = "class embeddings: %d of %d kept, by the names of the classes; reinitialized: %s"
     log.info(text, len(rows), len(classes), some(new) or "none")
     if not rows or not fits(value[: len(rows)], parameter[: len(rows)]):
         return None, 0
-    return parameter.index_put(
-        (torch.tensor([*rows]),), value[[*rows.values()]].to(parameter.dtype)
-    ), len(rows)
+    kept = value[[*rows.values()]].to(parameter.dtype)
+    return parameter.index_put((torch.tensor([*rows]),), kept), len(rows)
 
 
 def start_from(
@@ -81,43 +86,44 @@ def start_from(
     ema: bool,
     classes: Sequence[str] | None = None,
 ) -> dict[str, list[str]]:
-    """Loads those weights of a checkpoint that fit ``model``, and logs what is done with the others.
+    """Load the weights of a checkpoint that fit ``model``, and log what happens to the others.
 
     Args:
         model: a :class:`models.tokenbridge.TokenBridge`.
         content: the checkpoint, see :func:`util.checkpoint.runs.read_run`.
         config: configuration of its model.
-        ema: whether to take the averaged weights, if there are any.
+        ema: whether to use the EMA, if there is one.
         classes: names of the model's classes; see :func:`by_class`.
 
     Returns:
-        names of parameters, under ``"kept"``, ``"kept in part"``, ``"resized"`` and ``"drawn anew"``; under ``"left
-        out"`` those of the file that the model does not have.
+        names of parameters: ``"kept"``, ``"partly kept"``, ``"resized"``, ``"reinitialized"``; and
+        of ``"ignored"`` entries of the file, which the model does not have.
 
     Raises:
-        UserError: the checkpoint has no weights, they are not finite, or none of its transformer's fit.
+        UserError: the checkpoint has no weights, they are not finite, or none of its transformer
+            blocks fit.
     """
     weights = content.get("model_ema" if ema and "model_ema" in content else "model")
     if not isinstance(weights, Mapping):
         raise UserError(f"{path} has no weights under 'model'")
     weights = to_published(weights)
     if ema and "model_ema" in content:
-        warn_of_young_average(content, path)
+        warn_if_ema_is_untrained(content, path)
     learned: dict[str, Tensor] = to_published(dict(model.named_parameters()))
     order = model.config["channel_order"]
-    # Files without an order were written when there was one order only.
+    # Files without an order were written before there was a choice
     only_order = KL16_CHANNEL_ORDER if len(order) == len(KL16_CHANNEL_ORDER) else sorted(order)
     same_order = list(config.get("channel_order", only_order)) == order
-    # The number of positions of the class embedding is not stored, but follows from two shapes.
+    # The number of positions of the class embedding follows from two shapes
     shapes = [
         getattr(weights.get(name), "shape", ())
         for name in ("encoder_pos_embed_learned", "output_pos_embed")
     ]
     buffer = shapes[0][1] - shapes[1][1] if all(len(shape) == 3 for shape in shapes) else 0
     step_parameters = model.head.step_parameters
-    kinds = "kept", "kept in part", "resized", "drawn anew", "left out"
+    kinds = "kept", "partly kept", "resized", "reinitialized", "ignored"
     done: dict[str, list[str]] = {kind: [] for kind in kinds}
-    values = 0  # that are kept
+    values = 0  # number of values that are kept
     with torch.no_grad():
         for name, parameter in learned.items():
             value: Any = weights.get(name)
@@ -125,7 +131,7 @@ def start_from(
             if name == "class_emb.weight":
                 value, rows = by_class(value, parameter, config.get("class_names"), classes, path)
                 if rows < len(parameter):
-                    kind, count = "kept in part", rows * parameter.shape[1]
+                    kind, count = "partly kept", rows * parameter.shape[1]
             if (
                 name in POSITIONS
                 and isinstance(value, Tensor)
@@ -135,7 +141,7 @@ def start_from(
                 old, new = (buffer, model.config["buffer_size"]) if POSITIONS[name] else (0, 0)
                 value, kind = resized(value, old, new, model.grid_size), "resized"
             if not fits(value, parameter) or (name.startswith(step_parameters) and not same_order):
-                kind = "drawn anew"
+                kind = "reinitialized"
             elif not value.isfinite().all():
                 raise UserError(f"{path} is damaged: {name} holds values that are not finite")
             else:
@@ -143,13 +149,13 @@ def start_from(
                 values += count if kind != "resized" else 0
             done[kind].append(name)
     everything = to_published(model.state_dict())
-    done["left out"] = [name for name in weights if name not in everything]
+    done["ignored"] = [name for name in weights if name not in everything]
     if not any(name.startswith(("encoder_blocks.", "decoder_blocks.")) for name in done["kept"]):
         raise UserError(
             f"{path} is of another model: none of its transformer's weights fit. Check --model"
         )
-    share = values / sum(each.numel() for each in learned.values())
-    # Rounded down: 100.0% are all of them.
+    share = values / sum(parameter.numel() for parameter in learned.values())
+    # Rounded down: 100.0% means all of them
     log.info("starting from %s: %.1f%% of the parameters kept", path, math.floor(1000 * share) / 10)
     for kind in kinds[1:]:
         if done[kind]:
@@ -166,17 +172,22 @@ def start_from(
 
 
 def grouped(names: Sequence[str]) -> list[str]:
-    """Names with a star for their first number, each once: ``channel_heads.*.weight``."""
+    """Return each name once, with a star for its first number: ``channel_heads.*.weight``."""
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names))
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Excludes parameters from training by patterns (``*.bias``); UserError if one matches none, or all are frozen."""
+    """Exclude parameters from training by patterns of published names (``*.bias``).
+
+    Raises:
+        UserError: a pattern matches no parameter, or all parameters are frozen.
+    """
     learned = to_published(dict(model.named_parameters()))
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in learned):
             raise UserError(
-                f"--freeze {pattern} matches no parameter; there are {', '.join(grouped(list(learned)))}"
+                f"--freeze {pattern} matches no parameter; choose from "
+                f"{', '.join(grouped(list(learned)))}"
             )
     frozen = [name for name in learned if any(fnmatchcase(name, pattern) for pattern in patterns)]
     if len(frozen) == len(learned):

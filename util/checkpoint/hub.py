@@ -1,4 +1,4 @@
-"""Files of the Hugging Face Hub: fetched into its client's cache, their hashes compared."""
+"""Download files from the Hugging Face Hub into its client's cache, and verify their hashes."""
 
 import errno
 import hashlib
@@ -23,22 +23,22 @@ from huggingface_hub.errors import (
 
 from util.errors import UserError, reason
 
-#: Where the paper's models are, and MAR's copy of the KL-16 tokenizer.
+#: The repositories of the paper's models, and of MAR's copy of the KL-16 tokenizer.
 MODELS_REPO, VAE_REPO = "Epiphqny/TokenBridge", "xwen99/mar-vae-kl16"
 
 CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3", "huggingface_hub")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-#: ``hf://owner/repo[@revision]/path``; of the two slashes pathlib leaves one.
+#: ``hf://owner/repo[@revision]/path``; pathlib reduces the two slashes to one.
 ADDRESS = re.compile(
     r"hf:/+(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(?:/(?P<path>.*))?"
 )
-#: An address whose path ends otherwise is a folder's.
+#: Suffixes of files. An address with another ending is a folder.
 SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors", ".json")
 
 
 class Address(NamedTuple):
-    """Where a file lies on the Hub; ``revision`` is a branch, tag or commit, None for the newest."""
+    """A file or folder on the Hub. ``revision`` is a branch, tag or commit; None is the newest."""
 
     repo: str
     revision: str | None
@@ -50,78 +50,88 @@ class Address(NamedTuple):
 
 
 def is_address(path: str | Path | Address) -> bool:
-    """Whether ``path`` names something on the Hub."""
+    """Return whether ``path`` is an address on the Hub."""
     return str(path).startswith("hf:/")
 
 
-def parse(address: str | Path | Address) -> Address:
-    """The parts of ``hf://owner/repo[@revision]/path``; UserError if ``address`` has another form."""
-    found = ADDRESS.fullmatch(str(address))
-    if found is None:
+def parse_address(address: str | Path | Address) -> Address:
+    """Return the parts of ``hf://owner/repo[@revision]/path``; UserError for another form."""
+    match = ADDRESS.fullmatch(str(address))
+    if match is None:
         form = "hf://owner/repo/path or hf://owner/repo@revision/path"
-        raise UserError(f"{address} is no address on the Hub: write {form}")
-    return Address(found["repo"], found["revision"], (found["path"] or "").strip("/"))
+        raise UserError(f"{address} is not an address on the Hub: write {form}")
+    return Address(match["repo"], match["revision"], (match["path"] or "").strip("/"))
 
 
-def advice(error: Exception, what: Address | str, doing: str) -> str | None:
-    """What to tell the user about an error of the Hub's client; None for errors that are not of the Hub or network."""
-    repo, revision, path = what if isinstance(what, Address) else (what, None, "")
-    here = f"{constants.ENDPOINT}/{repo}"
+def connection_advice(error: Exception, target: Address | str, action: str) -> str | None:
+    """Return a message for the user about an error of the Hub's client or of the network.
+
+    The result is None for all other errors.
+
+    Args:
+        target: the file or repository.
+        action: the verb of the message, such as "download".
+    """
+    repo, revision, path = target if isinstance(target, Address) else (target, None, "")
+    url = f"{constants.ENDPOINT}/{repo}"
     match error:
         case GatedRepoError():
-            return f"{repo} is gated: accept its terms at {here}, then type hf auth login"
+            return f"{repo} is gated: accept its terms at {url}, then run hf auth login"
         case RepositoryNotFoundError():
             return (
-                f"there is no repository {repo} at {constants.ENDPOINT}, or it is private: check the name, or type "
-                "hf auth login (or set HF_TOKEN) for an account that may read it"
+                f"there is no repository {repo} at {constants.ENDPOINT}, or it is private: check "
+                "the name, or run hf auth login (or set HF_TOKEN) for an account that can read it"
             )
         case RevisionNotFoundError():
-            return f"{repo} has no revision {revision}: see {here}/branches"
+            return f"{repo} has no revision {revision}: see {url}/branches"
         case LocalEntryNotFoundError() | OfflineModeIsEnabled():
             return (
-                f"cannot {doing} {what}: {constants.ENDPOINT} cannot be reached (or HF_HUB_OFFLINE is set), and the "
-                f"file is not in the cache {constants.HF_HUB_CACHE}; check the network and start again"
+                f"cannot {action} {target}: {constants.ENDPOINT} cannot be reached (or "
+                f"HF_HUB_OFFLINE is set), and the file is not in the cache "
+                f"{constants.HF_HUB_CACHE}; check the network and start again"
             )
         case EntryNotFoundError():
-            return f"{repo} has no file {path}: see {here}/tree/{revision or 'main'}"
+            return f"{repo} has no file {path}: see {url}/tree/{revision or 'main'}"
         case HFValidationError():
-            return f"{what} cannot be a name on the Hub: {reason(error)}"
+            return f"{target} is not a valid name on the Hub: {reason(error)}"
         case HfHubHTTPError():
-            todo = "check the network and the account's rights (hf auth login), and start again"
-            return f"cannot {doing} {what}: {reason(error)}; {todo}"
+            return (
+                f"cannot {action} {target}: {reason(error)}; check the network and the "
+                "permissions of the account (hf auth login), and start again"
+            )
     if getattr(error, "errno", None) in DISK_FULL or "os error 28" in str(error):
         return (
-            f"cannot {doing} {what}: the disk is full; free space, or set HF_HOME, and start again"
+            f"cannot {action} {target}: the disk is full; free space, or set HF_HOME to another "
+            "disk, and start again"
         )
-    # Below the client, connections fail with errors of several libraries.
-    if (
-        isinstance(error, OSError | RuntimeError)
-        or type(error).__module__.partition(".")[0] in CLIENTS
-    ):
-        return f"cannot {doing} {what} ({reason(error)}); check the network and start again"
+    # Failed connections raise the errors of several libraries below the client.
+    from_client = type(error).__module__.partition(".")[0] in CLIENTS
+    if isinstance(error, OSError | RuntimeError) or from_client:
+        return f"cannot {action} {target} ({reason(error)}); check the network and start again"
     return None
 
 
 @contextmanager
-def explained(what: Address | str, doing: str = "fetch") -> Iterator[None]:
-    """Turns errors of the Hub's client in its block into UserErrors that say what to type next.
+def explained(target: Address | str, action: str = "download") -> Iterator[None]:
+    """Convert errors of the Hub's client in the block into UserErrors that say what to do.
 
     Args:
-        what: the file or repository, for the message; a URL for a file that is not on the Hub.
+        target: the file or repository, for the message; a URL for a file outside the Hub.
+        action: the verb of the message.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        message = advice(error, what, doing)
+        message = connection_advice(error, target, action)
         if message is None:
             raise
         raise UserError(message) from error
 
 
 def digest(path: str | Path, git: bool = False) -> str:
-    """SHA-256 of a file in hexadecimal, or with ``git`` the SHA-1 by which git names its content."""
+    """Return the SHA-256 of a file in hexadecimal; with ``git``, the SHA-1 of its git blob."""
     with open(path, "rb") as file:
         if not git:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -132,49 +142,47 @@ def digest(path: str | Path, git: bool = False) -> str:
 
 
 def fetch(address: str | Path | Address, names: Sequence[str] = (), **options) -> Path:
-    """Where the client's cache holds the file at an address of the Hub; one that it lacks is fetched first.
+    """Return the path of a Hub file in the client's cache; download the file if it is missing.
 
-    The hash of what was fetched is compared. Without a network the file of the cache is taken.
+    The hash of a downloaded file is verified. Without a network the cached file is used.
 
     Args:
-        names: files to look for, in this order, where the address is of a folder or of the whole repository.
-        options: of ``hf_hub_download``: ``token``, ``cache_dir``, ``force_download``, ``local_files_only``.
+        names: file names to look for, in this order, if the address is a folder or a repository.
+        options: of ``hf_hub_download``: ``token``, ``cache_dir``, ``force_download``,
+            ``local_files_only``.
 
     Raises:
-        UserError: the file cannot be fetched; the message says why, and what to type next.
+        UserError: the file cannot be downloaded. The message says why, and what to do.
     """
-    place = parse(address)
-    folder = not place.path.endswith(SUFFIXES)
-    files = (
-        [f"{place.path}/{name}".lstrip("/") for name in names] if folder and names else [place.path]
-    )
-    # Those in the cache first: without a network the client tries the others for long.
+    place = parse_address(address)
+    in_folder = bool(names) and not place.path.endswith(SUFFIXES)
+    paths = [f"{place.path}/{name}".lstrip("/") for name in names] if in_folder else [place.path]
+    # Cached files first: without a network the client takes long to give up on the others.
     with explained(place):
-        places = sorted(
-            (place._replace(path=file) for file in files),
+        files = sorted(
+            (place._replace(path=path) for path in paths),
             key=lambda file: cached(file, **options) is None,
         )
-    for file in places[:-1]:
-        if found := fetch_if_there(file, **options):
-            return found
+    for file in files[:-1]:
+        if local_path := fetch_if_there(file, **options):
+            return local_path
     try:
-        return fetch_file(places[-1], **options)
+        return fetch_file(files[-1], **options)
     except UserError as error:
-        if (
-            folder
-            and names
-            and is_missing(error)
-            and (there := holders(place, names, options.get("token")))
-        ):
-            raise UserError(
-                f"{place} holds no {names[0]}, but there is {', '.join(there)}: name one"
-            ) from error
-        raise
+        if not in_folder or not is_missing(error):
+            raise
+        folders = folders_with(place, names, options.get("token"))
+        if not folders:
+            raise
+        raise UserError(
+            f"{place} has no {names[0]}, but the repository has these folders: "
+            f"{', '.join(folders)}; choose one"
+        ) from error
 
 
-def holders(place: Address, names: Sequence[str], token: str | bool | None) -> list[str]:
-    """Return the addresses of those folders in the repository of ``place`` that hold one of ``names``."""
-    with explained(place, "look into"):
+def folders_with(place: Address, names: Sequence[str], token: str | bool | None) -> list[str]:
+    """Return the addresses of all folders of the repository that contain one of ``names``."""
+    with explained(place, "list"):
         files = HfApi(token=token).model_info(place.repo, revision=place.revision).siblings or ()
     paths = [PurePosixPath(file.rfilename) for file in files]
     folders = {str(path.parent).removeprefix(".") for path in paths if path.name in names}
@@ -182,39 +190,37 @@ def holders(place: Address, names: Sequence[str], token: str | bool | None) -> l
 
 
 def cached(place: Address, cache_dir: str | Path | None = None, **_) -> str | None:
-    """The path of a file in the client's cache, None if it is not there."""
-    found = (
-        try_to_load_from_cache(place.repo, place.path, cache_dir, place.revision)
-        if place.path
-        else None
-    )
-    return found if isinstance(found, str) else None
+    """Return the path of a file in the client's cache; None if it is not cached."""
+    if not place.path:
+        return None
+    path = try_to_load_from_cache(place.repo, place.path, cache_dir, place.revision)
+    return path if isinstance(path, str) else None
 
 
 def fetch_file(place: Address, **options) -> Path:
-    """The path of one file in the client's cache, see :func:`fetch`."""
+    """Return the path of one file in the client's cache; see :func:`fetch`."""
     if not place.path:
-        raise UserError(f"{place} names no file: write hf://owner/repo/path")
+        raise UserError(f"{place} does not name a file: write hf://owner/repo/path")
     with explained(place):
-        before = cached(place, **options)
+        path_before = cached(place, **options)
         path = Path(hf_hub_download(place.repo, place.path, revision=place.revision, **options))
-    # The client's link leads to a file, or a link into a common store, whose name is the hash that the Hub tells.
+    # The cache entry links to a file, or to a link into a shared store, whose name is the hash that
+    # the Hub reports.
     blob = path.parent / path.readlink() if path.is_symlink() else path
-    if (
-        str(path) != before
-        and len(blob.name) in (40, 64)
-        and digest(blob, git=len(blob.name) == 40) != blob.name
-    ):
+    is_new = str(path) != path_before
+    has_hash = len(blob.name) in (40, 64)
+    if is_new and has_hash and digest(blob, git=len(blob.name) == 40) != blob.name:
         for damaged in (blob.resolve(), blob, path):
             damaged.unlink(missing_ok=True)
         raise UserError(
-            f"{place} arrived damaged: its hash is not what the Hub tells; start again to fetch it anew"
+            f"the download of {place} is damaged: its hash differs from the one on the Hub; start "
+            "again to download it again"
         )
     return path
 
 
 def fetch_if_there(place: Address, **options) -> Path | None:
-    """:func:`fetch_file`, or None if the Hub says that there is no such file."""
+    """Return :func:`fetch_file`, or None if the Hub reports that there is no such file."""
     try:
         return fetch_file(place, **options)
     except UserError as error:
@@ -229,24 +235,34 @@ def is_missing(error: UserError) -> bool:
     return isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError)
 
 
-def fetch_beside(address: str | Path | Address, found: Path, name: str, **options) -> None:
-    """Fetches ``name``, if there is such a file, from the folder and commit of ``found``, fetched from ``address``."""
-    place = parse(address)
-    folder = place.path.removesuffix(found.name).strip("/")
-    commit = found.parents[
-        len(PurePosixPath(folder).parts)
-    ].name  # the cache has a folder for each commit
+def fetch_beside(address: str | Path | Address, fetched: Path, name: str, **options) -> None:
+    """Download ``name``, if it exists, from the same folder and commit as a downloaded file.
+
+    Args:
+        address: the address that was downloaded.
+        fetched: its path in the cache.
+    """
+    place = parse_address(address)
+    folder = place.path.removesuffix(fetched.name).strip("/")
+    # The cache has a folder for each commit.
+    commit = fetched.parents[len(PurePosixPath(folder).parts)].name
     beside = place._replace(revision=commit, path=f"{folder}/{name}".lstrip("/"))
-    known = try_to_load_from_cache(place.repo, beside.path, options.get("cache_dir"), commit)
-    if known is None or isinstance(known, str):  # else the cache remembers that the Hub has none
+    cache_entry = try_to_load_from_cache(place.repo, beside.path, options.get("cache_dir"), commit)
+    # Any other entry records that the Hub has no such file.
+    if cache_entry is None or isinstance(cache_entry, str):
         fetch_if_there(beside, **options)
 
 
 def make_repo(repo_id: str, private: bool | None = None, token: str | None = None) -> None:
-    """Makes a model's repository, if there is none; UserError if one should be private but is already public."""
+    """Create a model repository if it does not exist.
+
+    Raises:
+        UserError: ``private`` is True, and the repository exists and is public.
+    """
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if private and not api.model_info(repo_id).private:
         raise UserError(
-            f"{repo_id} is there already, and not private: choose another name, or change its settings"
+            f"{repo_id} already exists and is public: choose another name, or make it private in "
+            "its settings"
         )

@@ -1,4 +1,4 @@
-"""Loads a checkpoint's content into a model, its optimizer and scaler, after comparing shapes, types and values."""
+"""Load the content of a checkpoint into a model, an optimizer and a scaler, after checking it."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ SHAPE_HINT = "Check --model, --quant_bits, --class_num, --img_size, --patch_size
 
 
 def dense(value: Any) -> bool:
-    """Whether ``value`` is a tensor that is neither sparse, quantized nor without values (``meta``)."""
+    """Return whether ``value`` is a tensor with values that is neither sparse nor quantized."""
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
@@ -26,53 +26,58 @@ def dense(value: Any) -> bool:
     )
 
 
-def described(value: Any, other: Tensor) -> str:
-    """For messages, the shape of a file's ``value``, and its type where that differs from ``other``'s."""
+def describe_entry(value: Any, expected: Tensor) -> str:
+    """Return the shape of ``value``, and its type if it differs from the expected one, as text."""
+    if not isinstance(value, Tensor):
+        return f"not a tensor but {type(value).__name__}"
     if not dense(value):
-        return (
-            "no dense tensor"
-            if isinstance(value, Tensor)
-            else f"no tensor but {type(value).__name__}"
-        )
-    return str(list(value.shape)) + (f" {value.dtype}" if value.dtype != other.dtype else "")
+        return "not a dense tensor"
+    return str(list(value.shape)) + (f" {value.dtype}" if value.dtype != expected.dtype else "")
 
 
-def fits(value: Any, other: Tensor) -> bool:
-    """Whether ``value`` has ``other``'s shape, and its type or one that float32 holds exactly."""
+def fits(value: Any, expected: Tensor) -> bool:
+    """Return whether ``value`` has the expected shape, and the expected type or a narrower one.
+
+    float16 and bfloat16 are narrower than float32.
+    """
     if not dense(value):
         return False
-    narrower = other.dtype == torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
-    return value.shape == other.shape and (value.dtype == other.dtype or narrower)
+    narrower = expected.dtype == torch.float32 and value.dtype in (torch.float16, torch.bfloat16)
+    return value.shape == expected.shape and (value.dtype == expected.dtype or narrower)
 
 
 def matching(
     weights: Mapping[str, Any], expected: Mapping[str, Tensor], path: str | Path, hint: str
 ) -> dict[str, Tensor]:
-    """The entries of ``weights`` that ``expected`` names; a warning lists the others.
+    """Return the entries of ``weights`` that ``expected`` names; warn about all others.
 
     Raises:
-        UserError: entries are missing, or their shape, type or values do not fit; it lists them, with ``hint``.
+        UserError: entries are missing, or have another shape or type, or are not finite. The
+            message lists them, and ends with ``hint``.
     """
-    problems: dict[str, list[str]] = {
-        "missing": [],
-        "of another shape or type": [],
-        "not finite": [],
-    }
+    missing: list[str] = []
+    misfits: list[str] = []
+    not_finite: list[str] = []
     for name, value in expected.items():
         if name not in weights:
-            problems["missing"].append(name)
-        elif not fits(found := weights[name], value):
-            problem = f"{name} {described(found, value)} (expected {list(value.shape)})"
-            problems["of another shape or type"].append(problem)
-        elif not (
-            found.isfinite() | ~value.isfinite().to(found.device)
-        ).all():  # attention masks hold -inf
-            problems["not finite"].append(name)
+            missing.append(name)
+            continue
+        entry = weights[name]
+        if not fits(entry, value):
+            misfits.append(f"{name} {describe_entry(entry, value)} (expected {list(value.shape)})")
+        # Attention masks contain -inf.
+        elif not (entry.isfinite() | ~value.isfinite().to(entry.device)).all():
+            not_finite.append(name)
     unexpected = [str(name) for name in weights if name not in expected]
 
-    if any(problems.values()):
-        problems["unexpected"] = unexpected
-        listed = "; ".join(f"{what}: {some(names)}" for what, names in problems.items() if names)
+    if missing or misfits or not_finite:
+        problems = {
+            "missing": missing,
+            "of another shape or type": misfits,
+            "not finite": not_finite,
+            "unexpected": unexpected,
+        }
+        listed = "; ".join(f"{kind}: {some(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{path} does not fit: {listed}. {hint}")
     if unexpected:
         warn(
@@ -84,39 +89,43 @@ def matching(
     return {name: weights[name] for name in expected}
 
 
-def warn_of_young_average(content: Mapping[str, Any], path: str | Path) -> None:
-    """Warns of an average that is mostly of drawn weights: of a short run that did not warm it up."""
+def warn_if_ema_is_untrained(content: Mapping[str, Any], path: str | Path) -> None:
+    """Warn if the EMA still contains the initial weights: after a short run without EMA warmup."""
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     warmed_up = content.get("ema_warmup", "average_steps" in content)
     if warmed_up or not isinstance(args, dict) or not isinstance(args.get("ema_rate"), float):
         return
-    steps = (content.get("epoch", -1) + 1) * content.get("steps_per_epoch", 0) + content.get(
-        "step", 0
-    )
+    finished_epochs = content.get("epoch", -1) + 1
+    steps = finished_epochs * content.get("steps_per_epoch", 0) + content.get("step", 0)
     if 0 < steps < 3 / max(1 - args["ema_rate"], 1e-8):
-        advice = "take the weights themselves (--no_ema, ema=False), or train on with --resume"
         warn(
-            "%s: its average has seen %d steps only and is partly of random weights; %s",
+            "%s: its EMA covers only %d steps and still contains the initial weights; use the "
+            "plain weights (--no_ema, ema=False), or train longer with --resume",
             path,
             steps,
-            advice,
         )
 
 
 def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path, ema: bool) -> None:
-    """Loads averaged (``ema``) or plain weights, and the quantizer's tables; UserError if there are none that fit."""
-    ema = (
-        ema and content.get("averaged") is not True
-    )  # a file of averages only has them under "model"
+    """Load the EMA (``ema``) or the plain weights, and the quantizer's tables, into ``model``.
+
+    Raises:
+        UserError: the checkpoint has no such weights, or they do not fit.
+    """
+    # A file that holds only the EMA stores it under "model".
+    ema = ema and content.get("averaged") is not True
     key = "model_ema" if ema else "model"
     weights, plain = content.get(key), content.get("model")
     if not isinstance(weights, Mapping):
-        hint = "; --no_ema takes those under 'model'" if ema and isinstance(plain, Mapping) else ""
+        has_plain = ema and isinstance(plain, Mapping)
+        hint = "; --no_ema uses the weights under 'model'" if has_plain else ""
         raise UserError(f"{path} has no weights under '{key}'{hint}")
-    expected, weights = to_published(model.state_dict()), to_published(weights)
-    if ema:  # only learned entries are averaged; tables are stored with the plain weights
-        warn_of_young_average(content, path)
+    expected = to_published(model.state_dict())
+    weights = to_published(weights)
+    if ema:
+        warn_if_ema_is_untrained(content, path)
+        # The EMA covers learned entries only. The tables are stored with the plain weights.
         tables = set(expected) - set(to_published(dict(model.named_parameters())))
         plain = to_published(plain) if isinstance(plain, Mapping) else {}
         weights = {**weights, **{name: plain.get(name, expected[name]) for name in tables}}
@@ -129,13 +138,17 @@ def load_weights(model: nn.Module, content: Mapping[str, Any], path: str | Path,
 def load_optimizer(
     optimizer: torch.optim.Optimizer, state: Mapping[str, Any], path: str | Path
 ) -> None:
-    """Loads an optimizer's moments, not its settings, such as rates; UserError if they are damaged or do not fit."""
-    options = [
+    """Load the optimizer state, but not settings such as learning rates.
+
+    Raises:
+        UserError: the state is damaged or does not fit.
+    """
+    settings = [
         {name: value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
     ]
     try:
-        # Copies, since what was read may be mapped from a file that this run replaces.
+        # Copies, because the tensors may be mapped from a file that this run replaces.
         entries = {
             number: {
                 name: value.clone() if isinstance(value, Tensor) else value
@@ -143,40 +156,39 @@ def load_optimizer(
             }
             for number, entry in state["state"].items()
         }
-        # These settings decide on which device torch puts the counts of steps: this run's, not the file's.
+        # These settings determine the device of the step counts: use this run's, not the file's.
         groups = [dict(group) for group in state["param_groups"]]
-        for group, ours in zip(groups, options, strict=False):
-            group |= {
-                name: ours[name] for name in ("fused", "capturable", "foreach") if name in ours
-            }
+        for group, own in zip(groups, settings, strict=False):
+            group |= {name: own[name] for name in ("fused", "capturable", "foreach") if name in own}
         optimizer.load_state_dict({"state": entries, "param_groups": groups})
         parameters = [
             parameter for group in optimizer.param_groups for parameter in group["params"]
         ]
         for number, parameter in enumerate(parameters):
-            entry = entries.get(number, {})
-            if entry and set(entry) != {"step", "exp_avg", "exp_avg_sq"}:
-                raise ValueError(f"entry {number} has {', '.join(map(str, entry))}")
-            for name, value in entry.items():
-                expected = torch.zeros(()) if name == "step" else parameter
-                if not fits(
-                    torch.as_tensor(value, dtype=torch.float32) if name == "step" else value,
-                    expected,
-                ):
-                    raise ValueError(f"{name} of entry {number} is {described(value, expected)}")
-                if not torch.as_tensor(value).isfinite().all():
-                    raise ValueError(f"{name} of entry {number} is not finite")
+            check_optimizer_entry(entries.get(number, {}), number, parameter)
     except Exception as error:  # torch checks little, so a damaged state may raise anything
-        what = reason(error)
         raise UserError(
-            f"{path}: its optimizer state is damaged, or of another model ({what})"
+            f"{path}: its optimizer state is damaged, or belongs to another model ({reason(error)})"
         ) from error
-    for group, ours in zip(optimizer.param_groups, options, strict=True):
-        group.update(ours)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def check_optimizer_entry(entry: Mapping[str, Any], number: int, parameter: Tensor) -> None:
+    """Raise ValueError unless AdamW's state of one parameter is empty, or complete and finite."""
+    if entry and set(entry) != {"step", "exp_avg", "exp_avg_sq"}:
+        raise ValueError(f"entry {number} has {', '.join(map(str, entry))}")
+    for name, value in entry.items():
+        expected = torch.zeros(()) if name == "step" else parameter
+        tensor = torch.as_tensor(value, dtype=torch.float32) if name == "step" else value
+        if not fits(tensor, expected):
+            raise ValueError(f"{name} of entry {number} is {describe_entry(value, expected)}")
+        if not torch.as_tensor(value).isfinite().all():
+            raise ValueError(f"{name} of entry {number} is not finite")
 
 
 def load_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any], path: str | Path) -> None:
-    """Loads the scale of fp16's gradients; raises UserError if its state is damaged."""
+    """Load the state of the fp16 gradient scaler; UserError if it is damaged."""
     numbers = [
         value
         for value in state.values()

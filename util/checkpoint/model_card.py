@@ -1,4 +1,4 @@
-"""The card, ``README.md``, of a model's folder or repository: its sizes, its metrics, an example of its use."""
+"""The model card (``README.md``) of a folder or repository: sizes, metrics, example of use."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -27,14 +27,15 @@ def model_card(
     figures: Mapping[str, Any] | None = None,
     licence: str | None = None,
 ) -> ModelCard:
-    """The card of a TokenBridge.
+    """Return the model card of a TokenBridge.
 
     Args:
         model: a :class:`models.tokenbridge.TokenBridge`.
-        data: what the Hub shows beside the card.
-        repo_id: where the card's example loads the model from.
-        tokenizer: where it loads the tokenizer from; by default the published KL-16, if the latent factors agree.
-        figures: content of a ``samples.json`` of ``main_tokenbridge.py``: metrics, and the settings of the evaluation.
+        data: metadata that the Hub shows.
+        repo_id: path or repository of the model, for the example in the card.
+        tokenizer: path or address of the tokenizer, for the example; by default the published
+            KL-16, if the latent factors agree.
+        figures: content of a ``samples.json``: metrics and settings of an evaluation.
         licence: of the weights, by the Hub's short name, such as ``mit``.
     """
     data = copy.deepcopy(data)
@@ -54,32 +55,31 @@ def model_card(
         images=min(8, model.class_num),
         sizes=sizes_table(model),
         figures=figures_table(figures or {}, [*SETTINGS, *model.head.option_names()]),
-        licence=f"{licence}." if licence else "Not stated: ask whoever trained it.",
+        licence=f"{licence}." if licence else "Not stated. Ask the authors of the model.",
     )
 
 
 def sizes_table(model: nn.Module) -> str:
-    """A table of the model's sizes."""
-    c = model.config
+    """Return a table of the model's sizes."""
+    config = model.config
+    size = config["img_size"]
+    depths = f"{config['encoder_depth']} + {config['decoder_depth']}"
+    head_size = f"{config['channel_depth']} blocks of width {config['channel_embed_dim']}"
+    levels = config["quant_levels"]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = [
-        ["parameters", f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M"],
-        ["image", f"{c['img_size']} x {c['img_size']} pixels, {c['class_num']} classes"],
-        [
-            "tokens",
-            f"{model.seq_len} of {model.token_dim} channels, {c['quant_levels']} levels each",
-        ],
-        [
-            "backbone",
-            f"{c['encoder_depth']} + {c['decoder_depth']} blocks of width {c['encoder_embed_dim']}",
-        ],
-        ["head", f"{c['head']}, {c['channel_depth']} blocks of width {c['channel_embed_dim']}"],
+        ["parameters", f"{parameters / 1e6:.1f}M"],
+        ["image", f"{size} x {size} pixels, {config['class_num']} classes"],
+        ["tokens", f"{model.seq_len} of {model.token_dim} channels, {levels} levels each"],
+        ["backbone", f"{depths} blocks of width {config['encoder_embed_dim']}"],
+        ["head", f"{config['head']}, {head_size}"],
         ["latent factor", model.metadata.get("latent_factor") or "the tokenizer's"],
     ]
     return markdown(["", ""], rows)
 
 
 def figures_table(figures: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return a table of an evaluation's metrics and the settings ``names``; empty if there are no metrics."""
+    """Return a table of metrics and the settings ``names``; empty if there are no metrics."""
     metrics = [[title, figures[name]] for name, title in METRIC_TITLES.items() if name in figures]
     settings = figures.get("settings", {})
     rows = metrics + [[name, settings[name]] for name in names if settings.get(name) is not None]

@@ -1,5 +1,6 @@
-"""Find and check the checkpoint that a run resumes or evaluates."""
+"""Find and check checkpoints: to resume a run, to evaluate, and for ``from_pretrained``."""
 
+import difflib
 import socket
 import time
 from collections.abc import Sequence
@@ -19,93 +20,148 @@ from util.checkpoint.files import (
 from util.errors import UserError
 from util.log import log
 
-LOOKS, PAUSE = (
-    12,
-    5.0,
-)  # how often, and after how many seconds, a folder is looked at again: networks' disks lag
+#: A folder is checked up to this many times, this many seconds apart: network disks have a delay.
+LOOKS, PAUSE = 12, 5.0
+
+#: The progress of a folder without a readable checkpoint.
+NO_PROGRESS = (-2, 0.0)
 
 
 def find_checkpoint(
     resume: str | Path | hub.Address, names: Sequence[str] = RUN_NAMES, **options
 ) -> Path:
-    """The checkpoint in folder ``resume``, or ``resume`` itself (see :func:`located`); UserError if there is none."""
+    """Return the checkpoint in folder ``resume``, or ``resume`` itself if it is a file.
+
+    The arguments are those of :func:`util.checkpoint.files.locate`.
+
+    Raises:
+        UserError: there is no checkpoint.
+    """
     path = locate(resume, names, **options)
     if not path.is_file():
-        there = "in" if Path(str(resume)).is_dir() else "at"
+        preposition = "in" if Path(str(resume)).is_dir() else "at"
         raise UserError(
-            f"no {names[0]} {there} {resume}; name the file, or the folder that holds it"
+            f"no {names[0]} {preposition} {resume}; pass the file, or the folder that contains it"
         )
     return path
+
+
+def find_pretrained(
+    model: str | Path, revision: str | None = None, **options
+) -> tuple[Path, str | Path | hub.Address]:
+    """Return the checkpoint of ``from_pretrained``, and the path or address where it was found.
+
+    Args:
+        model, revision: see :meth:`models.tokenbridge.TokenBridge.from_pretrained`.
+        options: of :func:`util.checkpoint.hub.fetch`.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    source: str | Path | hub.Address = model
+    if not hub.is_address(model) and not Path(model).exists():
+        folder = Path(model).parent
+        siblings = [str(path) for path in folder.iterdir()] if folder.is_dir() else []
+        if close := difflib.get_close_matches(str(Path(model)), siblings, n=1):
+            raise UserError(f"there is no file or folder {model}; did you mean {close[0]}?")
+        if str(model).count("/") != 1:
+            raise UserError(
+                f"there is no file or folder {model}, and it is not a repository (owner/repo) on "
+                "the Hub"
+            )
+        source = f"hf://{model}"
+    if hub.is_address(source) and revision is not None:
+        address = hub.parse_address(source)
+        if address.revision not in (None, revision):
+            raise UserError(
+                f"{source} has another revision than revision={revision}: pass only one of them"
+            )
+        source = address._replace(revision=revision)
+    try:
+        return find_checkpoint(source, **options), source
+    except UserError as error:
+        if not hub.is_address(source) or hub.is_address(model):
+            raise
+        raise UserError(f"there is no local folder {model}; on the Hub: {error}") from error
 
 
 def find_checkpoint_to_resume(
     resume: str | Path, output_dir: str | Path, names: Sequence[str] = RUN_NAMES
 ) -> Path | None:
-    """:func:`find`, or None where ``resume`` is the run's own folder and holds no checkpoint yet: a fresh start.
+    """Return :func:`find_checkpoint`; None if the run's own folder has no checkpoint yet.
 
-    If the newest checkpoint is missing but earlier ones are there, its path is returned for :func:`read_newest_whole`.
+    If the newest checkpoint is missing but earlier ones exist, the path of the newest is returned
+    for :func:`read_newest_checkpoint`.
+
+    Raises:
+        UserError: ``resume`` is another folder than ``output_dir``, and has no checkpoint.
     """
     try:
         return find_checkpoint(resume, names)
     except UserError:
         if Path(resume).resolve() != Path(output_dir).resolve():
             raise
-        if older_checkpoints(newest := Path(resume) / names[0]):
+        newest = Path(resume) / names[0]
+        if older_checkpoints(newest):
             return newest
-        log.info("no %s in %s: starting afresh", names[0], resume)
+        log.info("no %s in %s: starting a new run", names[0], resume)
         return None
 
 
 def check_folder_is_free(output_dir: str | Path, resume: str, name: str) -> None:
-    """Raises UserError if ``output_dir`` holds ``name``, another run's, and the run does not resume."""
+    """Raise UserError if a run that does not resume would overwrite ``name`` in ``output_dir``."""
     if not resume and (Path(output_dir) / name).exists():
         raise UserError(
-            f"{output_dir} holds {name} of another run: name another --output_dir, or continue that run with "
-            f"--resume {output_dir}"
+            f"{output_dir} contains {name} of another run: choose another --output_dir, or "
+            f"continue that run with --resume {output_dir}"
         )
 
 
 def run_progress(resume: str | Path, names: Sequence[str] = RUN_NAMES) -> tuple[int, float]:
-    """Return the epoch of the newest readable checkpoint in ``resume``, and the share of the next one that is done.
+    """Return the last finished epoch of the newest readable checkpoint, and the share of the next.
 
-    The result is (-2, 0.0) if there is none. Tensors are not read.
+    The result is :data:`NO_PROGRESS` if there is no such checkpoint. Tensors are not read.
     """
-    path = locate(resume, names)
-    for each in (path, *older_checkpoints(path)):
+    newest = locate(resume, names)
+    for path in (newest, *older_checkpoints(newest)):
         try:
-            content = read_checkpoint(each, checksums=False)
+            content = read_checkpoint(path, checksums=False)
         except UserError:
             continue
-        epoch, step, steps = (
-            content.get(*entry) for entry in (("epoch", -1), ("step", 0), ("steps_per_epoch", 1))
-        )
+        epoch = content.get("epoch", -1)
+        step = content.get("step", 0)
+        steps = content.get("steps_per_epoch", 1)
         if all(type(number) is int for number in (epoch, step, steps)) and steps > 0:
             return epoch, step / steps
-    return -2, 0.0
+    return NO_PROGRESS
 
 
 def check_newest_checkpoint(resume: str | Path, names: Sequence[str] = RUN_NAMES) -> None:
-    """Raise UserError, on all ranks, if another machine than that of rank 0 has a newer checkpoint.
+    """Raise UserError, on all ranks, if another machine has a newer checkpoint than rank 0's.
 
-    A run would otherwise continue from an older one, or start afresh, when rank 0 has moved to another machine. Epoch
-    and step in the files decide, not their times: clocks of machines differ, and copies get new times.
+    When rank 0 moves to another machine, the run would otherwise continue from an older checkpoint,
+    or start again. Epoch and step are compared, not file times: the clocks of machines differ, and
+    copies get new times.
     """
-    for look in range(LOOKS):
-        mine = run_progress(resume, names) if distributed.is_local_main_process() else (-2, 0.0)
-        found = distributed.gather_objects((mine, socket.gethostname()))
-        newest, host = max(found)
-        if newest == found[0][0]:
+    for attempt in range(LOOKS):
+        is_reader = distributed.is_local_main_process()
+        progress = run_progress(resume, names) if is_reader else NO_PROGRESS
+        all_progress = distributed.gather_objects((progress, socket.gethostname()))
+        newest, newest_host = max(all_progress)
+        rank_0_progress, rank_0_host = all_progress[0]
+        if newest == rank_0_progress:
             return
-        if look < LOOKS - 1:
+        if attempt < LOOKS - 1:
             time.sleep(PAUSE)
     distributed.raise_on_all_ranks(
-        f"{host} holds a newer checkpoint in {resume} than {found[0][1]}, where process 0 runs: let process 0 run on "
-        f"{host}, or put --output_dir and --resume on a disk that all machines share"
+        f"{newest_host} has a newer checkpoint in {resume} than {rank_0_host}, where rank 0 runs: "
+        f"run rank 0 on {newest_host}, or put --output_dir and --resume on a disk that all "
+        "machines share"
     )
 
 
 def is_plain(value: Any) -> bool:
-    """Whether ``value`` is a number, a string, None, or a list of such values."""
+    """Return whether ``value`` is a number, a string, None, or a list of such values."""
     return (
         value is None
         or isinstance(value, int | float | str)
@@ -114,23 +170,22 @@ def is_plain(value: Any) -> bool:
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
-    """A TokenBridge's checkpoint: :func:`read`, with the types and ranges of its entries checked.
+    """Return the content of a TokenBridge checkpoint, with types and ranges checked.
 
     Raises:
-        UserError: see :func:`read`; or an entry has the wrong type or range.
+        UserError: see :func:`util.checkpoint.files.read_checkpoint`; or an entry has the wrong type
+            or range.
     """
     return check_run(read_checkpoint(path), Path(path))
 
 
 def check_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """:func:`read_run` for ``content`` that :func:`read` read from ``path``."""
+    """Return ``content``, read from ``path``, after the checks of :func:`read_run`."""
     if "config" not in content and (stored := config_beside(path)):
-        content |= {
-            "config": stored,
-            "averaged": True,
-        }  # save_pretrained writes the weights that sampling uses
+        # save_pretrained writes the EMA under "model".
+        content |= {"config": stored, "averaged": True}
     if isinstance(content.get("config"), dict) and "vae" in content["config"]:
-        raise UserError(f"{path} is a tokenizer, not a TokenBridge: it goes with --vae_path")
+        raise UserError(f"{path} is a tokenizer, not a TokenBridge: pass it as --vae_path")
     lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "world_size": 1, "average_steps": 0}
     numbers = {name: content[name] for name in lowest if name in content}
     wrong = [
@@ -156,23 +211,27 @@ def check_run(content: dict[str, Any], path: Path) -> dict[str, Any]:
             wrong.append("config.latent_factor")
     if wrong:
         raise UserError(
-            f"{path} is damaged, or of another program: it cannot have such entries as {', '.join(wrong)}"
+            f"{path} is damaged, or of another program: these entries have a wrong type or range: "
+            f"{', '.join(wrong)}"
         )
     return content
 
 
 def read_newest_checkpoint(path: Path) -> tuple[dict[str, Any], Path]:
-    """The checkpoint at ``path``, or with a warning the newest earlier one that is whole; and its file."""
+    """Return the checkpoint at ``path`` and its file; the newest readable earlier one if damaged.
+
+    A warning reports that an earlier checkpoint is used.
+    """
     try:
         return read_run(path), path
     except Refused:
         raise
     except UserError as error:
-        for old in older_checkpoints(path):
+        for older in older_checkpoints(path):
             try:
-                content = read_run(old)
+                content = read_run(older)
             except UserError:
                 continue
-            log.warning("%s; continuing from the one before, %s", error, old)
-            return content, old
+            log.warning("%s; continuing from the previous checkpoint, %s", error, older)
+            return content, older
         raise

@@ -1,4 +1,8 @@
-"""Checkpoints as safetensors files: tensors by their path, everything else as JSON in the metadata, checksums."""
+"""Read and write checkpoints as safetensors files, with checksums.
+
+Tensors are stored under their path in the nested content. The rest of the content is JSON in the
+metadata of the file.
+"""
 
 import argparse
 import json
@@ -15,42 +19,53 @@ from torch import Tensor
 from util.files import written_whole
 
 SUFFIX = ".safetensors"
-#: Entries of our files' metadata: the nested content with paths in the tensors' places, the CRC-32 of that text, and
-#: those of the tensors.
-TREE, TREE_CHECKSUM, CHECKSUMS = "tree", "tree_crc32", "crc32"
+
+#: Metadata: the nested content as JSON, with paths instead of tensors.
+TREE = "tree"
+#: Metadata: the CRC-32 of that JSON text.
+TREE_CHECKSUM = "tree_crc32"
+#: Metadata: the CRC-32 of each tensor, as JSON.
+CHECKSUMS = "crc32"
 
 
 def tensor_bytes(value: Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, of any type."""
+    """Return the bytes of a CPU tensor of any type."""
     return value.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """``value`` as JSON can hold it, its tensors put into ``tensors`` by path; ValueError if it holds other objects."""
+    """Return ``value`` as JSON types, with its tensors moved to ``tensors`` by their path.
+
+    Raises:
+        ValueError: ``value`` contains an object of another type.
+    """
     if isinstance(value, Tensor):
-        while path in tensors:  # a key with a dot may give the path of another tensor
+        while path in tensors:  # a key with a dot may produce the path of another tensor
             path += "_"
         tensors[path] = value
         return {"tensor": path}
     if isinstance(value, Mapping):
         prefix = f"{path}." if path else ""
-        return {
-            "dict": [
-                [key, take_tensors(each, f"{prefix}{key}", tensors)] for key, each in value.items()
-            ]
-        }
+        entries = [
+            [key, take_tensors(entry, f"{prefix}{key}", tensors)] for key, entry in value.items()
+        ]
+        return {"dict": entries}
     if isinstance(value, list | tuple):
-        each = [take_tensors(entry, f"{path}.{i}", tensors) for i, entry in enumerate(value)]
-        return {"list" if isinstance(value, list) else "tuple": each}
+        items = [take_tensors(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+        return {"list" if isinstance(value, list) else "tuple": items}
     if isinstance(value, argparse.Namespace):
         return {"namespace": take_tensors(vars(value), path, tensors)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise ValueError(f"{path} is a {type(value).__name__}, which only a program could read back")
+    raise ValueError(f"{path} is a {type(value).__name__}, which cannot be stored as data")
 
 
 def put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of :func:`take_tensors`; KeyError, TypeError or ValueError for another ``tree``."""
+    """Return the content that :func:`take_tensors` converted to ``tree`` and ``tensors``.
+
+    Raises:
+        KeyError, TypeError, ValueError: ``tree`` has another form.
+    """
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
@@ -58,15 +73,17 @@ def put_tensors(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "dict":
         return {key: put_tensors(value, tensors) for key, value in content}
-    if kind in ("list", "tuple"):
-        return (list if kind == "list" else tuple)(put_tensors(each, tensors) for each in content)
+    if kind == "list":
+        return [put_tensors(item, tensors) for item in content]
+    if kind == "tuple":
+        return tuple(put_tensors(item, tensors) for item in content)
     if kind == "namespace":
         return argparse.Namespace(**put_tensors(content, tensors))
     raise ValueError(f"unknown entry {kind}")
 
 
 def write(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a checkpoint, whole or not at all, so that :func:`read` gives all of it back.
+    """Write a checkpoint completely or not at all. :func:`read` returns the same content.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -80,38 +97,46 @@ def write(path: str | Path, content: Mapping[str, Any]) -> None:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors under their names, with their checksums, whole or not at all; any program can read them."""
-    saved, places = {}, set()
+    """Write tensors by name, with checksums, completely or not at all.
+
+    Any program that reads safetensors can read the file.
+    """
+    saved: dict[str, Tensor] = {}
+    addresses = set()
     for name, value in tensors.items():
         value = value.detach().cpu().contiguous()
-        place = value.untyped_storage().data_ptr()
-        saved[name] = (
-            value.clone() if place in places else value
-        )  # the format refuses tensors that share memory
-        places.add(place)
+        address = value.untyped_storage().data_ptr()
+        # The format does not allow tensors that share memory.
+        saved[name] = value.clone() if address in addresses else value
+        addresses.add(address)
     checksums = json.dumps({name: zlib.crc32(tensor_bytes(value)) for name, value in saved.items()})
     with written_whole(path) as file:
         save_file(saved, file.name, {"format": "pt", **(metadata or {}), CHECKSUMS: checksums})
 
 
 def read(path: str | Path, checksums: bool = True) -> dict[str, Any]:
-    """What :func:`write` wrote, or another program's tensors under ``model``; ValueError or others if damaged.
+    """Return the content that :func:`write` stored; of other programs' files, tensors by ``model``.
 
-    Without ``checksums`` tensors are mapped, and not read.
+    Args:
+        checksums: False maps the tensors without reading them.
+
+    Raises:
+        ValueError and others: the file is damaged.
     """
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if checksums and CHECKSUMS in metadata:  # other programs write none
+    # Files of other programs have no checksums.
+    if checksums and CHECKSUMS in metadata:
         sums = json.loads(metadata[CHECKSUMS])
         for name, value in tensors.items():
             if sums.get(name) != zlib.crc32(tensor_bytes(value)):
                 raise ValueError(f"the checksum of {name} is wrong")
     if TREE not in metadata:
         return {"model": tensors}
-    # Files of earlier versions have no checksum of the text.
-    if TREE_CHECKSUM in metadata and metadata[TREE_CHECKSUM] != str(
-        zlib.crc32(metadata[TREE].encode())
-    ):
-        raise ValueError("the checksum of its description is wrong")
-    return put_tensors(json.loads(metadata[TREE]), tensors)
+    tree = metadata[TREE]
+    # Files of earlier versions have no checksum of the tree.
+    tree_checksum = str(zlib.crc32(tree.encode()))
+    if metadata.get(TREE_CHECKSUM, tree_checksum) != tree_checksum:
+        raise ValueError("the checksum of its metadata is wrong")
+    return put_tensors(json.loads(tree), tensors)

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: a copy in host memory, and a thread that writes it."""
+"""Write checkpoints during training: copy the state to host memory, and write it in a thread."""
 
 import copy
 import threading
@@ -15,18 +15,22 @@ from util.checkpoint.files import Stamp, save_checkpoint
 from util.errors import reason
 from util.log import log
 
-#: Seconds until a file that could not be written is tried again, at first, and at most: each pause doubles.
+#: Seconds before the first retry of a failed write. Each pause doubles, up to the second value.
 PAUSE, LONGEST_PAUSE = 30.0, 600.0
 
 
 def snapshot(value: Any, copies: dict[int, torch.UntypedStorage] | None = None) -> Any:
-    """``value`` with all tensors in its dictionaries and lists copied into host memory; what shared memory still does.
+    """Return ``value`` with the tensors in its dictionaries and lists copied to host memory.
 
-    Copies of CUDA tensors are whole once the device is synchronized, and hold what its current stream leads up to.
+    Tensors that share memory share it in the copy, too. Copies of CUDA tensors are asynchronous, in
+    the order of the current stream: synchronize the device before reading them.
+
+    Args:
+        copies: the copied storages by address, for recursive calls.
     """
     copies = {} if copies is None else copies
     if isinstance(value, dict):
-        result = copy.copy(value)  # the dictionary of a model's weights has attributes of its own
+        result = copy.copy(value)  # keeps the attributes of a state_dict
         result.update((name, snapshot(entry, copies)) for name, entry in value.items())
         return result
     if isinstance(value, list):
@@ -35,10 +39,10 @@ def snapshot(value: Any, copies: dict[int, torch.UntypedStorage] | None = None) 
         return value
     storage = value.untyped_storage()
     if storage.data_ptr() not in copies:
-        # A GPU sends to pinned memory at the speed of its bus; PyTorch keeps that memory for the next checkpoint.
-        host = torch.empty(
-            storage.nbytes(), dtype=torch.uint8, pin_memory=storage.is_cuda
-        ).untyped_storage()
+        # A GPU copies to pinned memory at full bus speed. PyTorch caches this memory for the next
+        # checkpoint.
+        buffer = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=storage.is_cuda)
+        host = buffer.untyped_storage()
         copies[storage.data_ptr()] = host.copy_(storage, non_blocking=storage.is_cuda)
     host = copies[storage.data_ptr()]
     return torch.empty(0, dtype=value.dtype).set_(
@@ -47,24 +51,27 @@ def snapshot(value: Any, copies: dict[int, torch.UntypedStorage] | None = None) 
 
 
 class Saver:
-    """Writes one checkpoint after another as :func:`util.checkpoint.files.save_checkpoint` does, in a thread.
+    """Writes checkpoints one after another in a thread, with :func:`save_checkpoint`.
 
-    A thread is enough: ``torch.save`` computes checksums and writes without Python's lock. The interpreter's end waits
-    for it; a killed process leaves the file before, whole.
+    A thread is sufficient: ``torch.save`` computes checksums and writes without Python's lock. The
+    interpreter waits for the thread when it exits. If the process is killed, the previous
+    checkpoint stays undamaged.
 
-    A file that cannot be written is tried again, after :data:`PAUSE` seconds at first, until it is written or a later
-    checkpoint takes its place: a disk that is full for a while does not end a run.
+    A failed write is retried, after :data:`PAUSE` seconds at first, until it succeeds or a later
+    checkpoint replaces it. So a disk that is full for a while does not end a run.
 
-    A context manager: leaving it waits, also after an error, until the last file is there.
+    The saver is a context manager: its exit waits, also after an error, until the last file is
+    written.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
-        self._waited = False
-        self._failing = False  # the last attempt has failed
-        self._wake, self._replaced = threading.Event(), False
-        #: The stamp of the newest file known to be whole: the one that the run was resumed from, or wrote last.
+        self._has_warned = False  # training has waited for the disk
+        self._failing = False  # the last attempt failed
+        self._wake = threading.Event()  # ends the pause before a retry
+        self._replaced = False  # a later checkpoint replaces the one that is being written
+        #: Stamp of the newest file known to be undamaged: read by the resumed run, or written last.
         self.whole: Stamp | None = None
 
     def __enter__(self) -> "Saver":
@@ -73,10 +80,10 @@ class Saver:
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         try:
             self.finish()
-        except Exception as failed:
+        except Exception as save_error:
             if error is None:
                 raise
-            log.error("%s; the run ends for another reason", reason(failed))
+            log.error("%s; the run ends because of another error", reason(save_error))
 
     def save(
         self,
@@ -85,17 +92,18 @@ class Saver:
         keep_last: int,
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Start to write ``content`` as it is now, once the file before is written or given up.
+        """Start to write the current state of ``content``, after the previous file is finished.
 
         Args:
-            wanted: decides in the thread whether the file is written.
+            path, keep_last: see :func:`util.checkpoint.files.save_checkpoint`.
+            wanted: called in the thread; returns whether the file is written.
         """
         if self._writing is not None:
-            if not self._writing.done() and not self._failing and not self._waited:
-                self._waited = True
+            if not self._writing.done() and not self._failing and not self._has_warned:
+                self._has_warned = True
                 log.warning(
-                    "a checkpoint is due, but the one before is still being written: training waits for the disk; "
-                    "if it is not the last, raise --save_every_steps"
+                    "the previous checkpoint is still being written: training waits for the disk; "
+                    "raise --save_every_steps, unless this is the last checkpoint"
                 )
             self._replaced = True
             self.finish()
@@ -103,12 +111,14 @@ class Saver:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self._wake.clear()
-        self._failing = self._replaced = False
+        self._failing = False
+        self._replaced = False
         self._writing = self._thread.submit(self._write, path, content, keep_last, wanted)
 
     def _write(
         self, path: Path, content: dict[str, Any], keep_last: int, wanted: Callable[[], bool]
     ) -> None:
+        """Write a checkpoint, with retries, until it succeeds, is replaced or is not wanted."""
         pause = PAUSE
         while wanted():
             try:
@@ -120,7 +130,7 @@ class Saver:
                     raise
                 self._failing = True
                 log.warning(
-                    "%s; training goes on, the checkpoint is tried again in %d s",
+                    "%s; training continues, and the checkpoint is retried in %d s",
                     reason(error),
                     pause,
                 )
@@ -130,8 +140,9 @@ class Saver:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def finish(self) -> None:
-        """Wait until the last file is on disk, trying at once if it could not be written; its error if that fails."""
-        writing, self._writing = self._writing, None
+        """Wait until the last file is on disk; retry a failed write once, and raise its error."""
+        writing = self._writing
+        self._writing = None
         self._wake.set()
         if writing is not None:
             writing.result()

@@ -49,7 +49,9 @@ def locate_tokenizer(path: str | Path, names: Sequence[str]) -> Path:
         files = [file for file in sorted(Path(path).iterdir()) if pair_of(file)]
         if len({pair_of(file) for file in files}) > 1:
             listed = some([file.name for file in files])
-            raise UserError(f"{path} holds several tokenizers: {listed}; name one of these files")
+            raise UserError(
+                f"{path} contains several tokenizers: {listed}; pass one of these files"
+            )
         found = files[0] if files else found
     return found
 
@@ -95,15 +97,17 @@ def tiny_config(weights: Mapping[str, Any], path: str | Path, beside: Any = None
         UserError: encoder and decoder do not fit each other, or the architecture is another one.
     """
     beside = beside if isinstance(beside, Mapping) else {}
-    unlike = {
+    unsupported = {
         name: beside[name]
         for name, value in DIFFUSERS_SETTINGS.items()
         if beside.get(name, value) != value
     }
-    if unlike:
-        raise UserError(f"{path} is an {DIFFUSERS_CLASS} with {unlike}, which is not supported")
+    if unsupported:
+        raise UserError(
+            f"{path} is an {DIFFUSERS_CLASS} with {unsupported}, which is not supported"
+        )
     encoder, decoder = weights.get("encoder.14.weight"), weights.get("decoder.1.weight")
-    if not all(isinstance(each, Tensor) and each.ndim == 4 for each in (encoder, decoder)):
+    if not all(isinstance(value, Tensor) and value.ndim == 4 for value in (encoder, decoder)):
         raise UserError(f"{path} is not a tiny autoencoder of stride 8 like TAESD or TAEF2")
     if encoder.shape[0] != decoder.shape[1]:
         raise UserError(

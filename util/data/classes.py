@@ -1,4 +1,4 @@
-"""Classes by name: those of a model's data, and ImageNet's descriptions of its folders."""
+"""Class names: lookup by name, comparison of data sets, ImageNet's descriptions."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ from util.log import log, warn
 
 
 def readable(names: Sequence[str]) -> list[str]:
-    """Class names with ImageNet's descriptions in place of its folders' names (n01440764)."""
+    """Return class names, with ImageNet's descriptions for its folder names (n01440764)."""
     from timm.data import ImageNetInfo  # loads torchvision, which takes longer than torch
 
     info = ImageNetInfo("imagenet-1k")
@@ -23,15 +23,15 @@ def readable(names: Sequence[str]) -> list[str]:
 
 
 def composed(name: str) -> str:
-    """Return a name in composed Unicode; macOS decomposes the names of files."""
+    """Return a name in composed Unicode (NFC). macOS decomposes file names."""
     return unicodedata.normalize("NFC", name)
 
 
-def comparable(names: Sequence[str]) -> list[str]:
-    """Return class names in one spelling, by which those of two sources can be compared.
+def normalized_names(names: Sequence[str]) -> list[str]:
+    """Return class names in a normalized form, so that two sources can be compared.
 
-    That is composed Unicode, without the labels that :class:`util.data.sources.Rows` puts before names, and without leading
-    zeros where all names are numbers.
+    Names are in composed Unicode, without the labels that :class:`util.data.sources.Rows` puts in
+    front of them. If all names are numbers, they are without leading zeros.
     """
     digits = len(str(len(names) - 1))
     names = [composed(name) for name in names]
@@ -45,52 +45,56 @@ def all_numbers(names: Sequence[str]) -> bool:
     return bool(names) and all(name.isdecimal() for name in names)
 
 
-def find_classes(asked: Sequence[str] | None, names: Sequence[str]) -> list[int]:
-    """Return the labels of the classes ``asked`` for (:func:`find_class`); by default of eight."""
-    if asked is None:
+def find_classes(queries: Sequence[str] | None, names: Sequence[str]) -> list[int]:
+    """Return the labels of the ``queries`` (:func:`find_class`); without queries, of 8 classes."""
+    if queries is None:
         count = min(8, len(names))
         return [i * len(names) // count for i in range(count)]
-    return [find_class(name, names) for name in asked]
+    return [find_class(query, names) for query in queries]
 
 
-def find_class(asked: str, names: Sequence[str]) -> int:
-    """Return the label of the class ``asked`` for by its name, else a part of it between commas, else its number.
+def find_class(query: str, names: Sequence[str]) -> int:
+    """Return the label of the class that ``query`` denotes.
 
-    Capitalization decides between names that differ in nothing else. A name that is a number goes before that number.
+    The query is a class name, else a part of a name between commas, else a number. Capitalization
+    matters only between names that differ in nothing else. If a name is a number, the name has
+    precedence over the number.
 
     Raises:
         UserError: there is no such class, or there are several.
     """
-    asked, spelled = composed(asked).strip(), [composed(name).strip() for name in names]
-    parts = [[part.strip().lower() for part in name.split(",")] for name in comparable(names)]
-    ways = (
-        [label for label, name in enumerate(spelled) if name == asked],
-        [label for label, name in enumerate(spelled) if name.lower() == asked.lower()],
-        [label for label, among in enumerate(parts) if asked.lower() in among],
-    )
-    found = next((labels for labels in ways if labels), [])
-    number = int(asked) if asked.isdecimal() else len(names)
-    if number < len(names) and number not in found:
-        if ways[0]:
-            text = "class %s: the one of this name, number %d, not %s, which has this number"
-            log.info(text, asked, found[0], names[number])
+    query = composed(query).strip()
+    spelled = [composed(name).strip() for name in names]
+    parts = [[part.strip().lower() for part in name.split(",")] for name in normalized_names(names)]
+    exact = [label for label, name in enumerate(spelled) if name == query]
+    same_letters = [label for label, name in enumerate(spelled) if name.lower() == query.lower()]
+    in_parts = [label for label, among in enumerate(parts) if query.lower() in among]
+    candidates = exact or same_letters or in_parts
+    number = int(query) if query.isdecimal() else len(names)
+    if number < len(names) and number not in candidates:
+        if exact:
+            log.info(
+                "class %s: using the class of this name, number %d, not %s, which has this number",
+                query,
+                candidates[0],
+                names[number],
+            )
         else:
-            found = [*found, number]
-    if not found:
-        close = difflib.get_close_matches(asked.lower(), dict.fromkeys(chain(*parts)), n=4)
-        few = f": {', '.join(names)}" if len(names) <= 20 else ""
-        hint = (
-            f"did you mean {', '.join(close)}?"
-            if close
-            else f"there are {len(names)}, numbered from 0{few}"
-        )
-        raise UserError(f"no class {asked!r}: {hint}")
-    if len(found) > 1:
-        several = "; ".join(f"{names[label]} (number {label})" for label in found)
+            candidates = [*candidates, number]
+    if not candidates:
+        close = difflib.get_close_matches(query.lower(), dict.fromkeys(chain(*parts)), n=4)
+        if close:
+            hint = f"did you mean {', '.join(close)}?"
+        else:
+            all_names = f": {', '.join(names)}" if len(names) <= 20 else ""
+            hint = f"there are {len(names)}, numbered from 0{all_names}"
+        raise UserError(f"no class {query!r}: {hint}")
+    if len(candidates) > 1:
+        several = "; ".join(f"{names[label]} (number {label})" for label in candidates)
         raise UserError(
-            f"class {asked!r} may be {several}: type a whole name, or a number that is no name"
+            f"class {query!r} may be {several}: type a whole name, or a number that is no name"
         )
-    return found[0]
+    return candidates[0]
 
 
 def check_classes(
@@ -100,44 +104,64 @@ def check_classes(
     trained: Sequence[str] | None = None,
     held_out: bool = False,
 ) -> list[int]:
-    """Check ``root``'s ``classes`` against those that were ``trained``, and return the label of each.
+    """Check the ``classes`` of ``root`` against the ``trained`` ones, and return a label for each.
 
-    That is the position of the class. Of held-out classes it is the label of the trained class of that name, or the
-    number that the name is where trained classes have other names; if no name is common, positions count.
+    The label of a training class is its position. For held-out classes it is
+
+    - the label of the trained class of the same name;
+    - the number in the name, if held-out names are numbers and trained names are not;
+    - the position, if no name is common or the trained names are unknown.
 
     Raises:
-        UserError: the classes are not ``class_num``, or not those that were ``trained``.
+        UserError: there are not ``class_num`` classes, or they differ from the ``trained`` ones.
     """
-    own, known = comparable(classes), comparable(trained or [])
+    own = normalized_names(classes)
+    known = normalized_names(trained or [])
     labels = list(range(len(classes)))
     if own == known:
         pass
     elif held_out and all_numbers(own) and not all_numbers(known):
         labels = [int(name) for name in own]
         if len(set(labels)) < len(labels) or max(labels) >= class_num:
-            what = f"{root} has classes that are numbers, from {min(labels)} to {max(labels)}"
             raise UserError(
-                f"{what}: they must be different ones of 0 to {class_num - 1}, the labels in training"
+                f"{root} has classes that are numbers, from {min(labels)} to {max(labels)}: they "
+                f"must be different ones of 0 to {class_num - 1}, the labels in training"
             )
-        log.info("%s: names of classes are numbers, and read as the labels in training", root)
+        log.info("%s: class names are numbers, and are used as the labels in training", root)
     elif trained is None:
         pass
     elif held_out and sorted(own) == sorted(known):
         labels = [known.index(name) for name in own]
     elif not held_out or set(own) & set(known):
-        sides = {"lacks": set(known) - set(own), "has besides": set(own) - set(known)}
-        what = "; ".join(f"{verb} {some(sorted(names))}" for verb, names in sides.items() if names)
-        what = f"{root} has other classes than the training images: it {what or 'orders them otherwise'}"
-        hint = (
-            "; to train on these, start from the checkpoint by --finetune in another --output_dir"
+        missing = sorted(set(known) - set(own))
+        extra = sorted(set(own) - set(known))
+        differences = [f"lacks {some(missing)}"] if missing else []
+        differences += [f"also has {some(extra)}"] if extra else []
+        message = (
+            f"{root} has other classes than the training images: it "
+            f"{'; '.join(differences) or 'has them in another order'}"
         )
-        raise UserError(what if held_out else what + hint)
+        if not held_out:
+            message += (
+                "; to train on these, start from the checkpoint by --finetune in another "
+                "--output_dir"
+            )
+        raise UserError(message)
     elif len(known) == len(own):
-        text = "%s has other names of classes than the training images: their order counts, %s is %s, ..., %s is %s"
-        warn(text, root, classes[0], trained[0], classes[-1], trained[-1])
+        warn(
+            "%s has other class names than the training images: classes are matched by position, "
+            "%s is %s, ..., %s is %s",
+            root,
+            classes[0],
+            trained[0],
+            classes[-1],
+            trained[-1],
+        )
     if len(classes) != class_num:
-        count, plural = len(classes), "es" if len(classes) > 1 else ""
+        count = len(classes)
+        plural = "es" if count > 1 else ""
         raise UserError(
-            f"{root} has {count} class{plural}, but class_num is {class_num}: pass --class_num {count}"
+            f"{root} has {count} class{plural}, but class_num is {class_num}: pass --class_num "
+            f"{count}"
         )
     return labels

@@ -1,4 +1,4 @@
-"""Data sets of images."""
+"""Data sets of images, and what they share with cached moments: mirroring, unreadable items."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -6,6 +6,7 @@ from copy import copy
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,56 +16,66 @@ from torch.utils.data import Dataset
 
 from util import distributed
 from util.crop import center_crop_arr
-from util.data.sources import AllImages, Folder, Rows, open_unlabeled, read_image
+from util.data.sources import Folder, Source, open_unlabeled, read_image
 from util.errors import UserError, reason
 from util.files import read_arrays
 from util.log import log, warn
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An image as float32 ``[3, H, W]`` in [-1, 1]."""
+    """Return an RGB image as float32 ``[3, H, W]`` in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def cropped_pixels(image: Image.Image, img_size: int) -> Tensor:
-    """Return ADM's center crop of an image to ``img_size`` as :func:`to_pixels`."""
+    """Return ADM's center crop of an image, float32 ``[3, img_size, img_size]`` in [-1, 1]."""
     return to_pixels(center_crop_arr(image, img_size))
 
 
 def image_transform(img_size: int) -> Callable[[Image.Image], Tensor]:
     """Return :func:`cropped_pixels` for one size."""
-    return partial(cropped_pixels, img_size=img_size)  # workers that are not forked unpickle it
+    # A partial, not a lambda: worker processes that are not forked unpickle it.
+    return partial(cropped_pixels, img_size=img_size)
 
 
-class TrainingItems:
-    """Decides which items of a data set are mirrored, and what takes the place of those that cannot be read.
+class TrainingItems(Dataset):
+    """Base of data sets for training: mirrors items at random, and replaces unreadable ones.
 
-    Subclasses define ``read(index, mirrored)``, which returns the tensor and the label of an item.
+    By default each random choice comes from torch's global generator. After :meth:`set_draws` the
+    choice for an item depends only on seed, epoch and index. It is then the same on every rank, in
+    every worker and each time the item is read.
 
     Attributes:
+        root: where the items come from.
         mirror: mirror each item with probability 1/2.
-        bad_images: what happens to unreadable items; None: each is an error, as in measurements.
-
-    By default each draw comes from torch's global generator. After :meth:`set_draws` an item's draw depends only on
-    seed, epoch and index: it is the same in every process and worker, and each time it is made.
+        bad_images: the list of unreadable items. With None an unreadable item is an error, as in
+            measurements.
     """
 
-    draws: tuple[int, int] | None = None
+    root: str | Path
     mirror: bool
     bad_images: "BadImages | None" = None
+    draws: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int, mirrored: bool = False) -> tuple:
+        """Return the tensor and the label of item ``index``; UserError if it cannot be read."""
+        raise NotImplementedError
 
     def set_draws(self, seed: int, epoch: int) -> None:
-        """Fixes the draws of one epoch, for this process and the workers that it starts from now on."""
+        """Set seed and epoch of the random choices, in this process and workers started later."""
         self.draws = (seed, epoch)
 
     def mirrored(self, index: int) -> bool:
-        """Whether item ``index`` is mirrored, with probability 1/2."""
+        """Return whether item ``index`` is mirrored, which has probability 1/2."""
         if self.draws is None:
             return bool(torch.rand(()) < 0.5)
         return bool(np.random.SeedSequence((*self.draws, index)).generate_state(1)[0] & 1)
 
     def read_unless_bad(self, index: int, mirrored: bool = False) -> tuple | None:
-        """Return what ``read`` does, or None where ``bad_images`` lists the item instead of its error being raised."""
+        """Return an item; None if it cannot be read and ``bad_images`` lists it."""
         try:
             return self.read(index, mirrored)
         except UserError as error:
@@ -74,9 +85,9 @@ class TrainingItems:
             return None
 
     def __getitem__(self, index: int) -> tuple:
-        """Return the tensor and the label of item ``index``, or of the next one that can be read."""
+        """Return the tensor and the label of item ``index``, or of the next readable one."""
         if index >= len(self):
-            raise IndexError(index)  # which ends an iteration
+            raise IndexError(index)  # ends an iteration over the data set
         mirrored = self.mirror and self.mirrored(index)
         for candidate in chain(range(index, len(self)), range(index)):
             if item := self.read_unless_bad(candidate, mirrored):
@@ -85,80 +96,83 @@ class TrainingItems:
 
 
 class BadImages:
-    """List of the images that a run could not read, kept in files, since the workers of a loader share no memory.
+    """List of the images that a run cannot read, in files, as workers of a loader share no memory.
 
-    Each process of the run and its workers append to ``folder/bad_images-rank<n>.txt`` a line with path and reason
-    when they meet a bad image; one that is met again, as every epoch does, is listed and counted once. What cannot be
-    listed is logged.
+    Each rank and its workers append a line with path and reason to
+    ``folder/bad_images-rank<n>.txt``. An image that is read again, in each epoch, is listed and
+    counted once. If the file cannot be written, the image is logged.
 
     Args:
-        folder: of the files; None for a dry run, which writes nothing: there every bad image is logged.
-        skip: whether images are listed and left out (``--skip_bad_images``); otherwise each is an error.
+        folder: the folder of the files; None for a dry run, which logs each image instead.
+        skip: list unreadable images and skip them (``--skip_bad_images``). Otherwise each of them
+            is an error.
     """
 
     def __init__(self, folder: str | Path | None, skip: bool = True):
-        self.folder, self.skip = None if folder is None else Path(folder), skip
+        self.folder = None if folder is None else Path(folder)
+        self.skip = skip
         if self.folder is not None:
             self.path = self.folder / f"bad_images-rank{distributed.get_rank()}.txt"
             if skip:
                 self.path.unlink(missing_ok=True)
 
     def add(self, error: UserError) -> None:
-        """List an image by the error that reading it raised, or raise that error with the advice to skip."""
+        """List an image by the error of reading it.
+
+        Raises:
+            UserError: images are not skipped. The error says which flag skips them.
+        """
         if not self.skip:
-            raise UserError(f"{error}, or leave such images out with --skip_bad_images") from error
+            raise UserError(f"{error}, or skip such images with --skip_bad_images") from error
         if self.folder is None:
-            log.warning("%s; left out", error)
+            log.warning("%s; skipped", error)
             return
         line = str(error).encode(errors="surrogateescape").replace(b"\n", b" ") + b"\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(
-                self.path, "a+b", buffering=0
-            ) as file:  # one write a line: workers' lines do not mix
+            # Unbuffered, so that each line is one write: lines of several workers do not mix.
+            with open(self.path, "a+b", buffering=0) as file:
                 file.seek(0)
                 if line not in file.readlines():
                     file.write(line)
-        except OSError as failed:
+        except OSError as write_error:
             log.warning(
-                "%s; left out, and not listed: cannot write %s (%s)",
+                "%s; skipped, and not listed: cannot write %s (%s)",
                 error,
                 self.path,
-                reason(failed),
+                reason(write_error),
             )
 
     def count(self) -> int:
-        """The number of bad images that all processes have listed so far; a warning tells it if there are any."""
+        """Return the number of images that all ranks have listed so far; warn if there are any."""
         if not self.skip or self.folder is None:
             return 0
-        paths = [
-            self.folder / f"bad_images-rank{rank}.txt"
-            for rank in range(distributed.get_world_size())
-        ]
         lines: set[bytes] = set()
-        for path in paths:
-            with suppress(OSError):  # there is none, or the disk does not answer
+        for rank in range(distributed.get_world_size()):
+            with suppress(OSError):  # there is no such file, or the disk does not respond
+                path = self.folder / f"bad_images-rank{rank}.txt"
                 lines.update(path.read_bytes().splitlines())
         if lines:
             warn(
-                "%d images cannot be read and are left out: %s/bad_images-rank*.txt",
+                "%d images cannot be read and are skipped: %s/bad_images-rank*.txt",
                 len(lines),
                 self.folder,
             )
         return len(lines)
 
 
-class ImageFolder(TrainingItems, Dataset):
-    """Images and labels, of a folder or of whatever else :mod:`util.data.sources` opens.
+class ImageFolder(TrainingItems):
+    """Images and labels of a folder, or of any other source in :mod:`util.data.sources`.
 
     Args:
-        source: a folder ``source/<class>/<image>``, or what :func:`util.data.sources.open_images` returns.
-        transform: of the image; must give a tensor ``[3, H, W]`` where ``mirror`` is set.
+        source: a folder ``source/<class>/<image>``, or the result of
+            :func:`util.data.sources.open_images`.
+        transform: applied to each image. With ``mirror`` it must return a tensor ``[3, H, W]``.
         mirror: mirror each image with probability 1/2.
         bad_images: see :class:`TrainingItems`.
 
     Attributes:
-        root, classes, samples: as of the source.
+        root, classes, samples: those of the source.
 
     Raises:
         UserError: there is no such folder, or a class has no images.
@@ -166,51 +180,58 @@ class ImageFolder(TrainingItems, Dataset):
 
     def __init__(
         self,
-        source: str | Path | Folder | Rows,
-        transform=None,
-        mirror=False,
+        source: str | Path | Source,
+        transform: Callable[[Image.Image], Any] | None = None,
+        mirror: bool = False,
         bad_images: BadImages | None = None,
     ):
-        self.source = source if isinstance(source, Folder | Rows) else Folder(source)
-        self.root, self.classes, self.samples = (
-            self.source.root,
-            self.source.classes,
-            self.source.samples,
-        )
-        self.transform, self.mirror, self.bad_images = transform, mirror, bad_images
+        self.source = Folder(source) if isinstance(source, str | Path) else source
+        self.root = self.source.root
+        self.classes = self.source.classes
+        self.samples = self.source.samples
+        self.transform = transform
+        self.mirror = mirror
+        self.bad_images = bad_images
         if empty := set(range(len(self.classes))).difference(label for _, label in self.samples):
             raise UserError(
-                f"{self.root} has no images of class {self.classes[min(empty)]}; add some, or leave it out"
+                f"{self.root} has no images of class {self.classes[min(empty)]}; add some, or "
+                "remove the class"
             )
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def read(self, index: int, mirrored: bool = False) -> tuple:
-        """Image (transformed) and label of item ``index``; UserError if it cannot be read."""
-        image, (path, label) = self.source.read(index), self.samples[index]
+        """Return the transformed image and the label of item ``index``.
+
+        Raises:
+            UserError: the image cannot be read or cropped.
+        """
+        path, label = self.samples[index]
+        image: Any = self.source.read(index)
         try:
             image = image if self.transform is None else self.transform(image)
-        except (ValueError, MemoryError) as error:  # the crop's
+        except (ValueError, MemoryError) as error:
             raise UserError(f"cannot crop image {path} ({error}); replace or remove it") from error
         return (image.flip(2) if mirrored else image), label
 
 
 class ImageFolderWithFilename(ImageFolder):
-    """Items are image, label and ``class/file``; none is mirrored or replaced by another."""
+    """Items are image, label and ``class/file``. None is mirrored or replaced by another one."""
 
     def __getitem__(self, index: int):
         return *self.read(index), self.source.name(index)
 
 
 class PlainImages(Dataset):
-    """Byte images ``[3, H, W]``, sorted, of a folder and its subfolders, of a data set in rows, or of an npz.
+    """Images without labels as bytes ``[3, H, W]``, in sorted order.
 
     Args:
-        source: what :func:`util.data.sources.open_unlabeled` opens: a folder, or a data set in rows, of which it is the
-            ``train`` split if there are several; or an ``.npz`` with ``arr_0``, uint8 ``[N, H, W, 3]`` (ADM's layout).
-        img_size: crop and resize to this size as for training; by default images stay as they are.
-        paths: the files to take of a folder, in their order; by default all images in it.
+        source: a folder, of which subfolders count, or a data set in rows, of which the ``train``
+            split is read if there are several (:func:`util.data.sources.open_unlabeled`); or an
+            ``.npz`` with ``arr_0``, uint8 ``[N, H, W, 3]`` (ADM's layout).
+        img_size: crop and resize to this size as in training. By default images are unchanged.
+        paths: the image files to read, in this order. By default all images of ``source``.
 
     Raises:
         UserError: there is no such folder or file, or it holds no images.
@@ -219,24 +240,29 @@ class PlainImages(Dataset):
     def __init__(
         self, source: str | Path, img_size: int | None = None, paths: Sequence[Path] | None = None
     ):
-        self.source, self.img_size = Path(source), img_size
-        self.opened: AllImages | Rows | None = None
+        self.source = Path(source)
+        self.img_size = img_size
+        self.opened: Source | None = None
+        self.items: Sequence[str | Path] | np.ndarray
         if paths is not None:
             self.items = paths
         elif self.source.suffix == ".npz":
-            self.items = read_arrays(self.source, "arr_0")["arr_0"]
-            if self.items.dtype != np.uint8 or self.items.ndim != 4 or self.items.shape[3] != 3:
-                found = f"{self.items.dtype} {list(self.items.shape)}"
-                raise UserError(f"{self.source}: arr_0 is {found}, expected uint8 [N, H, W, 3]")
+            array = read_arrays(self.source, "arr_0")["arr_0"]
+            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+                raise UserError(
+                    f"{self.source}: arr_0 is {array.dtype} {list(array.shape)}, expected uint8 "
+                    "[N, H, W, 3]"
+                )
+            self.items = array
         else:
             self.opened = open_unlabeled(source)
             self.items = [name for name, _ in self.opened.samples]
         if not len(self.items):
             raise UserError(f"{self.source} holds no images")
-        self.size = self._read(0).size  # of the first image, which all must have
+        self.size = self._read(0).size  # of the first image; all others must have it
 
     def uncropped(self) -> "PlainImages":
-        """Return the same images as they are."""
+        """Return a data set of the same images without crop and resizing."""
         images = copy(self)
         images.img_size = None
         images.size = images._read(0).size
@@ -259,9 +285,9 @@ class PlainImages(Dataset):
 
     def __getitem__(self, index: int) -> Tensor:
         image = self._read(index)
-        if image.size != self.size:  # in a folder: an array's images are alike
+        if image.size != self.size:  # not in an array, whose images have one size
             raise UserError(
-                f"{self.items[index]} has {image.size[0]}x{image.size[1]} pixels, {self.items[0]} has "
+                f"{self.items[index]} has {image.width}x{image.height} pixels, {self.items[0]} has "
                 f"{self.size[0]}x{self.size[1]}: images to measure must be of one size"
             )
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

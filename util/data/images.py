@@ -1,4 +1,4 @@
-"""Images: conversion to bytes, files and grids; settings within PNGs; similarity of two images."""
+"""Image bytes, PNG files with settings, image grids, and the similarity of two images."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,30 +16,39 @@ from util.errors import UserError
 from util.files import written_whole
 from util.precision import double
 
-SETTINGS = "tokenbridge"  # keyword of the text in PNGs
+SETTINGS = "tokenbridge"  # keyword of the settings in a PNG
 
 
 def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
-    """Images in [-1, 1] (clipped) to bytes, 255 (x + 1) / 2 rounded to the ``nearest`` or ``down``; any shape."""
+    """Return images in [-1, 1] as bytes, of the same shape. Values outside are clipped.
+
+    Args:
+        images: of any shape.
+        rounding: round 255 (x + 1) / 2 to the ``nearest`` byte, or ``down``.
+    """
     values = (255 * (images.float() + 1) / 2).clamp(0, 255)
     return (values.round() if rounding == "nearest" else values).to(torch.uint8)
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
-    """Writes bytes ``[3, H, W]`` as a PNG, whole or not at all."""
+    """Write bytes ``[3, H, W]`` as a PNG, atomically."""
     with written_whole(path) as file:
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, format="png")
 
 
 def png_settings(settings: Mapping[str, Any]) -> PngInfo:
-    """What to save a PNG with (``pnginfo``), so that it holds the arguments of the pipeline that made it, as JSON."""
+    """Return the ``pnginfo`` that stores the pipeline's arguments in a PNG, as JSON."""
     info = PngInfo()
     info.add_text(SETTINGS, json.dumps(settings))
     return info
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that a PNG of :func:`png_settings` holds; UserError if it holds none."""
+    """Return the settings that :func:`png_settings` stored in a PNG.
+
+    Raises:
+        UserError: the file is no PNG or holds no settings.
+    """
     try:
         with Image.open(path) as image:
             settings = json.loads(image.info[SETTINGS])
@@ -47,7 +56,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         settings = None
     if not isinstance(settings, dict):
         raise UserError(
-            f"{path} holds no settings: choose a PNG that this project made and no other program has saved"
+            f"{path} holds no settings: choose a PNG that this project created and that no other "
+            "program has saved since"
         )
     return settings
 
@@ -55,11 +65,16 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 def save_grid(
     images: Tensor, path: str | Path, columns: int, titles: Sequence[str] = (), min_size: int = 64
 ) -> None:
-    """Writes bytes ``[N, 3, H, W]`` as one picture, row by row, each column below its title.
+    """Write a grid of images as one PNG, row by row, with a title above each column.
 
-    Images of fewer than ``min_size`` pixels are enlarged.
+    Args:
+        images: bytes ``[N, 3, H, W]``.
+        path: the PNG file.
+        columns: images per row.
+        titles: one for each column, or none.
+        min_size: smaller images are enlarged to at least this size, in pixels.
     """
-    from torchvision.utils import make_grid  # loads torch._dynamo: only when it is needed
+    from torchvision.utils import make_grid  # importing it loads torch._dynamo, which takes seconds
 
     zoom = max(1, -(-min_size // images.shape[-1]))
     images = images.cpu().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
@@ -67,37 +82,43 @@ def save_grid(
     margin = 16 if titles else 0
     picture = Image.fromarray(np.pad(grid, ((margin, 0), (0, 0), (0, 0)), constant_values=255))
     for column, title in enumerate(titles):
-        ImageDraw.Draw(picture).text(
-            (4 + column * (images.shape[-1] + 2), 2), title, fill=(0, 0, 0)
-        )
+        left = 4 + column * (images.shape[-1] + 2)
+        ImageDraw.Draw(picture).text((left, 2), title, fill=(0, 0, 0))
     with written_whole(path) as file:
         picture.save(file, format="png")
 
 
 def confidence_maps(values: Tensor, size: int) -> Tensor:
-    """Maps ``[N, h, w]`` as coloured bytes ``[N, 3, size, size]``, each from dark (its lowest value) to bright."""
-    import matplotlib  # takes half a second: only when it is needed
+    """Return maps ``[N, h, w]`` as colors, bytes ``[N, 3, size, size]``.
 
-    low, high = values.amin(dim=(1, 2), keepdim=True), values.amax(dim=(1, 2), keepdim=True)
+    The colors of each map go from dark (its minimum) to bright (its maximum).
+    """
+    import matplotlib  # importing it takes half a second
+
+    low = values.amin(dim=(1, 2), keepdim=True)
+    high = values.amax(dim=(1, 2), keepdim=True)
     shares = ((values - low) / (high - low).clamp(min=1e-12)).numpy()
-    colours = torch.from_numpy(
-        matplotlib.colormaps["viridis"](shares, bytes=True)[..., :3].copy()
-    ).permute(0, 3, 1, 2)
-    return F.interpolate(colours, size=(size, size), mode="nearest")
+    rgba = matplotlib.colormaps["viridis"](shares, bytes=True)
+    colors = torch.from_numpy(rgba[..., :3].copy()).permute(0, 3, 1, 2)
+    return F.interpolate(colors, size=(size, size), mode="nearest")
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity ``[N]`` of pairs of byte images ``[N, 3, H, W]`` (Wang et al. 2004).
+    """Return the structural similarity (SSIM) ``[N]`` of pairs of images (Wang et al. 2004).
 
-    The Gaussian window has 11 pixels and standard deviation 1.5. As in the paper, only positions count where all of the
-    window lies inside the image; in images smaller than the window, all positions count, and edges are reflected.
+    The Gaussian window has 11 pixels and a standard deviation of 1.5. As in the paper, the mean is
+    over the positions at which the window lies inside the image. In images smaller than the window
+    it is over all positions, with reflected edges.
+
+    Args:
+        a, b: bytes ``[N, 3, H, W]``.
     """
     a, b = double(a), double(b)
     if min(a.shape[2:]) < 11:
         a, b = (F.pad(image, [5] * 4, mode="reflect") for image in (a, b))
     window = torch.exp(-(torch.arange(-5, 6, device=a.device).double() ** 2) / (2 * 1.5**2))
     window = window / window.sum()
-    planes = torch.cat([a, b, a * a, b * b, a * b]).flatten(0, 1).unsqueeze(1)  # one channel each
+    planes = torch.cat([a, b, a * a, b * b, a * b]).flatten(0, 1).unsqueeze(1)
     planes = F.conv2d(F.conv2d(planes, window.view(1, 1, 11, 1)), window.view(1, 1, 1, 11))
     mean_a, mean_b, square_a, square_b, product = planes.unflatten(0, (5, *a.shape[:2])).squeeze(3)
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -108,6 +129,10 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio ``[N]`` in dB of pairs of byte images ``[N, 3, H, W]``; inf for equal ones."""
+    """Return the peak signal-to-noise ratio ``[N]`` in dB of pairs of images; inf for equal ones.
+
+    Args:
+        a, b: bytes ``[N, 3, H, W]``.
+    """
     mse = ((double(a) - double(b)) ** 2).flatten(1).mean(1)
     return 10 * torch.log10(255**2 / mse)

@@ -1,5 +1,6 @@
-"""Inception's features of images, computed on all ranks (torch-fidelity's network)."""
+"""Extract Inception's features from images, on all ranks (torch-fidelity's network)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,57 +19,70 @@ from util.log import log, progress_bar, warn
 from util.precision import exact_convolutions
 from util.signals import StopSignals, until_stopped
 
-#: Inception's layers: pooled features for FID, precision and recall; logits for the Inception Score.
+#: Layers: pooled features for FID, precision and recall; logits for the Inception Score.
 POOL, LOGITS = "2048", "logits_unbiased"
 
-
-INCEPTION_SHA256 = "6726825d"  # its first digits, which the name of the weights' file ends with
+#: First digits of the SHA-256 of the weights, which are also at the end of the file name.
+INCEPTION_SHA256 = "6726825d"
 
 
 def inception_path() -> Path:
-    """Return where torch-fidelity puts Inception's weights, in the folder of torch's hub."""
+    """Return torch-fidelity's default path of Inception's weights, in the folder of torch.hub."""
     return Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
 
 
 def find_inception_weights(path: str | None) -> Path:
-    """Inception's weights: ``path``, or torch-fidelity's download, fetched if missing; UserError if that fails."""
-    place = Path(path) if path else inception_path()
-    if path is None and not place.is_file() and distributed.is_local_main_process():
+    """Return ``path``, or the default path of the weights; download them there if missing.
+
+    Raises:
+        UserError: there is no such file, and the download fails.
+    """
+    file = Path(path) if path else inception_path()
+    if path is None and not file.is_file() and distributed.is_local_main_process():
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(
-                URL_INCEPTION_V3, str(place), hash_prefix=INCEPTION_SHA256, progress=False
+                URL_INCEPTION_V3, str(file), hash_prefix=INCEPTION_SHA256, progress=False
             )
-        except Exception as error:  # a missing network shows as many types of errors
-            log.debug("fetching Inception failed: %s", error)
+        except Exception as error:  # a missing network raises many types of errors
+            log.debug("downloading Inception failed: %s", error)
     distributed.barrier()
-    if not place.is_file():
+    if not file.is_file():
         raise UserError(
-            f"no Inception weights at {place}: fetch them with python -m tools.download inception, or put "
-            f"{URL_INCEPTION_V3} there, or name their place with --inception_weights"
+            f"no Inception weights at {file}: download them with python -m tools.download "
+            f"inception, or put {URL_INCEPTION_V3} there, or pass their path as "
+            "--inception_weights"
         )
-    return place
+    return file
 
 
 class Inception(FeatureExtractorInceptionV3):
-    """torch-fidelity's Inception-v3, in float32 throughout, whatever the precision of the run that measures."""
+    """torch-fidelity's Inception-v3, always in float32, regardless of the run's precision."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return both layers' features of images; see torch-fidelity."""
         with exact_convolutions():
             return super().forward(x)
 
 
 def load_inception(path: str | None, device: torch.device) -> Inception:
-    """torch-fidelity's Inception-v3 (the FID one); UserError if there are no weights, or not those of it."""
-    path = find_inception_weights(path)
-    weights = read_checkpoint(path)  # refuses code, which torch-fidelity would run
+    """Return torch-fidelity's Inception-v3, the version for FID.
+
+    Raises:
+        UserError: the weights are missing, damaged, or of another network.
+    """
+    file = find_inception_weights(path)
+    # Refuses files that would run code. torch-fidelity does not.
+    weights = read_checkpoint(file)
     if not all(value.isfinite().all() for value in weights.values() if isinstance(value, Tensor)):
-        raise UserError(f"{path} is damaged: it holds NaN or infinity; fetch it again")
+        raise UserError(f"{file} is damaged: it contains NaN or infinity; download it again")
     try:
-        return Inception("inception-v3-compat", [POOL, LOGITS], str(path)).to(device)
+        return Inception("inception-v3-compat", [POOL, LOGITS], str(file)).to(device)
     except RuntimeError as error:
-        what = f"the weights of torch-fidelity's Inception ({URL_INCEPTION_V3})"
-        raise UserError(f"{path} does not hold {what}") from error
+        raise UserError(
+            f"{file} does not contain the weights of torch-fidelity's Inception "
+            f"({URL_INCEPTION_V3})"
+        ) from error
 
 
 @torch.no_grad()
@@ -80,37 +94,44 @@ def extract_features(
     num_workers: int,
     stop_signals: StopSignals | None = None,
 ) -> dict[str, Tensor]:
-    """Both layers' features, ``[N, 2048]`` and ``[N, 1008]``, of all images in order, on the CPU.
+    """Return both layers' features of all images in order, ``[N, 2048]`` and ``[N, 1008]``.
 
-    Each process computes those of its share of the images; all processes return those of all.
+    Each rank computes a share of the features. All ranks return the features of all images, on the
+    CPU.
 
     Raises:
-        Preempted: a process received one of the ``stop_signals``.
+        Preempted: a rank received one of the ``stop_signals``.
     """
+    count = len(images)  # type: ignore[arg-type]
+    world_size = distributed.get_world_size()
     distributed.check_equal(
-        {"the number of images": len(images)}, "all processes must see the same folder or file"
+        {"the number of images": count}, "all processes must see the same folder or file"
     )
-    share = RankSampler(len(images), distributed.get_rank(), distributed.get_world_size())
-    if len(images) < distributed.get_world_size():
-        warn(
-            "%d images for %d processes: some have nothing to do",
-            len(images),
-            distributed.get_world_size(),
-        )
-    options = {"num_workers": num_workers, "worker_init_fn": leave_signals_to_parent}
-    loader = DataLoader(images, batch_size=batch_size, sampler=share, **options)
-    batches: list[tuple[Tensor, Tensor]] = []
-    with progress_bar(total=len(images), unit="img", desc="Inception") as bar:
+    if count < world_size:
+        warn("%d images for %d processes: some processes are idle", count, world_size)
+    loader: DataLoader = DataLoader(
+        images,
+        batch_size=batch_size,
+        sampler=RankSampler(count, distributed.get_rank(), world_size),
+        num_workers=num_workers,
+        worker_init_fn=leave_signals_to_parent,
+    )
+    batches: list[tuple[Tensor, ...]] = []
+    with progress_bar(total=count, unit="img", desc="Inception") as bar:
         for batch in until_stopped(loader, stop_signals):
             batches.append(inception(batch.to(device, non_blocking=True)))
-            bar.update(min(len(batch) * distributed.get_world_size(), len(images) - bar.n))
-    return gather_features(batches, len(images), device)
+            bar.update(min(len(batch) * world_size, count - bar.n))
+    return gather_features(batches, count, device)
 
 
 def gather_features(
-    batches: list[tuple[Tensor, Tensor]], total: int, device: torch.device
+    batches: Sequence[tuple[Tensor, ...]], total: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Features of all ``total`` images by layer, on the CPU, from the batches of each process's share."""
+    """Return the features of all ``total`` images by layer, on the CPU, on all ranks.
+
+    Args:
+        batches: both layers' features of this rank's share of the images.
+    """
     features = {}
     for i, (name, width) in enumerate({POOL: 2048, LOGITS: 1008}.items()):
         own = torch.cat(
