@@ -9,7 +9,9 @@ FOUND = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'
 NEWER = $(lastword $(shell printf '%s\n' $(NEEDED) $(FOUND) | sort -V))
 TOO_OLD = Python $(NEEDED) or newer is needed, $(PYTHON) is $(or $(FOUND),not there): try make PYTHON=python$(NEEDED)
 
-.PHONY: demo web test test-slow soak format lock clean $(if $(SOUND),,$(VENV)/.installed)
+QUICK = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 -m "not slow"
+
+.PHONY: demo web test coverage test-slow soak format lock clean $(if $(SOUND),,$(VENV)/.installed)
 
 demo: $(VENV)/.installed
 	$(RUN) demo/demo.py
@@ -23,8 +25,11 @@ test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 -m "not slow" \
-		--cov=models --cov=util --cov=engine_tokenbridge --cov=evaluation --cov-report=term --cov-fail-under=90
+	$(QUICK)
+
+# The quick tests again, a quarter slower, with the lines that they reach.
+coverage: $(VENV)/.installed
+	$(QUICK) --cov=models --cov=util --cov=engine_tokenbridge --cov=evaluation --cov-report=term --cov-fail-under=90
 
 # What takes minutes: the demo, full-size models, long trainings. The tests of a file share what takes long to make, so
 # one process runs them all; files run in their order, since the demo's is the longest.
