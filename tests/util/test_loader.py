@@ -5,8 +5,10 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image, ImageCms
 
 from tests.conftest import ROOT, TINY, damaged, write_images
 from util import distributed
+from util.data import loaders
 from util.data.caches import CachedFolder
 from util.data.classes import check_classes
 from util.data.datasets import (
@@ -508,3 +511,17 @@ def test_the_next_image_takes_a_bad_ones_place(images, tmp_path):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the images"):
         data[0]
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="any SIGTERM ends a worker here")
+def test_a_signal_to_a_worker_that_is_starting_does_not_end_it(monkeypatch):
+    def start_slowly(worker):
+        time.sleep(0.3)
+        leave_signals(worker)
+
+    leave_signals = loaders.leave_signals_to_parent
+    monkeypatch.setattr(loaders, "leave_signals_to_parent", start_slowly)
+    batches = iter(loaders.WorkerLoader(range(4), batch_size=2, num_workers=1))
+    # Not from this process: a worker ends with its parent
+    subprocess.run(["kill", str(batches._workers[0].pid)], check=True)
+    assert [batch.tolist() for batch in batches] == [[0, 1], [2, 3]]

@@ -65,6 +65,32 @@ def end_with_parent() -> None:
     os._exit(0)
 
 
+#: Signals that schedulers and terminals send to all processes of a run.
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)
+]
+
+
+class WorkerLoader(DataLoader):
+    """DataLoader whose workers leave the signals that ask a run to stop to the parent process.
+
+    See :func:`leave_signals_to_parent`. Workers start with these signals blocked: one that arrived
+    before a worker has run that function would end it.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, worker_init_fn=leave_signals_to_parent, **options)
+
+    def __iter__(self) -> Any:
+        if self.num_workers == 0 or not hasattr(signal, "sigwaitinfo"):
+            return super().__iter__()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # workers inherit it
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def make_loader(
     dataset: Dataset, args: argparse.Namespace, device: torch.device, **options: Any
 ) -> DataLoader:
@@ -82,9 +108,8 @@ def make_loader(
     names = [name for name in ("num_workers", "seed") if hasattr(args, name)]
     check_range(args, 0, math.inf, *names)
     options = {"batch_size": args.batch_size, "persistent_workers": args.num_workers > 0, **options}
-    options["worker_init_fn"] = leave_signals_to_parent
     pin = args.pin_mem and device.type == "cuda"
-    return DataLoader(dataset, num_workers=args.num_workers, pin_memory=pin, **options)
+    return WorkerLoader(dataset, num_workers=args.num_workers, pin_memory=pin, **options)
 
 
 def evenly_spaced(dataset: Data, limit: int) -> Subset:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import (
     URL_INCEPTION_V3,
     FeatureExtractorInceptionV3,
@@ -13,7 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 
 from util import distributed
 from util.checkpoint.files import read_checkpoint
-from util.data.loaders import RankSampler, leave_signals_to_parent
+from util.data.loaders import RankSampler, WorkerLoader
 from util.errors import UserError
 from util.log import log, progress_bar, warn
 from util.precision import exact_convolutions
@@ -109,12 +109,11 @@ def extract_features(
     )
     if count < world_size:
         warn("%d images for %d processes: some processes are idle", count, world_size)
-    loader: DataLoader = DataLoader(
+    loader = WorkerLoader(
         images,
         batch_size=batch_size,
         sampler=RankSampler(count, distributed.get_rank(), world_size),
         num_workers=num_workers,
-        worker_init_fn=leave_signals_to_parent,
     )
     batches: list[tuple[Tensor, ...]] = []
     with progress_bar(total=count, unit="img", desc="Inception") as bar:
