@@ -23,8 +23,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from engine_tokenbridge import Trainer
+from models.pipeline import TokenBridgePipeline
 from models.published import to_published
 from models.tokenbridge import TokenBridge, tokenbridge_tiny
+from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from tests import processes
 from tests.fill import deterministic_fill
@@ -328,6 +330,15 @@ def torchrun(command: str) -> subprocess.CompletedProcess:
 # Small runs.
 
 TINY = "--model tokenbridge_tiny --img_size 16 --class_num 4 --buffer_size 4 --quant_bits 3 --num_workers 0 --batch_size 4"
+#: The same model's sizes, for its constructor.
+TINY_SIZES = {
+    "img_size": 16,
+    "vae_stride": 4,
+    "vae_embed_dim": 8,
+    "class_num": 4,
+    "buffer_size": 4,
+    "quant_levels": 8,
+}
 SHORT = "--warmup_epochs 1 --save_last_freq 1 --lr 1e-3"
 
 
@@ -388,18 +399,18 @@ def trained(shared_run, cached, tmp_path) -> Path:
     return shutil.copytree(shared_run, tmp_path / "run")
 
 
+def tiny_pipeline() -> TokenBridgePipeline:
+    """Return a tiny model of 16 tokens, 4 pixels wide, with the names of its classes and its tokenizer."""
+    model = filled(tokenbridge_tiny(**TINY_SIZES))
+    model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
+    vae = filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1))
+    return TokenBridgePipeline(model, Tokenizer(vae, 0.5), "fp32")
+
+
 @pytest.fixture
 def weights(tmp_path, vae_path):
     """Flags that name a checkpoint of the tiny model, whose average is 1.1 times the weights, and its tokenizer."""
-    kwargs = {
-        "img_size": 16,
-        "vae_stride": 4,
-        "vae_embed_dim": 8,
-        "class_num": 4,
-        "buffer_size": 4,
-        "quant_levels": 8,
-    }
-    model = filled(tokenbridge_tiny(**kwargs))
+    model = filled(tokenbridge_tiny(**TINY_SIZES))
     config = {**model.config, "latent_factor": 0.5}
     averages = {name: 1.1 * value for name, value in published_parameters(model).items()}
     content = {"model": published_state(model), "model_ema": averages, "config": config}

@@ -10,30 +10,18 @@ from PIL import Image
 
 from models.editing import grown, insert_generated, kept_tokens, outpainted, prepare_edit
 from models.pipeline import TokenBridgePipeline
-from models.tokenbridge import TokenBridge, tokenbridge_tiny
+from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
-from tests.conftest import OWN, TINY, filled
+from tests.conftest import OWN, TINY, filled, tiny_pipeline
 from util.crop import center_crop_arr
 from util.errors import UserError
-
-SIZES = {
-    "img_size": 16,
-    "vae_stride": 4,
-    "vae_embed_dim": 8,
-    "class_num": 4,
-    "buffer_size": 4,
-    "quant_levels": 8,
-}
 
 
 @pytest.fixture
 def pipe() -> TokenBridgePipeline:
     """A tiny model of 16 tokens, 4 pixels wide, and its tokenizer."""
-    model = filled(tokenbridge_tiny(**SIZES))
-    model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
-    vae = filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1))
-    return TokenBridgePipeline(model, Tokenizer(vae, 0.5), "fp32")
+    return tiny_pipeline()
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -18,21 +18,10 @@ import pytest
 
 from demo import web
 from models.pipeline import TokenBridgePipeline
-from models.tokenbridge import tokenbridge_tiny
-from models.tokenizer import Tokenizer
-from models.vae import AutoencoderKL
-from tests.conftest import ROOT, filled
+from tests.conftest import ROOT, tiny_pipeline
 from tests.processes import free_port
 from tests.scripts.conftest import pixels
 
-SIZES = {
-    "img_size": 16,
-    "vae_stride": 4,
-    "vae_embed_dim": 8,
-    "class_num": 4,
-    "buffer_size": 4,
-    "quant_levels": 8,
-}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 SECONDS = 20  # that the page may take to show something
 
@@ -41,16 +30,8 @@ class Site:
     """A served page of a tiny model, which takes a step when it may."""
 
     def __init__(self, folder: Path):
-        model = filled(tokenbridge_tiny(**SIZES))
-        model.metadata = {"latent_factor": 0.5, "class_names": ["ant", "bee", "cat", "dog"]}
-        self.pipe = TokenBridgePipeline(
-            model,
-            Tokenizer(filled(AutoencoderKL(8, (1, 1, 2), ch=8, num_res_blocks=1)), 0.5),
-            "fp32",
-        )
-        self.alone = TokenBridgePipeline(
-            filled(tokenbridge_tiny(**SIZES)), self.pipe.tokenizer, "fp32"
-        )
+        self.pipe, self.alone = tiny_pipeline(), tiny_pipeline()
+        model = self.pipe.model
         self.steps, self.leave, self.waits = 0, threading.Semaphore(0), False
         sample = model.sample_tokens
 

@@ -33,6 +33,7 @@ from util.data.sources import (
 )
 from util.errors import UserError
 from util.log import warn
+from util.signals import StopSignals
 
 #: A data set of a split: cached moments, packed or not, or images
 Data = CachedFolder | PackedCache | ImageFolder
@@ -65,12 +66,6 @@ def end_with_parent() -> None:
     os._exit(0)
 
 
-#: Signals that schedulers and terminals send to all processes of a run.
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name)
-]
-
-
 class WorkerLoader(DataLoader):
     """DataLoader whose workers leave the signals that ask a run to stop to the parent process.
 
@@ -84,7 +79,7 @@ class WorkerLoader(DataLoader):
     def __iter__(self) -> Any:
         if self.num_workers == 0 or not hasattr(signal, "sigwaitinfo"):
             return super().__iter__()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # workers inherit it
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.NUMBERS)  # workers inherit it
         try:
             return super().__iter__()
         finally:
