@@ -30,7 +30,7 @@ from util.errors import NotFinite, Preempted, UserError
 from util.files import check_shared, write_json
 from util.log import log, progress_bar, warn
 from util.metrics.sample_folder import SampleFolder
-from util.metrics.tables import METRIC_TITLES, default_statistics, metrics_table
+from util.metrics.tables import METRIC_TITLES, default_statistics, metric_names, metrics_table
 from util.precision import autocast, check_finite, double, extremes
 from util.provenance import provenance
 from util.rng import image_seeds, numbered_draws
@@ -259,7 +259,7 @@ class Run:
 
 
 def make_evaluator(args: argparse.Namespace, device: torch.device) -> "Evaluator | None":
-    """Return Inception and the reference of the metrics, before an image is sampled.
+    """Return the network and the reference of the metrics, before an image is sampled.
 
     Returns:
         None without ``--evaluate`` and ``--online_eval``, or with ``--no_metrics``.
@@ -275,9 +275,10 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> "Evaluator
     if args.no_metrics:
         return None
     if args.fid_stats is None and args.reference is None:
-        args.fid_stats = default_statistics(args.img_size, args.class_num)
+        args.fid_stats = default_statistics(args.img_size, args.class_num, args.features)
         if args.fid_stats is None:
-            warn("FID is not measured: name a reference with --fid_stats or --reference")
+            text = "%s is not measured: name a reference with --fid_stats or --reference"
+            warn(text, METRIC_TITLES[metric_names(args.features)["frechet"]])
 
     def check_stats() -> None:
         if args.fid_stats is not None and not Path(args.fid_stats).is_file():
@@ -289,7 +290,8 @@ def make_evaluator(args: argparse.Namespace, device: torch.device) -> "Evaluator
 
     distributed.on_rank_0(check_stats)
     return Evaluator(
-        args.inception_weights,
+        args.features,
+        args.feature_weights,
         args.fid_stats,
         args.reference,
         device,
@@ -343,8 +345,9 @@ def reference_identity(args: argparse.Namespace) -> dict:
 
     Metrics with another identity are measured again.
     """
-    names = ("fid_stats", "reference", "inception_weights")
-    return {name: path_identity(getattr(args, name)) for name in names}
+    names = ("fid_stats", "reference", "feature_weights")
+    files = {name: path_identity(getattr(args, name)) for name in names}
+    return {"features": args.features, **files}
 
 
 def sample_and_measure(

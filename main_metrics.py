@@ -1,4 +1,4 @@
-"""Measure FID, Inception Score, precision and recall of images, or save their statistics.
+"""Measure FID, KID, Inception Score, precision and recall of images, or save their statistics.
 
 Runs with torchrun or plain python.
 """
@@ -68,7 +68,8 @@ def main() -> None:
         if args.save_stats:
             distributed.on_all_ranks(lambda: check_number(len(images), "images"))
         evaluator = Evaluator(
-            args.inception_weights,
+            args.features,
+            args.feature_weights,
             args.fid_stats,
             args.reference,
             device,
@@ -81,8 +82,8 @@ def main() -> None:
         # Statistics
         if args.save_stats:
             if distributed.is_main_process():
-                warn_if_few(len(images), "images")
-                save_statistics(args.save_stats, features)
+                warn_if_few(len(images), "images", evaluator.network)
+                save_statistics(args.save_stats, features, args.features)
             log.info("wrote the statistics of %d images to %s", len(images), args.save_stats)
             if not (args.fid_stats or args.reference or args.json):
                 return

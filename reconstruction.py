@@ -22,6 +22,7 @@ from util import distributed, errors
 from util.args import (
     DATA_PATH,
     add_column_args,
+    add_features_args,
     add_quantizer_args,
     add_run_args,
     add_vae_arg,
@@ -45,9 +46,9 @@ from util.metrics.compute import (
     statistics,
     warn_if_few,
 )
-from util.metrics.inception import gather_features
+from util.metrics.networks import LOGITS, FeatureNetwork, gather_features
 from util.metrics.sample_folder import SampleFolder, check_own, read_results
-from util.metrics.tables import default_statistics
+from util.metrics.tables import FEATURES, default_statistics, metric_names, metric_titles
 from util.precision import autocast, check_finite, double, extremes
 from util.process_group import process_group
 from util.provenance import provenance
@@ -104,12 +105,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=".npz with mu and sigma of the reference for rFID; "
         "by default ADM's for ImageNet at 256 pixels",
     )
+    add_features_args(parser)
     parser.add_argument(
-        "--inception_weights",
-        help="file of torch-fidelity's Inception weights; by default the downloaded one",
-    )
-    parser.add_argument(
-        "--no_metrics", action="store_true", help="do not measure rFID and Inception Score"
+        "--no_metrics", action="store_true", help="do not measure what needs --features"
     )
     add_column_args(parser)
     add_run_args(parser, batch_size=16, seed=0, precision="fp32")
@@ -218,15 +216,26 @@ class ReconstructionStats:
     """Sums of metrics over the images of this rank, under one setting.
 
     Attributes:
-        features: Inception features of the reconstructions, by batch; empty without an evaluator.
+        features: features and logits of the reconstructions, by batch; empty without a network.
+
+    Args:
+        network: compares images by its features; None without metrics.
     """
 
-    def __init__(self, setting: QuantizerSetting, channels: int, device: torch.device):
-        self.setting = setting
+    def __init__(
+        self,
+        setting: QuantizerSetting,
+        channels: int,
+        device: torch.device,
+        network: FeatureNetwork | None,
+    ):
+        self.setting, self.network = setting, network
         self.sums = double(torch.zeros(len(MEAN_METRICS), device=device))
         # How often each channel takes each level
         self.counts = torch.zeros(channels, setting.levels, dtype=torch.int64, device=device)
         self.features: list[tuple[Tensor, Tensor]] = []
+        # Sum of distances between feature maps, if the network has them
+        self.map_distance = double(torch.zeros((), device=device))
 
     def add(
         self,
@@ -248,6 +257,10 @@ class ReconstructionStats:
         outside_share = double(outside).flatten(1).mean(1)
         metrics = [psnr(real, recon), ssim(real, recon), latent_mse, outside_share]
         self.sums += torch.stack(metrics).sum(1)
+        if self.network is not None:
+            self.features.append(self.network(recon))
+            if self.network.has_maps:
+                self.map_distance += double(self.network.map_distance(real, recon)).sum()
         if indices is not None:
             for channel, levels in enumerate(indices.transpose(0, 1).flatten(1)):
                 self.counts[channel] += torch.bincount(levels, minlength=self.setting.levels)
@@ -258,13 +271,17 @@ class ReconstructionStats:
         Args:
             images: number of images of all ranks.
         """
-        means = distributed.all_reduce_mean(self.sums) * distributed.get_world_size() / images
+        world = distributed.get_world_size()
+        sums = torch.cat([self.sums, self.map_distance[None]])
+        *means, map_distance = (distributed.all_reduce_mean(sums) * world / images).tolist()
         metrics: dict[str, Any] = {
             "bits": self.setting.bits,
             "range": self.setting.range,
             "images": images,
-            **dict(zip(MEAN_METRICS, means.tolist(), strict=True)),
+            **dict(zip(MEAN_METRICS, means, strict=True)),
         }
+        if self.network is not None and self.network.has_maps:
+            metrics[f"{self.network.name}_map_distance"] = map_distance
         if self.setting.levels:
             share = distributed.all_reduce_mean(double(self.counts))
             share = share / share.sum(dim=1, keepdim=True)
@@ -292,14 +309,17 @@ def reconstruct(
         args: ``seed``, ``quantizer``, ``precision`` and ``rounding``.
 
     Returns:
-        :data:`PICTURE_ROWS` images to show, by column title; Inception features of the originals,
+        :data:`PICTURE_ROWS` images to show, by column title; features and logits of the originals,
         by batch; and the statistics of each setting.
 
     Raises:
         NotFinite: the tokenizer's encoder or decoder overflows.
     """
     device = next(tokenizer.vae.parameters()).device
-    all_stats = [ReconstructionStats(setting, tokenizer.embed_dim, device) for setting in settings]
+    network = evaluator.network if evaluator else None
+    all_stats = [
+        ReconstructionStats(setting, tokenizer.embed_dim, device, network) for setting in settings
+    ]
     rank = distributed.get_rank()
     world = distributed.get_world_size()
 
@@ -339,8 +359,8 @@ def reconstruct(
                 noise = numbered_draws(args.seed, numbers).normal(*posterior.shape[1:]).to(device)
                 latents = posterior.sample(noise)
             check_finite(extremes(latents), "the tokenizer's encoder", args.precision)
-            if evaluator is not None:
-                features.append(evaluator.inception(real))
+            if network is not None:
+                features.append(network(real))
             save("real", real)
             pictures["original"] += real[picked].cpu()
             if picked and all(setting.levels for setting in settings):
@@ -362,8 +382,6 @@ def reconstruct(
                 low, high = channel_bounds or (-bound, bound)
                 squared_error = double(latents - quantized) ** 2
                 stats.add(real, recon, indices, squared_error, (latents < low) | (latents > high))
-                if evaluator is not None:
-                    stats.features.append(evaluator.inception(recon))
                 pictures[stats.setting.title] += recon[picked].cpu()
                 save("recon", recon)
     return pictures, features, all_stats
@@ -375,33 +393,56 @@ def add_metrics(
     features: list[tuple[Tensor, Tensor]],
     evaluator: Evaluator,
 ) -> None:
-    """Add rFID and Inception Score to the metrics of each setting in ``results``, on rank 0.
+    """Add the metrics of features and classes to those of each setting in ``results``, on rank 0.
 
-    rFID is measured against the originals, and against ``--fid_stats`` if they are given.
+    The Frechet distance (rFID) is measured against the originals, and against ``--fid_stats`` if
+    they are given.
 
     Args:
-        features: Inception features of this rank's originals, by batch.
+        features: features and logits of this rank's originals, by batch.
     """
-    total = results[0]["images"]
-    originals = gather_features(features, total, evaluator.device)
+    total, network = results[0]["images"], evaluator.network
+    originals = gather_features(features, network, total, evaluator.device)
     original_stats = statistics(originals) if distributed.is_main_process() else {}
     for metrics, stats in zip(results, all_stats, strict=True):
-        recon = gather_features(stats.features, total, evaluator.device)
+        recon = gather_features(stats.features, network, total, evaluator.device)
         if distributed.is_main_process():
-            metrics |= compute_metrics(recon, evaluator.stats)
+            metrics |= compute_metrics(recon, evaluator.stats, network=network.name)
             distance = frechet_distance(statistics(recon), original_stats)
-            metrics["frechet_inception_distance_to_originals"] = distance
+            metrics[f"{metric_names(network.name)['frechet']}_to_originals"] = distance
+            if network.widths[LOGITS]:
+                same = originals[LOGITS].argmax(1) == recon[LOGITS].argmax(1)
+                metrics[f"{network.name}_same_class_share"] = double(same).mean().item()
 
 
 # --------------------------------------------------------------------------------------------------
 # Tables and figures
 
+
+def feature_titles(features: str) -> dict[str, str]:
+    """Return titles of the metrics of a network's features, by name."""
+    names, titles, network = metric_names(features), metric_titles(features), FEATURES[features]
+    distance = "rFID" if features == "inception" else titles[names["frechet"]]
+    return {
+        names["frechet"]: f"{distance}, to the statistics",
+        f"{names['frechet']}_to_originals": f"{distance}, to the originals",
+        names["score"]: titles[names["score"]],
+        f"{features}_map_distance": f"distance of feature maps ({network})",
+        f"{features}_same_class_share": f"same predicted class ({network})",
+    }
+
+
+#: The paper's numbers, and the metrics that they stand beside.
+PAPER_TITLES = {
+    "frechet_inception_distance": {"paper_rfid": "paper: rFID, to the statistics"},
+    "inception_score_mean": {"paper_inception_score": "paper: Inception Score"},
+}
 RECONSTRUCTION_TITLES = {
-    "frechet_inception_distance": "rFID, to the statistics",
-    "paper_rfid": "paper: rFID, to the statistics",
-    "frechet_inception_distance_to_originals": "rFID, to the originals",
-    "inception_score_mean": "Inception Score",
-    "paper_inception_score": "paper: Inception Score",
+    name: title
+    for features in FEATURES
+    for metric, own_title in feature_titles(features).items()
+    for name, title in {metric: own_title, **PAPER_TITLES.get(metric, {})}.items()
+} | {
     "psnr_db": "PSNR (dB)",
     "ssim": "SSIM",
     "latent_mse": "latent mean squared error",
@@ -532,9 +573,9 @@ def load_images_and_tokenizer(
     return ImageFolderWithFilename(source, image_transform(args.img_size)), tokenizer
 
 
-def find_statistics(img_size: int, classes: int) -> str | None:
+def find_statistics(img_size: int, classes: int, features: str) -> str | None:
     """Return the default ``--fid_stats``; None, with a warning, if the file is missing."""
-    path = default_statistics(img_size, classes)
+    path = default_statistics(img_size, classes, features)
     if path is None or Path(path).is_file():
         return path
     warn(
@@ -548,7 +589,7 @@ def find_statistics(img_size: int, classes: int) -> str | None:
 def make_rfid_evaluator(
     args: argparse.Namespace, classes: int, count: int, device: torch.device
 ) -> Evaluator | None:
-    """Return Inception and the reference for rFID and Inception Score of ``count`` images.
+    """Return network and reference for rFID and Inception Score of ``count`` images.
 
     ``args.fid_stats`` is set to its default for images of ``classes`` classes.
 
@@ -560,13 +601,16 @@ def make_rfid_evaluator(
     """
     if args.no_metrics:
         return None
-    named = args.fid_stats or args.inception_weights
+    named = args.fid_stats or args.feature_weights or args.features != "inception"
     if args.fid_stats is None:
-        args.fid_stats = distributed.on_rank_0(lambda: find_statistics(args.img_size, classes))
+        args.fid_stats = distributed.on_rank_0(
+            lambda: find_statistics(args.img_size, classes, args.features)
+        )
     try:
         distributed.on_all_ranks(lambda: check_number(count, "images"))
         return Evaluator(
-            args.inception_weights,
+            args.features,
+            args.feature_weights,
             args.fid_stats,
             None,
             device,
@@ -599,7 +643,7 @@ def main() -> None:
         images = Subset(dataset, first_of_each_class(dataset.samples, n))
         evaluator = make_rfid_evaluator(args, len(dataset.classes), len(images), device)
         if evaluator is not None:
-            warn_if_few(len(images), "images")
+            warn_if_few(len(images), "images", evaluator.network)
 
         # Output folder
         kind = "quant" if args.quantizer == "gaussian" else args.quantizer

@@ -14,7 +14,7 @@ from util.data.images import to_uint8
 from util.precision import autocast, check_finite, extremes
 
 #: Pixels per call of the VAE, by device type: limits the memory of activations.
-PIXEL_BUDGET = {"cpu": 2**19, "cuda": 2**22}
+PIXEL_BUDGET = {"cpu": 2**17, "cuda": 2**22}
 
 
 def images_at_once(device: torch.device, pixels: int) -> int:

@@ -14,6 +14,7 @@ import yaml
 
 from util import distributed
 from util.errors import UserError, where
+from util.metrics.tables import FEATURES
 from util.model_config import CHECKPOINTED, Metadata, ModelConfig
 from util.options import field_of, option_names
 from util.precision import PRECISIONS, effective_precision
@@ -237,14 +238,33 @@ def add_column_args(parser: Flags) -> None:
 
 
 def add_metrics_args(parser: Flags) -> None:
-    """Add the flags of Inception's weights and of the reference for metrics."""
-    text = ".npz with mu and sigma of the reference, for FID; by default ADM's for ImageNet 256"
+    """Add the flags of the features, their network's weights and the reference of metrics."""
+    add_features_args(parser)
+    text = (
+        ".npz with mu and sigma of the reference, for FID; with other features their Frechet "
+        "distance; by default ADM's for ImageNet 256"
+    )
     parser.add_argument("--fid_stats", help=text)
-    text = "reference images for precision and recall, and for FID without --fid_stats"
+    text = (
+        "reference images for precision, recall and KID, and for FID without --fid_stats, or "
+        "their counterparts with other features"
+    )
     parser.add_argument("--reference", help=text)
+
+
+def add_features_args(parser: Flags) -> None:
+    """Add the flags of the network whose features compare images."""
     parser.add_argument(
+        "--features",
+        choices=FEATURES,
+        default="inception",
+        help="network whose features compare images; only with inception is the distance an FID",
+    )
+    parser.add_argument(
+        "--feature_weights",
         "--inception_weights",
-        help="torch-fidelity's Inception; by default where it is downloaded to",
+        help="weights of that network: file or hf:// address; by default the published ones, where "
+        "tools.download puts Inception's, where pip puts EfficientNet's, else from the Hub",
     )
 
 

@@ -12,14 +12,15 @@ import torch_fidelity
 
 from tests.conftest import FID
 from util.errors import UserError
-from util.metrics import inception as inception_module
 from util.metrics.compute import compute_metrics, load_statistics
-from util.metrics.inception import LOGITS, POOL, Inception, find_inception_weights, load_inception
+from util.metrics.inception import Inception, find_inception_weights
+from util.metrics.networks import LOGITS, POOL
 
 
 def test_metrics_equal_torch_fidelitys(run, inception, photographs, tmp_path, capsys):
     expected = torch_fidelity.calculate_metrics(
         input1=str(photographs / "blurred"), input2=str(photographs / "sharp"), isc=True, fid=True, prc=True,
+        kid=True, kid_subset_size=10,
         feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(inception), cuda=False,
         verbose=False,
     )  # fmt: skip
@@ -42,12 +43,10 @@ def test_metrics_equal_torch_fidelitys(run, inception, photographs, tmp_path, ca
 
 
 def test_inception_computes_in_float32_whatever_the_runs_precision(monkeypatch):
-    def forward(self, x):
-        return torch.backends.cudnn.allow_tf32
-
-    monkeypatch.setattr(inception_module.FeatureExtractorInceptionV3, "forward", forward)
     inception = Inception.__new__(Inception)  # without weights
-    assert torch.backends.cudnn.allow_tf32 and inception.forward(torch.zeros(1)) is False
+    torch.nn.Module.__init__(inception)
+    inception.network = lambda _: (torch.backends.cudnn.allow_tf32, None)
+    assert torch.backends.cudnn.allow_tf32 and inception(torch.zeros(1))[0] is False
 
 
 def spread(count: int, width: float) -> dict[str, torch.Tensor]:
@@ -118,7 +117,7 @@ def test_weights_of_inception_that_are_not_finite_are_refused(inception, tmp_pat
     weights["fc.weight"][3, 5] = torch.nan
     torch.save(weights, tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"weights\.pth is damaged: it contains NaN"):
-        load_inception(str(tmp_path / "weights.pth"), torch.device("cpu"))
+        Inception(str(tmp_path / "weights.pth"))
 
 
 def test_missing_weights_are_fetched_once_to_torch_hubs_folder(inception, tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""FID, Inception Score, precision and recall from Inception features, as torch-fidelity does."""
+"""Frechet and kernel distance, class score, precision and recall, as torch-fidelity does.
+
+With Inception's features, the first three are FID, KID and Inception Score.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +16,11 @@ from torch_fidelity.metric_fid import (
     fid_statistics_to_metric,
 )
 from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import (
+    KEY_METRIC_KID_MEAN,
+    KEY_METRIC_KID_STD,
+    kid_features_to_metric,
+)
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from util import distributed
@@ -20,25 +28,50 @@ from util.data.datasets import PlainImages
 from util.errors import UserError
 from util.files import read_arrays, written_whole
 from util.log import warn
-from util.metrics.inception import LOGITS, POOL, extract_features, load_inception
+from util.metrics.inception import Inception
+from util.metrics.networks import (
+    LOGITS,
+    POOL,
+    DINOv2,
+    EfficientNet,
+    FeatureNetwork,
+    extract_features,
+)
+from util.metrics.tables import FEATURES, METRIC_TITLES, metric_names
 from util.signals import StopSignals
 
 IS_SPLITS = 10
+KID_SUBSET = 1000  # images of a random subset, or all if there are fewer
 NEIGHBORS = 3  # k of precision and recall (Kynkaanniemi et al. 2019)
+#: Values of ``--features``.
+NETWORKS: dict[str, type[FeatureNetwork]] = {
+    network.name: network for network in (Inception, EfficientNet, DINOv2)
+}
 
 
-def load_statistics(path: str | Path) -> dict[str, np.ndarray]:
-    """Return ``mu [2048]`` and ``sigma [2048, 2048]`` of a file of reference statistics, float64.
+def load_statistics(
+    path: str | Path, network: type[FeatureNetwork] | FeatureNetwork = Inception
+) -> dict[str, np.ndarray]:
+    """Return ``mu [D]`` and ``sigma [D, D]`` of a file of reference statistics, float64.
+
+    Args:
+        network: the network whose features they must be of. A file that names none, such as ADM's,
+            has those of Inception.
 
     Raises:
-        UserError: the file does not exist, or does not contain a mean and a covariance of
-            Inception's features.
+        UserError: the file does not exist, or does not contain a mean and a covariance of these
+            features.
     """
     stats = read_arrays(path, "mu", "sigma")
-    if stats["mu"].shape != (2048,) or stats["sigma"].shape != (2048, 2048):
+    saved = saved_features(path)
+    if saved != network.name:
+        raise UserError(f"{path} has statistics of {saved} features: pass --features {saved}")
+    width = network.widths.get(POOL, stats["mu"].size)  # of any width before DINOv2 is loaded
+    if stats["mu"].shape != (width,) or stats["sigma"].shape != (width, width):
         shapes = f"mu {list(stats['mu'].shape)}, sigma {list(stats['sigma'].shape)}"
         raise UserError(
-            f"{path} has {shapes}; FID needs 2048 Inception features: mu [2048], sigma [2048, 2048]"
+            f"{path} has {shapes}; {width} features of {FEATURES[network.name]} need "
+            f"mu [{width}], sigma [{width}, {width}]"
         )
     if any(value.dtype.kind not in "fiu" for value in stats.values()):
         types = " and ".join(f"{name} is {value.dtype}" for name, value in stats.items())
@@ -63,15 +96,21 @@ def statistics(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
 
 
 def frechet_distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
-    """Return the FID between two statistics."""
+    """Return the Frechet distance between two statistics; with Inception's features, the FID."""
     return fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID]
 
 
-def save_statistics(path: str | Path, features: Mapping[str, Tensor]) -> None:
-    """Write ``mu`` and ``sigma`` of features, in the format of :func:`load_statistics`."""
+def save_statistics(path: str | Path, features: Mapping[str, Tensor], network: str) -> None:
+    """Write ``mu``, ``sigma`` and the ``network`` of features, for :func:`load_statistics`."""
     stats = statistics(features)
     with written_whole(path) as file:
-        np.savez(file, mu=stats["mu"], sigma=stats["sigma"])
+        np.savez(file, mu=stats["mu"], sigma=stats["sigma"], features=network)
+
+
+def saved_features(path: str | Path) -> str:
+    """Return the network that a file of statistics names, Inception by default."""
+    with np.load(path, allow_pickle=False) as file:
+        return str(file["features"]) if "features" in file else Inception.name
 
 
 def check_number(count: int, what: str, neighbors: int = 0) -> None:
@@ -90,51 +129,75 @@ def check_number(count: int, what: str, neighbors: int = 0) -> None:
         raise UserError(f"too few {what} for {metrics}: {count}, at least {least} are needed")
 
 
-def warn_if_few(count: int, what: str) -> None:
-    """Warn that FID is biased if there are fewer images than features."""
-    if count < 2048:
-        warn("%d %s are fewer than Inception's 2048 features: FID is biased", count, what)
+def warn_if_few(count: int, what: str, network: FeatureNetwork) -> None:
+    """Warn that the Frechet distance is biased if there are fewer images than features."""
+    width, metric = network.widths[POOL], METRIC_TITLES[metric_names(network.name)["frechet"]]
+    if count < width:
+        text = "%d %s are fewer than %s's %d features: %s is biased"
+        warn(text, count, what, FEATURES[network.name], width, metric)
 
 
 def compute_metrics(
     features: Mapping[str, Tensor],
     stats: Mapping[str, np.ndarray] | None = None,
     reference: Mapping[str, Tensor] | None = None,
+    network: str = Inception.name,
 ) -> dict[str, float]:
-    """Return the metrics of images from their features, under torch-fidelity's names.
+    """Return the metrics of images from their features, see :data:`util.metrics.tables.METRICS`.
 
     Args:
         features: of the measured images.
-        stats: reference statistics for FID; by default those of ``reference``.
-        reference: features of reference images, for precision and recall.
+        stats: reference statistics for the Frechet distance; by default those of ``reference``.
+        reference: features of reference images, for the other distances.
+        network: the features, a name in :data:`NETWORKS`.
 
     Returns:
-        ``inception_score_mean``, ``inception_score_std``; ``frechet_inception_distance`` with
-        statistics or a reference; ``precision``, ``recall``, ``f_score`` with a reference.
+        class score and its std, if the network has classes; Frechet distance, with statistics or a
+        reference; kernel distance and its std, precision and recall, with a reference.
     """
-    splits = min(IS_SPLITS, len(features[LOGITS]))
-    metrics = dict(isc_features_to_metric(features[LOGITS], splits=splits))
+    metrics: dict[str, float] = {}
+    if features[LOGITS].shape[1]:
+        splits = min(IS_SPLITS, len(features[LOGITS]))
+        score = isc_features_to_metric(features[LOGITS], splits=splits)
+        metrics |= {"score": score["inception_score_mean"]}
+        metrics |= {"score_std": score["inception_score_std"]}
     if stats is None and reference is not None:
         stats = statistics(reference)
     if stats is not None:
-        metrics["frechet_inception_distance"] = frechet_distance(statistics(features), stats)
+        metrics["frechet"] = frechet_distance(statistics(features), stats)
     if reference is not None:
-        metrics |= prc_features_to_metric(
-            features[POOL],
-            reference[POOL],
-            prc_neighborhood=NEIGHBORS,
-            prc_batch_size=5000,
-            save_cpu_ram=True,
-            verbose=False,
-        )
-    return metrics
+        metrics |= reference_metrics(features[POOL], reference[POOL])
+    names = metric_names(network)
+    return {names[metric]: value for metric, value in metrics.items()}
+
+
+def reference_metrics(features: Tensor, reference: Tensor) -> dict[str, float]:
+    """Return the distances of features ``[N, D]`` to those of reference images ``[M, D]``."""
+    subset = min(KID_SUBSET, len(features), len(reference))
+    kernel = kid_features_to_metric(
+        features.double(), reference.double(), kid_subset_size=subset, verbose=False
+    )
+    precision_recall = prc_features_to_metric(
+        features,
+        reference,
+        prc_neighborhood=NEIGHBORS,
+        prc_batch_size=5000,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return {
+        "kernel": kernel[KEY_METRIC_KID_MEAN],
+        "kernel_std": kernel[KEY_METRIC_KID_STD],
+        **precision_recall,
+    }
 
 
 class Evaluator:
-    """Inception and the reference, loaded and checked before sampling, so that errors come early.
+    """Network and reference, loaded and checked before sampling, so that errors come early.
 
     Args:
-        inception_weights: see :func:`util.metrics.inception.find_inception_weights`.
+        features: the network, a name in :data:`NETWORKS`.
+        weights: its weights; by default the published ones.
         fid_stats: ``.npz`` of reference statistics, or None.
         reference: folder or ``.npz`` of reference images, or None.
         count: the number of images that will be measured.
@@ -146,7 +209,8 @@ class Evaluator:
 
     def __init__(
         self,
-        inception_weights: str | None,
+        features: str,
+        weights: str | None,
         fid_stats: str | None,
         reference: str | None,
         device: torch.device,
@@ -163,26 +227,28 @@ class Evaluator:
                 check_number(count, "images to measure", NEIGHBORS if reference else 0)
             stats = None
             if fid_stats and distributed.is_main_process():
-                stats = load_statistics(fid_stats)
+                stats = load_statistics(fid_stats, NETWORKS[features])
             images = PlainImages(reference) if reference else None
             if images:
                 check_number(len(images), "reference images", NEIGHBORS)
             return stats, images
 
-        # An error on one rank ends all ranks. References first: Inception may be downloaded.
+        # An error on one rank ends all ranks. References first: weights may be downloaded.
         self.stats, images = distributed.on_all_ranks(read_references)
-        self.inception = distributed.on_all_ranks(lambda: load_inception(inception_weights, device))
+        self.network = distributed.on_all_ranks(lambda: NETWORKS[features](weights).to(device))
+        # Again, with the width of a network whose weights decide it
+        distributed.on_rank_0(lambda: fid_stats and load_statistics(fid_stats, self.network))
         self.reference = None
         if images:
             self.reference = self.features(images)
-            warn_if_few(len(images), "reference images")
+            warn_if_few(len(images), "reference images", self.network)
 
     def features(
         self, images: Dataset, stop_signals: StopSignals | None = None
     ) -> dict[str, Tensor]:
-        """Return Inception's features; see :func:`util.metrics.inception.extract_features`."""
+        """Return the features of images; see :func:`util.metrics.networks.extract_features`."""
         return extract_features(
-            images, self.inception, self.device, self.batch_size, self.num_workers, stop_signals
+            images, self.network, self.device, self.batch_size, self.num_workers, stop_signals
         )
 
     def measure(self, features: Mapping[str, Tensor]) -> dict[str, float]:
@@ -190,5 +256,6 @@ class Evaluator:
         if not distributed.is_main_process():
             return {}
         count = len(features[POOL])
-        warn_if_few(count, "images")
-        return {"images": count, **compute_metrics(features, self.stats, self.reference)}
+        warn_if_few(count, "images", self.network)
+        metrics = compute_metrics(features, self.stats, self.reference, self.network.name)
+        return {"images": count, **metrics}

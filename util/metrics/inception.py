@@ -1,11 +1,10 @@
-"""Extract Inception's features from images, on all ranks (torch-fidelity's network)."""
+"""Inception, torch-fidelity's network, whose features make a Frechet distance an FID."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import (
     URL_INCEPTION_V3,
     FeatureExtractorInceptionV3,
@@ -13,14 +12,13 @@ from torch_fidelity.feature_extractor_inceptionv3 import (
 
 from util import distributed
 from util.checkpoint.files import read_checkpoint
-from util.data.loaders import RankSampler, WorkerLoader
 from util.errors import UserError
-from util.log import log, progress_bar, warn
+from util.log import log
+from util.metrics.networks import LOGITS, POOL, FeatureNetwork, check_weights_finite
 from util.precision import exact_convolutions
-from util.signals import StopSignals, until_stopped
 
-#: Layers: pooled features for FID, precision and recall; logits for the Inception Score.
-POOL, LOGITS = "2048", "logits_unbiased"
+#: Torch-fidelity's names of the layers with features and logits.
+LAYERS = ["2048", "logits_unbiased"]
 
 #: First digits of the SHA-256 of the weights, which are also at the end of the file name.
 INCEPTION_SHA256 = "6726825d"
@@ -51,90 +49,38 @@ def find_inception_weights(path: str | None) -> Path:
         raise UserError(
             f"no Inception weights at {file}: download them with python -m tools.download "
             f"inception, or put {URL_INCEPTION_V3} there, or pass their path as "
-            "--inception_weights"
+            "--feature_weights"
         )
     return file
 
 
-class Inception(FeatureExtractorInceptionV3):
-    """torch-fidelity's Inception-v3, always in float32, regardless of the run's precision."""
+class Inception(FeatureNetwork):
+    """torch-fidelity's Inception-v3, always in float32, regardless of the run's precision.
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return both layers' features of images; see torch-fidelity."""
-        with exact_convolutions():
-            return super().forward(x)
-
-
-def load_inception(path: str | None, device: torch.device) -> Inception:
-    """Return torch-fidelity's Inception-v3, the version for FID.
+    Args:
+        weights: see :func:`find_inception_weights`.
 
     Raises:
         UserError: the weights are missing, damaged, or of another network.
     """
-    file = find_inception_weights(path)
-    # Refuses files that would run code. torch-fidelity does not.
-    weights = read_checkpoint(file)
-    if not all(value.isfinite().all() for value in weights.values() if isinstance(value, Tensor)):
-        raise UserError(f"{file} is damaged: it contains NaN or infinity; download it again")
-    try:
-        return Inception("inception-v3-compat", [POOL, LOGITS], str(file)).to(device)
-    except RuntimeError as error:
-        raise UserError(
-            f"{file} does not contain the weights of torch-fidelity's Inception "
-            f"({URL_INCEPTION_V3})"
-        ) from error
 
+    name = "inception"
+    widths: Mapping[str, int] = {POOL: 2048, LOGITS: 1008}
 
-@torch.no_grad()
-def extract_features(
-    images: Dataset,
-    inception: Inception,
-    device: torch.device,
-    batch_size: int,
-    num_workers: int,
-    stop_signals: StopSignals | None = None,
-) -> dict[str, Tensor]:
-    """Return both layers' features of all images in order, ``[N, 2048]`` and ``[N, 1008]``.
+    def __init__(self, weights: str | None = None):
+        super().__init__()
+        file = find_inception_weights(weights)
+        # Refuses files that would run code. torch-fidelity does not.
+        check_weights_finite(read_checkpoint(file), file)
+        try:
+            self.network = FeatureExtractorInceptionV3("inception-v3-compat", LAYERS, str(file))
+        except RuntimeError as error:
+            raise UserError(
+                f"{file} does not contain the weights of torch-fidelity's Inception "
+                f"({URL_INCEPTION_V3})"
+            ) from error
 
-    Each rank computes a share of the features. All ranks return the features of all images, on the
-    CPU.
-
-    Raises:
-        Preempted: a rank received one of the ``stop_signals``.
-    """
-    count = len(images)  # type: ignore[arg-type]
-    world_size = distributed.get_world_size()
-    distributed.check_equal(
-        {"the number of images": count}, "all processes must see the same folder or file"
-    )
-    if count < world_size:
-        warn("%d images for %d processes: some processes are idle", count, world_size)
-    loader = WorkerLoader(
-        images,
-        batch_size=batch_size,
-        sampler=RankSampler(count, distributed.get_rank(), world_size),
-        num_workers=num_workers,
-    )
-    batches: list[tuple[Tensor, ...]] = []
-    with progress_bar(total=count, unit="img", desc="Inception") as bar:
-        for batch in until_stopped(loader, stop_signals):
-            batches.append(inception(batch.to(device, non_blocking=True)))
-            bar.update(min(len(batch) * world_size, count - bar.n))
-    return gather_features(batches, count, device)
-
-
-def gather_features(
-    batches: Sequence[tuple[Tensor, ...]], total: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Return the features of all ``total`` images by layer, on the CPU, on all ranks.
-
-    Args:
-        batches: both layers' features of this rank's share of the images.
-    """
-    features = {}
-    for i, (name, width) in enumerate({POOL: 2048, LOGITS: 1008}.items()):
-        own = torch.cat(
-            [torch.zeros(0, width, device=device), *(batch[i].to(device) for batch in batches)]
-        )
-        features[name] = distributed.gather_rows(own, total).cpu()
-    return features
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with exact_convolutions():
+            features, logits = self.network(images)
+        return features, logits

@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from util.files import write_json, written_whole
-from util.metrics.tables import METRIC_TITLES
+from util.metrics.tables import LOW_IS_GOOD, METRIC_TITLES
 from util.tables import markdown, write_text
 
 
@@ -32,8 +32,7 @@ def heat_map(rows: Sequence[Mapping[str, float]], metric: str, axes) -> None:
         [values.get((temperature, scale), math.nan) for scale in scales]
         for temperature in temperatures
     ]
-    # Bright is good: FID is the only metric that is better when low.
-    colors = "viridis_r" if metric == "frechet_inception_distance" else "viridis"
+    colors = "viridis_r" if metric in LOW_IS_GOOD else "viridis"  # bright is good
     axes.imshow(grid, origin="lower", aspect="auto", cmap=colors)
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     axes.set_yticks(range(len(temperatures)), [f"{temperature:g}" for temperature in temperatures])
