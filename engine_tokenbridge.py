@@ -390,6 +390,7 @@ def train(trainer: Trainer, measure: MeasureEpoch, save_before_measuring: bool =
             if bad_images is not None:
                 bad_images.count()
             due = (epoch + 1) % settings.save_last_freq == 0 or is_last(epoch)
+            due |= settings.keep_every > 0 and (epoch + 1) % settings.keep_every == 0
             if due or (save_before_measuring and measures(epoch)):
                 state.save()
             if measures(epoch):

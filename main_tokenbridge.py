@@ -233,6 +233,7 @@ def check_args(args: argparse.Namespace) -> None:
     )
     check_range(args, 0, math.inf, "grad_clip", "weight_decay", "warmup_epochs", "start_epoch")
     check_range(args, 0, math.inf, "num_workers", "min_lr", "save_every_steps", "max_bad_steps")
+    check_range(args, 0, math.inf, "keep_every")
     for name in ("channels_per_group", "head_dim", "head_depth", "head_heads"):
         if getattr(args, name) is not None:
             check_positive(args, name)

@@ -143,7 +143,14 @@ def check_args(args: argparse.Namespace) -> None:
     check_range(args, 0, 1, "ema_rate")
     weights = ("kl_weight", "perceptual_weight", "disc_weight", "disc_start", "grad_clip", "min_lr")
     check_range(args, 0, math.inf, *weights)
-    counts = ("warmup_epochs", "save_every_steps", "max_bad_steps", "num_workers", "seed")
+    counts = (
+        "warmup_epochs",
+        "save_every_steps",
+        "keep_every",
+        "max_bad_steps",
+        "num_workers",
+        "seed",
+    )
     check_range(args, 0, math.inf, *counts)
     check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
     if args.disc_weight > 0 and args.img_size < 16:

@@ -46,6 +46,9 @@ class TrainingSettings:
         0, "steps between two checkpoints; 0 saves at the end of epochs only"
     )
     keep_last: int = option(2, "checkpoints to keep, including the newest")
+    keep_every: int = option(
+        0, "also keep the checkpoint of every N-th epoch, checkpoint-epoch<N>.pth; 0 keeps none"
+    )
     eval_freq: int = option(40, "epochs between two measurements during training")
     max_bad_steps: int = option(
         0, "maximum number of steps skipped because loss or gradient is NaN or infinite"

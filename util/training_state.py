@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import distributed
-from util.checkpoint.files import CHECKPOINT_NAME, file_stamp
+from util.checkpoint.files import CHECKPOINT_NAME, epoch_path, file_stamp
 from util.checkpoint.load import load_optimizer, load_scaler, load_weights
 from util.checkpoint.names import to_published
 from util.checkpoint.runs import is_plain
@@ -180,9 +180,14 @@ class TrainingState:
         }
         if self.scaler.is_enabled():
             content["scaler"] = self.scaler.state_dict()
-        sums = self._sums
+        sums, every = self._sums, self.settings.keep_every
+        is_milestone = self.step == 0 and every > 0 and self.epoch > 0 and self.epoch % every == 0
         self.saver.save(
-            self.path, content, self.settings.keep_last, lambda: not differing_ranks(sums)
+            self.path,
+            content,
+            self.settings.keep_last,
+            wanted=lambda: not differing_ranks(sums),
+            milestone=epoch_path(self.path, self.epoch) if is_milestone else None,
         )
 
     def check_ranks(self) -> None:

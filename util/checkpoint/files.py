@@ -184,6 +184,24 @@ def file_stamp(path: Path) -> Stamp | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def epoch_path(path: Path, epoch: int) -> Path:
+    """Return the name of the checkpoint of an epoch, which stays when ``path`` is replaced."""
+    return path.with_name(f"{path.stem.removesuffix('-last')}-epoch{epoch:04d}{path.suffix}")
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    """Give a file a second name, completely or not at all; replaces ``target``."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        try:
+            os.link(path, partial)
+        except OSError:  # not every file system has hard links
+            shutil.copy2(path, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save_checkpoint(
     path: str | Path, content: dict[str, Any], keep_last: int = 1, whole: Stamp | None = None
 ) -> Stamp | None:
@@ -233,10 +251,7 @@ def rotate_checkpoints(path: Path, keep_last: int, whole: Stamp | None) -> None:
         return
     second = path.with_name(f".{path.name}.{os.getpid()}.second.part")
     try:
-        try:
-            os.link(path, second)
-        except OSError:  # not every file system has hard links
-            shutil.copy2(path, second)
+        link_or_copy(path, second)
         names = [path.with_name(f"{path.stem}.{age}{path.suffix}") for age in range(1, keep_last)]
         for newer, older in reversed(list(pairwise(names))):
             if newer.exists():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from util import launcher
-from util.checkpoint.files import Stamp, save_checkpoint
+from util.checkpoint.files import Stamp, link_or_copy, save_checkpoint
 from util.errors import reason
 from util.log import log
 
@@ -91,12 +91,14 @@ class Saver:
         content: dict[str, Any],
         keep_last: int,
         wanted: Callable[[], bool] = lambda: True,
+        milestone: Path | None = None,
     ) -> None:
         """Start to write the current state of ``content``, after the previous file is finished.
 
         Args:
             path, keep_last: see :func:`util.checkpoint.files.save_checkpoint`.
             wanted: called in the thread; returns whether the file is written.
+            milestone: a second name for the file, which later checkpoints do not replace.
         """
         if self._writing is not None:
             if not self._writing.done() and not self._failing and not self._has_warned:
@@ -113,16 +115,25 @@ class Saver:
         self._wake.clear()
         self._failing = False
         self._replaced = False
-        self._writing = self._thread.submit(self._write, path, content, keep_last, wanted)
+        self._writing = self._thread.submit(
+            self._write, path, content, keep_last, wanted, milestone
+        )
 
     def _write(
-        self, path: Path, content: dict[str, Any], keep_last: int, wanted: Callable[[], bool]
+        self,
+        path: Path,
+        content: dict[str, Any],
+        keep_last: int,
+        wanted: Callable[[], bool],
+        milestone: Path | None,
     ) -> None:
         """Write a checkpoint, with retries, until it succeeds, is replaced or is not wanted."""
         pause = PAUSE
         while wanted():
             try:
                 self.whole = save_checkpoint(path, content, keep_last, self.whole)
+                if milestone is not None:
+                    link_or_copy(path, milestone)
                 launcher.note_saved(path)
                 return
             except Exception as error:
