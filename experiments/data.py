@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from util import errors
@@ -22,6 +23,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", default="digits", help=text)
     text = "use the first images of each class; by default all"
     parser.add_argument("--images_per_class", type=int, help=text)
+    parser.add_argument("--classes", nargs="+", help="names of the classes to use; by default all")
     text = "folder to write; replaced if this command wrote it; images are links to --source"
     parser.add_argument("--output_dir", default="data/digits", help=text)
     return parser
@@ -44,9 +46,22 @@ def create_folder(folder: Path) -> None:
     (folder / MARKER).touch()
 
 
-def link_images(source: Path, folder: Path, limit: int | None) -> None:
-    """Link the first ``limit`` images (None: all) of each class folder of ``source``."""
-    for class_folder in sorted(path for path in source.iterdir() if path.is_dir()):
+def link_images(
+    source: Path, folder: Path, limit: int | None, classes: Sequence[str] | None = None
+) -> None:
+    """Link the first ``limit`` images (None: all) of each class folder of ``source``.
+
+    Args:
+        classes: names of the folders; by default all.
+
+    Raises:
+        UserError: one of the ``classes`` is not there.
+    """
+    folders = {path.name: path for path in sorted(source.iterdir()) if path.is_dir()}
+    if missing := [name for name in classes or () if name not in folders]:
+        known = ", ".join(folders)
+        raise errors.UserError(f"--classes {missing[0]} is not a folder of {source}: {known} are")
+    for class_folder in (folders[name] for name in classes or folders):
         (folder / class_folder.name).mkdir(parents=True)
         for image in sorted(class_folder.iterdir())[:limit]:
             (folder / class_folder.name / image.name).symlink_to(image.resolve())
@@ -69,8 +84,8 @@ def main() -> None:
     split = "val" if (source / "val").is_dir() else "test"
     held_out = existing_folder(source / split, "image folder")
     create_folder(output)
-    link_images(train, output / "train", args.images_per_class)
-    link_images(held_out, output / "val", None)
+    link_images(train, output / "train", args.images_per_class, args.classes)
+    link_images(held_out, output / "val", None, args.classes)
 
 
 if __name__ == "__main__":

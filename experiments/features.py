@@ -17,7 +17,7 @@ from util.data.images import to_uint8
 from util.data.sources import open_images
 from util.files import write_json, written_whole
 from util.log import log
-from util.precision import check_finite
+from util.precision import PRECISIONS, autocast, check_finite
 from util.process_group import process_group
 from util.provenance import provenance
 from util.rng import seed_everything
@@ -26,11 +26,55 @@ FEATURE_DIM = 64
 EVAL_BATCH = 1000
 
 
+def conv_norm_relu(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    """Return a 3x3 convolution with batch norm and ReLU."""
+    return [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def plain_body() -> nn.Sequential:
+    """Return three convolutions, for small images of simple things (digits)."""
+    layers = [*conv_norm_relu(3, 32), *conv_norm_relu(32, 64, 2), *conv_norm_relu(64, 128, 2)]
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, FEATURE_DIM)
+    )
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions beside the identity."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(*conv_norm_relu(width, width), *conv_norm_relu(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def resnet_body() -> nn.Sequential:
+    """Return nine layers of convolutions, two pairs of them residual, for natural images."""
+    layers = [
+        *conv_norm_relu(3, 32),
+        *conv_norm_relu(32, 64, 2),
+        Residual(64),
+        *conv_norm_relu(64, 128),
+        nn.MaxPool2d(2),
+    ]
+    layers += [*conv_norm_relu(128, 256), nn.MaxPool2d(2), Residual(256)]
+    return nn.Sequential(
+        *layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(256, FEATURE_DIM)
+    )
+
+
+#: Networks between images and features, by the name that selects them.
+BODIES = {"plain": plain_body, "resnet": resnet_body}
+
+
 class FeatureNet(nn.Module):
     """A convolutional classifier of uint8 images ``[B, 3, H, W]`` of at least 16 x 16 pixels.
 
     Args:
         classes: number of classes.
+        body: a name in :data:`BODIES`.
 
     Attributes:
         mean, std: mean and std ``[64]`` of the features over the training images.
@@ -39,14 +83,9 @@ class FeatureNet(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, body: str = "plain"):
         super().__init__()
-        layers: list[nn.Module] = []
-        for inputs, outputs, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2)):
-            layers.append(nn.Conv2d(inputs, outputs, 3, stride, padding=1))
-            layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
-        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(512, FEATURE_DIM)]
-        self.body = nn.Sequential(*layers)
+        self.body = BODIES[body]()
         self.last = nn.Linear(FEATURE_DIM, classes)
         self.register_buffer("mean", torch.zeros(FEATURE_DIM))
         self.register_buffer("std", torch.ones(FEATURE_DIM))
@@ -93,6 +132,13 @@ def read_images(
     return images, torch.tensor([labels[label] for _, label in source.samples]), source.classes
 
 
+def shifted(images: Tensor, distance: int) -> Tensor:
+    """Shift images ``[B, 3, H, W]`` by up to ``distance`` pixels each way, all by the same."""
+    padded = F.pad(images.float(), [distance] * 4, mode="reflect")
+    top, left = torch.randint(2 * distance + 1, (2,)).tolist()
+    return padded[:, :, top : top + images.shape[2], left : left + images.shape[3]]
+
+
 def train_classifier(
     net: FeatureNet, images: Tensor, labels: Tensor, args: argparse.Namespace
 ) -> None:
@@ -108,7 +154,11 @@ def train_classifier(
             if args.mirror:
                 mirrored = (torch.rand(len(batch)) < 0.5).to(images.device)
                 batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
-            F.cross_entropy(net(batch), labels[indices]).backward()
+            if args.shift:
+                batch = shifted(batch, args.shift)
+            with autocast(images.device, args.precision):
+                logits = net(batch)
+            F.cross_entropy(logits.float(), labels[indices]).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -124,9 +174,9 @@ def load_net(path: str | Path, device: torch.device) -> FeatureNet:
     Raises:
         UserError: the file does not exist.
     """
-    weights = read_checkpoint(path)
-    net = FeatureNet(len(weights["last.bias"]))
-    net.load_state_dict(weights)
+    content = read_checkpoint(path)
+    net = FeatureNet(len(content["weights"]["last.bias"]), content["net"])
+    net.load_state_dict(content["weights"])
     return net.to(device).eval()
 
 
@@ -136,6 +186,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", default="", help=DATA_PATH)
     text = "height and width of the images in pixels"
     parser.add_argument("--img_size", type=int, default=32, help=text)
+    text = "the network: plain, for simple shapes, or resnet, for natural images"
+    parser.add_argument("--net", choices=BODIES, default="plain", help=text)
+    text = "shift training images by up to this many pixels"
+    parser.add_argument("--shift", type=int, default=0, help=text)
+    text = "precision of training; fp32 means no autocast"
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help=text)
     parser.add_argument("--epochs", type=int, default=20, help="epochs to train")
     parser.add_argument("--batch_size", type=int, default=64, help="batch size")
     text = "initial learning rate; a cosine schedule decays it to 0"
@@ -155,12 +211,12 @@ def main() -> None:
         check_positive(args, "img_size", "epochs", "batch_size", "lr")
         seed_everything(args.seed)
         images, labels, classes = read_images(args.data_path, "train", args.img_size)
-        net = FeatureNet(len(classes)).to(device)
+        net = FeatureNet(len(classes), args.net).to(device)
         train_classifier(net, images.to(device), labels.to(device), args)
         held_out, true_labels, _ = read_images(args.data_path, "val", args.img_size, classes)
         accuracy = net.accuracy(held_out.to(device), true_labels.to(device))
         with written_whole(args.output) as file:
-            torch.save(net.state_dict(), file)
+            torch.save({"net": args.net, "weights": net.state_dict()}, file)
         content = {"accuracy": accuracy, "args": vars(args), **provenance()}
         write_json(Path(args.output).with_suffix(".json"), content)
         log.info("%s: accuracy on held-out images %.1f%%", args.output, 100 * accuracy)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
-from experiments.features import load_net
+from experiments.features import FeatureNet, load_net
 from models.quantizer import ScalarQuantizer, build_quantizer
 from models.tokenizer import CachedMoments
 from util import errors
@@ -28,6 +28,15 @@ from util.provenance import provenance
 from util.rng import numbered_draws
 
 DENSITY_NEIGHBORS = 5  # k of density and coverage (Naeem et al. 2020)
+#: Metrics of reconstruction.py that results contain.
+RECONSTRUCTION_METRICS = (
+    "psnr_db",
+    "ssim",
+    "efficientnet_map_distance",
+    "efficientnet_same_class_share",
+    "frechet_efficientnet_distance_to_originals",
+    "efficientnet_score_mean",
+)
 SIDE = 8  # images are reduced to SIDE x SIDE pixels
 
 # --------------------------------------------------------------------------------------------------
@@ -150,7 +159,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", default="", help=text)
     text = "measure at most this many images, evenly spaced; by default all"
     parser.add_argument("--limit", type=int, help=text)
-    parser.add_argument("--reference", default="", help="folder of held-out images")
+    text = "folder of held-out images; without it, only the results of reconstruction.py are read"
+    parser.add_argument("--reference", default="", help=text)
     parser.add_argument("--features", default="", help="weights saved by experiments.features")
     parser.add_argument("--gray", action="store_true", help="average the color channels")
     text = "run whose likelihood to measure, if --evaluate_nll wrote likelihood.json to --images"
@@ -174,26 +184,50 @@ def image_folders(path: Path) -> dict[str, Path]:
     return folders
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return metrics of all :func:`image_folders`, and likelihoods and PSNR if available."""
+def share_recognized(net: FeatureNet, images: Tensor) -> float | None:
+    """Return the share of images ``[N, 3, H, W]`` that the classifier assigns to their class.
+
+    They are in the order of their classes, equally many of each, as scripts write them. Returns
+    None if N is not a multiple of the number of classes.
+    """
+    classes = net.last.out_features
+    if len(images) % classes:
+        return None
+    labels = torch.arange(classes, device=images.device).repeat_interleave(len(images) // classes)
+    return net.accuracy(images, labels)
+
+
+def measure_images(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return the metrics of all :func:`image_folders`."""
     net = load_net(args.features, device)
     real = all_images(args.reference).to(device)
     check_number(len(real), "reference images", DENSITY_NEIGHBORS)
-    folder = Path(args.images)
-    metrics: dict[str, Any] = {"images": {}}
-    for name, image_folder in image_folders(folder).items():
-        generated = all_images(image_folder, args.limit).to(device)
-        check_number(len(generated), f"images in {image_folder}", NEIGHBORS)
-        metrics["images"][name] = {
+    path, metrics = Path(args.images), {}
+    for name, folder in image_folders(path).items():
+        generated = all_images(folder, args.limit).to(device)
+        check_number(len(generated), f"images in {folder}", NEIGHBORS)
+        metrics[name] = {
             "count": len(generated),
             "pixels": compare(pixels(generated, args.gray), pixels(real, args.gray)),
             "features": compare(net.features(generated), net.features(real)),
         }
+        if folder != path:  # images that our scripts have written
+            metrics[name]["recognized"] = share_recognized(net, generated)
+    return metrics
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return metrics of images, if there is a reference, and of likelihoods and reconstructions."""
+    folder = Path(args.images)
+    metrics: dict[str, Any] = {"images": {"images": {}}}
+    if args.reference:
+        metrics["images"] = measure_images(args, device)
     if args.resume and (folder / "likelihood.json").exists():
         metrics |= likelihood(folder, args.resume, args.cached_val_path)
     reconstruction = next(folder.glob("*/results.json"), None)
     if reconstruction is not None:
-        metrics["psnr_db"] = read_json(reconstruction)["psnr_db"]
+        content = read_json(reconstruction)
+        metrics |= {name: content[name] for name in RECONSTRUCTION_METRICS if name in content}
     return metrics
 
 
@@ -201,7 +235,8 @@ def main() -> None:
     """Run the command line."""
     args = get_args_parser().parse_args()
     with process_group(args.device) as device:
-        for name in ("images", "reference", "features", "json"):
+        required = ["images", "json", *(["features"] if args.reference else [])]
+        for name in required:
             if not getattr(args, name):
                 raise errors.UserError(f"--{name} is missing; see --help")
         if args.limit is not None:

@@ -23,6 +23,7 @@ class Row(NamedTuple):
     cfg: float | None  # the guidance scale to show; None for all
     paper: tuple[float, float] | None  # gFID or rFID, and Inception Score
     paper_head: str | None = None  # the head's parameters as the paper counts them
+    x: float | None = None  # position in a table that is drawn as a curve
 
 
 class Step(NamedTuple):
@@ -84,11 +85,13 @@ class Experiments:
                 result = f"reconstruction/{row['reconstruction']}"
             else:
                 sampling = row.get("sampling", "plain")
-                exists = self.has("runs", row["run"]) and self.has("samplings", sampling)
+                exists = "training" in self.commands and self.has("runs", row["run"])
+                exists = exists and self.has("samplings", sampling)
                 result = f"{row['run']}/{sampling}"
             if exists and self.scale in row.get("scales", [self.scale]):
                 paper = tuple(row["paper"]) if "paper" in row else None
-                rows.append(Row(row["name"], result, row.get("cfg"), paper, row.get("paper_head")))
+                optional = (row.get(name) for name in ("paper_head", "x"))
+                rows.append(Row(row["name"], result, row.get("cfg"), paper, *optional))
         return rows
 
 
@@ -112,13 +115,21 @@ class Planner:
         experiments: the experiments of one scale.
         folder: output folder of all steps.
         source: folder of images, for scales that do not generate them.
+        vae_path: tokenizer, for scales that do not train one.
         device: device of the commands.
     """
 
-    def __init__(self, experiments: Experiments, folder: str, source: str, device: str):
+    def __init__(
+        self, experiments: Experiments, folder: str, source: str, vae_path: str, device: str
+    ):
         self.experiments, self.commands = experiments, experiments.commands
         self.folder = folder
-        self.placeholders = {"source": source, "data": f"{folder}/data", "device": device}
+        self.placeholders = {
+            "source": source,
+            "vae_path": vae_path,
+            "data": f"{folder}/data",
+            "device": device,
+        }
         self.steps: dict[str, Step] = {}
 
     def add(
@@ -139,30 +150,38 @@ class Planner:
         return name
 
     def add_tokenizer(self, seed: int, tokenizer: str) -> list[str]:
-        """Add data, tokenizer and caches of its latents; return the names, tokenizer first."""
-        commands, tokenizers = self.commands, self.commands["tokenizers"]
-        needs = [self.add("data", None, [], commands["data"])] if "data" in commands else []
-        trained = self.add("tokenizers/plain", seed, needs, tokenizers["plain"])
-        if tokenizer != "plain":
-            trained = self.add(f"tokenizers/{tokenizer}", seed, [trained], tokenizers[tokenizer])
-        added = {"tokenizer": trained}
+        """Add data, tokenizer and caches of its latents, if the scale has them; return the names.
+
+        The first one is the tokenizer's.
+        """
+        commands, tokenizers = self.commands, self.commands.get("tokenizers", {})
+        needs = self.add_data()
+        for name in dict.fromkeys(("plain", tokenizer)):
+            if name in tokenizers:
+                needs = [self.add(f"tokenizers/{name}", seed, needs, tokenizers[name])]
+        added = {"tokenizer": needs}
         parents = {"cache": "tokenizer", "val_cache": "tokenizer", "pack": "cache", "order": "pack"}
         for name, parent in parents.items():
             if name in commands:
                 step = f"tokenizers/{tokenizer}-{name}"
-                needs = [added[parent]]
-                added[name] = self.add(step, seed, needs, commands[name], tokenizer=tokenizer)
-        return [*added.values()]
+                command = self.add(step, seed, added[parent], commands[name], tokenizer=tokenizer)
+                added[name] = [command]
+        return [name for names in added.values() for name in names]
+
+    def add_data(self) -> list[str]:
+        """Add the command that writes the images; return its name, or nothing if there is none."""
+        commands = self.commands
+        return [self.add("data", None, [], commands["data"])] if "data" in commands else []
 
     def add_result(self, result: str, seed: int) -> None:
         """Add all steps that lead to a result of one seed."""
         run, sampling = result.split("/")
         if run == "reconstruction":
-            tokenizer = self.add_tokenizer(seed, "plain")[0]
+            needs = self.add_tokenizer(seed, "plain")[:1]
             names = {"result": result, "tokenizer": "plain"}
             flags = self.experiments.flags("reconstructions", sampling)
             command = self.commands["reconstruction"]
-            step = self.add(result, seed, [tokenizer], command, flags, **names)
+            step = self.add(result, seed, needs, command, flags, **names)
         else:
             names = {"result": result, "run": run, "tokenizer": self.experiments.tokenizer(run)}
             needs = self.add_tokenizer(seed, names["tokenizer"])
@@ -184,10 +203,10 @@ class Planner:
         """Add the command that measures a result, if the scale has one."""
         if "measuring" not in self.commands:
             return
-        data = self.add("data", None, [], self.commands["data"])
-        features = self.add("features", seed, [data], self.commands["features"])
         result, command = names["result"], self.commands["measuring"]
-        needs = [*needs, features]
+        if "features" in self.commands:
+            features = self.add("features", seed, self.add_data(), self.commands["features"])
+            needs = [*needs, features]
         self.add(f"{result}-measuring", seed, needs, command, flags, measures=result, **names)
 
     def add_baseline(self, seed: int) -> None:
@@ -203,6 +222,7 @@ def plan(
     folder: str,
     source: str,
     device: str,
+    vae_path: str = "",
 ) -> dict[str, Step]:
     """Return all steps of some tables by name: seed after seed, each step after those it needs.
 
@@ -218,7 +238,7 @@ def plan(
     if not results:
         names = ", ".join(tables)
         raise UserError(f"none of these tables has rows at --scale {experiments.scale}: {names}")
-    planner = Planner(experiments, folder, source, device)
+    planner = Planner(experiments, folder, source, vae_path, device)
     for seed in seeds:
         planner.add_baseline(seed)
         for result in results:

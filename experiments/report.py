@@ -2,7 +2,8 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,11 +33,13 @@ PAGES = [
     ROOT / name
     for name in ("README.md", "experiments/README.md", "docs/experiments.md", "docs/variants.md")
 ]
-SCALES = ("digits", "cifar10")
+SCALES = ("digits", "cifar10", "photographs", "objects", "objects3")
 #: Rows that README.md quotes.
 QUOTED = ("autoregressive, 38 epochs", "parallel, 38 epochs", "masked, 85 epochs, 4 steps")
-GUIDANCE_COLORS = {"1": "C0", "2": "C1"}
-GUIDANCE_OFFSETS = {"1": -0.15, "2": 0.15}  # so that dots of a row do not overlap
+GUIDANCE_COLORS = {"1": "C0", "2": "C1", "3": "C3"}
+GUIDANCE_OFFSETS = {"1": -0.15, "2": 0.15, "3": 0.15}  # so that dots of a row do not overlap
+#: Measures of a table that is drawn as curves.
+CURVES = ["nats", "frechet", "precision", "recall", "recognized"]
 
 # --------------------------------------------------------------------------------------------------
 # Plots.
@@ -45,6 +48,52 @@ GUIDANCE_OFFSETS = {"1": -0.15, "2": 0.15}  # so that dots of a row do not overl
 def reconstructs(rows: Sequence[Row]) -> bool:
     """Return whether a table shows reconstructions."""
     return "reconstruction" in rows[0].result
+
+
+def label_guidance(figure: Figure, scales: Iterable[str]) -> None:
+    """Add a legend of the colors of guidance scales below a figure."""
+    handles = [
+        Line2D([], [], color=color, marker="o", ls="", label=f"guidance {cfg}")
+        for cfg, color in GUIDANCE_COLORS.items()
+        if cfg in scales
+    ]
+    if handles:
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=len(handles),
+            fontsize=8,
+            frameon=False,
+        )
+
+
+def plot_over(results: Results, rows: Sequence[Row], title: str) -> Figure:
+    """Plot measures of a table over the rows' ``x``, a line for each guidance scale.
+
+    Dotted lines are training images in place of samples.
+
+    Args:
+        title: of the x-axis.
+    """
+    figure = Figure(figsize=(12, 2.8), layout="constrained")
+    scales = dict.fromkeys(cfg for row in rows for cfg in results.guidance_scales(row))
+    for axes, name in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
+        measure = MEASURES[name]
+        for cfg in scales if measure.of_images else [*scales][:1]:
+            known = [(row.x, results.values(row, name, cfg).values()) for row in rows]
+            points = [(x, statistics.mean(values)) for x, values in known if values]
+            color = GUIDANCE_COLORS.get(cfg) if measure.of_images else "0.3"
+            axes.plot(*zip(*points, strict=True), "o-", color=color, ms=4)
+        baseline = results.values(BASELINE_ROW, name, "images").values()
+        if baseline:
+            axes.axhline(statistics.mean(baseline), color="0.6", ls=":", lw=1)
+        better = "lower" if name in ("nats", "frechet") else "higher"
+        axes.set_title(f"{measure.title}\n({better} is better)", fontsize=8)
+        axes.set_xlabel(title, fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    label_guidance(figure, scales)
+    return figure
 
 
 def plot(results: Results, rows: Sequence[Row]) -> Figure:
@@ -69,14 +118,8 @@ def plot(results: Results, rows: Sequence[Row]) -> Figure:
         axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-    if guidance_scales == {*GUIDANCE_COLORS}:
-        handles = [
-            Line2D([], [], color=color, marker="o", ls="", label=f"guidance {cfg}")
-            for cfg, color in GUIDANCE_COLORS.items()
-        ]
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False
-        )
+    if len(guidance_scales) > 1:
+        label_guidance(figure, guidance_scales)
     return figure
 
 
@@ -85,10 +128,12 @@ def plots() -> dict[Path, Figure]:
     figures = {}
     for scale in SCALES:
         experiments, results = Experiments(DEFAULT, scale), Results(RESULTS, scale)
-        for table in experiments.content["tables"]:
+        for table, content in experiments.content["tables"].items():
             rows = [row for row in experiments.rows(table) if results.of(row)]
             if len(rows) > 1:
-                figures[RESULTS / scale / f"{table}.png"] = plot(results, rows)
+                curve = content.get("curve")
+                figure = plot_over(results, rows, curve) if curve else plot(results, rows)
+                figures[RESULTS / scale / f"{table}.png"] = figure
     return figures
 
 
@@ -148,7 +193,8 @@ def imagenet_costs() -> str:
     """Return a table of each table's trainings, evaluations and GPU-hours on ImageNet."""
     experiments = Experiments(DEFAULT, "imagenet")
     assumptions = scaling.get_args_parser().parse_args([])
-    all_tables = experiments.content["tables"]
+    tables = experiments.content["tables"]
+    all_tables = {name: tables[name] for name in tables if experiments.rows(name)}
     selections = {name: (content["title"], [name]) for name, content in all_tables.items()}
     selections["all"] = ("All tables, without repeated trainings", [*all_tables])
     hours: dict[str, float] = {}

@@ -41,7 +41,31 @@ MEASURES = {
     "continuous_bits": Measure(
         "continuous bits per dimension", ("continuous_bits",), 3, 0.03, of_images=False
     ),
+    "recognized": Measure("share recognized", ("recognized",), 3, 0.02, limits=(0, 1)),
     "psnr_db": Measure("PSNR, dB", ("psnr_db",), 2, 0.5, of_images=False),
+    "ssim": Measure("SSIM", ("ssim",), 3, 0.01, of_images=False),
+    "map_distance": Measure(
+        "distance of feature maps (EfficientNet-Lite0)",
+        ("efficientnet_map_distance",),
+        3,
+        relative_margin=0.05,
+        of_images=False,
+    ),
+    "frechet_to_originals": Measure(
+        "Frechet distance to the originals (EfficientNet-Lite0)",
+        ("frechet_efficientnet_distance_to_originals",),
+        2,
+        relative_margin=0.05,
+        of_images=False,
+    ),
+    "same_class": Measure(
+        "same predicted class (EfficientNet-Lite0)",
+        ("efficientnet_same_class_share",),
+        3,
+        0.02,
+        limits=(0, 1),
+        of_images=False,
+    ),
 }
 #: Not shown for reconstructions, which are compared with their own originals.
 NEIGHBOR_MEASURES = ("precision", "recall", "density", "coverage")
@@ -85,7 +109,8 @@ class Results:
         """Return a measure by seed; seeds whose result does not have it are left out."""
         measure, values = MEASURES[name], {}
         for seed, content in self.of(row).items():
-            *groups, last = measure.keys
+            space = content.get("space", "pixels")
+            *groups, last = (space if key == "pixels" else key for key in measure.keys)
             part = content["images"].get(cfg, {}) if measure.of_images else content
             for group in groups:
                 part = part.get(group, {})
@@ -123,12 +148,15 @@ def student_interval(values: Collection[float], variance: float) -> tuple[float,
     return mean - half_width, mean + half_width
 
 
-def verdict(differences: Collection[float], expected: str, margin: float) -> str:
+def verdict(
+    differences: Collection[float], expected: str, margin: float, exact: bool = False
+) -> str:
     """Return whether ``differences``, one per seed, are as expected.
 
     Args:
         expected: ``lower``, ``higher``, ``not lower`` or ``not higher``.
         margin: tolerance of ``not lower`` and ``not higher``, 0 or more.
+        exact: nothing is random: one difference decides.
     """
     sign = -1 if expected.endswith("lower") else 1
     if expected.startswith("not"):
@@ -136,7 +164,7 @@ def verdict(differences: Collection[float], expected: str, margin: float) -> str
     else:
         margin = 0.0
     signed = [sign * difference + margin for difference in differences]  # positive: as expected
-    interval = confidence_interval(signed)
+    interval = (min(signed), max(signed)) if exact else confidence_interval(signed)
     if interval is not None and interval[0] * interval[1] > 0:
         return "holds" if interval[0] > 0 else "does not hold"
     return f"inconclusive ({sum(value > 0 for value in signed)} of {len(signed)} seeds agree)"
@@ -185,7 +213,13 @@ def table_lines(results: Results, rows: Iterable[Row]) -> list[tuple[Row, str]]:
 def shown_measures(results: Results, lines: list[tuple[Row, str]]) -> list[str]:
     """Return the measures that any line has, without those that reconstructions do not need."""
     names = [name for name in MEASURES if any(results.values(row, name, cfg) for row, cfg in lines)]
-    hidden = NEIGHBOR_MEASURES if "psnr_db" in names else ()
+    hidden = {*NEIGHBOR_MEASURES} if "psnr_db" in names else set()
+    if any(
+        content.get("space") == "features"
+        for row, _ in lines
+        for content in results.of(row).values()
+    ):
+        hidden.add("features")  # the same as "frechet"
     return [name for name in names if name not in hidden]
 
 
@@ -274,7 +308,9 @@ def finding_table(results: Results, experiments: Experiments) -> str:
                     " and ".join(f"{mean:.{measure.digits}f}" for mean in means),
                     f"{means[0] - means[1]:+.{measure.digits}f} ({interval})",
                     len(seeds),
-                    verdict(differences, expected, margin),
+                    verdict(
+                        differences, expected, margin, experiments.commands.get("exact", False)
+                    ),
                 ]
             )
             claim = ["", ""]

@@ -6,10 +6,12 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -23,12 +25,12 @@ if __name__ == "__main__":
 from experiments.plan import DEFAULT, Experiments, Step, needed, plan
 from experiments.results import RESULTS, Results, comparison_table
 from util.args import add_device_arg, check_positive, new_parser
+from util.checkpoint.hub import is_address
 from util.data.caches import PACKED_METADATA
 from util.devices import find_device
 from util.errors import UserError
 from util.errors import run as run_main
 from util.files import read_json, write_json
-from util.metrics.sample_folder import SampleFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Imported once, in the process from which all commands are forked.
@@ -48,12 +50,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = new_parser(__doc__)
     text = "tables of the experiments, such as table2a, or all"
     parser.add_argument("tables", nargs="+", metavar="TABLE", help=text)
-    text = "digits, cifar10, or imagenet, whose commands are only printed"
+    text = "digits, cifar10, photographs, objects, or imagenet, whose commands are only printed"
     parser.add_argument("--scale", default="digits", help=text)
     text = "random seeds; each trains its own tokenizer and models"
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help=text)
-    text = "images of cifar10 and imagenet: train/<class>/<image> and val/"
+    text = "images of the other scales: train/<class>/<image> and, except for photographs, val/"
     parser.add_argument("--data_path", default="", help=text)
+    text = "tokenizer of photographs and objects, such as a tiny autoencoder"
+    parser.add_argument("--vae_path", default="", help=text)
     text = "folder of checkpoints, caches, samples and logs"
     parser.add_argument("--output_dir", default="output/experiments", help=text)
     text = "folder of the results, a JSON file per row and seed"
@@ -82,14 +86,22 @@ def commands_of(steps: dict[str, Step], step: Step) -> list[str]:
     return [command_line(other) for name, other in steps.items() if name in names]
 
 
-def comparable(commands: list[str], folder: str, source: str) -> list[str]:
-    """Return command lines without device, output folder and image source.
+def comparable(commands: list[str], paths: Mapping[str, str]) -> list[str]:
+    """Return command lines without the device, and with the names of ``paths`` in their place.
 
     Results that differ only in these count as results of the same experiment.
     """
     lines = [re.sub(r" --device \S+", "", line) for line in commands]
-    lines = [re.sub(rf"(?<= ){re.escape(folder)}/", "FOLDER/", line) for line in lines]
-    return [line.replace(f"--source {source} ", "--source SOURCE ") for line in lines]
+    for name, path in paths.items():
+        if path:
+            pattern = rf"(?<= ){re.escape(path)}(?=[ /]|$)"
+            lines = [re.sub(pattern, name, line) for line in lines]
+    return lines
+
+
+def paths_of(args: argparse.Namespace) -> dict[str, str]:
+    """Return the paths on which results do not depend, as their files store them."""
+    return {name: getattr(args, name) for name in ("output_dir", "data_path", "vae_path")}
 
 
 def stop_with_runner() -> None:
@@ -160,8 +172,9 @@ def has_result(steps: dict[str, Step], step: Step, args: argparse.Namespace) -> 
     if not path.exists():
         return False
     result = read_json(path)
-    saved = comparable(result["commands"], result["output_dir"], result["data_path"])
-    return saved == comparable(commands_of(steps, step), args.output_dir, args.data_path)
+    paths = paths_of(args)
+    saved = comparable(result["commands"], {name: result.get(name, "") for name in paths})
+    return saved == comparable(commands_of(steps, step), paths)
 
 
 def missing(steps: dict[str, Step], args: argparse.Namespace) -> dict[str, Step]:
@@ -200,10 +213,11 @@ class Runner:
         steps: all steps by name. Steps whose results exist are skipped; the others start in this
             order where possible.
         args: the command line.
+        space: what distances of samples are measured in, ``pixels`` or ``features``.
     """
 
-    def __init__(self, steps: dict[str, Step], args: argparse.Namespace):
-        self.steps, self.args = steps, args
+    def __init__(self, steps: dict[str, Step], args: argparse.Namespace, space: str):
+        self.steps, self.args, self.space = steps, args, space
         folder = Path(args.output_dir) / args.scale / "steps"
         self.records = {
             name: Record(folder / f"{name.replace('/', '-')}.json", commands_of(steps, step))
@@ -304,17 +318,18 @@ class Runner:
             "scale": self.args.scale,
             "result": step.measures,
             "seed": seed,
+            "space": self.space,
             **read_json(step.path("--json")),
             "device": self.device,
             "jobs": self.args.jobs,
             "training_seconds": training and round(training.content["seconds"], 1),
-            "output_dir": self.args.output_dir,
-            "data_path": self.args.data_path,
+            **paths_of(self.args),
             "commands": commands_of(self.steps, step),
         }
         write_json(result_path(self.args, step), result)
-        for folder in step.path("--images").glob("samples*/"):
-            SampleFolder(folder).remove_images()  # keeps the grid of samples
+        images = step.path("--images")
+        for folder in [*images.glob("samples*/"), *images.glob("*/real"), *images.glob("*/recon")]:
+            shutil.rmtree(folder)  # the picture of some of them stays
             self.records[step.needs[0]].add(0.0, finished=False)
 
 
@@ -339,9 +354,15 @@ def complete_args(args: argparse.Namespace, experiments: Experiments) -> None:
                 "a folder with train/<class>/<image> and val/ or test/"
             )
         args.data_path = f"data/{args.scale}"
+    if not args.vae_path and "{vae_path}" in str(experiments.commands):
+        if not args.dry_run:
+            raise UserError(f"--scale {args.scale} needs --vae_path: a tokenizer")
+        args.vae_path = "tokenizer"
     if Path.cwd() != ROOT:  # commands run in ROOT
-        for name in ("data_path", "output_dir", "results"):
-            setattr(args, name, os.path.abspath(getattr(args, name)))
+        for name in ("data_path", "output_dir", "results", "vae_path"):
+            value = getattr(args, name)
+            if value and not is_address(value):
+                setattr(args, name, os.path.abspath(value))
     device, problem = find_device(args.device)
     if problem and not args.dry_run:
         raise UserError(problem)
@@ -373,7 +394,8 @@ def main() -> None:
     experiments = Experiments(args.experiments, args.scale)
     complete_args(args, experiments)
     folder = f"{args.output_dir}/{args.scale}"
-    steps = plan(experiments, args.tables, args.seeds, folder, args.data_path, args.device)
+    places = args.data_path, args.device, args.vae_path
+    steps = plan(experiments, args.tables, args.seeds, folder, *places)
     launcher = experiments.commands.get("launcher")
     if args.dry_run or launcher:
         print_commands(steps, launcher)
@@ -383,7 +405,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(pythonpath)
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    runner = Runner(steps, args)
+    runner = Runner(steps, args, experiments.commands.get("space", "pixels"))
     runner.run()
     print_results(args, experiments)
     if runner.failures:

@@ -69,6 +69,7 @@ class MaskedHead(Head):
     #: of the three published sizes have 0.92 times the parameters, the tiny one 1.55 times.
     sizes: ClassVar[dict[str, dict[str, int]]] = {
         "tokenbridge_tiny": {"channel_depth": 6},
+        "tokenbridge_small": {"channel_depth": 6},
         "tokenbridge_base": {"channel_depth": 6},
         "tokenbridge_large": {"channel_depth": 6},
         "tokenbridge_huge": {"channel_depth": 9},

@@ -46,6 +46,7 @@ def _size(
 #: Constructor arguments of each size with the paper's head.
 SIZES = {
     "tokenbridge_tiny": _size(128, 2, 4, 128, 2, 4),
+    "tokenbridge_small": _size(256, 4, 8, 256, 3, 4),
     "tokenbridge_base": _size(768, 12, 12, 768, 4, 8),
     "tokenbridge_large": _size(1024, 16, 16, 1024, 4, 8),
     "tokenbridge_huge": _size(1280, 20, 16, 1024, 6, 8),
@@ -410,6 +411,11 @@ PUBLISHED_LEVELS = MODEL_ENTRIES["quant_levels"].published
 def tokenbridge_tiny(**arguments: Any) -> TokenBridge:
     """Build a small model for demonstrations and tests, not in the paper."""
     return _of_size("tokenbridge_tiny", arguments)
+
+
+def tokenbridge_small(**arguments: Any) -> TokenBridge:
+    """Build a model that a CPU can train on natural images, not in the paper."""
+    return _of_size("tokenbridge_small", arguments)
 
 
 def tokenbridge_base(**arguments: Any) -> TokenBridge:

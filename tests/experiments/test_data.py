@@ -30,6 +30,13 @@ def test_first_training_images_and_all_held_out_images_are_linked(run, source, t
     assert len(files(source)) == 8
 
 
+def test_only_some_classes_are_linked(run, refused, source, tmp_path):
+    flags = f"--source {source} --output_dir {tmp_path}/out --classes"
+    run("experiments.data", f"{flags} b")
+    assert {name.split("/")[1] for name in files(tmp_path / "out")} == {"b"}
+    assert "--classes c is not a folder of" in refused("experiments.data", f"{flags} b c")
+
+
 def test_a_folder_with_other_content_is_refused(refused, source, tmp_path):
     message = "was not written by this command"
     assert message in refused("experiments.data", f"--source {source} --output_dir {source}")

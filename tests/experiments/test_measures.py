@@ -10,7 +10,14 @@ from PIL import Image
 from scipy import stats
 
 from experiments.features import FeatureNet, read_images
-from experiments.measures import all_images, compare, level_bits, neighborhood_metrics, pixels
+from experiments.measures import (
+    all_images,
+    compare,
+    level_bits,
+    neighborhood_metrics,
+    pixels,
+    share_recognized,
+)
 from experiments.results import confidence_interval, prediction_interval, verdict
 from experiments.unequal import scale_channels
 from models.quantizer import build_quantizer
@@ -58,7 +65,7 @@ def test_frechet_distance_of_gaussians():
 
 
 def test_too_few_images_are_refused(refused, tmp_path):
-    torch.save(FeatureNet(2).state_dict(), tmp_path / "net.pt")
+    torch.save({"net": "plain", "weights": FeatureNet(2).state_dict()}, tmp_path / "net.pt")
     for number in range(6):
         for name in ["five"] * (number < 5) + ["six"]:
             (tmp_path / name).mkdir(exist_ok=True)
@@ -70,6 +77,23 @@ def test_too_few_images_are_refused(refused, tmp_path):
     line = refused("experiments.measures", f"{common} --reference {tmp_path}/six --limit 3")
     assert f"too few images in {tmp_path}/six for precision and recall: 3, at least 4" in line
     assert not (tmp_path / "m.json").exists()
+
+
+def test_images_in_the_order_of_their_classes_are_recognized():
+    net = FeatureNet(2).eval()
+    net.forward = lambda images: torch.eye(2)[images[:, 0, 0, 0].long()]
+    images = torch.tensor([0, 0, 1, 1, 1, 0], dtype=torch.uint8)[:, None, None, None]
+    assert (
+        share_recognized(net, images) == 4 / 6
+    )  # the third and the last belong to the other class
+    assert share_recognized(net, images[:5]) is None
+
+
+def test_verdicts_where_nothing_is_random():
+    assert verdict([0.3], "higher", 0.1) == "inconclusive (1 of 1 seeds agree)"
+    assert verdict([0.3], "higher", 0.1, exact=True) == "holds"
+    assert verdict([0.3], "not higher", 0.1, exact=True) == "does not hold"
+    assert verdict([0.3], "not higher", 0.4, exact=True) == "holds"
 
 
 def test_limited_images_are_evenly_spaced(tmp_path):

@@ -8,7 +8,8 @@ from experiments.plan import DEFAULT, Experiments, merged, needed, plan
 from experiments.run import comparable
 from tests.test_docs import program, refusal
 
-ALL = {scale: Experiments(DEFAULT, scale) for scale in ("digits", "cifar10", "imagenet")}
+SCALES = ("digits", "cifar10", "photographs", "objects", "objects3", "imagenet")
+ALL = {scale: Experiments(DEFAULT, scale) for scale in SCALES}
 TABLES = [
     (scale, table)
     for scale, experiments in ALL.items()
@@ -28,11 +29,17 @@ def test_scripts_accept_the_commands_of_dry_runs(scale, table, run, capsys, tmp_
         assert refusal(program(shlex.split(line)), capsys) == "", line
 
 
-def test_all_tables_have_rows_on_digits():
+def test_tables_have_rows_on_digits_or_on_natural_images():
     names = "table1a table1b table2a table2b table2c table2d table2e table3"
     names += " heads quantizers guidance steps figure8"
-    assert {*ALL["digits"].content["tables"]} == {*names.split()}
+    assert {*ALL["digits"].content["tables"]} == {*names.split(), "epochs"}
     assert {table for scale, table in TABLES if scale == "digits"} == {*names.split()}
+    natural = {scale: {table for name, table in TABLES if name == scale} for scale in SCALES[2:5]}
+    assert natural == {
+        "photographs": {"table1a", "table1b"},
+        "objects": {"table1a", "table1b", "epochs"},
+        "objects3": {"table1a", "table1b", "table2a"},
+    }
 
 
 def test_row_names_are_unique_and_findings_refer_to_them():
@@ -66,7 +73,7 @@ def test_later_flags_replace_earlier_ones():
 def test_results_are_comparable_across_folders_sources_and_devices():
     def lines(folder: str, source: str, device: str, end: str = "seed0") -> list[str]:
         command = f"python a.py --source {source} --device {device} --output_dir {folder}/{end}"
-        return comparable([command], folder, source)
+        return comparable([command], {"output_dir": folder, "data_path": source})
 
     expected = lines("output/experiments", "data", "cpu")
     for folder in ("o", "/x/output"):
@@ -78,7 +85,8 @@ def test_results_are_comparable_across_folders_sources_and_devices():
     ("flags", "message"),
     [
         ("table9", "there is no table table9"),
-        ("table2a --scale mnist", "choose one of digits, cifar10, imagenet"),
+        ("table2a --scale mnist", "choose one of digits, cifar10, photographs"),
+        ("table1a --scale photographs --data_path x", "needs --vae_path"),
         ("table3 --scale cifar10 --dry_run", "none of these tables has rows"),
         ("heads --scale cifar10", "needs --data_path"),
         ("heads --jobs 0", "--jobs"),
