@@ -82,6 +82,9 @@ class Trainer:
         )
         self.bad_steps = BadSteps(settings.max_bad_steps, settings.output_dir)
         self.log: TrainingLog | None = None
+        #: Loss of guessing uniformly; None for a model without one (a VAE).
+        self.uniform_loss: float | None = getattr(self.state.model, "uniform_loss", None)
+        self._reported_guessing = self.uniform_loss is None
         self._batches: Iterator = iter(())
         self._first_step = 0  # step of the epoch at which `_batches` starts
         self._pending: tuple[StepResult, distributed.HostCopy] | None = None
@@ -150,6 +153,8 @@ class Trainer:
                 state.model.check_labels(labels)  # on the device, this would synchronize
             batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
             inputs = self.encode(batch)
+            if not self._reported_guessing:
+                self.report_guessing(inputs)
             # Ranks exchange gradients once per step, with its last batch
             accumulates = (
                 isinstance(state.wrapped, DistributedDataParallel) and i < len(batches) - 1
@@ -160,6 +165,19 @@ class Trainer:
                 state.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         return mean_loss
+
+    def report_guessing(self, latents: Tensor) -> None:
+        """Log the losses of guessing: only a lower loss shows that the model has learned something.
+
+        Args:
+            latents: the first batch of this process, ``[B, C, h, w]``.
+        """
+        self._reported_guessing = True
+        log.info("loss of guessing uniformly, at which training starts: %.3f", self.uniform_loss)
+        frequency_loss = self.state.model.frequency_loss(latents)
+        if frequency_loss is not None:
+            text = "loss of guessing by the frequencies of each channel's levels: about %.3f"
+            log.info(text, frequency_loss)
 
     def finish_step(self) -> None:
         """Finish the pending step, if any: update the EMA and metrics, or record a bad step.
@@ -265,6 +283,8 @@ class Trainer:
 
     def show(self, metrics: dict[str, float], epoch: int) -> None:
         """Write metrics to the log, if there is one."""
+        if self.uniform_loss is not None:
+            metrics = {**metrics, "train/loss_of_uniform_guessing": self.uniform_loss}
         if self.log is not None:
             self.log.show(metrics, epoch, self.state.steps_done)
 

@@ -227,7 +227,7 @@ class ReconstructionStats:
         setting: QuantizerSetting,
         channels: int,
         device: torch.device,
-        network: FeatureNetwork | None,
+        network: FeatureNetwork | None = None,
     ):
         self.setting, self.network = setting, network
         self.sums = double(torch.zeros(len(MEAN_METRICS), device=device))

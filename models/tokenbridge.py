@@ -123,6 +123,35 @@ class TokenBridge(PretrainedTokenBridge):
         return self.backbone.class_emb
 
     @property
+    def uniform_loss(self) -> float:
+        """Loss of guessing all classes of a channel step with equal probability, in nats."""
+        return math.log(self.head.classes)
+
+    @torch.no_grad()
+    def frequency_loss(self, latents: Tensor) -> float | None:
+        """Return the loss of guessing each channel's levels by their frequencies, in nats.
+
+        Only a lower loss has learned anything from the class or from other tokens and channels.
+
+        Args:
+            latents: scaled latents ``[B, C, h, w]`` whose levels are counted.
+
+        Returns:
+            an estimate, too low by about (levels - 1) / (2 B h w); None if that exceeds 0.05.
+        """
+        if self.quantizer.levels > 0.1 * latents[:, 0].numel():
+            return None
+        levels = self.quantize(self.patchify(to_device(latents, self.device)))[0]
+        counts = torch.stack(
+            [
+                torch.bincount(channel, minlength=self.quantizer.levels)
+                for channel in levels.flatten(0, 1).T.cpu()
+            ]
+        )
+        entropies = torch.special.entr(counts / counts.sum(1, keepdim=True)).sum(1)
+        return entropies.mean().item() * self.head.channels_per_group
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.backbone.fake_latent.device

@@ -218,8 +218,11 @@ class TrainingLog:
     def show(self, metrics: Mapping[str, float], epoch: int, steps_done: int) -> None:
         """Write metrics beside the progress bar and to TensorBoard."""
         if "train/loss" in metrics:
+            uniform = metrics.get("train/loss_of_uniform_guessing")
+            beside = "" if uniform is None else f" (uniform {uniform:.4f})"
             self.bar.set_postfix_str(
-                f"epoch {epoch} loss {metrics['train/loss']:.4f} lr {metrics['train/lr']:.2e} "
+                f"epoch {epoch} loss {metrics['train/loss']:.4f}{beside} "
+                f"lr {metrics['train/lr']:.2e} "
                 f"{metrics['speed/images_per_second']:.1f} img/s "
                 f"MFU {metrics['speed/model_flops_utilization']:.0%}"
             )

@@ -186,8 +186,8 @@ class TrainingState:
             self.path,
             content,
             self.settings.keep_last,
-            wanted=lambda: not differing_ranks(sums),
-            milestone=epoch_path(self.path, self.epoch) if is_milestone else None,
+            lambda: not differing_ranks(sums),
+            epoch_path(self.path, self.epoch) if is_milestone else None,
         )
 
     def check_ranks(self) -> None:

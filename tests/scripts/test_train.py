@@ -290,6 +290,30 @@ def test_training_writes_a_whole_checkpoint_and_log(trained):
     assert [event.step for event in log.Scalars("train/loss")] == [4, 8]
 
 
+def test_checkpoints_of_some_epochs_are_kept(run, cached, tmp_path):
+    common = f"{TINY} --use_cached --cached_path {cached} --batch_size 8 --epochs 5 --keep_last 1"
+    run("main_tokenbridge", f"{common} --keep_every 2 --output_dir {tmp_path}/run")
+    kept = sorted(path.name for path in (tmp_path / "run").glob("*.pth"))
+    assert kept == ["checkpoint-epoch0002.pth", "checkpoint-epoch0004.pth", "checkpoint-last.pth"]
+    files = [torch.load(tmp_path / "run" / name, weights_only=False) for name in kept]
+    assert [content["epoch"] for content in files] == [1, 3, 4]
+    assert all(content["step"] == 0 for content in files)
+
+
+def test_losses_of_guessing_are_reported(run, cached, tmp_path, caplog):
+    common = f"{TINY} --quant_bits 3 --use_cached --cached_path {cached} --batch_size 16 --epochs 1"
+    run("main_tokenbridge", f"{common} --output_dir {tmp_path}/run")
+    uniform, frequencies = (
+        float(record.getMessage().rsplit(" ", 1)[1])
+        for record in caplog.records
+        if record.getMessage().startswith("loss of guessing")
+    )
+    assert uniform == pytest.approx(math.log(8), abs=1e-3) and 0.5 < frequencies < uniform
+    assert [*scalars(tmp_path / "run", "train/loss_of_uniform_guessing").values()] == [
+        pytest.approx(math.log(8))
+    ]
+
+
 def test_the_average_of_a_short_run_is_of_its_weights_not_of_the_drawn_ones(run, cached, tmp_path):
     common = f"{TINY} --warmup_epochs 0 --lr 1e-3 --use_cached --cached_path {cached} --batch_size 16 --epochs 1"
     run("main_tokenbridge", f"{common} --output_dir {tmp_path}/run")  # one step
