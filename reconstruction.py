@@ -46,7 +46,7 @@ from util.metrics.compute import (
     statistics,
     warn_if_few,
 )
-from util.metrics.networks import LOGITS, FeatureNetwork, gather_features
+from util.metrics.networks import LOGITS, Features, gather_features, map_distance
 from util.metrics.sample_folder import SampleFolder, check_own, read_results
 from util.metrics.tables import FEATURES, default_statistics, metric_names, metric_titles
 from util.precision import autocast, check_finite, double, extremes
@@ -218,24 +218,15 @@ class ReconstructionStats:
     Attributes:
         features: features and logits of the reconstructions, by batch; empty without a network.
 
-    Args:
-        network: compares images by its features; None without metrics.
     """
 
-    def __init__(
-        self,
-        setting: QuantizerSetting,
-        channels: int,
-        device: torch.device,
-        network: FeatureNetwork | None = None,
-    ):
-        self.setting, self.network = setting, network
+    def __init__(self, setting: QuantizerSetting, channels: int, device: torch.device):
+        self.setting = setting
         self.sums = double(torch.zeros(len(MEAN_METRICS), device=device))
         # How often each channel takes each level
         self.counts = torch.zeros(channels, setting.levels, dtype=torch.int64, device=device)
         self.features: list[tuple[Tensor, Tensor]] = []
-        # Sum of distances between feature maps, if the network has them
-        self.map_distance = double(torch.zeros((), device=device))
+        self.map_distance = double(torch.zeros((), device=device))  # sum over images
 
     def add(
         self,
@@ -257,13 +248,15 @@ class ReconstructionStats:
         outside_share = double(outside).flatten(1).mean(1)
         metrics = [psnr(real, recon), ssim(real, recon), latent_mse, outside_share]
         self.sums += torch.stack(metrics).sum(1)
-        if self.network is not None:
-            self.features.append(self.network(recon))
-            if self.network.has_maps:
-                self.map_distance += double(self.network.map_distance(real, recon)).sum()
         if indices is not None:
             for channel, levels in enumerate(indices.transpose(0, 1).flatten(1)):
                 self.counts[channel] += torch.bincount(levels, minlength=self.setting.levels)
+
+    def add_features(self, real: Features, recon: Features) -> None:
+        """Add the features of a batch of images and their reconstructions."""
+        self.features.append(recon[:2])
+        if recon.maps:
+            self.map_distance += double(map_distance(real, recon)).sum()
 
     def metrics(self, images: int) -> dict[str, Any]:
         """Return the setting, its mean metrics and its use of levels.
@@ -271,17 +264,13 @@ class ReconstructionStats:
         Args:
             images: number of images of all ranks.
         """
-        world = distributed.get_world_size()
-        sums = torch.cat([self.sums, self.map_distance[None]])
-        *means, map_distance = (distributed.all_reduce_mean(sums) * world / images).tolist()
+        means = distributed.all_reduce_mean(self.sums) * distributed.get_world_size() / images
         metrics: dict[str, Any] = {
             "bits": self.setting.bits,
             "range": self.setting.range,
             "images": images,
-            **dict(zip(MEAN_METRICS, means, strict=True)),
+            **dict(zip(MEAN_METRICS, means.tolist(), strict=True)),
         }
-        if self.network is not None and self.network.has_maps:
-            metrics[f"{self.network.name}_map_distance"] = map_distance
         if self.setting.levels:
             share = distributed.all_reduce_mean(double(self.counts))
             share = share / share.sum(dim=1, keepdim=True)
@@ -317,9 +306,7 @@ def reconstruct(
     """
     device = next(tokenizer.vae.parameters()).device
     network = evaluator.network if evaluator else None
-    all_stats = [
-        ReconstructionStats(setting, tokenizer.embed_dim, device, network) for setting in settings
-    ]
+    all_stats = [ReconstructionStats(setting, tokenizer.embed_dim, device) for setting in settings]
     rank = distributed.get_rank()
     world = distributed.get_world_size()
 
@@ -360,7 +347,8 @@ def reconstruct(
                 latents = posterior.sample(noise)
             check_finite(extremes(latents), "the tokenizer's encoder", args.precision)
             if network is not None:
-                features.append(network(real))
+                real_features = network(real)
+                features.append(real_features[:2])
             save("real", real)
             pictures["original"] += real[picked].cpu()
             if picked and all(setting.levels for setting in settings):
@@ -382,6 +370,8 @@ def reconstruct(
                 low, high = channel_bounds or (-bound, bound)
                 squared_error = double(latents - quantized) ** 2
                 stats.add(real, recon, indices, squared_error, (latents < low) | (latents > high))
+                if network is not None:
+                    stats.add_features(real_features, network(recon))
                 pictures[stats.setting.title] += recon[picked].cpu()
                 save("recon", recon)
     return pictures, features, all_stats
@@ -406,10 +396,13 @@ def add_metrics(
     original_stats = statistics(originals) if distributed.is_main_process() else {}
     for metrics, stats in zip(results, all_stats, strict=True):
         recon = gather_features(stats.features, network, total, evaluator.device)
+        distances = distributed.all_reduce_mean(stats.map_distance) * distributed.get_world_size()
         if distributed.is_main_process():
             metrics |= compute_metrics(recon, evaluator.stats, network=network.name)
             distance = frechet_distance(statistics(recon), original_stats)
             metrics[f"{metric_names(network.name)['frechet']}_to_originals"] = distance
+            if distances > 0:  # the network has maps
+                metrics[f"{network.name}_map_distance"] = distances.item() / total
             if network.widths[LOGITS]:
                 same = originals[LOGITS].argmax(1) == recon[LOGITS].argmax(1)
                 metrics[f"{network.name}_same_class_share"] = double(same).mean().item()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tests.fill import deterministic_fill
 from util.metrics.compute import load_statistics
-from util.metrics.networks import LOGITS, POOL, DINOv2, EfficientNet
+from util.metrics.networks import LOGITS, POOL, DINOv2, EfficientNet, map_distance
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ IMAGES = torch.randint(
 
 def test_efficientnet_computes_timms_features_of_the_resized_image(efficientnet):
     network = EfficientNet(str(efficientnet))
-    features, logits = network(IMAGES)
+    features, logits, *_ = network(IMAGES)
     own = timm.create_model("tf_efficientnet_lite0").eval()
     own.load_state_dict(dict(zip(own.state_dict(), torch.load(efficientnet).values(), strict=True)))
     images = np.stack(
@@ -65,9 +65,10 @@ def test_distance_of_maps_is_zero_for_equal_images_only(efficientnet):
     network = EfficientNet(str(efficientnet))
     other = IMAGES.clone()
     other[1] = 255 - other[1]
-    distance = network.map_distance(IMAGES, other)
+    features, others = network(IMAGES), network(other)
+    distance = map_distance(features, others)
     assert distance[0] == distance[2] == 0 and distance[1] > 0.01
-    assert torch.allclose(network.map_distance(other, IMAGES), distance)
+    assert torch.allclose(map_distance(others, features), distance)
 
 
 @pytest.mark.skipif(
@@ -78,13 +79,17 @@ def test_installed_weights_recognize_a_photograph():
 
     flower = load_sample_images().images[1]
     image = torch.from_numpy(flower.copy()).permute(2, 0, 1)[None, :, :, 100:527]
-    _, logits = EfficientNet(None)(image)
-    assert logits.argmax().item() in (985, 986, 309, 723)  # daisy and its like
+    assert EfficientNet(None)(image).logits.argmax().item() in (
+        985,
+        986,
+        309,
+        723,
+    )  # daisy and its like
 
 
 def test_dinov2_takes_its_size_from_the_weights(dinov2):
     network = DINOv2(str(dinov2))
-    features, logits = network(IMAGES)
+    features, logits, *_ = network(IMAGES)
     assert features.shape == (3, 384) and logits.shape == (3, 0)
     assert features.isfinite().all() and not torch.allclose(features[0], features[1])
 

@@ -14,7 +14,7 @@ from util import distributed
 from util.checkpoint.files import read_checkpoint
 from util.errors import UserError
 from util.log import log
-from util.metrics.networks import LOGITS, POOL, FeatureNetwork, check_weights_finite
+from util.metrics.networks import LOGITS, POOL, FeatureNetwork, Features, check_weights_finite
 from util.precision import exact_convolutions
 
 #: Torch-fidelity's names of the layers with features and logits.
@@ -80,7 +80,6 @@ class Inception(FeatureNetwork):
                 f"({URL_INCEPTION_V3})"
             ) from error
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Features:
         with exact_convolutions():
-            features, logits = self.network(images)
-        return features, logits
+            return Features(*self.network(images))

