@@ -18,12 +18,13 @@ from evaluation import (
     evaluate_online,
     make_evaluator,
     measure_likelihood,
+    sampling_settings,
     search,
     weights_identity,
 )
 from models.heads import HEADS
 from models.quantizer import QUANTIZERS
-from models.sampling import SamplingOptions, check_guidance, check_head_options
+from models.sampling import SamplingOptions, check_guidance, check_head_options, sampling_plan
 from models.tokenbridge import MODELS, TokenBridge, sizes_of
 from models.tokenizer import CachedMoments, LatentEncoder, Tokenizer
 from util import distributed, errors
@@ -460,6 +461,7 @@ def build_model(
             check_head_options(model.head, args)
             for cfg in args.cfg if args.evaluate or args.online_eval else ():
                 check_guidance(trained.get("label_drop_prob", 0.1), cfg)
+                sampling_plan(sampling_settings(args, cfg, args.temperature[0]), model.seq_len)
             return model
         except Exception as error:  # impossible sizes raise errors of many types
             raise errors.UserError(errors.reason(error)) from error

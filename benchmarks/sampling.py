@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.baselines import RecomputingHead, plain_kernels
 from benchmarks.common import add_variant_flags, benchmark_parser, compare_variants, parse_flags
-from models.sampling import SamplingOptions, sampling_plan
+from models.sampling import SamplingOptions
 from models.tokenbridge import MODELS
 from util.precision import autocast
 
@@ -31,9 +31,7 @@ def prepare_sampling(
 
     # All variants count the FLOPs that are necessary: two passes of the backbone per step
     # (guidance), and one pass of the head per token.
-    plan = sampling_plan(SamplingOptions(args.num_iter), model.seq_len)
-    backbone = sum(2 * model.backbone.flops(step.masked) for step in plan)
-    flops = args.batch * (backbone + model.seq_len * model.head.sampling_flops())
+    flops = args.batch * model.sampling_flops(SamplingOptions(args.num_iter, args.cfg))
     return plain_kernels()(sample) if release else sample, flops
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +18,16 @@ from util.options import check_choices, option
 from util.rng import ImageDraws
 
 #: Orders in which tokens can be generated.
-ORDERS = ("random", "raster", "confidence")
+ORDERS = ("random", "raster", "halton", "confidence")
 #: Guidance scale of a step, from ``cfg`` and the numbers of known and of all tokens after it.
 SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
     "linear": lambda cfg, known, tokens: 1 + (cfg - 1) * known / tokens,
     "constant": lambda cfg, known, tokens: cfg,
+}
+#: Number of unknown tokens after each step, from the number of steps and of unknown tokens.
+STEP_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
+    "cosine": lambda num_iter, tokens: cosine_schedule(num_iter, tokens),
+    "two-stage": lambda num_iter, tokens: two_stage_schedule(num_iter, tokens),
 }
 #: Called after each step with its number from 1, the number of steps, the values of tokens
 #: ``[B, L, C]`` (0 if unknown) and the positions ``[B, N]`` that are still unknown, on the device.
@@ -40,9 +46,7 @@ class TokenOptions:
     """
 
     # Commands that evaluate take 256 steps by default, as the release's; calls from Python 64.
-    num_iter: int = option(
-        64, "autoregressive steps; the tokens they take follow a cosine", default=256
-    )
+    num_iter: int = option(64, "autoregressive steps", default=256)
     cfg: float = option(1.0, "guidance scale; 1 is without guidance")
     cfg_schedule: str = option(
         "linear",
@@ -54,11 +58,30 @@ class TokenOptions:
     )
     order: str = option(
         "random",
-        "order of tokens: random, row by row, or the most confident first (Figure 8)",
+        "order of tokens: random, row by row, well spread (a Halton sequence, at a random offset), "
+        "or the most confident first (Figure 8)",
         choices=ORDERS,
     )
     confidence_noise: float = option(
         0.0, "scale of the Gumbel noise on confidences, which falls to 0 over the steps"
+    )
+    step_schedule: str = option(
+        "cosine",
+        "tokens that the steps take: by a cosine; or, in two stages, half of the tokens in a "
+        "checkerboard over three quarters of the steps, then the other half",
+        choices=("cosine", "two-stage"),
+    )
+    cfg_interval: tuple[float, float] = option(
+        (0.0, 1.0),
+        "guide only the steps that start with a share of known tokens from LOW to below HIGH; the "
+        "other steps take half of the operations",
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+    )
+    cfg_reuse: int = option(
+        1,
+        "compute the difference between conditional and unconditional features in every N-th "
+        "guided step only, and reuse it in the others",
     )
 
     def __post_init__(self) -> None:
@@ -68,6 +91,18 @@ class TokenOptions:
             numbers = f"{self.cfg}, {self.temperature}, {self.confidence_noise}"
             raise ValueError(
                 f"cfg, temperature and confidence_noise must not be negative, got {numbers}"
+            )
+        low, high = self.cfg_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"cfg_interval is {low:g} to {high:g}: LOW and HIGH are shares of tokens, "
+                "0 <= LOW < HIGH <= 1"
+            )
+        if self.cfg_reuse < 1:
+            raise ValueError(f"cfg_reuse is a number of steps, at least 1, not {self.cfg_reuse}")
+        if self.step_schedule == "two-stage" and self.order != "random":
+            raise ValueError(
+                f"the two-stage schedule has an order of its own: remove --order {self.order}"
             )
         check_choices(self)
 
@@ -144,9 +179,23 @@ class SamplingStep(NamedTuple):
     masked: int  # unknown tokens before the step
     left: int  # unknown tokens after it
     guidance: float  # guidance scale
+    both_halves: bool  # computes the unconditional features, too
 
 
-def mask_schedule(num_iter: int, seq_len: int) -> list[int]:
+def two_stage_schedule(num_iter: int, seq_len: int) -> list[int]:
+    """Return the number of tokens that are still masked after each step, in two stages.
+
+    The first three quarters of the steps take half of the tokens, the others the rest; each stage
+    takes about equally many tokens per step. The last entry is 1, as in :func:`cosine_schedule`.
+    """
+    second = num_iter // 4 or num_iter // 2
+    first, half = num_iter - second, seq_len // 2 if second else 0
+    taken = [(seq_len - half) * (step + 1) // first for step in range(first)]
+    taken += [seq_len - half + half * (step + 1) // second for step in range(second)]
+    return [max(1, seq_len - count) for count in taken]
+
+
+def cosine_schedule(num_iter: int, seq_len: int) -> list[int]:
     """Return the number of tokens that are still masked after each step, by the cosine rule.
 
     It is at least 1, and one fewer than before where possible. The last entry is 1, too, although
@@ -166,16 +215,31 @@ def sampling_plan(
     """Return the steps that generate ``unknown`` tokens, by default all L.
 
     Steps that take no token are left out.
-    Guidance follows :data:`SCHEDULES`; the last step counts one token as unknown, as in MAR.
+    Guidance follows :data:`SCHEDULES`; the last step counts one token as unknown, as in MAR. It is
+    1 outside ``options.cfg_interval``. Every ``options.cfg_reuse``-th guided step computes both
+    halves.
+
+    Raises:
+        ValueError: a two-stage schedule has more steps than there are tokens.
     """
+    if options.step_schedule == "two-stage" and options.num_iter > seq_len:
+        raise ValueError(
+            f"a two-stage schedule has at most {seq_len} steps, the number of tokens, "
+            f"not {options.num_iter}"
+        )
     guidance = SCHEDULES[options.cfg_schedule]
+    low, high = options.cfg_interval
     before = seq_len if unknown is None else unknown
-    plan = []
-    for step, masked in enumerate(mask_schedule(options.num_iter, before)):
+    guided_steps, plan = 0, []
+    for step, masked in enumerate(STEP_SCHEDULES[options.step_schedule](options.num_iter, before)):
         left = 0 if step == options.num_iter - 1 else masked
         if left < before:
             scale = guidance(options.cfg, seq_len - masked, seq_len)
-            plan.append(SamplingStep(before, left, scale))
+            if not low <= (seq_len - before) / seq_len < high:
+                scale = 1.0
+            both_halves = scale != 1.0 and guided_steps % options.cfg_reuse == 0
+            guided_steps += scale != 1.0
+            plan.append(SamplingStep(before, left, scale, both_halves))
             before = left
     return plan
 
@@ -184,13 +248,47 @@ def sampling_plan(
 # The parts of a step.
 
 
-def initial_orders(order: str, draws: ImageDraws, seq_len: int) -> Tensor:
-    """Return orders ``[B, L]``, random or row by row; tokens are taken from their ends.
+@cache
+def halton_positions(side: int) -> list[int]:
+    """Return all positions of a square grid in the order of a Halton sequence (bases 2 and 3).
+
+    Any first few of them are spread well (Halton-MaskGIT, Besnier et al. 2025).
+    """
+
+    def digits_reversed(number: int, base: int) -> float:
+        value, scale = 0.0, 1.0
+        while number:
+            scale /= base
+            value += scale * (number % base)
+            number //= base
+        return value
+
+    positions: dict[int, None] = {}
+    number = 0
+    while len(positions) < side**2:
+        number += 1
+        row, column = (int(side * digits_reversed(number, base)) for base in (2, 3))
+        positions[row * side + column] = None
+    return list(positions)
+
+
+def initial_orders(options: TokenOptions, draws: ImageDraws, seq_len: int) -> Tensor:
+    """Return orders ``[B, L]``; tokens are taken from their ends.
 
     By confidence, every step sorts the unknown tokens, so that the initial order does not matter.
     """
-    if order == "random":
+    side = math.isqrt(seq_len)
+    if options.step_schedule == "two-stage":  # random, but first all squares of one color
+        numbers = torch.arange(seq_len, device=draws.device)
+        second = (numbers // side + numbers % side) % 2
+        return (draws.uniform(seq_len) - second).argsort(dim=1)
+    if options.order == "random":
         return draws.uniform(seq_len).argsort(dim=1)
+    if options.order == "halton":  # shifted around the edges
+        positions = torch.tensor(halton_positions(side)[::-1], device=draws.device)
+        shift = (draws.uniform(2) * side).long()  # [B, 2]
+        rows = (positions // side + shift[:, :1]) % side
+        return rows * side + (positions % side + shift[:, 1:]) % side
     return torch.arange(seq_len - 1, -1, -1, device=draws.device).expand(draws.bsz, -1)
 
 
@@ -205,33 +303,47 @@ def class_embeddings(
     return conditional if cfg == 1.0 else torch.cat([conditional, unconditional])
 
 
-def guided_features(
-    backbone: MaskedBackbone,
-    tokens: Tensor,
-    known: Tensor,
-    classes: Tensor,
-    wanted: Tensor,
-    guidance: float,
-) -> Tensor:
-    """Return features ``[B, W, D]`` at the ``wanted [B, W]`` positions: z_u + guidance (z_c - z_u).
+class GuidedFeatures:
+    """Computes features with guidance: z_u + guidance (z_c - z_u).
 
     Args:
-        tokens: ``[B, L, C]``, of which those at the ``known [B, N]`` positions are read.
         classes: output of :func:`class_embeddings`; both halves go through the backbone in one
             batch.
-        guidance: scale.
+        reuse: whether a guided step may read the z_c - z_u of an earlier one, which is then
+            computed at all unknown positions.
     """
-    halves = len(classes) // len(tokens)
-    tokens, known, wanted = (
-        tokens.repeat(halves, 1, 1),
-        known.repeat(halves, 1),
-        wanted.repeat(halves, 1),
-    )
-    features = backbone(tokens, known, classes, wanted)
-    if halves == 1:
-        return features
-    conditional, unconditional = features.chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+
+    def __init__(self, backbone: MaskedBackbone, classes: Tensor, reuse: bool):
+        self.backbone, self.classes, self.reuse = backbone, classes, reuse
+        self.difference: Tensor | None = None  # z_c - z_u of all positions, [B, L, D]
+
+    def __call__(
+        self, tokens: Tensor, orders: Tensor, step: SamplingStep, first_wanted: int
+    ) -> Tensor:
+        """Return features ``[B, W, D]`` at the positions ``orders[:, first_wanted:step.masked]``.
+
+        Args:
+            tokens: ``[B, L, C]``, of which the known ones are read.
+            orders: ``[B, L]``, the unknown tokens first.
+        """
+        bsz = len(tokens)
+        known, wanted = orders[:, step.masked :], orders[:, first_wanted : step.masked]
+        if len(self.classes) == bsz or not step.both_halves:
+            conditional = self.backbone(tokens, known, self.classes[:bsz], wanted)
+            if step.guidance == 1.0 or self.difference is None:
+                return conditional
+            difference = gather_tokens(self.difference, wanted)
+            return conditional + (step.guidance - 1) * difference
+        positions = orders[:, : step.masked] if self.reuse else wanted
+        halves = tokens.repeat(2, 1, 1), known.repeat(2, 1), self.classes, positions.repeat(2, 1)
+        conditional, unconditional = self.backbone(*halves).chunk(2)
+        difference = conditional - unconditional
+        if self.reuse:
+            index = positions[..., None].expand_as(difference)
+            empty = difference.new_zeros(bsz, tokens.shape[1], difference.shape[2])
+            self.difference = empty.scatter(1, index, difference)
+            unconditional, difference = (x[:, first_wanted:] for x in (unconditional, difference))
+        return unconditional + step.guidance * difference
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,8 +370,9 @@ def sample_tokens(
             :func:`check_head_options`.
     """
     check_head_options(head, options)
-    if options.order == "confidence" and given.orders is not None:
-        raise ValueError("order='confidence' chooses its own order: do not pass orders")
+    chosen = options.order if options.order != "random" else options.step_schedule
+    if chosen in ("confidence", "halton", "two-stage") and given.orders is not None:
+        raise ValueError(f"'{chosen}' chooses its own order: do not pass orders")
     if given.known is None:
         return generate(backbone, head, quantizer, bsz, given, options, on_step=on_step)
     # Images with equally many known tokens make a batch, since shapes follow from their number.
@@ -290,7 +403,7 @@ def generate(
     by_confidence = options.order == "confidence"
     draws = ImageDraws(bsz, device, given.seeds)
     # Drawn even if orders are given, so that later random numbers do not depend on that.
-    orders = initial_orders(options.order, draws, length)
+    orders = initial_orders(options, draws, length)
     orders = orders if given.orders is None else to_device(given.orders, device)
     tokens = torch.zeros(bsz, length, head.channels, device=device)
     if given.known is not None and given.tokens is not None:
@@ -299,6 +412,7 @@ def generate(
         known_last = is_known.gather(1, orders).int().argsort(dim=1, stable=True)
         orders = orders.gather(1, known_last)
     classes = class_embeddings(backbone, bsz, given.labels, options.cfg)
+    guided_features = GuidedFeatures(backbone, classes, options.cfg_reuse > 1)
     confidence = torch.zeros(bsz, length, device=device)
 
     plan = sampling_plan(options, length, length - known_count)
@@ -307,8 +421,9 @@ def generate(
     for number, step in enumerate(plan):
         known = orders[:, step.masked :]
         # By confidence all unknown tokens are sampled, and most of them dropped.
-        wanted = orders[:, 0 if by_confidence else step.left : step.masked]
-        features = guided_features(backbone, tokens, known, classes, wanted, step.guidance)
+        first_wanted = 0 if by_confidence else step.left
+        wanted = orders[:, first_wanted : step.masked]
+        features = guided_features(tokens, orders, step, first_wanted)
         uniform = gather_tokens(uniforms, wanted).flatten(0, 1)  # [M, sample_numbers]
         levels, log_probs = head.sample(
             features.flatten(0, 1), options.temperature, uniform, **head_options

@@ -122,6 +122,15 @@ class TokenBridge(PretrainedTokenBridge):
         """Embedding of the classes: maps labels ``[B]`` to ``[B, D]``."""
         return self.backbone.class_emb
 
+    def sampling_flops(self, options: SamplingOptions) -> float:
+        """Count the operations that sample one image, as :meth:`training_flops` counts them."""
+        plan = sampling.sampling_plan(options, self.seq_len)
+        backbone = sum((1 + step.both_halves) * self.backbone.flops(step.masked) for step in plan)
+        by_confidence = options.order == "confidence"  # samples all unknown tokens in every step
+        tokens = sum(step.masked - (0 if by_confidence else step.left) for step in plan)
+        head_options = {name: getattr(options, name) for name in self.head.option_names()}
+        return backbone + tokens * self.head.sampling_flops(**head_options)
+
     @property
     def uniform_loss(self) -> float:
         """Loss of guessing all classes of a channel step with equal probability, in nats."""

@@ -26,24 +26,30 @@ def test_the_releases_way_gives_the_published_latents(name):
 
 
 @torch.no_grad()
-def plain_sampler(model, labels, orders, num_iter, cfg):
+def plain_sampler(model, labels, orders, num_iter, cfg, interval=(0, 1), reuse=1):
     """Greedy sampling with the public training methods only: one pass a half, one head pass a channel."""
     bsz, seq_len = orders.shape
     tokens, mask = torch.zeros(bsz, seq_len, model.token_dim), torch.ones(bsz, seq_len)
     order = model.head.generation_order
-    left = seq_len
+    left, guided_steps = seq_len, 0
     for step in range(num_iter):
         left_after = max(
             1, min(left - 1, math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter)))
         )
         guidance = 1 + (cfg - 1) * (seq_len - left_after) / seq_len
         left_after = 0 if step == num_iter - 1 else left_after
+        if not interval[0] <= (seq_len - left) / seq_len < interval[1]:
+            guidance = 1
         halves = []
         for classes in (model.class_emb(labels), model.backbone.fake_latent.expand(bsz, -1)):
             halves.append(
                 model.forward_mae_decoder(model.forward_mae_encoder(tokens, mask, classes), mask)
             )
-        z = halves[1] + guidance * (halves[0] - halves[1])
+        if guidance != 1:
+            if guided_steps % reuse == 0:
+                difference = halves[0] - halves[1]
+            guided_steps += 1
+        z = halves[0] if guidance == 1 else halves[0] + (guidance - 1) * difference
         wanted = torch.zeros(bsz, seq_len).scatter(1, orders[:, left_after:left], 1.0)
         targets = torch.zeros(bsz, seq_len, model.token_dim, dtype=torch.long)
         for place in range(model.token_dim):
@@ -62,6 +68,69 @@ def test_sampling_equals_a_plain_loop(small_model):
     assert torch.allclose(sampled, plain_sampler(small_model, labels, orders, 6, 2.5), atol=1e-5)
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.8), (0.5, 1.0)])
+@pytest.mark.parametrize("reuse", [1, 2, 3])
+def test_guidance_in_some_steps_equals_a_plain_loop(small_model, monkeypatch, interval, reuse):
+    labels, orders = torch.tensor([3, 1, 0]), small_model.sample_orders(3)
+    passes = []
+    forward = type(small_model.backbone).forward
+    monkeypatch.setattr(
+        type(small_model.backbone),
+        "forward",
+        lambda self, tokens, *rest: passes.append(len(tokens)) or forward(self, tokens, *rest),
+    )
+    sampled = small_model.sample_tokens(
+        3, 8, 2.5, "linear", labels, temperature=0, orders=orders,
+        cfg_interval=interval, cfg_reuse=reuse,
+    )  # fmt: skip
+    count = {length: passes.count(length) for length in passes}
+    monkeypatch.undo()
+    expected = plain_sampler(small_model, labels, orders, 8, 2.5, interval, reuse)
+    assert torch.allclose(sampled, expected, atol=1e-5)
+    plan = sampling.sampling_plan(SamplingOptions(8, 2.5, cfg_interval=interval), 16)
+    guided = sum(step.guidance != 1 for step in plan)
+    assert count[6] == -(-guided // reuse) and sum(count.values()) == len(plan)
+
+
+def test_operations_follow_the_plan(small_model):
+    def flops(**options) -> float:
+        return small_model.sampling_flops(SamplingOptions(16, **options))
+
+    head = 16 * small_model.head.sampling_flops()
+    plain = flops() - head
+    assert flops(cfg=3.0) - head == 2 * plain
+    assert plain < flops(cfg=3.0, cfg_reuse=4) - head < 1.4 * plain
+    assert flops(cfg=3.0, cfg_interval=(0.0, 1e-6)) - head < 1.1 * plain  # the first step only
+    assert flops(order="confidence") - plain > 5 * head
+
+
+@pytest.mark.parametrize("order", ["halton", "two-stage"])
+def test_orders_that_spread_tokens(small_model, order):
+    options = {"step_schedule": order} if order == "two-stage" else {"order": order}
+    draws = sampling.ImageDraws(20, torch.device("cpu"), range(20))
+    orders = sampling.initial_orders(SamplingOptions(8, **options), draws, 64)
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(64).expand(20, -1))
+    assert len({tuple(row.tolist()) for row in orders}) > 10
+    first = orders[:, 32:]  # tokens are taken from the end
+    if order == "two-stage":
+        colors = (first // 8 + first % 8) % 2
+        assert (colors == colors[:, :1]).all()
+    quarters = (first // 32) * 2 + (first % 8) // 4
+    counts = torch.stack([(quarters == quarter).sum(1) for quarter in range(4)])
+    assert (counts - 8).abs().max() <= 3
+    sampled = small_model.sample_tokens(2, 8, labels=torch.tensor([0, 1]), seeds=[0, 1], **options)
+    assert sampled.isfinite().all()
+
+
+def test_the_two_stage_schedule():
+    assert sampling.two_stage_schedule(8, 64) == [59, 54, 48, 43, 38, 32, 16, 1]
+    assert sampling.two_stage_schedule(2, 16) == [8, 1]
+    assert sampling.two_stage_schedule(1, 16) == sampling.two_stage_schedule(1, 1) == [1]
+    assert sampling.two_stage_schedule(8, 3)[-1] == 1  # of an edit with three unknown tokens
+    plan = sampling.sampling_plan(SamplingOptions(8, step_schedule="two-stage"), 64)
+    assert plan[-1].left == 0 and [step.masked for step in plan[:2]] == [64, 59]
+
+
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_the_plan_takes_every_token_once(num_iter, seq_len):
     plan = sampling.sampling_plan(SamplingOptions(num_iter, 3.0, "linear"), seq_len)
@@ -75,8 +144,8 @@ def test_the_plan_takes_every_token_once(num_iter, seq_len):
 
 
 def test_the_cosine_schedule():
-    assert sampling.mask_schedule(4, 16) == [14, 11, 6, 1]
-    assert sampling.mask_schedule(20, 4) == [3, 2, 1] + [1] * 17
+    assert sampling.cosine_schedule(4, 16) == [14, 11, 6, 1]
+    assert sampling.cosine_schedule(20, 4) == [3, 2, 1] + [1] * 17
 
 
 def test_images_follow_their_seeds_alone(small_model):
@@ -158,7 +227,7 @@ def plain_confidence(
     latents, order = [], []
     for label in labels:
         tokens, unknown, taken = torch.zeros(1, 16, 16), set(range(16)), []
-        schedule = [*sampling.mask_schedule(num_iter, 16)[:-1], 0]
+        schedule = [*sampling.cosine_schedule(num_iter, 16)[:-1], 0]
         for left in schedule:
             known = torch.tensor([sorted(set(range(16)) - unknown)], dtype=torch.long)
             scale = 1 + (cfg - 1) * (16 - max(left, 1)) / 16
@@ -303,6 +372,15 @@ def test_bad_orders_and_known_tokens_are_named(small_model):
         "order is one of": {"order": "spiral"},
         "first_place is one of": {"first_place": "last"},
         "do not pass orders": {"order": "confidence", "orders": small_model.sample_orders(2)},
+        "'halton' chooses its own": {"order": "halton", "orders": small_model.sample_orders(2)},
+        "0 <= LOW < HIGH <= 1": {"cfg_interval": (0.5, 0.5)},
+        "cfg_interval is 0 to 1.5": {"cfg_interval": (0, 1.5)},
+        "cfg_reuse is a number of steps": {"cfg_reuse": 0},
+        "remove --order halton": {"step_schedule": "two-stage", "order": "halton"},
+        "at most 16 steps, the number of tokens, not 20": {
+            "step_schedule": "two-stage",
+            "num_iter": 20,
+        },
         "must not be negative": {"confidence_noise": -1.0},
         "go together": {"known_mask": mask},
         r"expected \[2, 16, 4, 4\] and \[2, 16\]": {
