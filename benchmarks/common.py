@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine_tokenbridge import Trainer
 from models.tokenbridge import MODELS, TokenBridge
 from util.args import add_device_arg, new_parser
 from util.devices import find_device, keep_freed_memory, matmul_flops, memory_in_use
 from util.files import write_json
+from util.metrics.run_log import logged_scalars
 from util.provenance import provenance
 from util.tables import markdown
 from util.training_settings import TrainingSettings
@@ -237,7 +237,7 @@ def start_training(ranks: int, flags: str, folder: Path) -> subprocess.Popen:
         )
 
 
-def logged_scalars(training: subprocess.Popen, folder: Path, tag: str) -> dict[int, float]:
+def scalars_of(training: subprocess.Popen, folder: Path, tag: str) -> dict[int, float]:
     """Wait for the training of :func:`start_training`; return its TensorBoard scalars by step.
 
     Raises:
@@ -245,8 +245,7 @@ def logged_scalars(training: subprocess.Popen, folder: Path, tag: str) -> dict[i
     """
     if training.wait():
         raise RuntimeError((folder / "log.txt").read_text()[-2000:])
-    events = EventAccumulator(str(folder)).Reload().Scalars(tag)
-    return {event.step: event.value for event in events}
+    return logged_scalars(folder, tag)
 
 
 def new_trainer(model: TokenBridge, precision: str, compiled: bool = False) -> Trainer:

@@ -7,7 +7,6 @@ import argparse
 import math
 import statistics
 import tempfile
-from itertools import groupby
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import torch
 from matplotlib.figure import Figure
 from scipy.stats import t
 
-from benchmarks.common import finish, logged_scalars, machine, start_training
+from benchmarks.common import finish, machine, scalars_of, start_training
 from util.args import new_parser
 from util.metrics.plots import save_figure
+from util.metrics.run_log import epoch_means
 
 #: Ranks, batch size per rank, accumulation steps: ways to divide one global batch.
 DIVISIONS = ((2, 32, 1), (4, 16, 1), (2, 16, 2), (1, 16, 4))
@@ -36,16 +36,9 @@ def loss_curve(division: tuple[int, int, int], seed: int, args: argparse.Namespa
     )
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "run"
-        losses = logged_scalars(start_training(ranks, flags, folder), folder, "train/loss")
+        losses = scalars_of(start_training(ranks, flags, folder), folder, "train/loss")
     epoch_steps = max(losses) // args.epochs
-    weighted, previous = [], 0  # a logged loss is the mean since the previous logged step
-    for step, loss in losses.items():
-        weighted.append(((step - 1) // epoch_steps, (step - previous) * loss))
-        previous = step
-    return [
-        sum(loss for _, loss in group) / epoch_steps
-        for _, group in groupby(weighted, key=lambda entry: entry[0])
-    ]
+    return epoch_means(losses, epoch_steps)
 
 
 def plot_curves(curves: dict[str, list[float]], seed_curves: list[list[float]], path: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from benchmarks.common import (
     benchmark_parser,
     finish,
-    logged_scalars,
     machine,
     parse_flags,
+    scalars_of,
     start_training,
 )
 from benchmarks.loader import write_cache
@@ -30,7 +30,7 @@ def images_per_second(runs: int, ranks: int, batch: int, flags: str) -> float:
         trainings = [start_training(ranks, flags, folder) for folder in folders]
         total = 0.0
         for training, folder in zip(trainings, folders, strict=True):
-            speeds = logged_scalars(training, folder, "speed/images_per_second")
+            speeds = scalars_of(training, folder, "speed/images_per_second")
             total += statistics.median(list(speeds.values())[1:])
     return total
 

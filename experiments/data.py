@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from util import errors
 from util.args import check_positive, new_parser
 from util.data.sources import existing_folder
@@ -17,8 +19,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Return the command line of this module."""
     parser = new_parser(__doc__, "experiments.data")
     text = (
-        "digits (scikit-learn's, written as PNGs), or a folder with train/<class>/<image> and "
-        "val/ or test/"
+        "digits (scikit-learn's, written as PNGs), photographs (eight of scikit-image and "
+        "scikit-learn), or a folder with train/<class>/<image> and val/ or test/"
     )
     parser.add_argument("--source", default="digits", help=text)
     text = "use the first images of each class; by default all"
@@ -27,6 +29,28 @@ def get_args_parser() -> argparse.ArgumentParser:
     text = "folder to write; replaced if this command wrote it; images are links to --source"
     parser.add_argument("--output_dir", default="data/digits", help=text)
     return parser
+
+
+#: Photographs that scikit-image ships; scikit-learn ships two more.
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "motorcycle_left", "rocket")
+
+
+def write_photographs(folder: Path) -> None:
+    """Write eight photographs to ``folder/train``, as PNGs."""
+    import skimage.data  # needed only here
+    from sklearn.datasets import load_sample_images
+
+    images = {
+        file.stem: Image.open(file).convert("RGB")
+        for file in Path(skimage.data.__file__).parent.iterdir()
+        if file.stem in PHOTOGRAPHS
+    }
+    samples = load_sample_images()
+    for name, pixels in zip(samples.filenames, samples.images, strict=True):
+        images[Path(name).stem] = Image.fromarray(pixels)
+    (folder / "train").mkdir()
+    for name, image in images.items():
+        image.save(folder / "train" / f"{name}.png")
 
 
 def create_folder(folder: Path) -> None:
@@ -78,6 +102,10 @@ def main() -> None:
 
         create_folder(output)
         write_digits(output)
+        return
+    if args.source == "photographs":
+        create_folder(output)
+        write_photographs(output)
         return
     source = existing_folder(args.source, "image folder")
     train = existing_folder(source / "train", "image folder")

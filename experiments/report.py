@@ -25,6 +25,7 @@ from models.tokenbridge import MODELS, TokenBridge, sizes_of
 from tools import scaling
 from util import errors
 from util.config import KL16_CONFIG, KL16_LATENT_FACTOR, Start, TokenizerInfo, resolve
+from util.files import read_json
 from util.metrics.plots import save_figure
 from util.tables import fill, markdown, write_text
 
@@ -33,13 +34,14 @@ PAGES = [
     ROOT / name
     for name in ("README.md", "experiments/README.md", "docs/experiments.md", "docs/variants.md")
 ]
+CURVES_FOLDER = RESULTS / "curves"
 SCALES = ("digits", "cifar10", "photographs", "objects", "objects3")
 #: Rows that README.md quotes.
 QUOTED = ("autoregressive, 38 epochs", "parallel, 38 epochs", "masked, 85 epochs, 4 steps")
 GUIDANCE_COLORS = {"1": "C0", "2": "C1", "3": "C3"}
 GUIDANCE_OFFSETS = {"1": -0.15, "2": 0.15, "3": 0.15}  # so that dots of a row do not overlap
 #: Measures of a table that is drawn as curves.
-CURVES = ["nats", "frechet", "precision", "recall", "recognized"]
+CURVE_MEASURES = ["nats", "frechet", "precision", "recall", "recognized"]
 
 # --------------------------------------------------------------------------------------------------
 # Plots.
@@ -77,7 +79,7 @@ def plot_over(results: Results, rows: Sequence[Row], title: str) -> Figure:
     """
     figure = Figure(figsize=(12, 2.8), layout="constrained")
     scales = dict.fromkeys(cfg for row in rows for cfg in results.guidance_scales(row))
-    for axes, name in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
+    for axes, name in zip(figure.subplots(1, len(CURVE_MEASURES)), CURVE_MEASURES, strict=True):
         measure = MEASURES[name]
         for cfg in scales if measure.of_images else [*scales][:1]:
             known = [(row.x, results.values(row, name, cfg).values()) for row in rows]
@@ -123,9 +125,27 @@ def plot(results: Results, rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def plot_training() -> Figure:
+    """Plot the stored training curves, one panel each: loss and held-out nats by epoch."""
+    curves = [read_json(path) for path in sorted(CURVES_FOLDER.glob("*.json"))]
+    figure = Figure(figsize=(4.2 * len(curves), 3), layout="constrained")
+    for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+        epochs = range(1, len(curve["loss"]) + 1)
+        axes.axhline(curve["uniform_loss"], color="0.6", ls=":", lw=1, label="uniform guessing")
+        axes.plot(epochs, curve["loss"], color="C0", label="training loss")
+        nats = {int(epoch): value for epoch, value in curve["nats"].items()}
+        axes.plot(nats.keys(), nats.values(), "o-", color="C1", ms=3, label="held-out nats")
+        axes.set_title(curve["title"], fontsize=9)
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
 def plots() -> dict[Path, Figure]:
     """Return the plots of all tables that have more than one measured row, by file."""
-    figures = {}
+    figures = {RESULTS / "training.png": plot_training()}
     for scale in SCALES:
         experiments, results = Experiments(DEFAULT, scale), Results(RESULTS, scale)
         for table, content in experiments.content["tables"].items():
