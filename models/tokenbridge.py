@@ -282,6 +282,13 @@ class TokenBridge(PretrainedTokenBridge):
         features = self.backbone(tokens, known, self.class_emb(labels))  # [B, L, D]
         return [gather_tokens(x, masked).flatten(0, 1) for x in (features, indices, *others)]
 
+    def expected_masked(self) -> float:
+        """Return the mean number of masked tokens in training."""
+        a = (self.mask_ratio_min - 1) / 0.25
+        density = (math.exp(-a * a / 2) - 1) / math.sqrt(2 * math.pi)
+        mean = density / (0.5 * math.erf(-a / math.sqrt(2))) if a else 0.0
+        return self.seq_len * (1 + 0.25 * mean)
+
     def training_flops(self, num_masked: float | None = None) -> float:
         """Count the operations of a training step for one image.
 
@@ -291,11 +298,7 @@ class TokenBridge(PretrainedTokenBridge):
         Args:
             num_masked: tokens that the head runs on; by default the expected number.
         """
-        if num_masked is None:
-            a = (self.mask_ratio_min - 1) / 0.25
-            density = (math.exp(-a * a / 2) - 1) / math.sqrt(2 * math.pi)
-            mean = density / (0.5 * math.erf(-a / math.sqrt(2))) if a else 0.0
-            num_masked = self.seq_len * (1 + 0.25 * mean)
+        num_masked = self.expected_masked() if num_masked is None else num_masked
         return 3 * (self.backbone.flops(num_masked) + num_masked * self.head.training_flops())
 
     def compile_blocks(self) -> None:

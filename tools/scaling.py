@@ -138,8 +138,13 @@ def seconds_per_image(
 def backward_seconds(
     model: TokenBridge, gpu: Gpu, assumed: argparse.Namespace, images: float
 ) -> float:
-    """Return the seconds of the backward pass over ``images`` on one GPU, 2/3 of a step."""
-    return 2 / 3 * images * seconds_per_image(model.training_flops(), gpu, assumed)
+    """Return the seconds of the backbone's backward pass over ``images`` on one GPU.
+
+    Gradients are exchanged meanwhile. The head's are computed in the forward pass, by the loss in
+    parts (:mod:`models.fast`), but autograd hands them over only when the backward pass starts.
+    """
+    flops = 2 * model.backbone.flops(model.expected_masked())  # twice the forward pass
+    return images * seconds_per_image(flops, gpu, assumed)
 
 
 def gpu_hours(
@@ -224,7 +229,7 @@ def hours(counts: Counts, assumed: argparse.Namespace) -> str:
 
 
 def communication(counts: Counts, assumed: argparse.Namespace) -> str:
-    """Return the table of backward passes and all-reduces of gradients."""
+    """Return the table of the backbone's backward passes and all-reduces of gradients."""
     rows = []
     for name, model in counts.models.items():
         size = 4 * count_parameters(model)  # float32
@@ -240,12 +245,12 @@ def communication(counts: Counts, assumed: argparse.Namespace) -> str:
                     cells[1] = None
                 row = [name, f"{size / 2**30:.2f} GiB", kind, count, f"{images:g}"]
                 rows.append([*row, f"{1e3 * backward:,.0f} ms", *cells])
-    header = ["model", "gradients", "GPU", "GPUs", "images per GPU", "backward pass"]
+    header = ["model", "gradients", "GPU", "GPUs", "images per GPU", "backbone's backward pass"]
     return markdown([*header, "all-reduce", "with one port"], rows)
 
 
 def binding(counts: Counts, assumed: argparse.Namespace) -> str:
-    """Return the table of the GPUs at which communication takes as long as the backward pass."""
+    """Return the table of the GPUs at which communication takes as long as the backbone's backward pass."""
     rows = []
     for name, model in counts.models.items():
         for kind, gpu in GPUS.items():
