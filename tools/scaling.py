@@ -250,7 +250,7 @@ def communication(counts: Counts, assumed: argparse.Namespace) -> str:
 
 
 def binding(counts: Counts, assumed: argparse.Namespace) -> str:
-    """Return the table of the GPUs at which communication takes as long as the backbone's backward pass."""
+    """Return the table of the GPUs at which the exchange takes as long as it may stay hidden."""
     rows = []
     for name, model in counts.models.items():
         for kind, gpu in GPUS.items():
