@@ -29,7 +29,7 @@ from util.devices import to_device
 from util.errors import NotFinite, Preempted, UserError
 from util.files import check_shared, write_json
 from util.log import log, progress_bar, warn
-from util.metrics.sample_folder import SampleFolder
+from util.metrics.sample_folder import ImageWriter, SampleFolder
 from util.metrics.tables import METRIC_TITLES, default_statistics, metric_names, metrics_table
 from util.precision import autocast, check_finite, double, extremes
 from util.provenance import provenance
@@ -87,12 +87,12 @@ def evaluate(
         lambda: folder.prepare({"settings": asdict(settings), "weights": weights})
     )
     total = settings.num_images
-    size = settings.eval_bsz
     rank = distributed.get_rank()
     world = distributed.get_world_size()
-    chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
+    chunks = chunks_of(total, settings.eval_bsz)
     if len(chunks) < world:
-        warn("%d chunks of %d images for %d ranks: some ranks are idle", len(chunks), size, world)
+        text = "%d chunks of %d images for %d ranks: some ranks are idle"
+        warn(text, len(chunks), settings.eval_bsz, world)
 
     def find_missing() -> list[range]:
         finished = folder.numbers()
@@ -100,16 +100,21 @@ def evaluate(
             finished &= folder.confidence.numbers()
         return [chunk for chunk in chunks if not finished.issuperset(chunk)]
 
+    writer = ImageWriter()
+
     def sample_chunks(own_chunks: Sequence[range]) -> None:
         for chunk in own_chunks:
             images, confidence = sample_chunk(model, tokenizer, chunk, settings, device)
-            folder.save(images, chunk)
+            writer.finish()  # the previous chunk
+            writer.save(folder, images, chunk)
             if settings.save_confidence:
-                folder.confidence.save(confidence_maps(confidence, images.shape[-1]), chunk)
+                maps = confidence_maps(confidence, images.shape[-1])
+                writer.save(folder.confidence, maps, chunk)
 
     # Rank 0 distributes the missing chunks: a rank whose images were lost gets no more than others
     missing = distributed.on_rank_0(find_missing)
-    with progress_bar(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}") as bar:
+    bar = progress_bar(total=total, unit="img", desc=f"sampling, guidance {settings.cfg:g}")
+    with bar, writer:
         bar.update(total - sum(map(len, missing)))
         for first in range(0, len(missing), world):
             # A chunk for each rank; the last turn may have fewer
@@ -118,7 +123,25 @@ def evaluate(
             bar.update(sum(map(len, turn)))
             if stop_signals is not None:
                 stop_signals.check()
+        distributed.on_all_ranks(writer.finish)
     return folder
+
+
+def chunks_of(total: int, size: int) -> list[range]:
+    """Divide ``total`` image numbers into chunks of at most ``size``.
+
+    The chunks do not depend on the number of ranks, so that images do not. More than
+    :data:`EQUAL_RANKS` chunks are made a multiple of it, of equal sizes up to one: then no rank
+    waits for the last chunks of others.
+    """
+    if total <= EQUAL_RANKS * size:
+        return [range(i, min(i + size, total)) for i in range(0, total, size)]
+    count = -(-total // (EQUAL_RANKS * size)) * EQUAL_RANKS
+    return [range(total * i // count, total * (i + 1) // count) for i in range(count)]
+
+
+#: Numbers of ranks that divide this, up to 32 in powers of two, sample equally many images.
+EQUAL_RANKS = 32
 
 
 def sample_chunk(

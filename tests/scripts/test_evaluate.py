@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation import chunks_of
 from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.vae import AutoencoderKL
 from tests.conftest import FID, IS, TINY, filled, load, write_images
@@ -473,3 +474,18 @@ def test_evaluation_never_takes_an_older_checkpoint_for_the_newest(refused, trai
         f"{BASE} --evaluate --no_metrics --num_images 4 --resume {folder} --output_dir {folder}"
     )
     assert "checkpoint-last.pth" in refused("main_tokenbridge", f"{measure} --vae_path {vae_path}")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8, 16, 32])
+def test_no_rank_waits_for_the_last_chunks(ranks):
+    chunks = chunks_of(50_000, 256)
+    assert [number for chunk in chunks for number in chunk] == [*range(50_000)]
+    assert max(map(len, chunks)) <= 256
+    turns = [chunks[i : i + ranks] for i in range(0, len(chunks), ranks)]
+    busiest = sum(max(map(len, turn)) for turn in turns)
+    assert busiest < 1.01 * 50_000 / ranks
+
+
+def test_few_chunks_are_full():
+    assert [*map(len, chunks_of(120, 50))] == [50, 50, 20]
+    assert [*map(len, chunks_of(50, 50))] == [50]

@@ -318,7 +318,7 @@ def test_an_evaluation_that_fails_loses_no_training_and_is_repeated(
     run, run_two, online, tmp_path, sampler, decoder, capfd, monkeypatch
 ):
     full, folder = mock.Mock(side_effect=UserError("cannot write it: disk full")), tmp_path / "run"
-    with mock.patch("util.metrics.sample_folder.SampleFolder.save", full):
+    with mock.patch("util.metrics.sample_folder.save_png", full):
         run_two("main_tokenbridge", online, status=2)
     lines = [line for line in capfd.readouterr().err.splitlines() if "error:" in line]
     assert lines and all(

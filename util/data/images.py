@@ -30,9 +30,13 @@ def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
     return (values.round() if rounding == "nearest" else values).to(torch.uint8)
 
 
-def save_png(image: Tensor, path: str | Path) -> None:
-    """Write bytes ``[3, H, W]`` as a PNG, atomically."""
-    with written_whole(path) as file:
+def save_png(image: Tensor, path: str | Path, flush: bool = True) -> None:
+    """Write bytes ``[3, H, W]`` as a PNG, atomically.
+
+    Args:
+        flush: see :func:`util.files.written_whole`.
+    """
+    with written_whole(path, flush) as file:
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, format="png")
 
 

@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,46 @@ from torch import Tensor
 from util.data.datasets import PlainImages
 from util.data.images import save_grid, save_png
 from util.errors import UserError
-from util.files import wait_until, write_json, written_whole
+from util.files import flush_all, wait_until, write_json, written_whole
 from util.log import log
+
+
+class ImageWriter:
+    """Writes images in threads, while the next ones are sampled; a context manager.
+
+    The exit waits for all images, but only :meth:`finish` reports errors.
+
+    Args:
+        threads: images that are encoded at the same time.
+    """
+
+    def __init__(self, threads: int = 4):
+        self._pool = ThreadPoolExecutor(threads, "png")
+        self._writing: list[Future[None]] = []
+
+    def __enter__(self) -> "ImageWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown()
+
+    def save(self, folder: "SampleFolder", images: Tensor, numbers: Iterable[int]) -> None:
+        """Start to write images, bytes ``[N, 3, H, W]``, under their numbers."""
+        for number, image in zip(numbers, images, strict=True):
+            path = folder.image_path(number)
+            self._writing.append(self._pool.submit(save_png, image, path, flush=False))
+
+    def finish(self) -> None:
+        """Wait until all images are on disk.
+
+        Raises:
+            UserError: an image cannot be written.
+        """
+        writing, self._writing = self._writing, []
+        for image in writing:
+            image.result()
+        if writing:
+            flush_all()
 
 
 class SampleFolder:
