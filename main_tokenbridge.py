@@ -571,6 +571,7 @@ def main() -> None:
 
         # Or measure
         if args.compile:
+            log.info("compiling the blocks: the first batch takes up to some minutes longer")
             model.compile_blocks()
         if args.evaluate_nll:
             metrics = {**measure_likelihood(run, model), "resume": args.resume, **provenance()}

@@ -105,7 +105,12 @@ class TrainingState:
         )
         self.ema_steps = 0
         if settings.compile:
-            self.model.compile_blocks()
+            log.info(
+                "compiling the blocks: the first step and the first measurement take up to some "
+                "minutes longer"
+            )
+            for module in (self.model, self.ema_model):
+                module.compile_blocks()
         parts = parts or [add_weight_decay(model, settings.weight_decay)]
         self.clipped = [[p for group in part for p in group["params"]] for part in parts]
         self.optimizer = torch.optim.AdamW(

@@ -12,6 +12,7 @@ from tests.conftest import SHORT, TINY, load, torchrun
 def test_two_processes_train_the_same_weights_compiled(cached, tmp_path):
     command = f"main_tokenbridge.py {TINY} {SHORT} --use_cached --cached_path {cached} --epochs 2 --precision fp32"
     command += " --device cpu --attn_dropout 0 --proj_dropout 0"
+    command += f" --online_nll --eval_freq 2 --cached_val_path {cached}"  # with the EMA's blocks
     weights = []
     for flags in ("", "--compile"):
         folder = tmp_path / f"run{flags}"
