@@ -11,7 +11,7 @@ TOO_OLD = Python $(NEEDED) or newer is needed, $(PYTHON) is $(or $(FOUND),not th
 
 QUICK = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 -m "not slow"
 
-.PHONY: demo web test coverage test-slow soak format lock clean $(if $(SOUND),,$(VENV)/.installed)
+.PHONY: demo web test coverage test-slow gpu soak format lock clean $(if $(SOUND),,$(VENV)/.installed)
 
 demo: $(VENV)/.installed
 	$(RUN) demo/demo.py
@@ -35,6 +35,11 @@ coverage: $(VENV)/.installed
 # one process runs them all; files run in their order, since the demo's is the longest.
 test-slow: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
+
+# The CUDA tests and benchmarks, on a machine with a GPU, in nine minutes. Installs nothing: PYTHON=
+# names an interpreter that has PyTorch and the project's packages.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 # Runs killed twenty times, and files damaged three hundred times.
 soak: $(VENV)/.installed

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 
 import torch
 from timm.utils import ModelEmaV3
@@ -18,6 +19,9 @@ from benchmarks.common import (
 )
 from models.tokenbridge import MODELS, TokenBridge
 from util.training_state import add_weight_decay
+
+#: Quantiles of the number of masked tokens that the steps take in turn with ``--vary_masks``.
+VARIED_QUANTILES = (0.5, 0.9, 0.1, 0.7, 0.3)
 
 
 def release_step(model: TokenBridge, batch: Sequence[Tensor]) -> Callable[[], None]:
@@ -61,11 +65,13 @@ def prepare_training(
     latents = torch.randn(args.batch, 16, model.grid_size, model.grid_size, device=args.device)
     labels = torch.arange(args.batch, device=args.device)
     # Training draws the number of masked tokens in every step. The median makes steps comparable.
-    model.draw_num_masked = partial(model.num_masked_at, 0.5)
+    quantiles = cycle(VARIED_QUANTILES if args.vary_masks else [0.5])
+    model.draw_num_masked = lambda: model.num_masked_at(next(quantiles))
     batch = latents, labels
     ours = partial(our_step, precision=precision, compiled=args.compile)
     step = (release_step if release else ours)(model, batch)
-    return step, args.batch * model.training_flops(model.num_masked_at(0.5))
+    num_masked = None if args.vary_masks else model.num_masked_at(0.5)
+    return step, args.batch * model.training_flops(num_masked)
 
 
 def main() -> None:
@@ -74,6 +80,8 @@ def main() -> None:
     add_variant_flags(parser, batch=4, batch_help="batch size")
     text = "recompute activations in the backward pass"
     parser.add_argument("--grad_checkpointing", action="store_true", help=text)
+    text = "vary the number of masked tokens over the steps, as training does"
+    parser.add_argument("--vary_masks", action="store_true", help=text)
     compare_variants("training", prepare_training, parse_flags(parser))
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks.baselines import DiffusionHead, RecomputingHead, argmin_over_levels, plain_kernels
 from benchmarks.loader import write_cache
 from models.quantizer import GaussianQuantizer
 from tests.conftest import NO_DROPOUT, batch, small
 from tests.processes import start_script
+from tests.test_docs import program, refusal
 
 
 @torch.no_grad()
@@ -97,3 +99,25 @@ def test_curves_run(tmp_path):
     ends = [row["loss_at_end"] for row in rows]
     # Hardly trained: the loss is still close to that of 32 uniform levels.
     assert min(ends) > 1 and max(ends) < 1.3 * math.log(32)
+
+
+def test_the_gpu_commands_run_until_the_time_is_over(monkeypatch, capsys, refused):
+    clock, started = iter(range(0, 10_000, 100)), []
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+
+    def run(words, env, timeout, check):
+        started.append((words[1:], env.get("PYTORCH_CUDA_ALLOC_CONF")))
+        if len(started) == 2:
+            raise gpu.subprocess.TimeoutExpired(words, timeout)
+        return gpu.subprocess.CompletedProcess(words, len(started) == 3)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    outcomes = gpu.run_all(15)
+    assert [outcome.split(" after")[0] for outcome in outcomes.values()] == [
+        "done", "stopped", "failed with status True", *["not started"] * 5,
+    ]  # fmt: skip
+    assert started[0][1] == "expandable_segments:True" and started[1][1] is None
+    for name in gpu.COMMANDS:
+        if name != "tests":
+            assert refusal(program(gpu.command_of(name)), capsys) == "", name
+    assert "cuda" in refused("benchmarks.gpu", "").lower()
