@@ -25,7 +25,7 @@ from util.data.caches import IMAGE_HASH, cached_file
 from util.devices import matmul_flops, memory_in_use
 from util.errors import Preempted, UserError
 from util.files import flush_all, written_whole
-from util.log import log, progress_bar
+from util.log import counted, duration, log, progress_bar
 from util.lr_sched import adjust_learning_rate, log_learning_rates
 from util.meters import BadSteps, Meter, StepResult, TrainingLog
 from util.precision import autocast, check_finite, double
@@ -417,7 +417,7 @@ def train(trainer: Trainer, measure: MeasureEpoch, save_before_measuring: bool =
                 measure_after(epoch)
         state.save()  # also if nothing was left to train, for a new output folder
         state.finish()
-    log.info("trained %d epochs: %s", state.epoch, state.path)
+    log.info("trained %s: %s", counted(state.epoch, "epoch"), state.path)
 
 
 def check_start(state: TrainingState, settings: TrainingSettings) -> None:
@@ -470,11 +470,9 @@ def dry_run(trainer: Trainer) -> None:
         )
     # The two steps of the dry run are no steps of the run
     steps = max(0, settings.epochs * state.steps_per_epoch - state.steps_done + 2)
-    hours = seconds * steps / 3600
     log.info(
-        "dry run: loss %.4f, %.3g s per step, %.3g hours for %d steps, "
-        "without loading data and measuring",
-        *(loss, seconds, hours, steps),
+        "dry run: loss %.4f, %.3g s per step, %s for %d steps, without loading data and measuring",
+        *(loss, seconds, duration(seconds * steps), steps),
     )
     # Weights and EMA, and two tensors of optimizer state for each learned parameter, in float32
     learned = sum(p.numel() for p in state.model.parameters() if p.requires_grad)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from util import launcher
+from util.log import counted
 from util.precision import PRECISIONS, effective_precision
 
 #: Linux reports the version of NVIDIA's driver in this file.
@@ -70,10 +71,14 @@ def describe_devices(device: torch.device, hosts: int) -> str:
         name = f"{device.type} ({capability}, {torch.get_num_threads()} threads)"
     group = "one process"
     if dist.is_initialized():
-        group = f"{dist.get_world_size()} ranks on {hosts} machines, {dist.get_backend()}"
+        ranks = counted(dist.get_world_size(), "rank")
+        group = f"{ranks} on {counted(hosts, 'machine')}, {dist.get_backend()}"
+    versions = f"torch {torch.__version__}"
+    if torch.version.cuda:
+        versions += f", CUDA {torch.version.cuda}"
     match = re.search(r"\d+\.\d+[.\d]*", DRIVER.read_text()) if DRIVER.exists() else None
-    driver = match[0] if match else None
-    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, NVIDIA driver {driver}"
+    if match:
+        versions += f", NVIDIA driver {match[0]}"
     return f"{name}, {group}, {versions}"
 
 

@@ -28,6 +28,19 @@ def warn(message: str, *args: Any) -> None:
         log.warning(message, *args)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun, which gets an s unless the number is 1."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in a unit that people read easily."""
+    for limit, unit, size in ((120, "seconds", 1), (7200, "minutes", 60), (172_800, "hours", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86_400:.3g} days"
+
+
 def progress_bar(iterable: Iterable | None = None, **options) -> tqdm:
     """Return a progress bar with rate and remaining time, which only rank 0 shows.
 

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch.optim import Optimizer
 
-from util.log import log, warn
+from util.log import counted, log, warn
 
 #: The least sum of the learning rates of all steps with which a run can learn. Adam moves a weight
 #: by about the learning rate per step, and initial weights have a standard deviation of 0.02.
@@ -63,10 +63,10 @@ def log_learning_rates(args: Schedule, steps_per_epoch: int) -> None:
     peak = max(rates)
     total = sum(rates) / samples * steps
     log.info(
-        "%d steps, %d in each of %d epochs, learning rate up to %.3g",
-        steps,
+        "%s, %d in each of %s, learning rate up to %.3g",
+        counted(steps, "step"),
         steps_per_epoch,
-        args.epochs,
+        counted(args.epochs, "epoch"),
         peak,
     )
     if args.epochs < args.warmup_epochs:

@@ -67,7 +67,9 @@ def test_a_new_run_does_not_replace_a_finished_one(refused, train, cached):
 def test_a_dry_run_tells_what_a_run_needs_and_writes_nothing(train, caplog):
     with caplog.at_level("INFO", logger="tokenbridge"):
         folder = train("run", "--epochs 3 --dry_run --skip_bad_images")
-    assert "12 steps, 4 in each of 3 epochs" in caplog.text and "hours for 12 steps" in caplog.text
+    assert (
+        "12 steps, 4 in each of 3 epochs" in caplog.text and "seconds for 12 steps" in caplog.text
+    )
     assert "GiB for each checkpoint; nothing was written" in caplog.text and not folder.exists()
 
 

@@ -220,8 +220,8 @@ def test_the_log_tells_device_and_processes_and_what_others_warn_of(capfd):
     said = sorted(capfd.readouterr().err.splitlines())
     assert len(said) == 5
     assert said[0] == "[rank 1] warned by 1"
-    assert said[1].startswith("computing on cpu (") and "2 ranks on 1 machines, gloo" in said[1]
-    assert f"torch {torch.__version__}, CUDA {torch.version.cuda}, NVIDIA driver " in said[1]
+    assert said[1].startswith("computing on cpu (") and "2 ranks on 1 machine, gloo" in said[1]
+    assert f", torch {torch.__version__}" in said[1] and "None" not in said[1]
     assert said[2:] == ["known to all", "said by 0", "warned by 0"]
 
 
