@@ -152,6 +152,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_are_accepted(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")  # recipes
     for language, block in split(page.read_text())[1]:
         if language == "yaml":  # its first line names the file
             Path(block.split()[1]).write_text(block)

@@ -1,5 +1,6 @@
 """Measures and statistics against independent implementations."""
 
+import json
 import math
 import shutil
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from experiments.features import FeatureNet, read_images
+from experiments.features import FeatureNet, load_net, read_images
 from experiments.measures import (
     all_images,
     compare,
@@ -198,3 +199,30 @@ def test_held_out_images_get_the_labels_of_training_classes(images):
     _, held_out_labels, _ = read_images(str(images), "val", 16, classes)
     assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     assert held_out_labels.tolist() == [0] * 4 + [2] * 4 + [1] * 4 + [3] * 4
+
+
+def test_without_reference_only_reconstructions_are_read(run, refused, tmp_path):
+    (tmp_path / "out" / "quant_b6").mkdir(parents=True)
+    content = {"psnr_db": 30.5, "ssim": 0.9, "efficientnet_same_class_share": 0.8, "bits": 6}
+    (tmp_path / "out" / "quant_b6" / "results.json").write_text(json.dumps(content))
+    run("experiments.measures", f"--images {tmp_path}/out --json {tmp_path}/m.json --device cpu")
+    measured = json.loads((tmp_path / "m.json").read_text())
+    assert measured["images"] == {"images": {}} and "bits" not in measured
+    assert {name: measured[name] for name in content if name != "bits"}.items() <= content.items()
+    line = refused("experiments.measures", f"--images x --reference y --json {tmp_path}/m.json")
+    assert "--features is missing" in line
+
+
+def test_a_residual_classifier_learns_from_shifted_images(run, tmp_path):
+    for split, count in {"train": 24, "val": 8}.items():
+        for label, color in {"dark": 40, "light": 200}.items():
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                noise = np.random.RandomState(number).randint(-30, 30, (16, 16, 3))
+                Image.fromarray((noise + color).astype(np.uint8)).save(folder / f"{number}.png")
+    flags = f"--data_path {tmp_path}/images --img_size 16 --net resnet --shift 2 --epochs 20"
+    run("experiments.features", f"{flags} --batch_size 8 --device cpu --output {tmp_path}/net.pt")
+    assert json.loads((tmp_path / "net.json").read_text())["accuracy"] > 0.9
+    net = load_net(tmp_path / "net.pt", torch.device("cpu"))
+    assert net.features(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).shape == (2, 64)
