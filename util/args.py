@@ -44,6 +44,32 @@ NOT_NEEDED = {
 Flags = argparse._ActionsContainer
 
 
+UNTYPED = object()
+
+
+class ParsedFlags(argparse.Namespace):
+    """Values of flags by name.
+
+    Attributes:
+        typed: names of the flags that the command line or ``--config`` sets, also to the default.
+            It is not in ``vars()``.
+    """
+
+    __slots__ = ("typed",)
+
+
+def is_typed(args: argparse.Namespace, defaults: argparse.Namespace, name: str) -> bool:
+    """Return whether a flag was typed; without :class:`ParsedFlags`, whether it differs.
+
+    Args:
+        defaults: flags of an empty command line.
+    """
+    typed = getattr(args, "typed", None)
+    if typed is not None:
+        return name in typed
+    return getattr(args, name, None) != getattr(defaults, name, None)
+
+
 class Parser(argparse.ArgumentParser):
     """Parser with defaults in its help, without abbreviated flags, with errors of one line.
 
@@ -68,6 +94,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """Parse flags and those of ``--config``; refuse unknown ones. Subcommands use this, too."""
         args = sys.argv[1:] if args is None else args
+        namespace = ParsedFlags() if namespace is None else namespace
         parsed, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
             if word.startswith("-"):
@@ -75,10 +102,16 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unknown flag {flag}; {advice(flag, self._option_string_actions)}")
         if unknown:
             self.error(f"{unknown[0]} belongs to no flag; --help lists them")
-        if self.has_config and parsed.config:
-            # Flags that are not typed keep the values that the namespace has already
-            values = argparse.Namespace(**self.read_config(parsed.config))
-            parsed, _ = super().parse_known_args(args, values)
+        if self.has_config:
+            # Flags that are not typed keep the values that a namespace has already
+            probe = argparse.Namespace(**dict.fromkeys(vars(parsed), UNTYPED))
+            super().parse_known_args(args, probe)
+            typed = {name for name, value in vars(probe).items() if value is not UNTYPED}
+            if parsed.config:
+                values = self.read_config(parsed.config)
+                typed |= values.keys()
+                parsed, _ = super().parse_known_args(args, ParsedFlags(**values))
+            parsed.typed = frozenset(typed)
         return parsed, []
 
     def read_config(self, path: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from util.args import is_typed
 from util.errors import UserError
 from util.log import log, warn
 from util.model_config import (
@@ -101,9 +102,9 @@ def resolve(
     """Return all arguments of the run's TokenBridge.
 
     In a fresh or fine-tuned run, a typed flag decides. In a run that resumes or evaluates a
-    checkpoint, typed flags must agree with the checkpoint. A flag at its default, typed or not,
-    gives way to the checkpoint for entries that are adopted (``adopted_in``); these flags are then
-    set in ``args`` and logged. The tokenizer decides its own sizes.
+    checkpoint, typed flags must agree with the checkpoint. A flag that is not typed gives way to
+    the checkpoint for entries that are adopted (``adopted_in``); these flags are then set in
+    ``args`` and logged. The tokenizer decides its own sizes.
 
     Args:
         args: parsed flags.
@@ -159,7 +160,7 @@ def set_flags(
                 continue
             value = rules.to_flag(value)
             known = each.name != "model" or value in models
-            if getattr(args, flag) == default != value and known:
+            if not is_typed(args, defaults, flag) and default != value and known:
                 setattr(args, flag, value)
                 log.info("--%s %s, from the checkpoint", flag, value)
 
@@ -175,7 +176,7 @@ def follow_tokenizer(
     """
     sizes = {"vae_embed_dim": tokenizer.config["embed_dim"], "vae_stride": tokenizer.stride}
     for name, value in sizes.items():
-        if getattr(args, name, value) not in (getattr(defaults, name, value), value):
+        if is_typed(args, defaults, name) and getattr(args, name) != value:
             wrong = f"--{name} {getattr(args, name)}, but {tokenizer.source} has {value}"
             raise UserError(f"{wrong}; remove the flag or pass {value}")
         setattr(args, name, value)

@@ -45,3 +45,11 @@ def test_a_run_of_a_file_of_flags_is_that_of_typed_ones(train, tmp_path):
     )
     assert same(load(typed)["model"], load(read)["model"])
     assert load(read)["epoch"] == 1
+
+
+def test_a_typed_value_that_equals_the_default_is_not_overruled(trained, vae_path, refused):
+    common = f"--evaluate --resume {trained} --vae_path {vae_path} --no_metrics --device cpu"
+    line = refused("main_tokenbridge", f"{common} --model tokenbridge_large")
+    assert "tokenbridge_large" in line and "tokenbridge_tiny" in line
+    line = refused("main_tokenbridge", f"{common} --quant_bits 6")
+    assert "quant" in line
