@@ -652,7 +652,8 @@ def main() -> None:
 
         # Reconstruct and measure
         loader = loader_of_all(images, device, args)
-        distributed.on_all_ranks(lambda: tokenizer.to(device))
+        channels_last = {"memory_format": torch.channels_last}
+        distributed.on_all_ranks(lambda: tokenizer.to(device, **channels_last))
         calibration: dict[str, list[float]] = {}
         if args.quant_calibrate:
             mean, std = channel_statistics(

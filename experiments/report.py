@@ -137,6 +137,7 @@ def plot_training() -> Figure:
         axes.plot(nats.keys(), nats.values(), "o-", color="C1", ms=3, label="held-out nats")
         axes.set_title(curve["title"], fontsize=9)
         axes.set_xlabel("epoch", fontsize=8)
+        axes.set_ylabel("nats", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, frameon=False)
@@ -245,6 +246,9 @@ def values() -> dict[str, str]:
         markers[scale] = "\n" + result_tables(scale)
         markers[f"{scale}_findings"] = "\n" + finding_table(results, experiments)
         markers[f"{scale}_heads"] = "\n" + short_table(results, experiments.rows("heads"))
+    experiments, results = Experiments(DEFAULT, "objects"), Results(RESULTS, "objects")
+    measured = [row for row in experiments.rows("epochs") if results.of(row)]
+    markers["objects_epochs"] = "\n" + row_table(results, measured)
     experiments, results = Experiments(DEFAULT, "digits"), Results(RESULTS, "digits")
     counts = [len(seeds) for result, seeds in results.by_name.items() if result != BASELINE]
     quoted = [row for row in experiments.rows("heads") if row.name in QUOTED]
