@@ -40,6 +40,9 @@ SCALES = ("digits", "cifar10", "photographs", "objects", "objects3")
 QUOTED = ("autoregressive, 38 epochs", "parallel, 38 epochs", "masked, 85 epochs, 4 steps")
 GUIDANCE_COLORS = {"1": "C0", "2": "C1", "3": "C3"}
 GUIDANCE_OFFSETS = {"1": -0.15, "2": 0.15, "3": 0.15}  # so that dots of a row do not overlap
+#: Measures that plots show, if there are any.
+SAMPLE_MEASURES = ["frechet", "precision", "recall"]
+RECONSTRUCTION_MEASURES = ["frechet", "psnr_db", "frechet_to_originals", "same_class"]
 #: Measures of a table that is drawn as curves.
 CURVE_MEASURES = ["nats", "frechet", "precision", "recall", "recognized"]
 
@@ -100,13 +103,22 @@ def plot_over(results: Results, rows: Sequence[Row], title: str) -> Figure:
 
 def plot(results: Results, rows: Sequence[Row]) -> Figure:
     """Plot the most important measures of a table: a dot per seed, a line at the mean."""
-    names = ["frechet", "psnr_db"] if reconstructs(rows) else ["frechet", "precision", "recall"]
+    shown = RECONSTRUCTION_MEASURES if reconstructs(rows) else SAMPLE_MEASURES
+    names = [
+        name
+        for name in shown
+        if any(
+            results.values(row, name, cfg) for row in rows for cfg in results.guidance_scales(row)
+        )
+    ]
     figure = Figure(figsize=(9, 0.9 + 0.27 * len(rows)), layout="constrained")
     guidance_scales = set()
     for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
         for y, row in enumerate(rows):
             for cfg in results.guidance_scales(row):
                 values = results.values(row, name, cfg).values()
+                if not values:
+                    continue
                 color, height = GUIDANCE_COLORS.get(cfg, "C2"), y + GUIDANCE_OFFSETS.get(cfg, 0)
                 heights = [height] * len(values)
                 axes.plot(values, heights, "o", color=color, ms=4, alpha=0.6, mew=0)
@@ -115,7 +127,7 @@ def plot(results: Results, rows: Sequence[Row]) -> Figure:
         baseline = results.values(BASELINE_ROW, name, "images").values()
         if baseline and not reconstructs(rows):
             axes.axvline(sum(baseline) / len(baseline), color="0.6", ls=":", lw=1)
-        axes.set_title(MEASURES[name].title, fontsize=9)
+        axes.set_title(MEASURES[name].title.replace(" (", "\n("), fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
