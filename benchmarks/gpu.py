@@ -15,33 +15,52 @@ from util import errors
 from util.args import check_positive, new_parser
 from util.devices import find_device
 
-RESULTS = "benchmarks/results/cuda-{}.json"
-LARGE = "--model tokenbridge_large --device cuda"
-#: Name of the results, and arguments of Python.
+#: The benchmarks for CUDA, by the name of their results, as arguments of ``python -m``.
 COMMANDS = {
-    "training": f"-m benchmarks.training {LARGE} --batch 64 --ways bf16 --compile --vary_masks "
-    "--repeats 10",
-    "sampling": f"-m benchmarks.sampling {LARGE} --batch 64 --num_iter 64 --ways bf16 --compile "
-    "--repeats 1",
-    "tests": "-m pytest -q tests/scripts/test_cuda.py",
-    "head_speed": f"-m benchmarks.head_speed {LARGE} --compile",
-    "tokenizer": "-m benchmarks.tokenizer --batch 64 --device cuda",
-    "training-segments": f"-m benchmarks.training {LARGE} --batch 64 --heads ar --ways bf16 "
-    "--vary_masks --repeats 10",
-    "quantizer": "-m benchmarks.quantizer --device cuda",
-    "loader": "-m benchmarks.loader --workers 0 8 --device cuda",
+    "quantizer": "benchmarks.quantizer",
+    "head_speed": "benchmarks.head_speed --model tokenbridge_large --compile",
+    "sampling": "benchmarks.sampling --model tokenbridge_large --batch 64 --num_iter 64 "
+    "--ways bf16 --compile --repeats 1",
+    "training": "benchmarks.training --model tokenbridge_large --batch 64 --compile --ways bf16",
+    "training-varied": "benchmarks.training --model tokenbridge_large --batch 64 --compile "
+    "--ways bf16 --vary_masks --repeats 10",
+    "training-segments": "benchmarks.training --model tokenbridge_large --batch 64 --heads ar "
+    "--ways bf16 --vary_masks --repeats 10",
+    "tokenizer": "benchmarks.tokenizer --batch 64",
+    "loader": "benchmarks.loader --workers 0 8",
+    "ranks": "benchmarks.ranks --model tokenbridge_large --img_size 256 --processes 8 --batch 64",
+    "curves": "benchmarks.curves",
 }
-#: Variables of the environment: without expandable segments, an allocator that fragments more.
-ENVIRONMENT = {
-    "training": "expandable_segments:True",
+TESTS = "tests"
+#: What this command runs, the most important first: not those that need several GPUs or hours.
+RUN_ORDER = (
+    "training-varied",
+    "sampling",
+    TESTS,
+    "head_speed",
+    "tokenizer",
+    "training-segments",
+    "quantizer",
+    "loader",
+)
+#: Settings of PyTorch's allocator: without expandable segments, it fragments more.
+ALLOCATORS = {
+    "training-varied": "expandable_segments:True",
     "training-segments": "expandable_segments:False",
 }
 
 
-def command_of(name: str) -> list[str]:
-    """Return the arguments of Python for one of :data:`COMMANDS`."""
-    results = [] if name == "tests" else ["--json", RESULTS.format(name)]
-    return [*shlex.split(COMMANDS[name]), *results]
+def command_of(name: str, device: str = "cuda") -> list[str]:
+    """Return the arguments of Python for one of :data:`COMMANDS`, or for :data:`TESTS`.
+
+    On the CPU, benchmarks run with their default flags.
+    """
+    if name == TESTS:
+        return shlex.split("-m pytest -q tests/scripts/test_cuda.py")
+    module, *flags = shlex.split(COMMANDS[name])
+    flags = flags if device == "cuda" else []
+    results = f"benchmarks/results/{device}-{name}.json"
+    return ["-m", module, *flags, "--device", device, "--json", results]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -56,13 +75,13 @@ def run_all(minutes: float) -> dict[str, str]:
     """Run the commands in order; return the outcome of each by name."""
     end = time.monotonic() + 60 * minutes
     outcomes = {}
-    for name in COMMANDS:
+    for name in RUN_ORDER:
         left = end - time.monotonic()
         if left <= 0:
             outcomes[name] = "not started"
             continue
         words, start = [sys.executable, *command_of(name)], time.monotonic()
-        settings = ENVIRONMENT.get(name)
+        settings = ALLOCATORS.get(name)
         environment = {**os.environ, **({"PYTORCH_CUDA_ALLOC_CONF": settings} if settings else {})}
         print(f"{name}: {shlex.join(words[1:])}", flush=True)
         try:

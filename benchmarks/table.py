@@ -1,37 +1,27 @@
 """Write the tables of benchmarks/README.md and docs/training.md from ``benchmarks/results/``."""
 
+import shlex
 from pathlib import Path
 
 from benchmarks.common import table
+from benchmarks.gpu import COMMANDS, command_of
 from benchmarks.memory import PARTS, smallest_gpu
 from util.files import read_json
+from util.log import counted
 from util.tables import fill, write_text
 
 HERE = Path(__file__).parent
-#: The commands for CUDA; on the CPU, benchmarks run with their default flags.
-CUDA_COMMANDS = {
-    "quantizer": "benchmarks.quantizer",
-    "head_speed": "benchmarks.head_speed --model tokenbridge_large --compile",
-    "sampling": (
-        "benchmarks.sampling --model tokenbridge_large --batch 256 --num_iter 64 --ways bf16"
-    ),
-    "training": "benchmarks.training --model tokenbridge_large --batch 64 --compile --ways bf16",
-    "tokenizer": "benchmarks.tokenizer --batch 64",
-    "loader": "benchmarks.loader --workers 0 8",
-    "ranks": "benchmarks.ranks --model tokenbridge_large --img_size 256 --processes 8 --batch 64",
-    "curves": "benchmarks.curves",
-}
 
 
 def benchmark_tables(device: str) -> str:
     """Return the tables of a device, and the commands of benchmarks that have no results."""
     sections, commands = [], []
-    for name, cuda_command in CUDA_COMMANDS.items():
+    for name in COMMANDS:
+        if device == "cpu" and "-" in name:
+            continue  # a variant of the flags for CUDA
         path = HERE / "results" / f"{device}-{name}.json"
         if not path.exists():
-            command = cuda_command if device == "cuda" else f"benchmarks.{name}"
-            output = f"--json benchmarks/results/{path.name}"
-            commands.append(f"python -m {command} --device {device} {output}")
+            commands.append(shlex.join(["python", *command_of(name, device)]))
             continue
         content = read_json(path)
         sections.append(f"### {name}, {device}\n\n{table(content['rows'])}")
@@ -46,7 +36,7 @@ def benchmark_tables(device: str) -> str:
 def describe_machine(machine: dict) -> str:
     """Return the device, peak rates and versions of a measurement, as a line of text."""
     peaks = ", ".join(f"{rate} TFLOP/s {p}" for p, rate in machine["matmul_tflops"].items())
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    threads = counted(machine["threads"], "thread")
     return (
         f"{machine['device']}, {threads}; matrix products {peaks}; "
         f"copies {machine['copy_gb_per_s']} GB/s. "
