@@ -84,7 +84,7 @@ class Trainer:
         self.log: TrainingLog | None = None
         #: Loss of guessing uniformly; None for a model without one (a VAE).
         self.uniform_loss: float | None = getattr(self.state.model, "uniform_loss", None)
-        self._reported_guessing = self.uniform_loss is None
+        self._reports_guessing = self.uniform_loss is not None and distributed.is_main_process()
         self._batches: Iterator = iter(())
         self._first_step = 0  # step of the epoch at which `_batches` starts
         self._pending: tuple[StepResult, distributed.HostCopy] | None = None
@@ -153,7 +153,7 @@ class Trainer:
                 state.model.check_labels(labels)  # on the device, this would synchronize
             batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
             inputs = self.encode(batch)
-            if not self._reported_guessing:
+            if self._reports_guessing:
                 self.report_guessing(inputs)
             # Ranks exchange gradients once per step, with its last batch
             accumulates = (
@@ -167,12 +167,12 @@ class Trainer:
         return mean_loss
 
     def report_guessing(self, latents: Tensor) -> None:
-        """Log the losses of guessing: only a lower loss shows that the model has learned something.
+        """Log the losses of guessing, once: only with a lower loss has the model learned something.
 
         Args:
-            latents: the first batch of this process, ``[B, C, h, w]``.
+            latents: the first batch of rank 0, ``[B, C, h, w]``.
         """
-        self._reported_guessing = True
+        self._reports_guessing = False
         log.info("loss of guessing uniformly, at which training starts: %.3f", self.uniform_loss)
         frequency_loss = self.state.model.frequency_loss(latents)
         if frequency_loss is not None:

@@ -217,7 +217,6 @@ class ReconstructionStats:
 
     Attributes:
         features: features and logits of the reconstructions, by batch; empty without a network.
-
     """
 
     def __init__(self, setting: QuantizerSetting, channels: int, device: torch.device):
@@ -391,12 +390,12 @@ def add_metrics(
     Args:
         features: features and logits of this rank's originals, by batch.
     """
-    total, network = results[0]["images"], evaluator.network
+    total, network, world = results[0]["images"], evaluator.network, distributed.get_world_size()
     originals = gather_features(features, network, total, evaluator.device)
     original_stats = statistics(originals) if distributed.is_main_process() else {}
     for metrics, stats in zip(results, all_stats, strict=True):
         recon = gather_features(stats.features, network, total, evaluator.device)
-        distances = distributed.all_reduce_mean(stats.map_distance) * distributed.get_world_size()
+        distances = world * distributed.all_reduce_mean(stats.map_distance)
         if distributed.is_main_process():
             metrics |= compute_metrics(recon, evaluator.stats, network=network.name)
             distance = frechet_distance(statistics(recon), original_stats)

@@ -90,8 +90,8 @@ class Experiments:
                 result = f"{row['run']}/{sampling}"
             if exists and self.scale in row.get("scales", [self.scale]):
                 paper = tuple(row["paper"]) if "paper" in row else None
-                optional = (row.get(name) for name in ("paper_head", "x"))
-                rows.append(Row(row["name"], result, row.get("cfg"), paper, *optional))
+                head, x = row.get("paper_head"), row.get("x")
+                rows.append(Row(row["name"], result, row.get("cfg"), paper, head, x))
         return rows
 
 

@@ -394,8 +394,9 @@ def main() -> None:
     experiments = Experiments(args.experiments, args.scale)
     complete_args(args, experiments)
     folder = f"{args.output_dir}/{args.scale}"
-    places = args.data_path, args.device, args.vae_path
-    steps = plan(experiments, args.tables, args.seeds, folder, *places)
+    steps = plan(
+        experiments, args.tables, args.seeds, folder, args.data_path, args.device, args.vae_path
+    )
     launcher = experiments.commands.get("launcher")
     if args.dry_run or launcher:
         print_commands(steps, launcher)

@@ -24,14 +24,46 @@ SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
     "linear": lambda cfg, known, tokens: 1 + (cfg - 1) * known / tokens,
     "constant": lambda cfg, known, tokens: cfg,
 }
-#: Number of unknown tokens after each step, from the number of steps and of unknown tokens.
-STEP_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
-    "cosine": lambda num_iter, tokens: cosine_schedule(num_iter, tokens),
-    "two-stage": lambda num_iter, tokens: two_stage_schedule(num_iter, tokens),
-}
 #: Called after each step with its number from 1, the number of steps, the values of tokens
 #: ``[B, L, C]`` (0 if unknown) and the positions ``[B, N]`` that are still unknown, on the device.
 OnStep = Callable[[int, int, Tensor, Tensor], None]
+
+# --------------------------------------------------------------------------------------------------
+# Schedules: how many tokens the steps take.
+
+
+def two_stage_schedule(num_iter: int, seq_len: int) -> list[int]:
+    """Return the number of tokens that are still masked after each step, in two stages.
+
+    The first three quarters of the steps take half of the tokens, the others the rest; each stage
+    takes about equally many tokens per step. The last entry is 1, as in :func:`cosine_schedule`.
+    """
+    second = num_iter // 4 or num_iter // 2
+    first, half = num_iter - second, seq_len // 2 if second else 0
+    taken = [(seq_len - half) * (step + 1) // first for step in range(first)]
+    taken += [seq_len - half + half * (step + 1) // second for step in range(second)]
+    return [max(1, seq_len - count) for count in taken]
+
+
+def cosine_schedule(num_iter: int, seq_len: int) -> list[int]:
+    """Return the number of tokens that are still masked after each step, by the cosine rule.
+
+    It is at least 1, and one fewer than before where possible. The last entry is 1, too, although
+    the last step takes all tokens: the guidance scale is computed from it.
+    """
+    masked, schedule = seq_len, []
+    for step in range(num_iter):
+        by_cosine = math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter))
+        masked = max(1, min(masked - 1, by_cosine))
+        schedule.append(masked)
+    return schedule
+
+
+#: Number of unknown tokens after each step, from the number of steps and of unknown tokens.
+STEP_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
+    "cosine": cosine_schedule,
+    "two-stage": two_stage_schedule,
+}
 
 # --------------------------------------------------------------------------------------------------
 # Options: each is declared once, here or by its head, with its default and the help of its flag.
@@ -69,7 +101,7 @@ class TokenOptions:
         "cosine",
         "tokens that the steps take: by a cosine; or, in two stages, half of the tokens in a "
         "checkerboard over three quarters of the steps, then the other half",
-        choices=("cosine", "two-stage"),
+        choices=tuple(STEP_SCHEDULES),
     )
     cfg_interval: tuple[float, float] = option(
         (0.0, 1.0),
@@ -180,33 +212,6 @@ class SamplingStep(NamedTuple):
     left: int  # unknown tokens after it
     guidance: float  # guidance scale
     both_halves: bool  # computes the unconditional features, too
-
-
-def two_stage_schedule(num_iter: int, seq_len: int) -> list[int]:
-    """Return the number of tokens that are still masked after each step, in two stages.
-
-    The first three quarters of the steps take half of the tokens, the others the rest; each stage
-    takes about equally many tokens per step. The last entry is 1, as in :func:`cosine_schedule`.
-    """
-    second = num_iter // 4 or num_iter // 2
-    first, half = num_iter - second, seq_len // 2 if second else 0
-    taken = [(seq_len - half) * (step + 1) // first for step in range(first)]
-    taken += [seq_len - half + half * (step + 1) // second for step in range(second)]
-    return [max(1, seq_len - count) for count in taken]
-
-
-def cosine_schedule(num_iter: int, seq_len: int) -> list[int]:
-    """Return the number of tokens that are still masked after each step, by the cosine rule.
-
-    It is at least 1, and one fewer than before where possible. The last entry is 1, too, although
-    the last step takes all tokens: the guidance scale is computed from it.
-    """
-    masked, schedule = seq_len, []
-    for step in range(num_iter):
-        by_cosine = math.floor(seq_len * math.cos(math.pi / 2 * (step + 1) / num_iter))
-        masked = max(1, min(masked - 1, by_cosine))
-        schedule.append(masked)
-    return schedule
 
 
 def sampling_plan(

@@ -295,7 +295,7 @@ def test_checkpoints_of_some_epochs_are_kept(run, cached, tmp_path):
     run("main_tokenbridge", f"{common} --keep_every 2 --output_dir {tmp_path}/run")
     kept = sorted(path.name for path in (tmp_path / "run").glob("*.pth"))
     assert kept == ["checkpoint-epoch0002.pth", "checkpoint-epoch0004.pth", "checkpoint-last.pth"]
-    files = [torch.load(tmp_path / "run" / name, weights_only=False) for name in kept]
+    files = [torch.load(tmp_path / "run" / name, weights_only=True) for name in kept]
     assert [content["epoch"] for content in files] == [1, 3, 4]
     assert all(content["step"] == 0 for content in files)
 

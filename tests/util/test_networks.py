@@ -44,7 +44,11 @@ def test_efficientnet_computes_timms_features_of_the_resized_image(efficientnet)
     network = EfficientNet(str(efficientnet))
     features, logits, *_ = network(IMAGES)
     own = timm.create_model("tf_efficientnet_lite0").eval()
-    own.load_state_dict(dict(zip(own.state_dict(), torch.load(efficientnet).values(), strict=True)))
+    own.load_state_dict(
+        dict(
+            zip(own.state_dict(), torch.load(efficientnet, weights_only=True).values(), strict=True)
+        )
+    )
     images = np.stack(
         [
             np.asarray(

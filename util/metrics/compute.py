@@ -66,13 +66,7 @@ def load_statistics(
     saved = saved_features(path)
     if saved != network.name:
         raise UserError(f"{path} has statistics of {saved} features: pass --features {saved}")
-    width = network.widths.get(POOL, stats["mu"].size)  # of any width before DINOv2 is loaded
-    if stats["mu"].shape != (width,) or stats["sigma"].shape != (width, width):
-        shapes = f"mu {list(stats['mu'].shape)}, sigma {list(stats['sigma'].shape)}"
-        raise UserError(
-            f"{path} has {shapes}; {width} features of {FEATURES[network.name]} need "
-            f"mu [{width}], sigma [{width}, {width}]"
-        )
+    check_width(stats, network.widths.get(POOL, stats["mu"].size), path, network)
     if any(value.dtype.kind not in "fiu" for value in stats.values()):
         types = " and ".join(f"{name} is {value.dtype}" for name, value in stats.items())
         raise UserError(f"{path}: {types}, expected numbers")
@@ -88,6 +82,21 @@ def load_statistics(
             f"symmetric); {remedy}"
         )
     return stats
+
+
+def check_width(
+    stats: Mapping[str, np.ndarray],
+    width: int,
+    path: str | Path,
+    network: type[FeatureNetwork] | FeatureNetwork,
+) -> None:
+    """Raise UserError unless statistics are of ``width`` features."""
+    if stats["mu"].shape != (width,) or stats["sigma"].shape != (width, width):
+        shapes = f"mu {list(stats['mu'].shape)}, sigma {list(stats['sigma'].shape)}"
+        raise UserError(
+            f"{path} has {shapes}; {width} features of {FEATURES[network.name]} need "
+            f"mu [{width}], sigma [{width}, {width}]"
+        )
 
 
 def statistics(features: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
@@ -159,8 +168,8 @@ def compute_metrics(
     if features[LOGITS].shape[1]:
         splits = min(IS_SPLITS, len(features[LOGITS]))
         score = isc_features_to_metric(features[LOGITS], splits=splits)
-        metrics |= {"score": score["inception_score_mean"]}
-        metrics |= {"score_std": score["inception_score_std"]}
+        metrics["score"] = score["inception_score_mean"]
+        metrics["score_std"] = score["inception_score_std"]
     if stats is None and reference is not None:
         stats = statistics(reference)
     if stats is not None:
@@ -236,8 +245,12 @@ class Evaluator:
         # An error on one rank ends all ranks. References first: weights may be downloaded.
         self.stats, images = distributed.on_all_ranks(read_references)
         self.network = distributed.on_all_ranks(lambda: NETWORKS[features](weights).to(device))
-        # Again, with the width of a network whose weights decide it
-        distributed.on_rank_0(lambda: fid_stats and load_statistics(fid_stats, self.network))
+
+        def check_stats() -> None:
+            if self.stats is not None and fid_stats is not None:  # the weights decide the width
+                check_width(self.stats, self.network.widths[POOL], fid_stats, self.network)
+
+        distributed.on_rank_0(check_stats)
         self.reference = None
         if images:
             self.reference = self.features(images)
