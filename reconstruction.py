@@ -47,7 +47,7 @@ from util.metrics.compute import (
     warn_if_few,
 )
 from util.metrics.networks import LOGITS, Features, gather_features, map_distance
-from util.metrics.sample_folder import SampleFolder, check_own, read_results
+from util.metrics.sample_folder import ImageWriter, SampleFolder, check_own, read_results
 from util.metrics.tables import FEATURES, default_statistics, metric_names, metric_titles
 from util.precision import autocast, check_finite, double, extremes
 from util.process_group import process_group
@@ -329,9 +329,10 @@ def reconstruct(
 
     def save(part: str, images: Tensor) -> None:
         if folder:
-            SampleFolder(folder / part).save(images, numbers)
+            writer.save(SampleFolder(folder / part), images.cpu(), numbers)
 
-    with progress_bar(loader, unit="batch", desc="reconstructing") as batches:
+    writer = ImageWriter()
+    with progress_bar(loader, unit="batch", desc="reconstructing") as batches, writer:
         for images, _, _ in batches:
             # RankSampler gives every world-th image to this rank
             numbers = range(numbers.stop, numbers.stop + world * len(images), world)
@@ -348,6 +349,7 @@ def reconstruct(
             if network is not None:
                 real_features = network(real)
                 features.append(real_features[:2])
+            writer.finish()  # the images of the previous batch
             save("real", real)
             pictures["original"] += real[picked].cpu()
             if picked and all(setting.levels for setting in settings):
@@ -373,6 +375,7 @@ def reconstruct(
                     stats.add_features(real_features, network(recon))
                 pictures[stats.setting.title] += recon[picked].cpu()
                 save("recon", recon)
+        writer.finish()
     return pictures, features, all_stats
 
 

@@ -30,13 +30,9 @@ def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
     return (values.round() if rounding == "nearest" else values).to(torch.uint8)
 
 
-def save_png(image: Tensor, path: str | Path, flush: bool = True) -> None:
-    """Write bytes ``[3, H, W]`` as a PNG, atomically.
-
-    Args:
-        flush: see :func:`util.files.written_whole`.
-    """
-    with written_whole(path, flush) as file:
+def save_png(image: Tensor, path: str | Path) -> None:
+    """Write bytes ``[3, H, W]`` as a PNG, atomically; :func:`util.files.flush_all` flushes it."""
+    with written_whole(path, flush=False) as file:
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, format="png")
 
 

@@ -19,7 +19,7 @@ from util.log import log
 
 
 class ImageWriter:
-    """Writes images in threads, while the next ones are sampled; a context manager.
+    """Writes images in threads, while the next ones are computed; a context manager.
 
     The exit waits for all images, but only :meth:`finish` reports errors.
 
@@ -41,7 +41,7 @@ class ImageWriter:
         """Start to write images, bytes ``[N, 3, H, W]``, under their numbers."""
         for number, image in zip(numbers, images, strict=True):
             path = folder.image_path(number)
-            self._writing.append(self._pool.submit(save_png, image, path, flush=False))
+            self._writing.append(self._pool.submit(save_png, image, path))
 
     def finish(self) -> None:
         """Wait until all images are on disk.
@@ -86,11 +86,6 @@ class SampleFolder:
     def image_path(self, number: int) -> Path:
         """Return the path of image ``number``."""
         return self.path / f"{number:05d}.png"
-
-    def save(self, images: Tensor, numbers: Iterable[int]) -> None:
-        """Write images, bytes ``[N, 3, H, W]``, under their numbers."""
-        for number, image in zip(numbers, images, strict=True):
-            save_png(image, self.image_path(number))
 
     def numbers(self) -> set[int]:
         """Return the numbers of all images in the folder. Files with other names are ignored."""
