@@ -38,7 +38,7 @@ CURVES_FOLDER = RESULTS / "curves"
 SCALES = ("digits", "cifar10", "photographs", "objects", "objects3")
 #: Rows that README.md quotes.
 QUOTED = ("autoregressive, 38 epochs", "parallel, 38 epochs", "masked, 85 epochs, 4 steps")
-GUIDANCE_COLORS = {"1": "C0", "2": "C1", "3": "C3"}
+GUIDANCE_COLORS = {"1": "C0", "2": "C1", "3": "C2"}
 GUIDANCE_OFFSETS = {"1": -0.15, "2": 0.15, "3": 0.15}  # so that dots of a row do not overlap
 #: Measures that plots show, if there are any.
 SAMPLE_MEASURES = ["frechet", "precision", "recall"]
@@ -132,7 +132,7 @@ def plot(results: Results, rows: Sequence[Row]) -> Figure:
         axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-    if len(guidance_scales) > 1:
+    if 1 < len(guidance_scales) and guidance_scales <= {*GUIDANCE_COLORS}:
         label_guidance(figure, guidance_scales)
     return figure
 

@@ -68,8 +68,6 @@ def default_statistics(img_size: int, classes: int, features: str) -> str | None
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
     """Return the metrics as aligned lines for the terminal."""
-    return "\n".join(
-        f"{title:<40}{metrics[name]:>12.4f}"
-        for name, title in METRIC_TITLES.items()
-        if name in metrics
-    )
+    titles = {name: title for name, title in METRIC_TITLES.items() if name in metrics}
+    width = max([40, *map(len, titles.values())])
+    return "\n".join(f"{title:<{width}}{metrics[name]:>12.4f}" for name, title in titles.items())
