@@ -132,7 +132,7 @@ def plot(results: Results, rows: Sequence[Row]) -> Figure:
         axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
-    if 1 < len(guidance_scales) and guidance_scales <= {*GUIDANCE_COLORS}:
+    if len(guidance_scales) > 1 and guidance_scales <= {*GUIDANCE_COLORS}:
         label_guidance(figure, guidance_scales)
     return figure
 
