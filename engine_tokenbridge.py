@@ -153,7 +153,7 @@ class Trainer:
                 state.model.check_labels(labels)  # on the device, this would synchronize
             batch, labels = (x.to(state.device, non_blocking=True) for x in (batch, labels))
             inputs = self.encode(batch)
-            if self._reports_guessing:
+            if self._reports_guessing and self.log is not None:
                 self.report_guessing(inputs)
             # Ranks exchange gradients once per step, with its last batch
             accumulates = (
