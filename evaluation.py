@@ -397,7 +397,7 @@ def sample_and_measure(
     images = distributed.on_all_ranks(lambda: folder.images(args.num_images))
 
     def write_images() -> None:
-        folder.write_grid(images)
+        folder.write_grid(images, model.class_names)
         if args.save_confidence:
             folder.confidence.write_grid(folder.confidence.images(args.num_images))
         if args.save_npz:

@@ -3,17 +3,20 @@
 import argparse
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+import util.interpreter  # noqa: F401, before all packages
 
 import torch
 from PIL import Image
 
 from models.editing import outpainted
-from models.pipeline import TokenBridgePipeline
+from models.pipeline import DEFAULT_STRENGTH, TokenBridgePipeline
 from models.sampling import SamplingOptions
 from util import errors
 from util.args import add_device_arg, add_sampling_args, check_positive, check_range, new_parser
-from util.data.images import png_settings
+from util.data.images import image_grid, png_settings
 from util.files import written_whole
 from util.log import log
 from util.precision import PRECISIONS
@@ -106,8 +109,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     edit.add_argument(
         "--strength",
         type=float,
-        default=0.5,
-        help="share of the tokens that a variation regenerates",
+        help=f"share of the tokens that a variation regenerates, {DEFAULT_STRENGTH} if not given",
     )
     how = parser.add_argument_group("sampling")
     add_sampling_args(how, SamplingOptions)
@@ -115,11 +117,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     how.add_argument("--batch_size", type=int, default=64, help="images sampled at once")
     parser.add_argument(
         "--output",
-        default="generated.png",
-        help="PNG to write: one row with an image of each class, or a row of candidates per class",
+        help="PNG to write, by default generated.png: a row with an image of each class, or a row "
+        "of candidates per class",
     )
     parser.add_argument(
-        "--gif", action="store_true", help="also write <output>.gif, which shows each sampling step"
+        "--output_dir",
+        help="instead of one PNG, write one for each image into this folder, "
+        "class-<number>-seed-<seed>.png",
+    )
+    parser.add_argument(
+        "--gif",
+        action="store_true",
+        help="beside each PNG, also write a GIF that shows each sampling step",
     )
     return parser
 
@@ -129,21 +138,14 @@ def check_args(args: argparse.Namespace) -> None:
     check_positive(args, "candidates", "num_iter", "batch_size")
     check_range(args, 0, 2**32 - args.candidates, "seed")
     check_range(args, 0, math.inf, "gen_seed", "cfg", "temperature", "confidence_noise")
-    if Path(args.output).suffix.lower() != ".png":
+    if args.output and args.output_dir:
+        raise errors.UserError("--output and --output_dir exclude each other: remove one of them")
+    if args.output and Path(args.output).suffix.lower() != ".png":
         raise errors.UserError(f"--output {args.output}: choose a name that ends in .png")
     if args.mask and args.outpaint is not None:
         raise errors.UserError("--mask and --outpaint exclude each other: remove one of them")
     if args.image is None and (args.mask or args.outpaint is not None):
         raise errors.UserError("--mask and --outpaint need --image, the image to edit")
-
-
-def side_by_side(images: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Return one image that shows ``images`` of equal size in a grid, row by row, without gaps."""
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
-    for number, image in enumerate(images):
-        sheet.paste(image, (number % columns * width, number // columns * height))
-    return sheet
 
 
 def write_gif(frames: Sequence[Image.Image], path: Path) -> None:
@@ -169,6 +171,8 @@ def main() -> None:
         # Sample
         names = (*SamplingOptions.__dataclass_fields__, "strength", "gen_seed", "batch_size")
         options = {name: getattr(args, name) for name in names}
+        if args.strength is None:
+            del options["strength"]
         frames: list[list[Image.Image]] = []
         callback = (lambda step, steps, images: frames.append(images)) if args.gif else None
         classes = args.classes or [None]
@@ -182,21 +186,30 @@ def main() -> None:
         # Order the candidates of each class, the most likely first
         scores = samples.log_likelihoods
         order = sorted(range(len(seeds)), key=lambda row: (row // count, -scores[row]))
-        columns = count if count > 1 else len(classes)
-        ordered = samples.part(order)
+        titles = ["any class"] * len(seeds)
+        if samples.labels:
+            titles = [pipe.class_names[label] for label in samples.labels]
 
-        # Write
-        output = Path(args.output)
-        settings = {**options, "class_labels": ordered.labels, "seeds": ordered.seeds}
-        with written_whole(output) as file:
-            side_by_side(ordered.images, columns).save(file, "png", pnginfo=png_settings(settings))
-        if args.gif:
-            sheets = [side_by_side([images[row] for row in order], columns) for images in frames]
-            write_gif(sheets, output.with_suffix(".gif"))
+        # Write all images into one file, or each into its own
+        files = {Path(args.output or "generated.png"): order}
+        if args.output_dir:
+            folder = Path(args.output_dir)
+            files = {folder / samples.file_name(row): [row] for row in order}
+        for path, rows in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = samples.part(rows)
+            settings = {**options, "class_labels": part.labels, "seeds": part.seeds}
+            captions = [titles[row] for row in rows] if len(rows) > 1 and samples.labels else []
+            grid = partial(image_grid, columns=count if count > 1 else len(rows), captions=captions)
+            with written_whole(path) as file:
+                grid(part.images).save(file, "png", pnginfo=png_settings(settings))
+            if args.gif:
+                shown = [grid([images[row] for row in rows]) for images in frames]
+                write_gif(shown, path.with_suffix(".gif"))
         for row in order:
-            name = pipe.class_names[samples.labels[row]] if samples.labels else "any class"
-            log.info("%s, seed %d: log-likelihood %.1f nats", name, seeds[row], scores[row])
-        log.info("wrote %s%s", output, f" and {output.with_suffix('.gif')}" if args.gif else "")
+            text = "%s, seed %d: log-likelihood %.1f nats"
+            log.info(text, titles[row], seeds[row], scores[row])
+        log.info("wrote %s%s", args.output_dir or path, " with GIFs" if args.gif else "")
 
 
 if __name__ == "__main__":

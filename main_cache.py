@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import util.interpreter  # noqa: F401, before all packages
+
 from engine_tokenbridge import cache_latents
 from models.tokenizer import Tokenizer
 from util import distributed, errors

@@ -5,6 +5,8 @@ Runs with torchrun or plain python.
 
 import argparse
 
+import util.interpreter  # noqa: F401, before all packages
+
 from util import distributed, errors
 from util.args import WORKERS, add_device_arg, add_metrics_args, check_positive, new_parser
 from util.data.datasets import PlainImages

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
+import util.interpreter  # noqa: F401, before all packages
+
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
@@ -255,6 +257,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise errors.UserError(
             f"{flag} needs --resume, the folder that holds the weights to measure"
         )
+    if args.dry_run and measuring:
+        raise errors.UserError("--dry_run is for training: remove it")
     if args.finetune and measuring:
         raise errors.UserError(
             "--finetune is for training: name the weights to measure with --resume"

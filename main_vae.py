@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import util.interpreter  # noqa: F401, before all packages
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader

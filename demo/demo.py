@@ -9,6 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    # The project root instead of demo/, where this file would hide the package of its name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import util.interpreter  # noqa: F401, before all packages
+
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image

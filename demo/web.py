@@ -10,25 +10,28 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from PIL import Image, ImageChops
 
 if __name__ == "__main__":
     # The project root instead of demo/, where demo.py would hide the package of this name.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from generate import add_pipeline_args, load_pipeline, side_by_side
-from models.editing import MAX_PIXELS, center_crop, open_image
-from models.pipeline import GeneratedImages, TokenBridgePipeline, to_pil
+import util.interpreter  # noqa: F401, before all packages
+
+from PIL import Image, ImageChops
+
+from generate import add_pipeline_args, load_pipeline
+from models.editing import MAX_PIXELS, center_crop, open_image, outpainted
+from models.pipeline import DEFAULT_STRENGTH, GeneratedImages, TokenBridgePipeline, to_pil
 from models.sampling import ORDERS, SCHEDULES, SamplingOptions
 from util import errors
 from util.args import check_range, new_parser
-from util.data.images import confidence_maps, png_settings, read_settings
+from util.data.images import confidence_maps, image_grid, png_settings, read_settings
 from util.errors import UserError
-from util.log import log
+from util.log import counted, log
 from util.process_group import process_group
 
 try:
@@ -47,6 +50,8 @@ ANY = -1  # the choice "any class"
 WORKER = "generation"  # name of the thread that runs the model
 #: Sampling options with controls on the page; others keep their defaults.
 SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature", "order")
+#: The same, of heads that have it.
+HEAD_SAMPLING = "head_steps"
 #: Regions to mask without drawing: left, top, right, bottom as shares of the image's size.
 AREAS = {
     "upper half": (0, 0, 1, 0.5),
@@ -171,14 +176,16 @@ def save_images(
 ) -> list[ImageFiles]:
     """Save generated images and their confidence maps; return their files."""
     files = []
-    maps = to_pil(confidence_maps(generated.confidence, pipe.model.config["img_size"]))
+    size = pipe.model.config["img_size"]
+    maps = to_pil(confidence_maps(generated.confidence, size, generated.kept))
     for row, image in enumerate(generated.images):
         label = generated.labels and generated.labels[row]
         seed = generated.seeds[row]
         settings = {"class_labels": None if label is None else [label], "seeds": [seed], **sampling}
-        name = f"class-{'any' if label is None else label}-seed-{seed}.png"
+        name = generated.file_name(row)
         path = save_to_cache(image, folder, name, pnginfo=png_settings(settings))
-        caption = f"seed {seed}: {generated.log_likelihoods[row]:.1f} nats"
+        title = "any class" if label is None else pipe.class_names[label]
+        caption = f"{title}, seed {seed}: {generated.log_likelihoods[row]:.1f} nats"
         files.append(ImageFiles(path, save_to_cache(maps[row], folder), caption))
     return files
 
@@ -291,8 +298,14 @@ def add_controls(pipe: TokenBridgePipeline) -> tuple[gr.Dropdown, gr.Number, gr.
     return label, seed, count
 
 
+def sampling_names(pipe: TokenBridgePipeline) -> tuple[str, ...]:
+    """Return the sampling options that have controls on the page of a model."""
+    has_steps = HEAD_SAMPLING in pipe.model.head.option_names()
+    return (*SAMPLING, HEAD_SAMPLING) if has_steps else SAMPLING
+
+
 def add_sampling(pipe: TokenBridgePipeline) -> list[gr.components.Component]:
-    """Add the controls for the options in :data:`SAMPLING`."""
+    """Add the controls for the options of :func:`sampling_names`."""
     length = pipe.model.seq_len
     # Guidance needs a model that was trained with unlabeled images.
     default_cfg = 3.0 if pipe.model.config["label_drop_prob"] else 1.0
@@ -330,11 +343,25 @@ def add_sampling(pipe: TokenBridgePipeline) -> list[gr.components.Component]:
             list(ORDERS),
             value=SamplingOptions.order,
             label="Order",
-            info="Of tokens: random, row by row, or the most confident first",
+            info="Of tokens: random, row by row, well spread, or the most confident first",
             elem_id="order",
             **wide,
         )
-    return [steps, cfg, schedule, temperature, order]
+        controls: list[gr.components.Component] = [steps, cfg, schedule, temperature, order]
+        if HEAD_SAMPLING in sampling_names(pipe):
+            head: Any = pipe.model.head
+            head_steps = gr.Slider(
+                1,
+                head.channel_steps,
+                head.num_passes(None),
+                step=1,
+                label="Steps of the head",
+                info="Passes that predict a token's channels",
+                elem_id="head_steps",
+                **wide,
+            )
+            controls.append(head_steps)
+    return controls
 
 
 def add_results() -> tuple[ResultViews, gr.Button]:
@@ -358,7 +385,8 @@ def add_results() -> tuple[ResultViews, gr.Button]:
     }
     with gr.Row():
         picture = gr.Image(label="Image", elem_id="picture", **look)
-        confidence = gr.Image(label="Confidence (yellow: high)", elem_id="confidence", **look)
+        title = "Confidence (yellow: high, gray: kept)"
+        confidence = gr.Image(label=title, elem_id="confidence", **look)
     with gr.Row():
         again = gr.Button("Edit this image", interactive=False, min_width=150, elem_id="again")
         download = gr.DownloadButton(
@@ -377,12 +405,24 @@ def add_results() -> tuple[ResultViews, gr.Button]:
     return ResultViews(status, picture, confidence, gallery, download, again, files), cancel
 
 
-def add_editor(
-    pipe: TokenBridgePipeline,
-) -> tuple[gr.UploadButton, gr.ImageEditor, gr.Dropdown, gr.Button]:
-    """Add the upload of an image, the mask editor, the choice of an area, and the edit button."""
+class Editor(NamedTuple):
+    """The components that edit an image."""
+
+    upload: gr.UploadButton
+    mask: gr.ImageEditor
+    area: gr.Dropdown
+    edit: gr.Button
+    margin: gr.Slider
+    extend: gr.Button
+    strength: gr.Slider
+    vary: gr.Button
+
+
+def add_editor(pipe: TokenBridgePipeline) -> Editor:
+    """Add the upload of an image, the mask editor, and the controls of three ways to edit."""
+    size = pipe.model.config["img_size"]
     upload = gr.UploadButton("Open an image", file_types=["image"], size="sm", elem_id="open")
-    width = editor_size(pipe.model.config["img_size"])
+    width = editor_size(size)
     editor = gr.ImageEditor(
         type="pil",
         format="png",
@@ -398,7 +438,24 @@ def add_editor(
         eraser=gr.Eraser(40),
     )
     area = gr.Dropdown(list(AREAS), value=None, label="Or mask a region", elem_id="area")
-    return upload, editor, area, gr.Button("Regenerate", variant="primary", elem_id="edit")
+    edit = gr.Button("Regenerate the mask", variant="primary", elem_id="edit")
+    with gr.Row():
+        largest = (size - 1) // 2
+        margin = gr.Slider(
+            1, largest, -(-size // 4), step=1, label="Margin in pixels", elem_id="margin"
+        )
+        extend = gr.Button("Extend the image", min_width=120, elem_id="extend")
+    with gr.Row():
+        strength = gr.Slider(
+            0.05,
+            1,
+            DEFAULT_STRENGTH,
+            step=0.05,
+            label="Share of tokens to regenerate",
+            elem_id="strength",
+        )
+        vary = gr.Button("Vary the image", min_width=120, elem_id="vary")
+    return Editor(upload, editor, area, edit, margin, extend, strength, vary)
 
 
 class Actions:
@@ -412,6 +469,8 @@ class Actions:
     def __init__(self, pipe: TokenBridgePipeline, folder: str):
         self.pipe = pipe
         self.folder = folder
+        self.size = pipe.model.config["img_size"]
+        self.names = sampling_names(pipe)
         self.lock = threading.Lock()
 
     def generate(
@@ -422,7 +481,7 @@ class Actions:
         Raises:
             gr.Error: a setting is invalid.
         """
-        settings = dict(zip(SAMPLING, sampling, strict=True))
+        settings = dict(zip(self.names, sampling, strict=True))
         first, count = int(seed or 0), int(count)
         request = {**settings, **edit, "class_labels": None if label == ANY else label}
         request["seeds"] = range(first, first + count)
@@ -438,7 +497,7 @@ class Actions:
                 else:
                     step, steps, images = frame
                     status = f"Step {step} of {steps}"
-                    grid = side_by_side(images, math.ceil(count**0.5))
+                    grid = image_grid(images, math.ceil(count**0.5))
                     path = save_to_cache(grid, self.folder)
                     hidden = gr.update(visible=False)
                     disabled = gr.update(interactive=False)
@@ -447,12 +506,15 @@ class Actions:
             raise gr.Error(str(error), print_exception=False) from error
 
     def edit(
-        self, source: Image.Image | None, editor: dict[str, Any] | None, *controls
+        self,
+        source: Image.Image | None,
+        prepare: Callable[[Image.Image], dict[str, Any]],
+        controls: Sequence,
     ) -> Iterator[tuple]:
-        """Regenerate the masked parts of ``source``; see :meth:`generate`. Most likely first.
+        """Regenerate parts of ``source``; see :meth:`generate`. Most likely first.
 
         Args:
-            editor: value of the mask editor.
+            prepare: returns the pipeline's arguments for the image.
             controls: arguments of :meth:`generate`.
         """
         try:
@@ -460,15 +522,38 @@ class Actions:
                 raise UserError(
                     "there is no image to edit: open one, or generate one and choose it"
                 )
-            mask = drawn_mask(editor, self.pipe.model.config["img_size"])
+            request = prepare(source)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        yield from self.generate(*controls, image=source, mask_image=mask)
+        yield from self.generate(*controls, **request)
+
+    def regenerate(
+        self, source: Image.Image | None, editor: dict[str, Any] | None, *controls
+    ) -> Iterator[tuple]:
+        """Regenerate what is masked in the mask editor."""
+
+        def prepare(image: Image.Image) -> dict[str, Any]:
+            return {"image": image, "mask_image": drawn_mask(editor, self.size)}
+
+        yield from self.edit(source, prepare, controls)
+
+    def extend(self, source: Image.Image | None, margin: float, *controls) -> Iterator[tuple]:
+        """Generate ``margin`` pixels around the image."""
+
+        def prepare(image: Image.Image) -> dict[str, Any]:
+            image, mask = outpainted(image, self.size, int(margin))
+            return {"image": image, "mask_image": mask}
+
+        yield from self.edit(source, prepare, controls)
+
+    def vary(self, source: Image.Image | None, strength: float, *controls) -> Iterator[tuple]:
+        """Regenerate a share of the tokens."""
+        yield from self.edit(source, lambda image: {"image": image, "strength": strength}, controls)
 
     def open(self, path: str) -> tuple[Image.Image, dict[str, Any] | None]:
         """Return an image to edit, cropped to the model's size, and the mask editor's value."""
         try:
-            image = center_crop(open_image(path, "the image"), self.pipe.model.config["img_size"])
+            image = center_crop(open_image(path, "the image"), self.size)
         except UserError as error:
             raise file_error(error, path) from error
         return image, editor_value(image, None, self.folder)
@@ -478,12 +563,12 @@ class Actions:
         return editor_value(image, area, self.folder)
 
     def settings(self, path: str) -> list:
-        """Return the settings stored in a PNG: class, seed, and the :data:`SAMPLING` options."""
+        """Return the settings stored in a PNG: class, seed, options, and what is not restored."""
         try:
             stored = read_settings(path)
             try:
                 sampling = self.pipe.checked_options(
-                    {name: stored[name] for name in SAMPLING if name in stored}
+                    {name: stored[name] for name in self.names if stored.get(name) is not None}
                 )
                 label = ANY
                 if stored["class_labels"] is not None:
@@ -495,7 +580,25 @@ class Actions:
                 ) from error
         except UserError as error:
             raise file_error(error, path) from error
-        return [label, seed, *(getattr(sampling, name) for name in SAMPLING)]
+        values = [getattr(sampling, name) for name in self.names]
+        if HEAD_SAMPLING in self.names:
+            head: Any = self.pipe.model.head
+            values[-1] = head.num_passes(values[-1])
+        return [label, seed, *values, self.restored(stored, Path(path).name)]
+
+    def restored(self, stored: Mapping[str, Any], name: str) -> str:
+        """Return a text that says which of a PNG's settings the page does not restore."""
+        defaults = {**asdict(SamplingOptions()), "gen_seed": 0, "strength": None}
+        missing = [
+            f"{option} {value}"
+            for option, value in stored.items()
+            if option in defaults and option not in self.names
+            if value != (list(defaults[option]) if option == "cfg_interval" else defaults[option])
+        ]
+        others = len(stored["seeds"]) - 1
+        missing += [f"{counted(others, 'other image')}"] if others else []
+        text = f"Settings of {name}"
+        return f"{text}, without {', '.join(missing)}" if missing else text
 
 
 def show(files: list[ImageFiles], number: int = 0) -> tuple:
@@ -536,7 +639,7 @@ def build(pipe: TokenBridgePipeline, folder: str) -> gr.Blocks:
                     with gr.Tab("Generate", id="generate"):
                         generate = gr.Button("Generate", variant="primary", elem_id="generate")
                     with gr.Tab("Edit", id="edit"):
-                        upload, editor, area, edit = add_editor(pipe)
+                        editor = add_editor(pipe)
                 load = gr.UploadButton(
                     "Settings from a PNG", file_types=[".png"], size="sm", elem_id="load"
                 )
@@ -557,18 +660,20 @@ def build(pipe: TokenBridgePipeline, folder: str) -> gr.Blocks:
         }
         running: list[Any] = [
             generate.click(actions.generate, controls, **run_model),
-            edit.click(actions.edit, [source, editor, *controls], **run_model),
+            editor.edit.click(actions.regenerate, [source, editor.mask, *controls], **run_model),
+            editor.extend.click(actions.extend, [source, editor.margin, *controls], **run_model),
+            editor.vary.click(actions.vary, [source, editor.strength, *controls], **run_model),
         ]
         cancel.click(lambda: "Cancelled", None, results.status, cancels=running, **QUICK)
-        upload.upload(actions.open, upload, [source, editor], **QUICK)
-        area.input(actions.cover, [source, area], editor, **QUICK)
-        load.upload(actions.settings, load, [label, seed, *sampling], **QUICK)
+        editor.upload.upload(actions.open, editor.upload, [source, editor.mask], **QUICK)
+        editor.area.input(actions.cover, [source, editor.area], editor.mask, **QUICK)
+        load.upload(actions.settings, load, [label, seed, *sampling, results.status], **QUICK)
         one = [results.status, results.picture, results.confidence, results.download, results.again]
         results.gallery.select(choose, results.files, one, **QUICK)
         results.again.click(
             lambda path: (*actions.open(path), gr.Tabs(selected="edit")),
             results.picture,
-            [source, editor, tabs],
+            [source, editor.mask, tabs],
             **QUICK,
         )
     return page

@@ -17,10 +17,12 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import util.interpreter  # noqa: F401, before all packages
+
+import torch
 
 from experiments.plan import DEFAULT, Experiments, Step, needed, plan
 from experiments.results import RESULTS, Results, comparison_table

@@ -27,7 +27,7 @@ from util.checkpoint import hub
 from util.checkpoint.files import HUB_CONFIG, VAE_NAMES
 from util.checkpoint.runs import find_pretrained, read_run
 from util.config import check_tokenizer
-from util.data.classes import find_classes, readable
+from util.data.classes import find_classes
 from util.devices import to_device
 from util.errors import UserError
 from util.log import log
@@ -38,6 +38,16 @@ from util.rng import image_seeds, numbered_draws
 TOKENIZER_NAMES = ("vae", "vae.ckpt")
 #: The gray of tokens that are not generated yet.
 GRAY = 128
+#: Share of the tokens that a variation regenerates by default.
+DEFAULT_STRENGTH = 0.5
+#: Arguments of diffusers' pipelines, and what :class:`TokenBridgePipeline` calls them.
+DIFFUSERS_NAMES = {
+    "prompt": "class_labels",
+    "num_inference_steps": "num_iter",
+    "guidance_scale": "cfg",
+    "generator": "seeds (numbers, one for each image)",
+    "num_images_per_prompt": "seeds (one for each image, as in seeds=range(4))",
+}
 
 # --------------------------------------------------------------------------------------------------
 # Images and tokenizer files
@@ -120,11 +130,18 @@ class GeneratedImages:
     seeds: list[int]
     #: ``[N, h, w]``, the log-probability of each token in nats when it was sampled; 0 if kept.
     confidence: Tensor
+    #: ``[N, h, w]``, true where a token of the edited image was kept.
+    kept: Tensor
 
     @property
     def log_likelihoods(self) -> list[float]:
         """The sum of :attr:`confidence` per image: comparable between images of the same mask."""
         return self.confidence.double().sum(dim=(1, 2)).tolist()
+
+    def file_name(self, row: int) -> str:
+        """Return a file name for an image, which tells its class and seed."""
+        label = "any" if self.labels is None else self.labels[row]
+        return f"class-{label}-seed-{self.seeds[row]}.png"
 
     def part(self, rows: Sequence[int]) -> "GeneratedImages":
         """Return the images of some rows, in the given order."""
@@ -133,6 +150,7 @@ class GeneratedImages:
             labels=self.labels and [self.labels[row] for row in rows],
             seeds=[self.seeds[row] for row in rows],
             confidence=self.confidence[list(rows)],
+            kept=self.kept[list(rows)],
         )
 
     def ranked(self) -> "GeneratedImages":
@@ -181,10 +199,8 @@ class TokenBridgePipeline:
             )
         if "vae_sha256" in model.metadata:
             check_tokenizer(model.metadata, tokenizer.info, name)
-        #: Names of the classes; their numbers if the model stores no names.
-        self.class_names = readable(
-            model.metadata.get("class_names") or [str(i) for i in range(model.class_num)]
-        )
+        #: See :attr:`models.pretrained.PretrainedTokenBridge.class_names`.
+        self.class_names = model.class_names
         self.to(model.device)
 
     @classmethod
@@ -239,7 +255,7 @@ class TokenBridgePipeline:
         seeds: int | Sequence[int] | None = None,
         image: ImageArgument = None,
         mask_image: ImageArgument = None,
-        strength: float = 0.5,
+        strength: float | None = None,
         gen_seed: int = 0,
         batch_size: int = 64,
         callback: Callback | None = None,
@@ -251,16 +267,18 @@ class TokenBridgePipeline:
 
         Args:
             class_labels: numbers or names of classes; None generates images of any class.
-            seeds: numbers from 0 to 2^32 - 1, by default 0, 1, ... Seed n generates the image that
-                ``--evaluate`` with ``gen_seed`` writes as image n, if the class is the same. Other
-                batch sizes only change rounding.
+            seeds: numbers from 0 to 2^32 - 1, by default 0, 1, ..., so that the same call returns
+                the same images again. Seed n generates the image that ``--evaluate`` with
+                ``gen_seed`` writes as image n, if the class is the same. Other batch sizes only
+                change rounding.
             image: to edit; cropped to the model's size as training images are. PIL images of any
                 mode, paths, tensors ``[B, 3, H, W]`` or ``[3, H, W]``, or arrays ``[B, H, W, 3]``
                 or ``[H, W, 3]``, of bytes or in [0, 1].
             mask_image: of the image's size, white (or transparent) where the image is regenerated.
                 The other pixels do not change. Types as of ``image``, with one channel. Without a
                 mask the result is a variation of the image.
-            strength: share of the tokens that a variation regenerates, above 0 and at most 1.
+            strength: share of the tokens that a variation regenerates, above 0 and at most 1; 0.5
+                by default. A mask or no image excludes it.
             gen_seed: ``--gen_seed``.
             batch_size: images per batch, halved if memory is not sufficient. The default is that of
                 ``--eval_bsz``.
@@ -310,7 +328,10 @@ class TokenBridgePipeline:
         # Generate
         request = Request(labels, image_seeds(gen_seed, numbers), edits, kept)
         images, confidence = self.generate(request, options, batch_size, callback)
-        return GeneratedImages(images, labels, numbers, confidence)
+        kept_map = torch.zeros_like(confidence, dtype=torch.bool)
+        if kept is not None:
+            kept_map = kept.view_as(confidence)
+        return GeneratedImages(images, labels, numbers, confidence, kept_map)
 
     # ----------------------------------------------------------------------------------------------
     # Checked arguments
@@ -324,6 +345,11 @@ class TokenBridgePipeline:
         Raises:
             UserError: an option is out of range or does not apply to the model.
         """
+        for name in sampling.keys() - SamplingOptions.__dataclass_fields__:
+            here = DIFFUSERS_NAMES.get(name)
+            known = ", ".join(SamplingOptions.__dataclass_fields__)
+            remedy = f"its name here is {here}" if here else f"sampling takes {known}"
+            raise UserError(f"there is no option {name}: {remedy}")
         try:
             for name in ("cfg", "temperature", "confidence_noise"):
                 if not math.isfinite(sampling.get(name, 0.0)):
@@ -356,7 +382,7 @@ class TokenBridgePipeline:
         self,
         images: Sequence,
         masks: Sequence,
-        strength: float,
+        strength: float | None,
         gen_seed: int,
         numbers: Sequence[int],
     ) -> tuple[list[Edit] | None, Tensor | None]:
@@ -366,11 +392,14 @@ class TokenBridgePipeline:
 
         Args:
             images, masks: PIL images, paths or None, one for each generated image.
-            strength: the share of regenerated tokens without masks.
+            strength: the share of regenerated tokens of variations; None for the default.
             gen_seed, numbers: determine the random choice of these tokens.
         """
         if len({image is None for image in images}) > 1:
             raise UserError("pass an image to edit for each generated image, or none at all")
+        is_variation = images[0] is not None and masks[0] is None
+        if strength is not None and not is_variation:
+            raise UserError("strength is for variations: pass it with an image and without a mask")
         if images[0] is None:
             if masks[0] is not None:
                 raise UserError("a mask needs an image: pass both")
@@ -382,6 +411,7 @@ class TokenBridgePipeline:
         if masks[0] is not None:
             masked_pixels = torch.stack([edit.mask for edit in edits])
             return edits, kept_tokens(masked_pixels, self.model.grid_size)
+        strength = DEFAULT_STRENGTH if strength is None else strength
         if not 0 < strength <= 1:
             raise UserError(f"strength {float(strength)}: it must be above 0 and at most 1")
         length = self.model.seq_len

@@ -17,6 +17,7 @@ from util.checkpoint.files import save_folder
 from util.checkpoint.load import load_weights
 from util.checkpoint.model_card import model_card
 from util.checkpoint.runs import find_pretrained, read_run
+from util.data.classes import readable
 from util.errors import UserError, reason
 from util.tables import write_text
 
@@ -40,6 +41,12 @@ class PretrainedTokenBridge(
     config: dict[str, Any]
     #: Entries of ``config.json`` other than constructor arguments: latent factor, class names.
     metadata: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, ImageNet's in words; their numbers if the model stores no names."""
+        numbers = [str(label) for label in range(self.config["class_num"])]
+        return readable(self.metadata.get("class_names") or numbers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "PretrainedTokenBridge":

@@ -32,7 +32,7 @@ from util.checkpoint.files import CHECKPOINT_NAME
 from util.checkpoint.runs import find_checkpoint, read_run
 from util.checkpoint.vae_files import tokenizer_config
 from util.config import TokenizerInfo, check_config, check_tokenizer
-from util.data.classes import find_classes, readable
+from util.data.classes import find_classes
 from util.data.images import confidence_maps, save_grid
 from util.data.loaders import evenly_spaced, make_loader
 from util.data.packed import open_cache
@@ -263,8 +263,7 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     info = tokenizer.info
     tokenizer.to(device, memory_format=torch.channels_last)
     model = load_model(args.resume, "--resume", info, args).to(device)
-    numbers = [str(label) for label in range(model.class_num)]
-    names = readable(model.metadata.get("class_names") or numbers)
+    names = model.class_names
     labels = find_classes(args.classes, names)
     if args.figure == "samples":
         check_positive(args, "per_class")
@@ -279,7 +278,7 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
         random_order, _ = sample(model, tokenizer, labels, "random", args)
         rows = [random_order, *sample(model, tokenizer, labels, "confidence", args)]
     titles = [names[label].split(",")[0] for label in labels]
-    save_grid(torch.cat(rows), args.output, columns=len(labels), titles=titles, min_size=128)
+    save_grid(torch.cat(rows), args.output, columns=len(labels), captions=titles, min_size=128)
 
 
 def require_head(model: TokenBridge, head: str, flag: str) -> None:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from generate import side_by_side
 from models.pipeline import TokenBridgePipeline
 from tests.scripts.conftest import pixels
-from util.data.images import read_settings
+from util.data.images import LINE, read_settings
 from util.errors import UserError
 
 
@@ -37,7 +36,7 @@ def test_pictures_of_classes_are_those_of_an_evaluation(run, weights, generate, 
     sample = pixels(tmp_path / "out" / "samples" / "00002.png")
     assert np.array_equal(pixels(tmp_path / "out.png"), sample)
     row = generate(f"--classes 2 0 --seed 2 --batch_size 1 {sampling}")
-    assert row.shape == (16, 32, 3) and np.array_equal(row[:, :16], sample)
+    assert row.shape == (16 + LINE, 32, 3) and np.array_equal(row[:16, :16], sample)
 
 
 def test_a_picture_holds_what_makes_it_again(generate, weights, vae_path, tmp_path):
@@ -45,8 +44,10 @@ def test_a_picture_holds_what_makes_it_again(generate, weights, vae_path, tmp_pa
     settings = read_settings(tmp_path / "out.png")
     assert settings["class_labels"] == [2, 2, 0, 0] and sorted(settings["seeds"]) == [2, 2, 3, 3]
     pipe = TokenBridgePipeline.from_pretrained(tmp_path / "weights", vae_path, precision="fp32")
-    again = side_by_side(pipe(**settings).images, 2)
-    assert np.abs(np.asarray(again).astype(int) - made).max() <= 1
+    for place, again in enumerate(pipe(**settings).images):
+        top, left = (16 + LINE) * (place // 2), 16 * (place % 2)
+        shown = made[top : top + 16, left : left + 16]
+        assert np.abs(np.asarray(again).astype(int) - shown).max() <= 1
     Image.open(tmp_path / "out.png").save(
         tmp_path / "saved.png"
     )  # by a program that drops what it does not know
@@ -58,7 +59,7 @@ def test_a_picture_holds_what_makes_it_again(generate, weights, vae_path, tmp_pa
 def test_candidates_are_ranked_and_a_gif_fills_in(generate, tmp_path, caplog):
     caplog.set_level("INFO")
     sheet = generate("--classes 0 3 --candidates 3 --seed 5 --gif")
-    assert sheet.shape == (32, 48, 3)
+    assert sheet.shape == (2 * (16 + LINE), 48, 3)
     lines = [line.split() for line in caplog.messages if "log-likelihood" in line]
     assert [line[0] for line in lines] == ["0,"] * 3 + ["3,"] * 3
     scores = [float(line[-2]) for line in lines]
@@ -66,18 +67,31 @@ def test_candidates_are_ranked_and_a_gif_fills_in(generate, tmp_path, caplog):
         scores[3:], reverse=True
     )
     for place, line in enumerate(lines):
-        top, left = 16 * (place // 3), 16 * (place % 3)
+        top, left = (16 + LINE) * (place // 3), 16 * (place % 3)
         alone = generate(f"--classes {line[0][:-1]} --seed {line[2][:-1]}").astype(int)
         assert np.abs(alone - sheet[top : top + 16, left : left + 16]).max() <= 1
     assert sorted(lines[place][2] for place in range(3)) == ["5:", "6:", "7:"]
     with Image.open(tmp_path / "out.gif") as gif:
-        assert gif.n_frames == 4 and gif.size == (48, 32)
+        assert gif.n_frames == 4 and gif.size == (48, 2 * (16 + LINE))
         grey = []
         for frame in range(4):
             gif.seek(frame)
             near = np.abs(np.asarray(gif.convert("RGB"), dtype=int) - 128).max(axis=2) <= 2
             grey.append(near.mean())
         assert grey[0] > grey[1] > grey[2] > grey[3] and gif.info["duration"] > 2000
+
+
+def test_every_picture_goes_into_a_file_of_its_own(run, generate, weights, vae_path, tmp_path):
+    model = f"--resume {tmp_path}/weights --vae_path {vae_path} --device cpu --precision fp32"
+    flags = f"--num_iter 4 --classes 2 0 --candidates 2 --gif --output_dir {tmp_path}/all/of/them"
+    run("generate", f"{model} {flags}")
+    files = sorted(path.name for path in (tmp_path / "all/of/them").iterdir())
+    names = [f"class-{label}-seed-{seed}" for label in (0, 2) for seed in (0, 1)]
+    assert files == sorted(f"{name}.{kind}" for name in names for kind in ("gif", "png"))
+    alone = generate("--classes 2 --seed 1").astype(int)
+    path = tmp_path / "all/of/them/class-2-seed-1.png"
+    assert np.abs(alone - pixels(path)).max() <= 1
+    assert read_settings(path)["class_labels"] == [2] and read_settings(path)["seeds"] == [1]
 
 
 def test_pictures_are_edited(generate, tmp_path):
@@ -138,6 +152,8 @@ def test_what_cannot_be_made_is_told_in_one_line(refused, weights, vae_path, tmp
         "--outpaint 2": "--mask and --outpaint need --image",
         f"{image} --strength 2": "strength 2.0: it must be above 0",
         f"--vae_path {tmp_path}/other.ckpt": "was trained with another tokenizer",
+        "--output out.png --output_dir out": "--output and --output_dir exclude each other",
+        "--strength 0.5": "strength is for variations",
         "--output out.jpg": "--output out.jpg: choose a name that ends in .png",
         "--resume nowhere": "there is no file or folder nowhere",
     }.items():

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from util.data.images import psnr, save_grid, ssim, to_uint8
+from util.data.images import confidence_maps, psnr, save_grid, ssim, to_uint8
 
 
 def test_psnr_is_the_textbook_figure():
@@ -54,10 +54,25 @@ def test_ssim_is_what_torchmetrics_computes(size, expected):
 
 def test_grids_hold_every_image_where_it_belongs(tmp_path):
     images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8) * 40
-    save_grid(images, tmp_path / "grid.png", columns=3, titles=["a", "b", "c"], min_size=16)
-    with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (3 * 18 + 2, 2 * 18 + 2 + 16)
-        pixels = np.array(grid)
-    for number in range(6):
-        top, left = 16 + 2 + 18 * (number // 3), 2 + 18 * (number % 3)
-        assert (pixels[top : top + 16, left : left + 16] == 40 * number).all()
+    long = "a name that is longer than its image is wide"
+    for captions, line in (([], 0), (["a", "b", "c"], 13), (["a", "b", "c", "d", "e", long], 13)):
+        save_grid(images, tmp_path / "grid.png", columns=3, captions=captions, min_size=16)
+        with Image.open(tmp_path / "grid.png") as grid:
+            assert grid.size == (3 * 18 + 2, 2 * (18 + line) + 2)
+            pixels = np.array(grid)
+        for number in range(6):
+            top, left = 2 + (18 + line) * (number // 3), 2 + 18 * (number % 3)
+            assert (pixels[top : top + 16, left : left + 16] == 40 * number).all()
+            below = pixels[top + 16 : top + 16 + line, left : left + 16]
+            assert not captions or 0 < (below < 128).mean() < 0.5  # black letters on white
+            assert (pixels[top : top + 16 + line, left + 16 : left + 18] == 64).all()
+
+
+def test_kept_tokens_are_gray_in_a_map_of_confidence():
+    values = torch.tensor([[[-4.0, 0.0], [-2.0, -3.0]]])
+    kept = torch.tensor([[[False, True], [False, False]]])
+    colors = confidence_maps(values, 2, kept)[0]
+    assert colors[:, 0, 1].tolist() == [160, 160, 160]
+    assert colors[:, 0, 0].tolist() == [68, 1, 84] and colors[1, 1, 0] == 231  # the ends of viridis
+    every = torch.ones(1, 2, 2, dtype=torch.bool)
+    assert (confidence_maps(values, 2, every) == 160).all()

@@ -160,8 +160,8 @@ def check_classes(
     if len(classes) != class_num:
         count = len(classes)
         plural = "es" if count > 1 else ""
-        raise UserError(
-            f"{root} has {count} class{plural}, but class_num is {class_num}: pass --class_num "
-            f"{count}"
-        )
+        remedy = f"pass --class_num {count}"
+        if trained and len(trained) == class_num:  # the training images have that many
+            remedy = f"put its images into the folders of training, {trained[0]} to {trained[-1]}"
+        raise UserError(f"{root} has {count} class{plural}, but class_num is {class_num}: {remedy}")
     return labels

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -17,6 +16,9 @@ from util.files import written_whole
 from util.precision import double
 
 SETTINGS = "tokenbridge"  # keyword of the settings in a PNG
+LINE = 13  # height of a caption in a grid, in pixels
+GAP_COLOR = (64, 64, 64)  # between the images of a grid
+KEPT_GRAY = 160  # of kept tokens in a map of confidence
 
 
 def to_uint8(images: Tensor, rounding: str = "nearest") -> Tensor:
@@ -62,44 +64,80 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
-def save_grid(
-    images: Tensor, path: str | Path, columns: int, titles: Sequence[str] = (), min_size: int = 64
-) -> None:
-    """Write a grid of images as one PNG, row by row, with a title above each column.
+def image_grid(
+    images: Sequence[Image.Image], columns: int, captions: Sequence[str] = (), gap: int = 0
+) -> Image.Image:
+    """Return one image that shows ``images`` of equal size in a grid, row by row.
 
     Args:
-        images: bytes ``[N, 3, H, W]``.
+        columns: images per row; fewer if there are not as many images.
+        captions: written below the images, shortened to their width: one for each image, or for
+            each column; none by default.
+        gap: pixels around each image.
+    """
+    width, height = images[0].size
+    columns = min(columns, len(images))
+    cell_width, cell_height = width + gap, height + gap + (LINE if captions else 0)
+    rows = -(-len(images) // columns)
+    grid = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), GAP_COLOR)
+    draw = ImageDraw.Draw(grid)
+    for number, image in enumerate(images):
+        left = gap + number % columns * cell_width
+        top = gap + number // columns * cell_height
+        grid.paste(image, (left, top))
+        if captions:
+            draw_caption(draw, captions[number % len(captions)], left, top + height, width)
+    return grid
+
+
+def draw_caption(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int) -> None:
+    """Write a line of text, shortened to ``width`` pixels, on a white background."""
+    draw.rectangle((left, top, left + width - 1, top + LINE - 1), fill=(255, 255, 255))
+    shown = text
+    while shown and draw.textlength(shown) > width - 2:
+        text = text[:-1]
+        shown = f"{text}..." if text else ""
+    draw.text((left + 1, top + 1), shown, fill=(0, 0, 0))
+
+
+def save_grid(
+    images: Tensor,
+    path: str | Path,
+    columns: int,
+    captions: Sequence[str] = (),
+    min_size: int = 64,
+) -> None:
+    """Write the :func:`image_grid` of bytes ``[N, 3, H, W]`` as a PNG.
+
+    Args:
         path: the PNG file.
-        columns: images per row.
-        titles: one for each column, or none.
+        columns, captions: see :func:`image_grid`.
         min_size: smaller images are enlarged to at least this size, in pixels.
     """
-    from torchvision.utils import make_grid  # importing it loads torch._dynamo, which takes seconds
-
     zoom = max(1, -(-min_size // images.shape[-1]))
     images = images.cpu().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=64).permute(1, 2, 0).numpy()
-    margin = 16 if titles else 0
-    picture = Image.fromarray(np.pad(grid, ((margin, 0), (0, 0), (0, 0)), constant_values=255))
-    for column, title in enumerate(titles):
-        left = 4 + column * (images.shape[-1] + 2)
-        ImageDraw.Draw(picture).text((left, 2), title, fill=(0, 0, 0))
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     with written_whole(path) as file:
-        picture.save(file, format="png")
+        image_grid(pictures, columns, captions, gap=2).save(file, format="png")
 
 
-def confidence_maps(values: Tensor, size: int) -> Tensor:
+def confidence_maps(values: Tensor, size: int, kept: Tensor | None = None) -> Tensor:
     """Return maps ``[N, h, w]`` as colors, bytes ``[N, 3, size, size]``.
 
     The colors of each map go from dark (its minimum) to bright (its maximum).
+
+    Args:
+        kept: ``[N, h, w]``, true where a token was not predicted; these are gray.
     """
     import matplotlib  # importing it takes half a second
 
-    low = values.amin(dim=(1, 2), keepdim=True)
-    high = values.amax(dim=(1, 2), keepdim=True)
+    hidden = torch.zeros_like(values, dtype=torch.bool) if kept is None else kept
+    low = values.masked_fill(hidden, torch.inf).amin(dim=(1, 2), keepdim=True)
+    high = values.masked_fill(hidden, -torch.inf).amax(dim=(1, 2), keepdim=True)
     shares = ((values - low) / (high - low).clamp(min=1e-12)).numpy()
     rgba = matplotlib.colormaps["viridis"](shares, bytes=True)
     colors = torch.from_numpy(rgba[..., :3].copy()).permute(0, 3, 1, 2)
+    colors = colors.masked_fill(hidden[:, None], KEPT_GRAY)
     return F.interpolate(colors, size=(size, size), mode="nearest")
 
 

@@ -174,11 +174,19 @@ class SampleFolder:
             )
         return PlainImages(self.path, paths=[self.image_path(number) for number in range(count)])
 
-    def write_grid(self, images: PlainImages) -> None:
-        """Write a grid of up to 100 images, ten per row, evenly spaced over all images."""
+    def write_grid(self, images: PlainImages, class_names: Sequence[str] = ()) -> None:
+        """Write a grid of up to 100 images, ten per row, evenly spaced over all images.
+
+        Args:
+            class_names: written below the images, which are sorted by class.
+        """
         count = min(100, len(images))
-        shown = torch.stack([images[i * len(images) // count] for i in range(count)])
-        save_grid(shown, f"{self}.png", columns=10)
+        numbers = [i * len(images) // count for i in range(count)]
+        captions = []
+        if len(class_names) > 1:
+            captions = [class_names[number * len(class_names) // len(images)] for number in numbers]
+        shown = torch.stack([images[number] for number in numbers])
+        save_grid(shown, f"{self}.png", columns=10, captions=captions)
 
     def write_npz(self, images: PlainImages) -> None:
         """Write all images as ``arr_0``, uint8 ``[N, H, W, 3]``: the format of ADM's evaluator."""
