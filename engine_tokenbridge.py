@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from evaluation import evaluate  # noqa: F401, MAR's engine has evaluate, too
 from models.tokenizer import LatentEncoder, Tokenizer
 from util import distributed, launcher
 from util.checkpoint.files import CHECKPOINT_NAME
+from util.dashboards import RunLog
 from util.data.caches import IMAGE_HASH, cached_file
 from util.devices import matmul_flops, memory_in_use
 from util.errors import Preempted, UserError
@@ -351,7 +351,7 @@ def train_one_epoch(trainer: Trainer, stop_signals: StopSignals) -> dict[str, fl
 # One run
 
 #: Called with the epoch, TensorBoard's log (None except on rank 0), and the signals that end it.
-MeasureEpoch = Callable[[int, SummaryWriter | None, StopSignals], None]
+MeasureEpoch = Callable[[int, RunLog | None, StopSignals], None]
 
 
 def train(trainer: Trainer, measure: MeasureEpoch, save_before_measuring: bool = False) -> None:
@@ -398,7 +398,16 @@ def train(trainer: Trainer, measure: MeasureEpoch, save_before_measuring: bool =
             ) from error
 
     total = settings.epochs * state.steps_per_epoch
-    training_log = TrainingLog(trainer.log_dir, state.steps_done, total)
+    writer = None
+    if distributed.is_main_process():
+        writer = RunLog(
+            settings.log,
+            trainer.log_dir,
+            state.steps_done,
+            state.steps_per_epoch,
+            settings.args,
+        )
+    training_log = TrainingLog(writer, state.steps_done, total)
     with training_log, StopSignals(state.device) as stop_signals, state.saver:
         trainer.log = training_log
         if state.step == 0 and state.epoch > settings.start_epoch and measures(state.epoch - 1):

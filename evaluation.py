@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from models.sampling import SamplingOptions
 from models.tokenbridge import TokenBridge
@@ -23,6 +22,7 @@ from models.tokenizer import LatentEncoder, Tokenizer
 from util import distributed
 from util.checkpoint import hub
 from util.checksums import checksum, fingerprint
+from util.dashboards import RunLog
 from util.data.images import confidence_maps
 from util.data.sources import read_image
 from util.devices import to_device
@@ -541,14 +541,19 @@ def evaluate_online(
     run: Run,
     model: TokenBridge,
     epoch: int,
-    writer: SummaryWriter | None,
+    step: int,
+    writer: RunLog | None,
     stop_signals: StopSignals,
 ) -> None:
-    """Measure samples and likelihood after an epoch of training, and write them to TensorBoard.
+    """Measure samples and likelihood after an epoch of training, and write them to the dashboard.
 
     Samples are measured without guidance and at every ``--cfg``. Images, metrics and likelihood in
     ``online_eval/`` that have the same weights and settings are read, not computed again. A
     measurement that is NaN or infinite is skipped, with a warning.
+
+    Args:
+        step: steps of the run so far.
+        writer: the dashboard, on rank 0.
 
     Raises:
         UserError: files cannot be written or read.
@@ -589,7 +594,6 @@ def evaluate_online(
             }
             if writer is not None:
                 grid = np.asarray(read_image(f"{path}.png"))
-                writer.add_image(f"samples/{name}", grid, epoch + 1, dataformats="HWC")
+                writer.add_image(f"samples/{name}", grid, step)
     if writer is not None:
-        for tag, value in scalars.items():
-            writer.add_scalar(tag, value, epoch + 1)
+        writer.add_scalars(scalars, step)

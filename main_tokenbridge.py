@@ -11,7 +11,6 @@ import util.interpreter  # noqa: F401, before all packages
 
 import torch
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import Trainer, channel_statistics, train
 from evaluation import (
@@ -67,6 +66,7 @@ from util.config import (
     TokenizerInfo,
     resolve,
 )
+from util.dashboards import RunLog, check_dashboard
 from util.data.caches import cache_metadata
 from util.data.loaders import (
     Data,
@@ -252,6 +252,7 @@ def check_args(args: argparse.Namespace) -> None:
         check_num_images(args.num_images, args.class_num)
 
     # Flags that need or exclude others
+    check_dashboard(args.log)
     if measuring and not args.resume:
         flag = "--evaluate" if args.evaluate else "--evaluate_nll"
         raise errors.UserError(
@@ -509,8 +510,8 @@ def train_model(
         trainer.order_gradients((args.batch_size, *model.latent_shape))
     measured_model = model if args.no_ema else state.ema_model
 
-    def measure(epoch: int, writer: SummaryWriter | None, stop_signals: StopSignals) -> None:
-        evaluate_online(run, measured_model, epoch, writer, stop_signals)
+    def measure(epoch: int, writer: RunLog | None, stop_signals: StopSignals) -> None:
+        evaluate_online(run, measured_model, epoch, state.steps_done, writer, stop_signals)
 
     train(trainer, measure, save_before_measuring=args.online_eval or args.online_nll)
 

@@ -10,7 +10,6 @@ import util.interpreter  # noqa: F401, before all packages
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from engine_tokenbridge import Trainer, channel_statistics, train
 from models.tokenizer import CachedMoments
@@ -38,6 +37,7 @@ from util.checkpoint.runs import (
 )
 from util.checkpoint.vae_files import save_vae
 from util.config import check_stride
+from util.dashboards import RunLog, check_dashboard
 from util.data.datasets import BadImages, ImageFolder, image_transform
 from util.data.images import psnr, to_uint8
 from util.data.loaders import check_same_inputs, evenly_spaced, loader_of_all, training_loader
@@ -154,6 +154,7 @@ def check_args(args: argparse.Namespace) -> None:
         "seed",
     )
     check_range(args, 0, math.inf, *counts)
+    check_dashboard(args.log)
     check_stride(args.img_size, 2 ** (len(args.ch_mult) - 1))
     if args.disc_weight > 0 and args.img_size < 16:
         raise errors.UserError(
@@ -394,7 +395,7 @@ def train_vae(
     losses.steps_done = lambda: state.steps_done
     vae = (losses if args.no_ema else state.ema_model).vae
 
-    def measure(epoch: int, writer: SummaryWriter | None, _: StopSignals) -> None:
+    def measure(epoch: int, writer: RunLog | None, _: StopSignals) -> None:
         # Mean losses since the last measurement
         mean_losses = losses.read_metrics()
         scalars: dict[str, float] = {}
@@ -413,10 +414,12 @@ def train_vae(
             warn("NOT MEASURED after epoch %d: %s. Training continues", epoch, error)
 
         if writer is not None:
-            for name, value in scalars.items():
-                writer.add_scalar(f"tokenizer/{name}", value, state.steps_done)
+            tagged = {f"tokenizer/{name}": value for name, value in scalars.items()}
+            writer.add_scalars(tagged, state.steps_done)
             if grid is not None:
-                writer.add_image("tokenizer/originals over reconstructions", grid, state.steps_done)
+                picture = grid.permute(1, 2, 0).numpy()
+                title = "tokenizer/originals over reconstructions"
+                writer.add_image(title, picture, state.steps_done)
 
     train(trainer, measure)
     return vae

@@ -507,7 +507,7 @@ def write_sweep(
 def write_picture(path: Path, pictures: dict[str, list[Tensor]]) -> None:
     """Write a figure with a row for each image, and a column of reconstructions for each title."""
     rows = [torch.stack(views) for views in zip(*pictures.values(), strict=True)]
-    save_grid(torch.cat(rows), path, columns=len(pictures), captions=list(pictures), min_size=128)
+    save_grid(torch.cat(rows), path, columns=len(pictures), titles=list(pictures), min_size=128)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -30,10 +30,12 @@ def main() -> None:
         if not getattr(args, name):
             raise errors.UserError(f"--{name} is missing; see --help")
     run = read_run(find_checkpoint(args.run))
-    losses = epoch_means(logged_scalars(args.run, "train/loss"), run["steps_per_epoch"])
+    epoch_steps = run["steps_per_epoch"]
+    losses = epoch_means(logged_scalars(args.run, "train/loss"), epoch_steps)
     nats = {}
     if run["args"].get("online_nll"):
-        nats = {str(epoch): value for epoch, value in logged_scalars(args.run, NATS).items()}
+        by_step = logged_scalars(args.run, NATS)
+        nats = {str(step // epoch_steps): value for step, value in by_step.items()}
     config = ModelConfig.from_stored(run["config"])
     content = {
         "title": args.title or args.run,

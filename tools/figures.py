@@ -278,7 +278,7 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
         random_order, _ = sample(model, tokenizer, labels, "random", args)
         rows = [random_order, *sample(model, tokenizer, labels, "confidence", args)]
     titles = [names[label].split(",")[0] for label in labels]
-    save_grid(torch.cat(rows), args.output, columns=len(labels), captions=titles, min_size=128)
+    save_grid(torch.cat(rows), args.output, columns=len(labels), titles=titles, min_size=128)
 
 
 def require_head(model: TokenBridge, head: str, flag: str) -> None:

@@ -1,18 +1,17 @@
-"""What a training loop records: losses, speed, skipped steps, progress bar and TensorBoard log."""
+"""What a training loop records: losses, speed, skipped steps, progress bar and dashboard."""
 
 import json
 import math
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from util import distributed
+from util.dashboards import RunLog
 from util.devices import memory_in_use
 from util.errors import reason
 from util.log import log, progress_bar, warn
@@ -130,82 +129,18 @@ class BadSteps:
         warn("%s, the step is skipped (%d of %d allowed)", problem, self.count, self.limit)
 
 
-class RunLog(SummaryWriter):
-    """A TensorBoard log that never ends a run.
-
-    Values that cannot be written are dropped, with one warning. After :data:`PAUSE` seconds the log
-    tries again, with a new file.
-
-    Args:
-        folder: the folder of the log.
-        steps_done: steps of the run so far. Values of later steps in the folder's earlier logs,
-            written before the run resumed from this step, are hidden.
-    """
-
-    PAUSE = 60.0
-
-    def __init__(self, folder: str | Path, steps_done: int):
-        self.folder = folder
-        self.closed_until = -math.inf
-        self.warned = False
-        threading.excepthook = report_thread
-        self._try(super().__init__, str(folder), purge_step=steps_done + 1)
-
-    def _try(self, call: Callable, *args: Any, **options: Any) -> None:
-        if time.monotonic() < self.closed_until:
-            return
-        try:
-            call(*args, **options)
-        except Exception as error:
-            # Also an error of the writer's thread, which a later call raises.
-            if not self.warned:
-                log.warning(
-                    "cannot write the TensorBoard log in %s (%s); training continues without it, "
-                    "and tries again",
-                    self.folder,
-                    reason(error),
-                )
-            self.warned = True
-            self.closed_until = time.monotonic() + self.PAUSE
-            self.file_writer = self.all_writers = None  # the next call creates a new one
-
-    def add_scalar(self, *args: Any, **options: Any) -> None:
-        """See :class:`torch.utils.tensorboard.SummaryWriter`."""
-        self._try(super().add_scalar, *args, **options)
-
-    def add_image(self, *args: Any, **options: Any) -> None:
-        """See :class:`torch.utils.tensorboard.SummaryWriter`."""
-        self._try(super().add_image, *args, **options)
-
-    def close(self) -> None:
-        """Write the remaining values."""
-        self._try(super().close)
-
-
-def report_thread(args: Any) -> None:
-    """Print the traceback of a thread's exception, except of an OSError.
-
-    TensorBoard raises an OSError of its thread in the next call.
-    """
-    if not isinstance(args.exc_value, OSError):
-        threading.__excepthook__(args)
-
-
 class TrainingLog:
-    """The progress bar and, on rank 0, the TensorBoard log of a training run; a context manager.
+    """The progress bar and, on rank 0, the dashboard of a training run; a context manager.
 
     Args:
-        folder: where the TensorBoard log goes.
+        writer: the dashboard; None on other ranks.
         steps_done: steps of the run so far.
         total_steps: steps of the whole run.
-
-    Attributes:
-        writer: the TensorBoard log; None on other ranks.
     """
 
-    def __init__(self, folder: str | Path, steps_done: int, total_steps: int):
+    def __init__(self, writer: RunLog | None, steps_done: int, total_steps: int):
         self.bar = progress_bar(total=total_steps, initial=steps_done, unit="step", desc="training")
-        self.writer = RunLog(folder, steps_done) if distributed.is_main_process() else None
+        self.writer = writer
 
     def __enter__(self) -> "TrainingLog":
         return self
@@ -216,7 +151,7 @@ class TrainingLog:
         self.bar.close()
 
     def show(self, metrics: Mapping[str, float], epoch: int, steps_done: int) -> None:
-        """Write metrics beside the progress bar and to TensorBoard."""
+        """Write metrics beside the progress bar and to the dashboard."""
         if "train/loss" in metrics:
             uniform = metrics.get("train/loss_of_uniform_guessing")
             beside = "" if uniform is None else f" (uniform {uniform:.4f})"
@@ -227,5 +162,4 @@ class TrainingLog:
                 f"MFU {metrics['speed/model_flops_utilization']:.0%}"
             )
         if self.writer is not None:
-            for tag, value in metrics.items():
-                self.writer.add_scalar(tag, value, steps_done)
+            self.writer.add_scalars(metrics, steps_done)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from util.dashboards import DASHBOARDS
 from util.options import option
 
 
@@ -52,6 +53,12 @@ class TrainingSettings:
     eval_freq: int = option(40, "epochs between two measurements during training")
     max_bad_steps: int = option(
         0, "maximum number of steps skipped because loss or gradient is NaN or infinite"
+    )
+    log: str = option(
+        "tensorboard",
+        "dashboard of the run; wandb and trackio are packages of their own, which read their "
+        "settings from environment variables",
+        choices=list(DASHBOARDS),
     )
     dry_run: bool = option(
         False, "take two steps, report hours, memory and the size of a checkpoint, write nothing"

@@ -23,7 +23,7 @@ from tests.processes import free_port
 from tests.scripts.conftest import pixels
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-SECONDS = 20  # that the page may take to show something
+SECONDS = 60  # that the page may take to show something
 
 
 class Site:

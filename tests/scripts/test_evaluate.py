@@ -18,7 +18,7 @@ from tests.conftest import FID, IS, TINY, filled, load, write_images
 from tests.processes import start_script
 from tests.scripts.conftest import BASE, FACTOR, all_pixels, averaged, grey, pictures, pixels
 from util import distributed
-from util.data.images import confidence_maps, to_uint8
+from util.data.images import LINE, confidence_maps, to_uint8
 from util.rng import image_seeds
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_pictures_are_of_the_unscaled_latents_each_under_its_number(
         assert (pixels(folder / f"{number:05d}.png") == grey(number // 30)).all(), number
     grid = pixels(tmp_path / "out" / "samples.png")
     for place in range(100):  # of 120, evenly spaced, ten in a row
-        cell = grid[2 + place // 10 * 66 :, 2 + place % 10 * 66 :][:64, :64]
+        cell = grid[2 + place // 10 * (66 + LINE) :, 2 + place % 10 * 66 :][:64, :64]
         assert (cell == grey(place * 120 // 100 // 30)).all(), place
     with np.load(tmp_path / "out" / "samples.npz") as arrays:
         assert arrays["arr_0"][:, 0, 0, 0].tolist() == [grey(number // 30) for number in range(120)]
@@ -310,7 +310,7 @@ def test_evaluation_writes_the_same_pictures_every_time(run, trained, vae_path, 
             [np.array(Image.open(out / "samples" / f"{i:05d}.png"), dtype=int) for i in range(8)]
         )
         with Image.open(out / "samples.png") as grid:
-            assert grid.size == (8 * 66 + 2, 66 + 2)
+            assert grid.size == (8 * 66 + 2, 66 + LINE + 2)
     assert max(np.abs(a - b).max() for a, b in zip(pictures[0], pictures[1], strict=True)) <= 1
     assert any(np.abs(a - b).max() > 1 for a, b in zip(pictures[0], pictures[2], strict=True))
     # What is pictured: the average's samples of every class, two each, with their seeds and the flags.

@@ -8,6 +8,7 @@ from PIL import Image
 from models.tokenbridge import TokenBridge
 from tests.conftest import SHORT, TINY, write_maps
 from tests.scripts.conftest import grey
+from util.data.classes import readable
 
 
 def pixels(path) -> np.ndarray:
@@ -54,9 +55,9 @@ def test_figures_are_commands(run, refused, cached, trained, vae_path, tmp_path)
 def test_imagenet_classes_have_names():
     from tools import figures
 
-    names = figures.readable([str(label) for label in range(1000)])
+    names = readable([str(label) for label in range(1000)])
     assert figures.find_classes(["golden retriever", "980", "Tench"], names) == [207, 980, 0]
-    assert figures.readable(["n01440764", "mine"]) == ["tench, Tinca tinca", "mine"]
+    assert readable(["n01440764", "mine"]) == ["tench, Tinca tinca", "mine"]
     assert figures.find_classes(None, names[:3]) == [0, 1, 2]
 
 

@@ -82,7 +82,7 @@ def test_likelihoods_during_training_are_of_the_average(run, cached, tmp_path, l
     assert torch.equal(losses[15][3], averaged(tmp_path / "run", "checkpoint-last.1.pth"))
     assert torch.equal(losses[-1][3], averaged(tmp_path / "run"))
     log = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert [(e.step, e.value) for e in log.Scalars("eval/nats_per_dim")] == [(1, 1.5), (2, 1.5)]
+    assert [(e.step, e.value) for e in log.Scalars("eval/nats_per_dim")] == [(4, 1.5), (8, 1.5)]
 
 
 def test_likelihood_is_a_channels_also_where_groups_are_predicted():
@@ -156,7 +156,8 @@ def test_likelihood_as_a_command_and_in_training(run, refused, weights, images, 
         f"{TINY} {cached} --online_nll --eval_freq 1 --epochs 2 --output_dir {tmp_path}/run",
     )
     log = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert [event.step for event in log.Scalars("eval/bits_per_dim")] == [1, 2]
+    assert [event.step for event in log.Scalars("eval/bits_per_dim")] == [4, 8]
+    assert [event.value for event in log.Scalars("epoch") if event.step in (4, 8)][-1] == 2
     assert "--cached_val_path" in refused(
         "main_tokenbridge", f"{TINY} --use_cached --cached_path x --online_nll"
     )

@@ -221,7 +221,7 @@ def test_online_evaluation_is_of_the_average_at_every_scale_and_temperature(
     log = EventAccumulator(str(out)).Reload()
     for value, (cfg, temperature) in enumerate(pairs[:4], 1):
         events = log.Scalars(f"eval/{FID}-cfg{cfg:g}-t{temperature:g}")
-        assert [(event.step, event.value) for event in events] == [(2, value), (3, value + 4)]
+        assert [(event.step, event.value) for event in events] == [(8, value), (12, value + 4)]
     assert (
         f"eval/{FID}-cfg1" not in log.Tags()["scalars"]
         and "eval/images-cfg1-t0.5" not in log.Tags()["scalars"]
@@ -289,7 +289,7 @@ def test_a_signal_ends_an_evaluation_after_its_chunk_and_the_run_takes_it_up(
         [3, 3],
         *([n, n] for n in range(4)),
     ]
-    assert len(calls) == 1 and set(scalars(folder, "eval/nats_per_dim")) == {2, 3}
+    assert len(calls) == 1 and set(scalars(folder, "eval/nats_per_dim")) == {8, 12}
     # Nothing is left to do.
     run("main_tokenbridge", online)
     assert len(sampler.calls) == 8 and len(calls) == 1
@@ -408,7 +408,7 @@ def test_online_metrics_go_to_tensorboard(
             event.value for event in log.Scalars(f"eval/frechet_inception_distance-{name}")
         ] == [5.0]
         events = log.Scalars(f"eval/precision-{name}")
-        assert [(event.step, event.value) for event in events] == [(1, 10 * cfg)]
+        assert [(event.step, event.value) for event in events] == [(4, 10 * cfg)]
     assert not [
         path for path in (tmp_path / "run" / "online_eval").iterdir() if path.is_dir()
     ]  # measured, removed

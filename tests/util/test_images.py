@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from util.data.images import confidence_maps, psnr, save_grid, ssim, to_uint8
+from util.data.images import LINE, confidence_maps, psnr, save_grid, ssim, to_uint8
 
 
 def test_psnr_is_the_textbook_figure():
@@ -55,17 +55,21 @@ def test_ssim_is_what_torchmetrics_computes(size, expected):
 def test_grids_hold_every_image_where_it_belongs(tmp_path):
     images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8) * 40
     long = "a name that is longer than its image is wide"
-    for captions, line in (([], 0), (["a", "b", "c"], 13), (["a", "b", "c", "d", "e", long], 13)):
-        save_grid(images, tmp_path / "grid.png", columns=3, captions=captions, min_size=16)
+    for names in ({}, {"titles": ["a", "b", long]}, {"captions": ["a", "b", "c", "d", "e", long]}):
+        save_grid(images, tmp_path / "grid.png", columns=3, **names, min_size=16)
+        line, head = (LINE if name in names else 0 for name in ("captions", "titles"))
         with Image.open(tmp_path / "grid.png") as grid:
-            assert grid.size == (3 * 18 + 2, 2 * (18 + line) + 2)
+            assert grid.size == (3 * 18 + 2, 2 * (18 + line) + 2 + head)
             pixels = np.array(grid)
+        texts = [pixels[:head, 2 + 18 * column :][:, :16] for column in range(3)]
         for number in range(6):
-            top, left = 2 + (18 + line) * (number // 3), 2 + 18 * (number % 3)
+            top, left = head + 2 + (18 + line) * (number // 3), 2 + 18 * (number % 3)
             assert (pixels[top : top + 16, left : left + 16] == 40 * number).all()
-            below = pixels[top + 16 : top + 16 + line, left : left + 16]
-            assert not captions or 0 < (below < 128).mean() < 0.5  # black letters on white
+            texts.append(pixels[top + 16 : top + 16 + line, left : left + 16])
             assert (pixels[top : top + 16 + line, left + 16 : left + 18] == 64).all()
+        shares = [(text < 128).mean() for text in texts if text.size]  # black letters on white
+        assert len(shares) == 3 * ("titles" in names) + 6 * ("captions" in names)
+        assert all(0 < share < 0.5 for share in shares)
 
 
 def test_kept_tokens_are_gray_in_a_map_of_confidence():

@@ -9,7 +9,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import scalars
-from util.meters import BadSteps, RunLog, StepResult
+from util.dashboards import RunLog
+from util.meters import BadSteps, StepResult
 
 
 def full(monkeypatch) -> None:
@@ -28,7 +29,7 @@ def full(monkeypatch) -> None:
 def write(log: RunLog, steps: range) -> None:
     """Gives the log's thread time for each value."""
     for step in steps:
-        log.add_scalar("loss", 1.0, step)
+        log.add_scalars({"loss": 1.0}, step)
         time.sleep(0.05)
 
 
@@ -40,12 +41,13 @@ def test_a_log_that_cannot_be_written_is_told_once_and_goes_on_when_there_is_spa
     with monkeypatch.context() as patch:
         if when == "from the start":
             full(patch)
-        log = RunLog(tmp_path, 0)
+        log = RunLog("tensorboard", tmp_path, 0, 5)
         if when == "later":
-            log.add_scalar("loss", 1.0, 1)
-            log.file_writer.flush()
+            log.add_scalars({"loss": 1.0}, 1)
+            log.dashboard.writer.flush()
             full(patch)
         write(log, range(2, 7))
+    time.sleep(1)  # TensorBoard orders files by their second
     write(log, range(50, 55))  # the first may be lost with the thread that failed
     log.close()
     assert caplog.text.count("No space left on device") == 1
@@ -56,9 +58,10 @@ def test_a_log_that_cannot_be_written_is_told_once_and_goes_on_when_there_is_spa
 
 def test_steps_that_a_run_takes_once_more_are_shown_once(tmp_path):
     for start, value in ((0, 1.0), (3, 2.0)):
-        with RunLog(tmp_path, start) as log:
+        with RunLog("tensorboard", tmp_path, start, steps_per_epoch=2) as log:
             for step in range(start + 1, 6):
-                log.add_scalar("loss", value, step)
+                log.add_scalars({"loss": value}, step)
+    assert scalars(tmp_path, "epoch") == {1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0, 5: 2.5}
     events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in events] == [
         (1, 1),

@@ -16,7 +16,7 @@ from util.files import written_whole
 from util.precision import double
 
 SETTINGS = "tokenbridge"  # keyword of the settings in a PNG
-LINE = 13  # height of a caption in a grid, in pixels
+LINE = 16  # height of a caption in a grid, in pixels
 GAP_COLOR = (64, 64, 64)  # between the images of a grid
 KEPT_GRAY = 160  # of kept tokens in a map of confidence
 
@@ -65,28 +65,36 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 
 def image_grid(
-    images: Sequence[Image.Image], columns: int, captions: Sequence[str] = (), gap: int = 0
+    images: Sequence[Image.Image],
+    columns: int,
+    captions: Sequence[str] = (),
+    titles: Sequence[str] = (),
+    gap: int = 0,
 ) -> Image.Image:
     """Return one image that shows ``images`` of equal size in a grid, row by row.
 
     Args:
         columns: images per row; fewer if there are not as many images.
-        captions: written below the images, shortened to their width: one for each image, or for
-            each column; none by default.
+        captions: written below the images, shortened to their width; one for each, or none.
+        titles: the same above the columns.
         gap: pixels around each image.
     """
     width, height = images[0].size
     columns = min(columns, len(images))
     cell_width, cell_height = width + gap, height + gap + (LINE if captions else 0)
     rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), GAP_COLOR)
+    head = LINE if titles else 0
+    size = (columns * cell_width + gap, head + rows * cell_height + gap)
+    grid = Image.new("RGB", size, GAP_COLOR)
     draw = ImageDraw.Draw(grid)
+    for column, title in enumerate(titles):
+        draw_caption(draw, title, gap + column * cell_width, 0, width)
     for number, image in enumerate(images):
         left = gap + number % columns * cell_width
-        top = gap + number // columns * cell_height
+        top = head + gap + number // columns * cell_height
         grid.paste(image, (left, top))
         if captions:
-            draw_caption(draw, captions[number % len(captions)], left, top + height, width)
+            draw_caption(draw, captions[number], left, top + height, width)
     return grid
 
 
@@ -97,7 +105,7 @@ def draw_caption(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, widt
     while shown and draw.textlength(shown) > width - 2:
         text = text[:-1]
         shown = f"{text}..." if text else ""
-    draw.text((left + 1, top + 1), shown, fill=(0, 0, 0))
+    draw.text((left + 1, top + 2), shown, fill=(0, 0, 0))
 
 
 def save_grid(
@@ -105,20 +113,21 @@ def save_grid(
     path: str | Path,
     columns: int,
     captions: Sequence[str] = (),
+    titles: Sequence[str] = (),
     min_size: int = 64,
 ) -> None:
     """Write the :func:`image_grid` of bytes ``[N, 3, H, W]`` as a PNG.
 
     Args:
         path: the PNG file.
-        columns, captions: see :func:`image_grid`.
+        columns, captions, titles: see :func:`image_grid`.
         min_size: smaller images are enlarged to at least this size, in pixels.
     """
     zoom = max(1, -(-min_size // images.shape[-1]))
     images = images.cpu().repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     with written_whole(path) as file:
-        image_grid(pictures, columns, captions, gap=2).save(file, format="png")
+        image_grid(pictures, columns, captions, titles, gap=2).save(file, format="png")
 
 
 def confidence_maps(values: Tensor, size: int, kept: Tensor | None = None) -> Tensor:
