@@ -11,7 +11,7 @@ TOO_OLD = Python $(NEEDED) or newer is needed, $(PYTHON) is $(or $(FOUND),not th
 
 QUICK = OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 -m "not slow"
 
-.PHONY: demo web test coverage test-slow gpu soak format lock clean $(if $(SOUND),,$(VENV)/.installed)
+.PHONY: demo web shell test coverage test-slow gpu soak format lock clean $(if $(SOUND),,$(VENV)/.installed)
 
 demo: $(VENV)/.installed
 	$(RUN) demo/demo.py
@@ -20,6 +20,10 @@ demo: $(VENV)/.installed
 web: $(VENV)/.installed
 	@test -e output/demo/checkpoint-last.pth || { echo "error: no model of digits yet: make demo trains it" >&2; exit 2; }
 	$(RUN) demo/web.py --resume output/demo
+
+# A shell in which the environment is active, for the commands of README and docs.
+shell: $(VENV)/.installed
+	@. $(VENV)/bin/activate && exec $${SHELL:-/bin/sh}
 
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .

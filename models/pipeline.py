@@ -410,7 +410,13 @@ class TokenBridgePipeline:
         edits = [prepare_edit(image, mask, size) for image, mask in zip(images, masks, strict=True)]
         if masks[0] is not None:
             masked_pixels = torch.stack([edit.mask for edit in edits])
-            return edits, kept_tokens(masked_pixels, self.model.grid_size)
+            kept = kept_tokens(masked_pixels, self.model.grid_size)
+            if not kept.any(dim=1).all():
+                text = (
+                    "the image has no influence: all its tokens are masked or next to masked ones"
+                )
+                log.warning(text)
+            return edits, kept
         strength = DEFAULT_STRENGTH if strength is None else strength
         if not 0 < strength <= 1:
             raise UserError(f"strength {float(strength)}: it must be above 0 and at most 1")

@@ -21,6 +21,7 @@ from util import errors
 from util.args import new_parser
 from util.config import KL16_CONFIG
 from util.files import read_json
+from util.log import duration
 from util.tables import fill, markdown, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,16 +35,24 @@ class Gpu(NamedTuple):
 
     bf16: float  # operations per second, dense
     tf32: float
+    fp32: float
     nvlink: float  # bytes per second, one way
     port: float
 
 
 GPUS = {  # H200 differs from H100 in its memory only
-    "A100": Gpu(312e12, 156e12, 300e9, 25e9),
-    "H100, H200": Gpu(989e12, 494.5e12, 450e9, 50e9),
+    "A100": Gpu(312e12, 156e12, 19.5e12, 300e9, 25e9),
+    "H100, H200": Gpu(989e12, 494.5e12, 67e12, 450e9, 50e9),
 }
 GPU_COUNTS = (8, 32, 256)
 EPOCHS = (400, 800)
+#: Images of an FID, and of a reconstruction FID.
+FID_IMAGES = 50_000
+#: Sampling settings of FID-50K: those of the paper, and cheaper ones (docs/evaluation.md).
+SETTINGS = {
+    "256 steps": SamplingOptions(256, cfg=3.0),
+    "64 steps": SamplingOptions(64, cfg=3.0),
+}
 #: Flags: name, default and meaning.
 ASSUMED = {
     "utilization": (0.4, "fraction of the peak that matrix products reach, averaged over a step"),
@@ -56,7 +65,6 @@ ASSUMED = {
     "save_last_freq": (5, "epochs between two checkpoints"),
     "launch": (5.0, "time to launch one operation, microseconds"),
     "launches": (35, "operations per transformer block"),
-    "num_iter": (256, "sampling steps, with guidance"),
     "eval_bsz": (256, "images sampled at once per GPU"),
 }
 
@@ -67,7 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     for name, (default, meaning) in ASSUMED.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     parser.add_argument(
-        "--write", action="store_true", help="write the tables into docs/scaling.md and README.md"
+        "--write", action="store_true", help="write the tables into docs/ and README.md"
     )
     return parser
 
@@ -181,7 +189,7 @@ def launches(model: TokenBridge, assumed: argparse.Namespace) -> tuple[int, int]
 
 
 def sampling_seconds(
-    model: TokenBridge, gpu: Gpu, assumed: argparse.Namespace
+    model: TokenBridge, options: SamplingOptions, gpu: Gpu, assumed: argparse.Namespace
 ) -> tuple[float, float]:
     """Return the seconds that backbone and head take to sample a batch.
 
@@ -191,11 +199,27 @@ def sampling_seconds(
     backbone = 0.0
     head = 0.0
     waits = [1e-6 * assumed.launch * count for count in launches(model, assumed)]
-    for step in sampling_plan(SamplingOptions(assumed.num_iter), model.seq_len):
-        # Guidance doubles the batch
-        backbone += max(2 * model.backbone.flops(step.masked) / rate, waits[0])
+    for step in sampling_plan(options, model.seq_len):
+        halves = 1 + step.both_halves  # guidance doubles the batch
+        backbone += max(halves * model.backbone.flops(step.masked) / rate, waits[0])
         head += max((step.masked - step.left) * model.head.sampling_flops() / rate, waits[1])
     return backbone, head
+
+
+def fid_seconds(
+    counts: Counts,
+    model: TokenBridge,
+    options: SamplingOptions,
+    gpu: Gpu,
+    count: int,
+    assumed: argparse.Namespace,
+) -> list[float]:
+    """Return the seconds of FID-50K on ``count`` GPUs: backbone, head, VAE, Inception."""
+    batches = math.ceil(math.ceil(FID_IMAGES / assumed.eval_bsz) / count)  # of one GPU
+    parts = [batches * part for part in sampling_seconds(model, options, gpu, assumed)]
+    for flops, peak in ((counts.decode, gpu.bf16), (counts.inception, gpu.fp32)):
+        parts.append(FID_IMAGES * flops / peak / assumed.utilization / count)
+    return parts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,21 +331,48 @@ def files(counts: Counts, assumed: argparse.Namespace) -> str:
 def fid(counts: Counts, assumed: argparse.Namespace) -> str:
     """Return the table of minutes to measure FID on one machine."""
     rows = []
-    images = 50_000
     for name, model in counts.models.items():
-        for kind, gpu in GPUS.items():
-            batches = math.ceil(math.ceil(images / assumed.eval_bsz) / assumed.node)  # of one GPU
-            parts = [batches * seconds for seconds in sampling_seconds(model, gpu, assumed)]
-            parts.append(images * counts.decode / gpu.bf16 / assumed.utilization / assumed.node)
-            parts.append(images * counts.inception / gpu.tf32 / assumed.utilization / assumed.node)
-            minutes = [f"{seconds / 60:.1f}" for seconds in (*parts, sum(parts))]
-            launched = " + ".join(f"{count:,}" for count in launches(model, assumed))
-            rows.append([name, kind, launched, *minutes])
-    header = ["model", "GPU", "launches per step", "backbone", "head", "VAE", "Inception", "total"]
-    return markdown(header, rows)
+        for setting, options in SETTINGS.items():
+            for kind, gpu in GPUS.items():
+                parts = fid_seconds(counts, model, options, gpu, assumed.node, assumed)
+                minutes = [f"{seconds / 60:.1f}" for seconds in (*parts, sum(parts))]
+                launched = " + ".join(f"{count:,}" for count in launches(model, assumed))
+                rows.append([name, setting, kind, launched, *minutes])
+    parts = ["backbone", "head", "VAE", "Inception"]
+    return markdown(["model", "setting", "GPU", "launches per step", *parts, "total"], rows)
 
 
-TABLES = (operations, hours, communication, binding, loading, files, fid)
+def plan(counts: Counts, assumed: argparse.Namespace) -> str:
+    """Return the table of the time of each step of docs/reproduce.md."""
+    works = {  # operations in fp32: without TF32, as the commands compute
+        "caching ImageNet with mirror images": 2 * assumed.images * counts.encode,
+        "rFID of 50,000 images": FID_IMAGES
+        * (counts.encode + counts.decode + 2 * counts.inception),
+    }
+    machines = [(gpu, count) for gpu in GPUS.values() for count in GPU_COUNTS[:2]]
+    rows = [
+        [name, *(flops / gpu.fp32 / assumed.utilization / count for gpu, count in machines)]
+        for name, flops in works.items()
+    ]
+    for name, model in counts.models.items():
+        for setting, options in SETTINGS.items():
+            times = [
+                sum(fid_seconds(counts, model, options, gpu, count, assumed))
+                for gpu, count in machines
+            ]
+            rows.append([f"FID-50K of {name}, {setting}", *times])
+    for name, model in counts.models.items():
+        for epochs in EPOCHS:
+            flops = model.training_flops()
+            times = [
+                3600 * gpu_hours(flops, gpu, assumed, epochs) / count for gpu, count in machines
+            ]
+            rows.append([f"training {name}, {epochs} epochs, cached latents", *times])
+    header = ["step", *(f"{count} {kind}s" for kind in ("A100", "H100") for count in (8, 32))]
+    return markdown(header, [[name, *map(duration, times)] for name, *times in rows])
+
+
+TABLES = (operations, hours, communication, binding, loading, files, fid, plan)
 
 # --------------------------------------------------------------------------------------------------
 # Pages
@@ -356,7 +407,7 @@ def quoted_numbers(counts: Counts, assumed: argparse.Namespace) -> dict[str, str
 
 
 def filled_pages(assumed: argparse.Namespace) -> dict[Path, str]:
-    """Return docs/scaling.md and README.md with up-to-date estimates, by path."""
+    """Return the pages with up-to-date estimates, by path."""
     counts = Counts.make()
     values = {table.__name__: f"\n{table(counts, assumed)}" for table in TABLES}
     values |= quoted_numbers(counts, assumed)
@@ -365,7 +416,7 @@ def filled_pages(assumed: argparse.Namespace) -> dict[Path, str]:
     ]
     values["assumptions"] = "\n" + markdown(["flag", "value", "meaning"], rows)
     pages = {}
-    for path in (ROOT / "docs" / "scaling.md", ROOT / "README.md"):
+    for path in (ROOT / "docs" / "scaling.md", ROOT / "docs" / "reproduce.md", ROOT / "README.md"):
         text = path.read_text()
         for name in re.findall(r"<!-- (\w+) -->", text):
             if name in values:

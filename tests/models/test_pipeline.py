@@ -461,6 +461,14 @@ def test_what_cannot_be_made_is_told(pipe, given, says):
     )
 
 
+def test_an_image_of_which_no_token_is_kept_is_told(pipe, caplog):
+    image = noise(16, 16)
+    pipe(0, image=image, mask_image=box(16, 16, 0, 0, 2, 2), num_iter=2)
+    assert "no influence" not in caplog.text
+    pipe(0, image=image, mask_image=box(16, 16, 1, 1, 15, 15), num_iter=2)
+    assert "the image has no influence" in caplog.text
+
+
 def test_a_tokenizer_of_another_model_is_refused(pipe):
     for vae, factor in (
         (pipe.tokenizer.vae, 0.6),

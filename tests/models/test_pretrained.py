@@ -63,7 +63,7 @@ def test_the_model_card_has_figures_usage_and_licence(tmp_path):
         "| FID | 1.551 |",
         "| recall | 0.63 |",
         "| cfg | 3.1 |",
-        'from_pretrained("owner/repo")',
+        'TokenBridgePipeline.from_pretrained("owner/repo", "',
         "arxiv.org/abs",
     ):
         assert part in text
@@ -112,3 +112,13 @@ def test_models_and_tokenizers_are_told_apart(trained, vae_path):
         TokenBridge.from_pretrained(vae_path)
     with pytest.raises(UserError, match="is a TokenBridge, not a tokenizer"):
         AutoencoderKL.from_pretrained(trained / "checkpoint-last.pth")
+
+
+def test_a_checkpoint_is_loaded_by_plain_pytorch(trained):
+    """The lines of docs/files_and_weights.md; ``config`` also has class names."""
+    checkpoint = torch.load(trained / "checkpoint-last.pth", weights_only=True)
+    assert "class_names" in checkpoint["config"]
+    model = TokenBridge.from_config(checkpoint["config"]).eval()
+    model.load_state_dict({**checkpoint["model"], **checkpoint["model_ema"]})
+    expected = TokenBridge.from_pretrained(trained).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

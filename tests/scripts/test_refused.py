@@ -53,6 +53,7 @@ def test_values_that_cannot_work_are_named(refused, images, vae_path, cached, tr
         f"{TINY} {use} --precision fp32 --lr 1e30 --warmup_epochs 0 --grad_clip 0 --epochs 3": "not finite",
         f"{TINY} {evaluate.replace('--no_metrics', '')} --num_images 10": "cannot be shared evenly by 4 classes",
         f"{TINY} {evaluate} --temperature -1": "not negative",
+        f"{TINY} {evaluate} --dry_run": "--dry_run is for training: remove it",
         f"{TINY} {evaluate} --skip_bad_images": "--skip_bad_images is for training",
         f"{TINY} {use.replace('--use_cached ', '')}": "--cached_path only applies with --use_cached",
         f"{TINY} --cached_val_path {cached} --online_nll": "--cached_val_path only applies with --use_cached",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.sampling import SamplingOptions
 from models.tokenbridge import tokenbridge_large, tokenbridge_tiny
 from tests.conftest import load
 from tools import scaling
@@ -81,12 +82,17 @@ def test_files_have_the_bytes_that_are_told(counts, run, trained, cached, tmp_pa
 def test_small_batches_are_bound_by_launches():
     with torch.device("meta"):
         model = tokenbridge_tiny().eval()  # two blocks in encoder, decoder and head
-    args = scaling.get_args_parser().parse_args(["--eval_bsz", "1", "--num_iter", "4"])
-    times = scaling.sampling_seconds(model, scaling.GPUS["A100"], args)
+    args = scaling.get_args_parser().parse_args(["--eval_bsz", "1"])
+    gpu, options = scaling.GPUS["A100"], SamplingOptions(4, cfg=2.0)
+    times = scaling.sampling_seconds(model, options, gpu, args)
     assert times == pytest.approx([4 * 35 * 5e-6 * blocks for blocks in (4, 32)])
     args.eval_bsz = 10**9
-    slow = scaling.sampling_seconds(model, scaling.GPUS["A100"], args)
-    assert slow[1] == pytest.approx(1e9 * 256 * model.head.sampling_flops() / 312e12 / 0.4)
+    backbone, head = scaling.sampling_seconds(model, options, gpu, args)
+    assert head == pytest.approx(1e9 * 256 * model.head.sampling_flops() / 312e12 / 0.4)
+    unguided, _ = scaling.sampling_seconds(model, SamplingOptions(4), gpu, args)
+    assert backbone == pytest.approx(2 * unguided)  # guidance takes two passes
+    operations = 1e9 / 312e12 / 0.4 * model.sampling_flops(options)
+    assert backbone + head == pytest.approx(operations)
 
 
 def test_places_are_filled_and_must_be_there():

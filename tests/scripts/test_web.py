@@ -297,13 +297,13 @@ def test_a_picture_is_extended_and_varied(visit, site):
     visitor.until("Generated: .*seed 4")
     image, mask = outpainted(before, 16, 3)
     assert np.array_equal(visitor.picture(), site.pixels(0, image=image, mask_image=mask, seeds=4))
-    gray = (visitor.picture("confidence") == 160).all(axis=2)
-    assert 0 < gray.mean() < 1 and gray[7:9, 7:9].all() and not gray[0].any()
     visitor.set("strength", 0.25)
     visitor.set("seed", 5)
     visitor.click("vary")
     visitor.until("Generated: .*seed 5")
     assert np.array_equal(visitor.picture(), site.pixels(0, image=before, strength=0.25, seeds=5))
+    gray = (visitor.picture("confidence") == 160).all(axis=2)
+    assert gray.mean() == 0.75  # tokens that are kept
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -78,6 +78,10 @@ def test_missing_folders_and_unreadable_images_are_named(tmp_path):
         [dataset[i] for i in range(len(dataset))]
     with pytest.raises(UserError, match="4 classes, but class_num is 5: pass --class_num 4"):
         check_classes(dataset.classes, 5, data)
+    with pytest.raises(
+        UserError, match="1 class, but class_num is 4: put its images into the fold"
+    ):
+        check_classes(["images"], 4, data, trained=dataset.classes, held_out=True)
 
 
 def ramp(high: int, dtype: type) -> np.ndarray:
