@@ -24,7 +24,7 @@ from util.dashboards import RunLog
 from util.data.caches import IMAGE_HASH, cached_file
 from util.devices import matmul_flops, memory_in_use
 from util.errors import Preempted, UserError
-from util.files import flush_all, written_whole
+from util.files import FileWriter, written_whole
 from util.log import counted, duration, log, progress_bar
 from util.lr_sched import adjust_learning_rate, log_learning_rates
 from util.meters import BadSteps, Meter, StepResult, TrainingLog
@@ -563,24 +563,30 @@ def cache_latents(
         NotFinite: the encoder overflows.
     """
     counts = torch.zeros(2)  # written, replaced
-    with progress_bar(loader, unit="batch", desc="caching") as batches:
+
+    def write(path: Path, moments: Any, mirrored: Any, digest: Any) -> None:
+        with written_whole(path, flush=False) as file:
+            np.savez(file, moments=moments, moments_flip=mirrored, **{IMAGE_HASH: digest})
+
+    writer = FileWriter()
+    with progress_bar(loader, unit="batch", desc="caching") as batches, writer:
         for batch in batches:
             if batch is None:
                 continue
             images, _, names, hashes = batch
             images = images.to(device, non_blocking=True)
+            images = images.contiguous(memory_format=torch.channels_last)
             with autocast(device, precision):
                 views = [tokenizer.encode(view).moments for view in (images, images.flip(3))]
-            moments, mirrored = (view.float().cpu() for view in views)
+            moments, mirrored = (view.float().cpu().contiguous() for view in views)
             for view in (moments, mirrored):
                 check_finite(view, "the tokenizer's encoder", precision)
+            writer.wait()  # for the files of the previous batch
             for name, *tensors in zip(names, moments, mirrored, hashes, strict=True):
                 path = cached_file(cached_path, name)
                 counts += torch.tensor([1.0, float(path.exists())])
-                plain, flipped, digest = (tensor.numpy() for tensor in tensors)
-                with written_whole(path, flush=False) as file:
-                    np.savez(file, moments=plain, moments_flip=flipped, **{IMAGE_HASH: digest})
-    flush_all()  # all files are on disk before the other ranks receive the counts
+                writer.submit(write, path, *(tensor.numpy() for tensor in tensors))
+        writer.finish()  # all files are on disk before the other ranks receive the counts
     totals = distributed.all_reduce_mean(counts.to(device)) * distributed.get_world_size()
     written, replaced = totals.round().int().tolist()
     return written, replaced

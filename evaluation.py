@@ -27,9 +27,9 @@ from util.data.images import confidence_maps
 from util.data.sources import read_image
 from util.devices import to_device
 from util.errors import NotFinite, Preempted, UserError
-from util.files import check_shared, write_json
+from util.files import FileWriter, check_shared, write_json
 from util.log import log, progress_bar, warn
-from util.metrics.sample_folder import ImageWriter, SampleFolder
+from util.metrics.sample_folder import SampleFolder
 from util.metrics.tables import METRIC_TITLES, default_statistics, metric_names, metrics_table
 from util.precision import autocast, check_finite, double, extremes
 from util.provenance import provenance
@@ -100,16 +100,16 @@ def evaluate(
             finished &= folder.confidence.numbers()
         return [chunk for chunk in chunks if not finished.issuperset(chunk)]
 
-    writer = ImageWriter()
+    writer = FileWriter()
 
     def sample_chunks(own_chunks: Sequence[range]) -> None:
         for chunk in own_chunks:
             images, confidence = sample_chunk(model, tokenizer, chunk, settings, device)
             writer.finish()  # the previous chunk
-            writer.save(folder, images, chunk)
+            folder.save(writer, images, chunk)
             if settings.save_confidence:
                 maps = confidence_maps(confidence, images.shape[-1])
-                writer.save(folder.confidence, maps, chunk)
+                folder.confidence.save(writer, maps, chunk)
 
     # Rank 0 distributes the missing chunks: a rank whose images were lost gets no more than others
     missing = distributed.on_rank_0(find_missing)

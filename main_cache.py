@@ -5,6 +5,8 @@ from pathlib import Path
 
 import util.interpreter  # noqa: F401, before all packages
 
+import torch
+
 from engine_tokenbridge import cache_latents
 from models.tokenizer import Tokenizer
 from util import distributed, errors
@@ -154,7 +156,8 @@ def main() -> None:
         metadata_path = Path(args.cached_path) / CACHE_METADATA
         if distributed.is_main_process():
             write_json(metadata_path, {"images": len(dataset), **metadata, "complete": False})
-        distributed.on_all_ranks(lambda: tokenizer.to(device))
+        channels_last = {"memory_format": torch.channels_last}
+        distributed.on_all_ranks(lambda: tokenizer.to(device, **channels_last))
         written, replaced = cache_latents(
             tokenizer, loader, args.cached_path, device, args.precision
         )

@@ -539,9 +539,13 @@ def main() -> None:
         # Model
         if args.quant_calibrate and config["channel_mean"] is None:
             config |= calibrate(args, data["train"], encoder, info.config["embed_dim"], device)
-        classes = None if measuring else data["train"].classes
+        classes = start.config.get("class_names") if measuring else data["train"].classes
         model = build_model(args, config, start, device, classes)
-        model.metadata = {"model": args.model, "latent_factor": info.latent_factor}
+        model.metadata = {
+            "model": args.model,
+            "latent_factor": info.latent_factor,
+            "class_names": classes,
+        }
         if (args.evaluate or args.online_eval) and args.num_iter > model.seq_len:
             log.info(
                 "--num_iter %d is reduced to the number of tokens, %d", args.num_iter, model.seq_len
@@ -562,7 +566,6 @@ def main() -> None:
 
         # Train
         if loader is not None:
-            model.metadata["class_names"] = classes
             saved_sha256 = start.config.get("vae_sha256") if start.use == RESUME else None
             vae_sha256 = info.sha256 or saved_sha256
             if vae_sha256 is not None:

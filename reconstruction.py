@@ -38,7 +38,7 @@ from util.data.datasets import ImageFolderWithFilename, image_transform
 from util.data.images import psnr, save_grid, ssim, to_uint8
 from util.data.loaders import check_same_inputs, loader_of_all
 from util.data.sources import open_images
-from util.files import check_shared, write_json
+from util.files import FileWriter, check_shared, write_json
 from util.log import log, progress_bar, warn
 from util.metrics.compute import (
     Evaluator,
@@ -49,7 +49,7 @@ from util.metrics.compute import (
     warn_if_few,
 )
 from util.metrics.networks import LOGITS, Features, gather_features, map_distance
-from util.metrics.sample_folder import ImageWriter, SampleFolder, check_own, read_results
+from util.metrics.sample_folder import SampleFolder, check_own, read_results
 from util.metrics.tables import FEATURES, default_statistics, metric_names, metric_titles
 from util.precision import autocast, check_finite, double, extremes
 from util.process_group import process_group
@@ -331,9 +331,9 @@ def reconstruct(
 
     def save(part: str, images: Tensor) -> None:
         if folder:
-            writer.save(SampleFolder(folder / part), images.cpu(), numbers)
+            SampleFolder(folder / part).save(writer, images.cpu(), numbers)
 
-    writer = ImageWriter()
+    writer = FileWriter()
     with progress_bar(loader, unit="batch", desc="reconstructing") as batches, writer:
         for images, _, _ in batches:
             # RankSampler gives every world-th image to this rank

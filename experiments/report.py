@@ -26,6 +26,7 @@ from tools import scaling
 from util import errors
 from util.config import KL16_CONFIG, KL16_LATENT_FACTOR, Start, TokenizerInfo, resolve
 from util.files import read_json
+from util.log import duration
 from util.metrics.plots import save_figure
 from util.tables import fill, markdown, write_text
 
@@ -92,8 +93,7 @@ def plot_over(results: Results, rows: Sequence[Row], title: str) -> Figure:
         baseline = results.values(BASELINE_ROW, name, "images").values()
         if baseline:
             axes.axhline(statistics.mean(baseline), color="0.6", ls=":", lw=1)
-        better = "lower" if name in ("nats", "frechet") else "higher"
-        axes.set_title(f"{measure.title}\n({better} is better)", fontsize=8)
+        axes.set_title(f"{measure.title}\n({measure.better} is better)", fontsize=8)
         axes.set_xlabel(title, fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
@@ -127,7 +127,8 @@ def plot(results: Results, rows: Sequence[Row]) -> Figure:
         baseline = results.values(BASELINE_ROW, name, "images").values()
         if baseline and not reconstructs(rows):
             axes.axvline(sum(baseline) / len(baseline), color="0.6", ls=":", lw=1)
-        axes.set_title(MEASURES[name].title.replace(" (", "\n("), fontsize=9)
+        title = MEASURES[name].title.replace(" (", "\n(")
+        axes.set_title(f"{title}\n({MEASURES[name].better} is better)", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(rows)), [row.name for row in rows])
@@ -261,6 +262,8 @@ def values() -> dict[str, str]:
     experiments, results = Experiments(DEFAULT, "objects"), Results(RESULTS, "objects")
     measured = [row for row in experiments.rows("epochs") if results.of(row)]
     markers["objects_epochs"] = "\n" + row_table(results, measured)
+    seconds = [content["training_seconds"] for content in results.of(measured[-1]).values()]
+    markers["objects_hours"] = duration(max(seconds))
     experiments, results = Experiments(DEFAULT, "digits"), Results(RESULTS, "digits")
     counts = [len(seeds) for result, seeds in results.by_name.items() if result != BASELINE]
     quoted = [row for row in experiments.rows("heads") if row.name in QUOTED]

@@ -27,6 +27,12 @@ class Measure(NamedTuple):
     of_images: bool = True
     limits: tuple[float, float] = (-math.inf, math.inf)  # smallest and largest possible value
 
+    @property
+    def better(self) -> str:
+        """Which values are better: ``lower`` of distances, nats and bits, ``higher`` of others."""
+        falls = any(word in self.title for word in ("distance", "nats", "bits"))
+        return "lower" if falls else "higher"
+
 
 MEASURES = {
     "frechet": Measure("Frechet distance", ("pixels", "frechet"), 1, relative_margin=0.05),

@@ -8,6 +8,7 @@ import socket
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -64,6 +65,42 @@ def flush_all() -> None:
     """Flush all written files to disk. Do nothing on Windows, which has no call for it."""
     if hasattr(os, "sync"):
         os.sync()
+
+
+class FileWriter:
+    """Writes files in threads, while their successors are computed; a context manager.
+
+    The exit waits for all files, but only :meth:`wait` and :meth:`finish` report errors.
+
+    Args:
+        threads: files that are written at the same time.
+    """
+
+    def __init__(self, threads: int = 4):
+        self._pool = ThreadPoolExecutor(threads, "writer")
+        self._writing: list[Future[None]] = []
+
+    def __enter__(self) -> "FileWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown()
+
+    def submit(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Start to write a file, by calling ``write(*arguments)``."""
+        self._writing.append(self._pool.submit(write, *arguments))
+
+    def wait(self) -> None:
+        """Wait until all files are written. Raise the error of the first one that failed."""
+        writing, self._writing = self._writing, []
+        for file in writing:
+            file.result()
+
+    def finish(self) -> None:
+        """Wait until all files are on disk; see :meth:`wait`."""
+        if self._writing:
+            self.wait()
+            flush_all()
 
 
 def remove_parts(paths: Iterable[Path]) -> None:

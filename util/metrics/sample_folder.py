@@ -3,7 +3,6 @@
 import json
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +13,8 @@ from torch import Tensor
 from util.data.datasets import PlainImages
 from util.data.images import save_grid, save_png
 from util.errors import UserError
-from util.files import flush_all, wait_until, write_json, written_whole
+from util.files import FileWriter, wait_until, write_json, written_whole
 from util.log import log
-
-
-class ImageWriter:
-    """Writes images in threads, while the next ones are computed; a context manager.
-
-    The exit waits for all images, but only :meth:`finish` reports errors.
-
-    Args:
-        threads: images that are encoded at the same time.
-    """
-
-    def __init__(self, threads: int = 4):
-        self._pool = ThreadPoolExecutor(threads, "png")
-        self._writing: list[Future[None]] = []
-
-    def __enter__(self) -> "ImageWriter":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._pool.shutdown()
-
-    def save(self, folder: "SampleFolder", images: Tensor, numbers: Iterable[int]) -> None:
-        """Start to write images, bytes ``[N, 3, H, W]``, under their numbers."""
-        for number, image in zip(numbers, images, strict=True):
-            path = folder.image_path(number)
-            self._writing.append(self._pool.submit(save_png, image, path))
-
-    def finish(self) -> None:
-        """Wait until all images are on disk.
-
-        Raises:
-            UserError: an image cannot be written.
-        """
-        writing, self._writing = self._writing, []
-        for image in writing:
-            image.result()
-        if writing:
-            flush_all()
 
 
 class SampleFolder:
@@ -86,6 +47,11 @@ class SampleFolder:
     def image_path(self, number: int) -> Path:
         """Return the path of image ``number``."""
         return self.path / f"{number:05d}.png"
+
+    def save(self, writer: FileWriter, images: Tensor, numbers: Iterable[int]) -> None:
+        """Start to write images, bytes ``[N, 3, H, W]`` on the CPU, under their numbers."""
+        for number, image in zip(numbers, images, strict=True):
+            writer.submit(save_png, image, self.image_path(number))
 
     def numbers(self) -> set[int]:
         """Return the numbers of all images in the folder. Files with other names are ignored."""
