@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,10 +78,7 @@ def main() -> None:
         base = SamplingOptions(
             **{name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
         )
-        try:
-            rows = read_json(args.json)["rows"]
-        except FileNotFoundError:
-            rows = []
+        rows = read_json(args.json)["rows"] if Path(args.json).exists() else []
         measured = {(row["family"], row["steps"], row["seed"]) for row in rows}
         for family, options in all_settings(base):
             for seed in args.seeds:

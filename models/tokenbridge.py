@@ -62,6 +62,11 @@ def sizes_of(model: str, head: str) -> dict[str, int]:
     return SIZES[model] | (kind.sizes.get(model, {}) if kind else {})
 
 
+def draw_quantile() -> float:
+    """Draw a number in [0, 1) from PyTorch's generator of the CPU."""
+    return torch.rand((), dtype=torch.float64).item()
+
+
 # --------------------------------------------------------------------------------------------------
 # The model.
 
@@ -89,6 +94,7 @@ class TokenBridge(PretrainedTokenBridge):
         self.config = config.stored()
         self.patch_size, self.vae_embed_dim = config.patch_size, config.vae_embed_dim
         self.class_num, self.mask_ratio_min = config.class_num, config.mask_ratio_min
+        self.balanced_masks = config.balanced_masks
         self.grid_size, self.seq_len = config.grid_size, config.seq_len
         self.token_dim = config.token_dim
         side = self.grid_size * self.patch_size
@@ -220,7 +226,24 @@ class TokenBridge(PretrainedTokenBridge):
 
     def draw_num_masked(self) -> int:
         """Draw the number of masked tokens of a batch, on the CPU, since shapes follow from it."""
-        return self.num_masked_at(torch.rand((), dtype=torch.float64).item())
+        return self.num_masked_at(draw_quantile())
+
+    def balanced_loss(self, latents: Tensor, labels: Tensor, *uniform: Tensor) -> Tensor:
+        """Return :meth:`forward` with masks at opposite quantiles in the two halves of the batch.
+
+        Each image has the same distribution of masks as without, while a batch's work is almost
+        that of the mean number of masked tokens. Otherwise all ranks wait for the one that drew the
+        largest number. MAR and the release draw one number per batch.
+        """
+        quantile, half = draw_quantile(), -(-len(latents) // 2)
+        loss = latents.new_zeros(())
+        for rows, part in ((slice(half), quantile), (slice(half, None), 1 - quantile)):
+            others = [numbers[rows] for numbers in uniform]
+            tokens = self.masked_tokens(
+                latents[rows], labels[rows], self.num_masked_at(part), *others
+            )
+            loss = loss + self.head.loss(*tokens) * (len(labels[rows]) / len(labels))
+        return loss
 
     @staticmethod
     def _split(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,17 +279,20 @@ class TokenBridge(PretrainedTokenBridge):
         Raises:
             ValueError: latents of another shape, labels outside the classes, or uneven masks.
         """
+        if mask is None and self.balanced_masks and self.training and len(latents) > 1:
+            return self.balanced_loss(latents, labels, *uniform)
         return self.head.loss(*self.masked_tokens(latents, labels, mask, *uniform), **options)
 
     def masked_tokens(
-        self, latents: Tensor, labels: Tensor, mask: Tensor | None, *others: Tensor
+        self, latents: Tensor, labels: Tensor, mask: Tensor | int | None, *others: Tensor
     ) -> list[Tensor]:
         """Draw the mask unless given; return features, levels and ``others`` of masked tokens.
 
         Features are ``[M, D]``, levels ``[M, C]``.
 
         Args:
-            latents, labels, mask: see :meth:`forward`.
+            latents, labels: see :meth:`forward`.
+            mask: see :meth:`forward`; or the number of masked tokens of each sample.
             others: ``[B, L, ...]``.
         """
         if latents.shape[1:] != self.latent_shape:
@@ -274,8 +300,9 @@ class TokenBridge(PretrainedTokenBridge):
             raise ValueError("latents are {} (C, h, w), the model's are {}".format(*shapes))
         indices, tokens = self.quantize(self.patchify(latents))  # [B, L, C] each
         if mask is None:
-            orders = self.sample_orders(len(latents))
-            masked, known = orders.tensor_split([self.draw_num_masked()], dim=1)
+            mask = self.draw_num_masked()
+        if isinstance(mask, int):
+            masked, known = self.sample_orders(len(latents)).tensor_split([mask], dim=1)
         else:
             known, masked = (to_device(part, latents.device) for part in self._split(mask))
         self.check_labels(labels)

@@ -197,6 +197,11 @@ class ModelConfig:
         None, "standard deviation of each latent channel",
         set_by="--quant_calibrate", adopted_in=EVERY_USE,
     )
+    balanced_masks: bool = entry(
+        False, "mask half of a batch by a quantile u of the mask ratios, the other by 1 - u, so "
+        "that all ranks have almost equal work",
+        "--balanced_masks",
+    )
     # fmt: on
 
     def __post_init__(self) -> None:

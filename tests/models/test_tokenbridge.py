@@ -196,6 +196,44 @@ def test_masks_follow_the_truncated_normal():
         assert counts.quantile(q).item() == pytest.approx(expected.ppf(q), abs=0.01)
 
 
+def test_balanced_masks_have_the_same_distribution_and_almost_equal_work(monkeypatch):
+    """Counts of masked tokens of both halves; the maximum over 32 ranks, which all of them wait for."""
+    model = TokenBridge(**{**SMALL, "img_size": 256}, balanced_masks=True).train()
+    counts = []
+    monkeypatch.setattr(
+        model, "masked_tokens", lambda latents, labels, count: counts.append(count) or [latents]
+    )
+    monkeypatch.setattr(model.head, "loss", lambda latents: latents.mean())
+    latents, labels = torch.randn(4, 16, 16, 16), torch.zeros(4, dtype=torch.long)
+    for _ in range(3200):
+        loss = model(latents, labels)
+    assert loss.item() == pytest.approx(latents.mean().item(), abs=1e-6)
+    shares = torch.tensor(counts).view(-1, 2) / 256
+    expected = truncnorm(-0.3 / 0.25, 0, loc=1, scale=0.25)
+    for half in shares.T:
+        for q in (0.1, 0.5, 0.9):
+            assert half.quantile(q).item() == pytest.approx(expected.ppf(q), abs=0.015)
+    for work, bound in ((shares.mean(1), 1.01), (shares[:, 0], 1.2)):
+        slowest = work.view(-1, 32).amax(1).mean() / work.mean()
+        assert slowest < bound and (bound < 1.1 or slowest > 1.08)
+
+
+def test_a_balanced_loss_is_the_mean_of_its_halves():
+    model = filled(TokenBridge(**SMALL, balanced_masks=True)).train()
+    latents, labels = torch.randn(3, 16, 4, 4), torch.tensor([0, 1, 2])
+    torch.manual_seed(5)
+    loss = model(latents, labels)
+    loss.backward()
+    torch.manual_seed(5)
+    quantile = torch.rand((), dtype=torch.float64).item()
+    parts = [
+        model.head.loss(*model.masked_tokens(latents[rows], labels[rows], model.num_masked_at(q)))
+        for rows, q in ((slice(0, 2), quantile), (slice(2, 3), 1 - quantile))
+    ]
+    assert torch.allclose(loss, (2 * parts[0] + parts[1]) / 3, atol=1e-6)
+    assert all(p.grad is not None for p in model.head.parameters())
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 5), st.integers(1, 6), st.floats(0, 1), st.integers(0, 2**31))
 def test_orders_are_permutations_and_masks_their_heads(bsz, side, ratio, seed):

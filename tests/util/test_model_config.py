@@ -53,6 +53,7 @@ ARGUMENTS = [
     "quantizer",
     "channel_mean",
     "channel_std",
+    "balanced_masks",
 ]
 
 
