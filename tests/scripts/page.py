@@ -202,7 +202,7 @@ def main() -> None:
                 visitor.page.wait_for_timeout(3000)
                 visitor.page.evaluate("scrollTo(0, 0)")
             visitor.page.wait_for_timeout(500)
-            visitor.page.screenshot(path=ROOT / "docs" / f"{name}.png")
+            visitor.page.screenshot(path=ROOT / "docs" / f"{name}.png", full_page=True)
     page.close()
     folder.cleanup()
 
