@@ -26,7 +26,7 @@ from util.provenance import provenance
 
 #: Families of settings, each with the options that differ from the flags, by number of steps.
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "random order": ({}, (16, 12, 8, 6, 4)),
+    "random order": ({}, (16, 12, 8, 6, 4, 3, 2)),
     "Halton order": ({"order": "halton"}, (8, 6, 4)),
     "two-stage": ({"step_schedule": "two-stage"}, (8, 6, 4)),
     "most confident first": ({"order": "confidence"}, (8,)),

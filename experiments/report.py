@@ -5,10 +5,12 @@ import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy.stats import ttest_ind
 
 import main_tokenbridge
 from experiments.plan import BASELINE, DEFAULT, Experiments, Row, Step, plan
@@ -33,9 +35,16 @@ from util.tables import fill, markdown, write_text
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / name
-    for name in ("README.md", "experiments/README.md", "docs/experiments.md", "docs/variants.md")
+    for name in (
+        "README.md",
+        "experiments/README.md",
+        "docs/evaluation.md",
+        "docs/experiments.md",
+        "docs/variants.md",
+    )
 ]
 CURVES_FOLDER = RESULTS / "curves"
+COST_FOLDER = RESULTS / "cost"
 SCALES = ("digits", "cifar10", "photographs", "objects", "objects3")
 #: Rows that README.md quotes.
 QUOTED = ("autoregressive, 38 epochs", "parallel, 38 epochs", "masked, 85 epochs, 4 steps")
@@ -157,9 +166,98 @@ def plot_training() -> Figure:
     return figure
 
 
+class Setting(NamedTuple):
+    """What sampling under one setting costs, and the quality of its images for each seed."""
+
+    family: str
+    steps: int
+    gflop: float  # per image
+    seconds: float  # per image, of the fastest seed
+    recognized: list[float]
+    frechet: list[float]
+
+    def is_worse_than(self, other: "Setting") -> bool:
+        """Return whether one of the measures is worse, by Welch's test at 5%."""
+        lower = ttest_ind(self.recognized, other.recognized, equal_var=False, alternative="less")
+        higher = ttest_ind(self.frechet, other.frechet, equal_var=False, alternative="greater")
+        return min(lower.pvalue, higher.pvalue) < 0.05
+
+
+def sampling_settings(path: Path) -> list[Setting]:
+    """Return the settings that :mod:`experiments.cost` measured; the first one is the reference."""
+    by_setting: dict[tuple[str, int], list[dict]] = {}
+    for row in read_json(path)["rows"]:
+        by_setting.setdefault((row["family"], row["steps"]), []).append(row)
+    return [
+        Setting(
+            family,
+            steps,
+            seeds[0]["gflop"],
+            min(row["seconds"] for row in seeds),
+            [row["recognized"] for row in seeds],
+            [row["frechet"] for row in seeds],
+        )
+        for (family, steps), seeds in by_setting.items()
+    ]
+
+
+def plot_cost(path: Path) -> Figure:
+    """Plot quality over operations: a dot per seed, a line through the means of a family."""
+    settings = sampling_settings(path)
+    families = dict.fromkeys(setting.family for setting in settings)
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    names = {
+        "recognized": "share recognized\n(higher is better)",
+        "frechet": "Frechet distance in features\n(lower is better)",
+    }
+    for axes, (name, title) in zip(figure.subplots(1, 2), names.items(), strict=True):
+        for number, family in enumerate(families):
+            shown = [setting for setting in settings if setting.family == family]
+            means = [statistics.mean(getattr(setting, name)) for setting in shown]
+            gflop = [setting.gflop for setting in shown]
+            label = family if name == "recognized" else None
+            axes.plot(gflop, means, "-", color=f"C{number}", lw=1, label=label)
+            for setting in shown:
+                values = getattr(setting, name)
+                axes.plot([setting.gflop] * len(values), values, "o", color=f"C{number}", ms=3)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("GFLOP per image", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    return figure
+
+
+def cost_table(path: Path) -> str:
+    """Return a table of all settings, and of which are worse than the first one."""
+    settings = sampling_settings(path)
+    first, rows = settings[0], []
+    for setting in settings:
+        recognized, frechet = (
+            f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+            for values in (setting.recognized, setting.frechet)
+        )
+        share = f"{setting.gflop:.2f} ({setting.gflop / first.gflop:.0%})"
+        worse = "-" if setting is first else "worse" if setting.is_worse_than(first) else "equal"
+        rows.append(
+            [
+                setting.family,
+                setting.steps,
+                share,
+                f"{1000 * setting.seconds:.0f}",
+                recognized,
+                frechet,
+                worse,
+            ]
+        )
+    header = ["setting", "steps", "GFLOP per image", "ms per image", "recognized"]
+    return markdown([*header, "Frechet distance", "against the first row"], rows)
+
+
 def plots() -> dict[Path, Figure]:
     """Return the plots of all tables that have more than one measured row, by file."""
     figures = {RESULTS / "training.png": plot_training()}
+    figures |= {path.with_suffix(".png"): plot_cost(path) for path in COST_FOLDER.glob("*.json")}
     for scale in SCALES:
         experiments, results = Experiments(DEFAULT, scale), Results(RESULTS, scale)
         for table, content in experiments.content["tables"].items():
@@ -253,7 +351,7 @@ def imagenet_costs() -> str:
 
 def values() -> dict[str, str]:
     """Return the tables and numbers that pages quote, by marker name."""
-    markers: dict[str, str] = {}
+    markers = {f"cost_{path.stem}": f"\n{cost_table(path)}" for path in COST_FOLDER.glob("*.json")}
     for scale in SCALES:
         experiments, results = Experiments(DEFAULT, scale), Results(RESULTS, scale)
         markers[scale] = "\n" + result_tables(scale)
@@ -264,6 +362,9 @@ def values() -> dict[str, str]:
     markers["objects_epochs"] = "\n" + row_table(results, measured)
     seconds = [content["training_seconds"] for content in results.of(measured[-1]).values()]
     markers["objects_hours"] = duration(max(seconds))
+    experiments, results = Experiments(DEFAULT, "objects3"), Results(RESULTS, "objects3")
+    heads = row_table(results, experiments.rows("table2a"))
+    markers["objects3_heads_at_equal_time"] = "\n" + heads
     experiments, results = Experiments(DEFAULT, "digits"), Results(RESULTS, "digits")
     counts = [len(seeds) for result, seeds in results.by_name.items() if result != BASELINE]
     quoted = [row for row in experiments.rows("heads") if row.name in QUOTED]

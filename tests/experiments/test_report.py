@@ -47,7 +47,8 @@ def test_committed_plots_are_up_to_date(tmp_path):
 
 
 def test_result_files_have_commands_and_device():
-    for path in {*RESULTS.glob("*/*.json")} - {*report.CURVES_FOLDER.iterdir()}:
+    others = {*report.CURVES_FOLDER.iterdir(), *report.COST_FOLDER.iterdir()}
+    for path in {*RESULTS.glob("*/*.json")} - others:
         content = json.loads(path.read_text())
         assert path.stem == f"{content['result'].replace('/', '-')}-seed{content['seed']}"
         assert content["commands"] and content["device"] and len(content["commit"]) >= 40
