@@ -52,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def statistics(features: Tensor) -> dict[str, Any]:
+def feature_statistics(features: Tensor) -> dict[str, Any]:
     """Return mean and covariance of features ``[N, D]``, as torch-fidelity has them."""
     return fid_features_to_statistics(features.double().cpu())
 
@@ -74,7 +74,7 @@ def main() -> None:
         check_positive(args, "num_images", "batch_size")
         pipe = load_pipeline(args, device)
         net = load_net(args.features, device)
-        real = statistics(net.features(all_images(args.reference).to(device)))
+        real = feature_statistics(net.features(all_images(args.reference).to(device)))
         base = SamplingOptions(
             **{name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
         )
@@ -104,7 +104,7 @@ def main() -> None:
                     "seed": seed,
                     "gflop": pipe.model.sampling_flops(options) / 1e9,
                     "seconds": seconds,
-                    "frechet": frechet_distance(statistics(net.features(images)), real),
+                    "frechet": frechet_distance(feature_statistics(net.features(images)), real),
                     "recognized": share_recognized(net, images),
                 }
                 rows.append(row)

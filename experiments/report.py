@@ -183,7 +183,7 @@ class Setting(NamedTuple):
         return min(lower.pvalue, higher.pvalue) < 0.05
 
 
-def sampling_settings(path: Path) -> list[Setting]:
+def measured_settings(path: Path) -> list[Setting]:
     """Return the settings that :mod:`experiments.cost` measured; the first one is the reference."""
     by_setting: dict[tuple[str, int], list[dict]] = {}
     for row in read_json(path)["rows"]:
@@ -203,7 +203,7 @@ def sampling_settings(path: Path) -> list[Setting]:
 
 def plot_cost(path: Path) -> Figure:
     """Plot quality over operations: a dot per seed, a line through the means of a family."""
-    settings = sampling_settings(path)
+    settings = measured_settings(path)
     families = dict.fromkeys(setting.family for setting in settings)
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     names = {
@@ -230,7 +230,7 @@ def plot_cost(path: Path) -> Figure:
 
 def cost_table(path: Path) -> str:
     """Return a table of all settings, and of which are worse than the first one."""
-    settings = sampling_settings(path)
+    settings = measured_settings(path)
     first, rows = settings[0], []
     for setting in settings:
         recognized, frechet = (

@@ -299,10 +299,10 @@ class TokenBridge(PretrainedTokenBridge):
             shapes = [*latents.shape[1:]], [*self.latent_shape]
             raise ValueError("latents are {} (C, h, w), the model's are {}".format(*shapes))
         indices, tokens = self.quantize(self.patchify(latents))  # [B, L, C] each
-        if mask is None:
-            mask = self.draw_num_masked()
-        if isinstance(mask, int):
-            masked, known = self.sample_orders(len(latents)).tensor_split([mask], dim=1)
+        if mask is None or isinstance(mask, int):
+            orders = self.sample_orders(len(latents))
+            count = self.draw_num_masked() if mask is None else mask
+            masked, known = orders.tensor_split([count], dim=1)
         else:
             known, masked = (to_device(part, latents.device) for part in self._split(mask))
         self.check_labels(labels)

@@ -342,7 +342,7 @@ def fid(counts: Counts, assumed: argparse.Namespace) -> str:
     return markdown(["model", "setting", "GPU", "launches per step", *parts, "total"], rows)
 
 
-def plan(counts: Counts, assumed: argparse.Namespace) -> str:
+def reproduction(counts: Counts, assumed: argparse.Namespace) -> str:
     """Return the table of the time of each step of docs/reproduce.md."""
     works = {  # operations in fp32: without TF32, as the commands compute
         "caching ImageNet with mirror images": 2 * assumed.images * counts.encode,
@@ -372,7 +372,7 @@ def plan(counts: Counts, assumed: argparse.Namespace) -> str:
     return markdown(header, [[name, *map(duration, times)] for name, *times in rows])
 
 
-TABLES = (operations, hours, communication, binding, loading, files, fid, plan)
+TABLES = (operations, hours, communication, binding, loading, files, fid, reproduction)
 
 # --------------------------------------------------------------------------------------------------
 # Pages

@@ -22,7 +22,7 @@ def test_a_model_goes_to_the_hub_and_comes_back_also_without_a_network(
     address = model.push_to_hub(OWN, token="hf_right", private=True)
     assert address.endswith(f"{OWN}/commit/{COMMIT}")
     assert set(served.repos[OWN]) == {"model.safetensors", "config.json", "README.md"}
-    assert f'from_pretrained("{OWN}")' in served.repos[OWN]["README.md"].decode()
+    assert f'from_pretrained("{OWN}", "' in served.repos[OWN]["README.md"].decode()
     with pytest.raises(
         UserError,
         match=r"there is no repository owner/repo at .*, or it is private: .*hf auth login",
