@@ -271,3 +271,11 @@ def test_an_average_that_is_mostly_of_drawn_weights_is_told(caplog, entries, war
     assert (
         "only 40 steps" in caplog.text and "--no_ema" in caplog.text and "--resume" in caplog.text
     ) == warned
+
+
+def test_a_log_beside_a_folder_is_no_earlier_checkpoint(tmp_path):
+    for name in ("x.log", "12.log", "checkpoint-last.2.pth", "checkpoint-last.old.pth"):
+        (tmp_path / name).touch()
+    assert older_checkpoints(tmp_path / "x") == older_checkpoints(tmp_path / "12") == []
+    expected = [tmp_path / "checkpoint-last.2.pth"]
+    assert older_checkpoints(tmp_path / "checkpoint-last.pth") == expected
