@@ -24,7 +24,12 @@ from tests.conftest import (
 from tests.fill import deterministic_fill
 from tools import checkpoint as commands
 from util.checkpoint import safetensors_io
-from util.checkpoint.files import file_stamp, read_checkpoint, save_checkpoint
+from util.checkpoint.files import (
+    file_stamp,
+    older_checkpoints,
+    read_checkpoint,
+    save_checkpoint,
+)
 from util.checkpoint.load import load_weights, warn_if_ema_is_untrained
 from util.checkpoint.runs import find_checkpoint, read_newest_checkpoint, read_run
 from util.checkpoint.vae_files import save_vae

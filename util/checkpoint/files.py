@@ -166,7 +166,7 @@ def save_folder(
 def older_checkpoints(path: Path) -> list[Path]:
     """Return the earlier checkpoints that are kept next to ``path``, newest first."""
     files = {
-        file.stem.removeprefix(f"{path.stem}."): file
+        file.stem[len(path.stem) + 1 :]: file
         for file in path.parent.glob(f"{path.stem}.*{path.suffix}")
     }
     return [files[age] for age in sorted(filter(str.isdigit, files), key=int)]
