@@ -350,7 +350,7 @@ def train_one_epoch(trainer: Trainer, stop_signals: StopSignals) -> dict[str, fl
 # --------------------------------------------------------------------------------------------------
 # One run
 
-#: Called with the epoch, TensorBoard's log (None except on rank 0), and the signals that end it.
+#: Called with the epoch, the dashboard (None except on rank 0), and the signals that end it.
 MeasureEpoch = Callable[[int, RunLog | None, StopSignals], None]
 
 

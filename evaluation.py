@@ -29,7 +29,7 @@ from util.devices import to_device
 from util.errors import NotFinite, Preempted, UserError
 from util.files import FileWriter, check_shared, write_json
 from util.log import log, progress_bar, warn
-from util.metrics.sample_folder import SampleFolder
+from util.metrics.sample_folder import SampleFolder, label_of
 from util.metrics.tables import METRIC_TITLES, default_statistics, metric_names, metrics_table
 from util.precision import autocast, check_finite, double, extremes
 from util.provenance import provenance
@@ -160,7 +160,8 @@ def sample_chunk(
     Raises:
         NotFinite: the transformer or the tokenizer's decoder overflows.
     """
-    labels = torch.tensor([number * model.class_num // settings.num_images for number in numbers])
+    total = settings.num_images
+    labels = torch.tensor([label_of(number, total, model.class_num) for number in numbers])
     options = {name: getattr(settings, name) for name in SamplingOptions.__dataclass_fields__}
     options |= {"seeds": image_seeds(settings.gen_seed, numbers), "return_confidence": True}
     with autocast(device, settings.precision):

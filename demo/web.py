@@ -1,6 +1,7 @@
 """Serve a web page that generates and edits images with a trained model, until Ctrl-C."""
 
 import argparse
+import json
 import math
 import os
 import queue
@@ -584,19 +585,19 @@ class Actions:
         if HEAD_SAMPLING in self.names:
             head: Any = self.pipe.model.head
             values[-1] = head.num_passes(values[-1])
-        return [label, seed, *values, self.restored(stored, Path(path).name)]
+        return [label, seed, *values, self.loaded_status(stored, Path(path).name)]
 
-    def restored(self, stored: Mapping[str, Any], name: str) -> str:
+    def loaded_status(self, stored: Mapping[str, Any], name: str) -> str:
         """Return a text that says which of a PNG's settings the page does not restore."""
         defaults = {**asdict(SamplingOptions()), "gen_seed": 0, "strength": None}
+        defaults = json.loads(json.dumps(defaults))  # as in the PNG, which has no tuples
         missing = [
             f"{option} {value}"
             for option, value in stored.items()
-            if option in defaults and option not in self.names
-            if value != (list(defaults[option]) if option == "cfg_interval" else defaults[option])
+            if option in defaults and option not in self.names and value != defaults[option]
         ]
         others = len(stored["seeds"]) - 1
-        missing += [f"{counted(others, 'other image')}"] if others else []
+        missing += [counted(others, "other image")] if others else []
         text = f"Settings of {name}"
         return f"{text}, without {', '.join(missing)}" if missing else text
 

@@ -4,17 +4,18 @@ import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from evaluation import SampleSettings, chunks_of, sample_chunk
 from experiments.features import load_net
-from experiments.measures import all_images, share_recognized
+from experiments.measures import all_images, feature_statistics, share_recognized
 from generate import add_pipeline_args, load_pipeline
+from models.pipeline import TokenBridgePipeline
 from models.sampling import SamplingOptions
 from util import errors
 from util.args import add_sampling_args, check_positive, new_parser
@@ -52,16 +53,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def feature_statistics(features: Tensor) -> dict[str, Any]:
-    """Return mean and covariance of features ``[N, D]``, as torch-fidelity has them."""
-    return fid_features_to_statistics(features.double().cpu())
-
-
 def all_settings(base: SamplingOptions) -> Iterator[tuple[str, SamplingOptions]]:
     """Yield the name and the options of every setting of :data:`FAMILIES`."""
     for family, (changes, counts) in FAMILIES.items():
         for steps in counts:
             yield family, SamplingOptions(**{**asdict(base), **changes, "num_iter": steps})
+
+
+def sample(pipe: TokenBridgePipeline, settings: SampleSettings) -> Tensor:
+    """Return images of the classes in order, bytes ``[N, 3, H, W]`` on the CPU."""
+    chunks = chunks_of(settings.num_images, settings.eval_bsz)
+    parts = [
+        sample_chunk(pipe.model, pipe.tokenizer, numbers, settings, pipe.device)
+        for numbers in chunks
+    ]
+    return torch.cat([images for images, _ in parts])
 
 
 def main() -> None:
@@ -75,44 +81,36 @@ def main() -> None:
         pipe = load_pipeline(args, device)
         net = load_net(args.features, device)
         real = feature_statistics(net.features(all_images(args.reference).to(device)))
-        base = SamplingOptions(
-            **{name: getattr(args, name) for name in SamplingOptions.__dataclass_fields__}
-        )
+        names = SamplingOptions.__dataclass_fields__
+        base = SamplingOptions(**{name: getattr(args, name) for name in names})
         rows = read_json(args.json)["rows"] if Path(args.json).exists() else []
         measured = {(row["family"], row["steps"], row["seed"]) for row in rows}
-        for family, options in all_settings(base):
-            for seed in args.seeds:
-                if (family, options.num_iter, seed) in measured:
-                    continue
-                settings = SampleSettings(
-                    **asdict(options),
-                    num_images=args.num_images,
-                    eval_bsz=args.batch_size,
-                    gen_seed=seed,
-                    precision=args.precision,
-                )
-                started = time.perf_counter()
-                parts = [
-                    sample_chunk(pipe.model, pipe.tokenizer, numbers, settings, device)[0]
-                    for numbers in chunks_of(args.num_images, args.batch_size)
-                ]
-                seconds = (time.perf_counter() - started) / args.num_images
-                images = torch.cat(parts).to(device)
-                row = {
-                    "family": family,
-                    "steps": options.num_iter,
-                    "seed": seed,
-                    "gflop": pipe.model.sampling_flops(options) / 1e9,
-                    "seconds": seconds,
-                    "frechet": frechet_distance(feature_statistics(net.features(images)), real),
-                    "recognized": share_recognized(net, images),
-                }
-                rows.append(row)
-                text = "%s, %d steps, seed %d: Frechet distance %.1f, recognized %.3f"
-                shown = (row["frechet"], row["recognized"])
-                log.info(text, family, options.num_iter, seed, *shown)
-                content = {"rows": rows, "base": asdict(base), "resume": args.resume}
-                write_json(args.json, {**content, **provenance()})
+        for (family, options), seed in product(all_settings(base), args.seeds):
+            if (family, options.num_iter, seed) in measured:
+                continue
+            settings = SampleSettings(
+                **asdict(options),
+                num_images=args.num_images,
+                eval_bsz=args.batch_size,
+                gen_seed=seed,
+                precision=args.precision,
+            )
+            started = time.perf_counter()
+            images = sample(pipe, settings).to(device)
+            row = {
+                "family": family,
+                "steps": options.num_iter,
+                "seed": seed,
+                "gflop": pipe.model.sampling_flops(options) / 1e9,
+                "seconds": (time.perf_counter() - started) / args.num_images,
+                "frechet": frechet_distance(feature_statistics(net.features(images)), real),
+                "recognized": share_recognized(net, images),
+            }
+            rows.append(row)
+            text = "%s, %d steps, seed %d: Frechet distance %.1f, recognized %.3f"
+            log.info(text, family, options.num_iter, seed, row["frechet"], row["recognized"])
+            content = {"rows": rows, "base": asdict(base), "resume": args.resume}
+            write_json(args.json, {**content, **provenance()})
 
 
 if __name__ == "__main__":

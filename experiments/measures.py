@@ -75,12 +75,16 @@ def neighborhood_metrics(generated: Tensor, real: Tensor) -> dict[str, float]:
     }
 
 
+def feature_statistics(points: Tensor) -> dict[str, Any]:
+    """Return mean and covariance of points ``[N, D]``, in float64."""
+    return fid_features_to_statistics(points.double().cpu())
+
+
 def compare(generated: Tensor, real: Tensor) -> dict[str, float]:
     """Return Frechet distance and :func:`neighborhood_metrics` of ``[M, D]`` and ``[N, D]``."""
     for points in (generated, real):
         check_finite(points, "the network of --features", "fp32")
-    statistics = [fid_features_to_statistics(points.double().cpu()) for points in (generated, real)]
-    distance = frechet_distance(*statistics)
+    distance = frechet_distance(feature_statistics(generated), feature_statistics(real))
     return {"frechet": distance, **neighborhood_metrics(generated.double(), real.double())}
 
 

@@ -139,7 +139,7 @@ class GeneratedImages:
         return self.confidence.double().sum(dim=(1, 2)).tolist()
 
     def file_name(self, row: int) -> str:
-        """Return a file name for an image, which tells its class and seed."""
+        """Return a file name for an image, with its class and seed."""
         label = "any" if self.labels is None else self.labels[row]
         return f"class-{label}-seed-{self.seeds[row]}.png"
 
@@ -345,7 +345,7 @@ class TokenBridgePipeline:
         Raises:
             UserError: an option is out of range or does not apply to the model.
         """
-        for name in sampling.keys() - SamplingOptions.__dataclass_fields__:
+        for name in sorted(sampling.keys() - SamplingOptions.__dataclass_fields__):
             here = DIFFUSERS_NAMES.get(name)
             known = ", ".join(SamplingOptions.__dataclass_fields__)
             remedy = f"its name here is {here}" if here else f"sampling takes {known}"

@@ -223,7 +223,7 @@ def fid_seconds(
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables of docs/scaling.md. Comments in the page mark their places by the names of the functions.
+# Tables of the pages. Comments in a page mark their places by the names of the functions.
 
 
 def operations(counts: Counts, assumed: argparse.Namespace) -> str:
@@ -349,7 +349,8 @@ def reproduction(counts: Counts, assumed: argparse.Namespace) -> str:
         "rFID of 50,000 images": FID_IMAGES
         * (counts.encode + counts.decode + 2 * counts.inception),
     }
-    machines = [(gpu, count) for gpu in GPUS.values() for count in GPU_COUNTS[:2]]
+    named = [(kind, count) for kind in GPUS for count in GPU_COUNTS[:2]]
+    machines = [(GPUS[kind], count) for kind, count in named]
     rows = [
         [name, *(flops / gpu.fp32 / assumed.utilization / count for gpu, count in machines)]
         for name, flops in works.items()
@@ -368,7 +369,7 @@ def reproduction(counts: Counts, assumed: argparse.Namespace) -> str:
                 3600 * gpu_hours(flops, gpu, assumed, epochs) / count for gpu, count in machines
             ]
             rows.append([f"training {name}, {epochs} epochs, cached latents", *times])
-    header = ["step", *(f"{count} {kind}s" for kind in ("A100", "H100") for count in (8, 32))]
+    header = ["step", *(f"{count} {kind.split(',')[0]}s" for kind, count in named)]
     return markdown(header, [[name, *map(duration, times)] for name, *times in rows])
 
 

@@ -6,7 +6,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,8 +58,34 @@ class TensorBoard:
         self.writer.close()
 
 
-class WandB:
-    """A run of Weights & Biases, whose name is that of the run's folder.
+class PackageRun:
+    """A run of a package with the interface of wandb; its name is that of the run's folder.
+
+    Args:
+        package: the imported package.
+        options: arguments of its ``init``, beside project and name.
+    """
+
+    def __init__(self, package: Any, folder: Path, **options: Any):
+        self.image = package.Image
+        project = os.environ.get(f"{package.__name__.upper()}_PROJECT", PROJECT)
+        self.run = package.init(project=project, name=folder.resolve().name, **options)
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """See :class:`Dashboard`."""
+        self.run.log(dict(values), step=step)
+
+    def add_image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """See :class:`Dashboard`."""
+        self.run.log({tag: self.image(image)}, step=step)
+
+    def close(self) -> None:
+        """See :class:`Dashboard`."""
+        self.run.finish()
+
+
+class WandB(PackageRun):
+    """A run of Weights & Biases.
 
     Its settings are wandb's own environment variables: WANDB_PROJECT, WANDB_MODE, WANDB_ENTITY, ...
     """
@@ -67,61 +93,36 @@ class WandB:
     def __init__(self, folder: Path, steps_done: int | None, config: Mapping[str, Any]):
         import wandb
 
-        self.image = wandb.Image
         id_file = folder / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
-        self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            name=folder.resolve().name,
+        super().__init__(
+            wandb,
+            folder,
             id=id_file.read_text(),
             resume="allow",
             dir=str(folder),
             config=dict(config),
         )
 
-    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See :class:`Dashboard`."""
-        self.run.log(dict(values), step=step)
 
-    def add_image(self, tag: str, image: np.ndarray, step: int) -> None:
-        """See :class:`Dashboard`."""
-        self.run.log({tag: self.image(image)}, step=step)
+class Trackio(PackageRun):
+    """A run of Trackio; ``trackio show`` opens it.
 
-    def close(self) -> None:
-        """See :class:`Dashboard`."""
-        self.run.finish()
-
-
-class Trackio:
-    """A run of Trackio, whose name is that of the run's folder; ``trackio show`` opens it.
-
-    Its settings are Trackio's own environment variables, such as TRACKIO_DIR and TRACKIO_SPACE_ID.
+    Its settings are Trackio's own environment variables, such as TRACKIO_DIR and TRACKIO_SPACE_ID,
+    and TRACKIO_PROJECT.
     """
 
     def __init__(self, folder: Path, steps_done: int | None, config: Mapping[str, Any]):
         import trackio
 
-        self.image = trackio.Image
-        self.run = trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-            name=folder.resolve().name,
+        super().__init__(
+            trackio,
+            folder,
             resume="never" if steps_done == 0 else "allow",  # runs are found by their name
             config={name: plain(value) for name, value in config.items()},
             embed=False,
         )
-
-    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """See :class:`Dashboard`."""
-        self.run.log(dict(values), step=step)
-
-    def add_image(self, tag: str, image: np.ndarray, step: int) -> None:
-        """See :class:`Dashboard`."""
-        self.run.log({tag: self.image(image)}, step=step)
-
-    def close(self) -> None:
-        """See :class:`Dashboard`."""
-        self.run.finish()
 
 
 #: By the name of ``--log``.
@@ -172,10 +173,10 @@ class RunLog:
         self.warned = False
         self.purge_from: int | None = steps_done
         self.dashboard: Dashboard | None = None
-        self._try("__init__")
+        self._try(lambda dashboard: None)  # opens it
 
-    def _try(self, method: str, *arguments: Any) -> None:
-        """Call a method of the dashboard; open it first if necessary."""
+    def _try(self, call: Callable[[Dashboard], None]) -> None:
+        """Call ``call`` with the dashboard; open it first if necessary."""
         if time.monotonic() < self.closed_until:
             return
         try:
@@ -183,8 +184,7 @@ class RunLog:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 opened = DASHBOARDS[self.name](self.folder, self.purge_from, self.config)
                 self.dashboard, self.purge_from = opened, None
-            if method != "__init__":
-                getattr(self.dashboard, method)(*arguments)
+            call(self.dashboard)
         except Exception as error:
             # Also an error of the dashboard's own thread, which a later call raises.
             if not self.warned:
@@ -201,15 +201,16 @@ class RunLog:
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write values, by tag, of a step of the run, and its epoch."""
-        self._try("add_scalars", {**values, "epoch": step / self.steps_per_epoch}, step)
+        values = {**values, "epoch": step / self.steps_per_epoch}
+        self._try(lambda dashboard: dashboard.add_scalars(values, step))
 
     def add_image(self, tag: str, image: np.ndarray, step: int) -> None:
         """Write an image, bytes ``[H, W, 3]``."""
-        self._try("add_image", tag, image, step)
+        self._try(lambda dashboard: dashboard.add_image(tag, image, step))
 
     def close(self) -> None:
         """Write what remains."""
-        self._try("close")
+        self._try(lambda dashboard: dashboard.close())
 
     def __enter__(self) -> "RunLog":
         return self

@@ -17,6 +17,11 @@ from util.files import FileWriter, wait_until, write_json, written_whole
 from util.log import log
 
 
+def label_of(number: int, num_images: int, class_num: int) -> int:
+    """Return the class of image ``number``: images are sorted by class, equally many of each."""
+    return number * class_num // num_images
+
+
 class SampleFolder:
     """A folder of generated images, ``<path>/NNNNN.png``.
 
@@ -150,7 +155,8 @@ class SampleFolder:
         numbers = [i * len(images) // count for i in range(count)]
         captions = []
         if len(class_names) > 1:
-            captions = [class_names[number * len(class_names) // len(images)] for number in numbers]
+            labels = [label_of(number, len(images), len(class_names)) for number in numbers]
+            captions = [class_names[label] for label in labels]
         shown = torch.stack([images[number] for number in numbers])
         save_grid(shown, f"{self}.png", columns=10, captions=captions)
 
