@@ -60,7 +60,7 @@ def all_settings(base: SamplingOptions) -> Iterator[tuple[str, SamplingOptions]]
             yield family, SamplingOptions(**{**asdict(base), **changes, "num_iter": steps})
 
 
-def sample(pipe: TokenBridgePipeline, settings: SampleSettings) -> Tensor:
+def sampled_images(pipe: TokenBridgePipeline, settings: SampleSettings) -> Tensor:
     """Return images of the classes in order, bytes ``[N, 3, H, W]`` on the CPU."""
     chunks = chunks_of(settings.num_images, settings.eval_bsz)
     parts = [
@@ -96,7 +96,7 @@ def main() -> None:
                 precision=args.precision,
             )
             started = time.perf_counter()
-            images = sample(pipe, settings).to(device)
+            images = sampled_images(pipe, settings).to(device)
             row = {
                 "family": family,
                 "steps": options.num_iter,

@@ -55,7 +55,8 @@ def test_ssim_is_what_torchmetrics_computes(size, expected):
 def test_grids_hold_every_image_where_it_belongs(tmp_path):
     images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8) * 40
     long = "a name that is longer than its image is wide"
-    for names in ({}, {"titles": ["a", "b", long]}, {"captions": ["a", "b", "c", "d", "e", long]}):
+    captions = ["a", "b", "c", "d", "two\nlines", long]
+    for names in ({}, {"titles": ["a", "b", long]}, {"captions": captions}):
         save_grid(images, tmp_path / "grid.png", columns=3, **names, min_size=16)
         line, head = (LINE if name in names else 0 for name in ("captions", "titles"))
         with Image.open(tmp_path / "grid.png") as grid:

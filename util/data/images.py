@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from util.data.sources import in_one_line
 from util.errors import UserError
 from util.files import written_whole
 from util.precision import double
@@ -100,6 +101,7 @@ def image_grid(
 
 def draw_caption(draw: ImageDraw.ImageDraw, text: str, left: int, top: int, width: int) -> None:
     """Write a line of text, shortened to ``width`` pixels, on a white background."""
+    text = in_one_line(text)
     draw.rectangle((left, top, left + width - 1, top + LINE - 1), fill=(255, 255, 255))
     shown = text
     while shown and draw.textlength(shown) > width - 2:
