@@ -29,7 +29,11 @@ def executed() -> nbformat.NotebookNode:
 def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
     """What each cell puts out: texts and pictures."""
     return [
-        [kind for output in cell.get("outputs", []) for kind in output.get("data", ["text"])]
+        [
+            kind
+            for output in cell.get("outputs", [])
+            for kind in sorted(output.get("data", ["text"]))
+        ]
         for cell in notebook.cells
     ]
 
