@@ -11,7 +11,7 @@ import util.interpreter  # noqa: F401, before all packages
 import torch
 from PIL import Image
 
-from models.editing import outpainted
+from models.editing import REGIONS, outpainted
 from models.pipeline import DEFAULT_STRENGTH, TokenBridgePipeline
 from models.sampling import SamplingOptions
 from util import errors
@@ -99,12 +99,17 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--image",
         help="image to edit, cropped to the model's size; without --mask and --outpaint, vary it",
     )
-    edit.add_argument("--mask", help="image of the same size, white where to regenerate the image")
+    edit.add_argument(
+        "--mask",
+        help="what to regenerate: an image of the same size, white there, or a region of the "
+        f"cropped image: {', '.join(REGIONS)}",
+    )
     edit.add_argument(
         "--outpaint",
         type=int,
         metavar="PIXELS",
-        help="generate this many pixels around the image, which is shrunk to make room",
+        help="generate this many of the model's pixels around the image, which is shrunk to make "
+        "room",
     )
     edit.add_argument(
         "--strength",

@@ -178,6 +178,7 @@ class QuantizerSetting(NamedTuple):
 
     bits: int  # -1 for continuous latents
     range: float
+    calibrated: bool = False  # the range is that of --quant_calibrate
 
     @property
     def levels(self) -> int:
@@ -187,7 +188,10 @@ class QuantizerSetting(NamedTuple):
     @property
     def title(self) -> str:
         """Return the name of the setting in tables and figures."""
-        return f"{self.levels} levels, range {self.range:g}" if self.levels else "continuous"
+        if not self.levels:
+            return "continuous"
+        bounds = "calibrated" if self.calibrated else f"range {self.range:g}"
+        return f"{self.levels} levels, {bounds}"
 
 
 #: Table 1 of the paper: rFID and Inception Score of each setting.
@@ -268,7 +272,7 @@ class ReconstructionStats:
         means = distributed.all_reduce_mean(self.sums) * distributed.get_world_size() / images
         metrics: dict[str, Any] = {
             "bits": self.setting.bits,
-            "range": self.setting.range,
+            "range": None if self.setting.calibrated else self.setting.range,
             "images": images,
             **dict(zip(MEAN_METRICS, means.tolist(), strict=True)),
         }
@@ -359,7 +363,7 @@ def reconstruct(
 
             # Quantize and decode
             for stats in all_stats:
-                bits, bound = stats.setting
+                bits, bound, _ = stats.setting
                 indices, quantized = post_training_quantize(
                     latents,
                     bits,
@@ -638,6 +642,8 @@ def main() -> None:
         check_same_inputs({"the folder": dataset}, tokenizer.vae)
         n = args.images_per_class
         images = Subset(dataset, first_of_each_class(dataset.samples, n))
+        if len(images) < len(dataset):
+            log.info("measuring the first %d images of each class (--images_per_class)", n)
         evaluator = make_rfid_evaluator(args, len(dataset.classes), len(images), device)
         if evaluator is not None:
             warn_if_few(len(images), "images", evaluator.network)
@@ -664,7 +670,8 @@ def main() -> None:
                 tokenizer, loader, tokenizer.embed_dim, device, args.precision
             )
             calibration = {"channel_mean": mean, "channel_std": std}
-        settings = list(TABLE_1) if args.sweep else [QuantizerSetting(args.bits, args.range)]
+        setting = QuantizerSetting(args.bits, args.range, args.quant_calibrate)
+        settings = list(TABLE_1) if args.sweep else [setting]
         pictures, features, all_stats = reconstruct(
             tokenizer, loader, settings, calibration, evaluator, image_folder, args
         )

@@ -63,8 +63,8 @@ class RecomputingHead(ChannelHead):
 def plain_kernels() -> Iterator[None]:
     """Make models compute as the release does.
 
-    Attention and dropout are PyTorch's, the decoder returns all positions, and the head's loss
-    takes all tokens at once.
+    Attention, dropout and linear layers are PyTorch's, the decoder returns all positions, and the
+    head's loss takes all tokens at once.
     """
     decode = MaskedBackbone.decode
 
@@ -85,6 +85,7 @@ def plain_kernels() -> Iterator[None]:
         patch.object(MaskedBackbone, "decode", decode_all),
         patch.dict(fast.TRAINING_BUDGET, cpu=2**62, cuda=2**62),
         patch.object(fast, "MODULATION_BUDGET", 2**62),
+        patch.object(fast, "can_pack", lambda dtype: False),
     ):
         yield
 

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -127,7 +127,7 @@ def measure_variant(prepare: Callable, args: argparse.Namespace, variant: str) -
 
 
 def compare_variants(
-    name: str, prepare: Callable, args: argparse.Namespace, **columns: Any
+    name: str, prepare: Callable, args: argparse.Namespace, **flags: Sequence
 ) -> None:
     """Measure every combination of ``args.ways``, ``args.heads`` and ``args.compile``, and report.
 
@@ -136,7 +136,7 @@ def compare_variants(
         prepare: takes ``args`` (with ``head`` and ``compile`` of one variant), whether to run the
             released implementation, and the precision. Returns the function to time and its FLOPs.
             Must be a module-level function, since spawned processes import it.
-        columns: further columns, equal in all rows.
+        flags: values of further flags in ``args`` to measure; each flag becomes a column.
     """
     hardware, rows, release_seconds = machine(args.device), [], None
     variants = [
@@ -145,7 +145,9 @@ def compare_variants(
         for head in (["ar"] if variant == "release" else args.heads)
     ]
     compiled = [False, True] if args.compile else [False]
-    for (variant, args.head), args.compile in product(variants, compiled):
+    settings = [dict(zip(flags, values, strict=True)) for values in product(*flags.values())]
+    for setting, (variant, args.head), args.compile in product(settings, variants, compiled):
+        vars(args).update(setting)
         release = variant == "release"
         if release and args.compile:
             continue
@@ -160,7 +162,7 @@ def compare_variants(
             label = f"ours, {head_label}{variant}{', compiled' * args.compile}"
             ratio = release_seconds / metrics["median_s"] if release_seconds else None
         row = {"way": label, "model": args.model, "batch": args.batch}
-        rows.append({**row, **columns, **metrics, "ratio": ratio})
+        rows.append({**row, **setting, **metrics, "ratio": ratio})
     finish(name, rows, hardware, args.json)
 
 

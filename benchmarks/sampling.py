@@ -39,10 +39,12 @@ def main() -> None:
     """Run the command line."""
     parser = benchmark_parser(__doc__, repeats=3)
     add_variant_flags(parser, batch=1, batch_help="images sampled at once")
-    parser.add_argument("--num_iter", type=int, default=16, help="autoregressive steps")
+    parser.add_argument(
+        "--num_iter", type=int, nargs="+", default=[16, 4], help="autoregressive steps"
+    )
     parser.add_argument("--cfg", type=float, default=3.0, help="guidance scale")
     args = parse_flags(parser)
-    compare_variants("sampling", prepare_sampling, args, steps=args.num_iter)
+    compare_variants("sampling", prepare_sampling, args, num_iter=args.num_iter)
 
 
 if __name__ == "__main__":

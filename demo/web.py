@@ -25,7 +25,14 @@ import util.interpreter  # noqa: F401, before all packages
 from PIL import Image, ImageChops
 
 from generate import add_pipeline_args, load_pipeline
-from models.editing import MAX_PIXELS, center_crop, open_image, outpainted
+from models.editing import (
+    MAX_PIXELS,
+    REGIONS,
+    center_crop,
+    open_image,
+    outpainted,
+    region_box,
+)
 from models.pipeline import DEFAULT_STRENGTH, GeneratedImages, TokenBridgePipeline, to_pil
 from models.sampling import ORDERS, SCHEDULES, SamplingOptions
 from util import errors
@@ -53,14 +60,6 @@ WORKER = "generation"  # name of the thread that runs the model
 SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature", "order")
 #: The same, of heads that have it.
 HEAD_SAMPLING = "head_steps"
-#: Regions to mask without drawing: left, top, right, bottom as shares of the image's size.
-AREAS = {
-    "upper half": (0, 0, 1, 0.5),
-    "lower half": (0, 0.5, 1, 1),
-    "left half": (0, 0, 0.5, 1),
-    "right half": (0.5, 0, 1, 1),
-    "middle": (0.25, 0.25, 0.75, 0.75),
-}
 #: Arguments of Gradio events that do not run the model.
 QUICK: dict[str, Any] = {
     "concurrency_limit": None,
@@ -200,21 +199,22 @@ def editor_size(size: int) -> int:
     return size * max(1, round(EDITOR_PIXELS / size))
 
 
-def editor_value(image: Image.Image | None, area: str | None, folder: str) -> dict[str, Any] | None:
-    """Return the mask editor's value: the enlarged image, and a layer that covers ``area``.
+def editor_value(
+    image: Image.Image | None, region: str | None, folder: str
+) -> dict[str, Any] | None:
+    """Return the mask editor's value: the enlarged image, and a layer that covers ``region``.
 
     Args:
-        area: a key of :data:`AREAS`, or None.
+        region: a name in :data:`models.editing.REGIONS`, or None.
         folder: for the files.
     """
     if image is None:
         return None
     size = editor_size(image.width)
     layers = []
-    if area is not None:
+    if region is not None:
         layer = Image.new("RGBA", (size, size))
-        left, top, right, bottom = (round(share * size) for share in AREAS[area])
-        layer.paste(MASK_COLOR, (left, top, right, bottom))
+        layer.paste(MASK_COLOR, region_box(region, size))
         layers = [save_to_cache(layer, folder)]
     large = save_to_cache(image.resize((size, size), Image.Resampling.NEAREST), folder)
     return {"background": large, "layers": layers, "composite": None}
@@ -438,7 +438,7 @@ def add_editor(pipe: TokenBridgePipeline) -> Editor:
         brush=gr.Brush(40, ["#ff00a0a0"], color_mode="fixed"),
         eraser=gr.Eraser(40),
     )
-    area = gr.Dropdown(list(AREAS), value=None, label="Or mask a region", elem_id="area")
+    area = gr.Dropdown(list(REGIONS), value=None, label="Or mask a region", elem_id="area")
     edit = gr.Button("Regenerate the mask", variant="primary", elem_id="edit")
     with gr.Row():
         largest = (size - 1) // 2
@@ -559,9 +559,9 @@ class Actions:
             raise file_error(error, path) from error
         return image, editor_value(image, None, self.folder)
 
-    def cover(self, image: Image.Image | None, area: str | None) -> dict[str, Any] | None:
-        """Return the mask editor's value with ``area`` masked; see :func:`editor_value`."""
-        return editor_value(image, area, self.folder)
+    def cover(self, image: Image.Image | None, region: str | None) -> dict[str, Any] | None:
+        """Return the mask editor's value with ``region`` masked; see :func:`editor_value`."""
+        return editor_value(image, region, self.folder)
 
     def settings(self, path: str) -> list:
         """Return the settings stored in a PNG: class, seed, options, and what is not restored."""

@@ -38,6 +38,25 @@ class Edit(NamedTuple):
 
 ImageOrPath = Image.Image | str | Path
 
+#: Regions that can be named instead of a mask: left, top, right, bottom as shares of the size.
+REGIONS = {
+    "upper half": (0, 0, 1, 0.5),
+    "lower half": (0, 0.5, 1, 1),
+    "left half": (0, 0, 0.5, 1),
+    "right half": (0.5, 0, 1, 1),
+    "middle": (0.25, 0.25, 0.75, 0.75),
+}
+
+
+def region_box(region: str, size: int) -> tuple[int, int, int, int]:
+    """Return the left, top, right and bottom edge of a region in an image of ``size`` pixels.
+
+    Args:
+        region: a name in :data:`REGIONS`.
+    """
+    left, top, right, bottom = (round(share * size) for share in REGIONS[region])
+    return left, top, right, bottom
+
 
 def as_images(value: Any, name: str) -> list:
     """Return the images that a caller passed, as PIL images and paths; ``[None]`` for None.
@@ -154,7 +173,8 @@ def prepare_edit(image: ImageOrPath, mask_image: ImageOrPath | None, size: int) 
 
     Args:
         image: a PIL image of any mode, or a path.
-        mask_image: of the image's size; see :func:`read_mask`. None selects all pixels.
+        mask_image: of the image's size, see :func:`read_mask`; or a name in :data:`REGIONS`, a
+            part of the cropped image. None selects all pixels.
 
     Raises:
         UserError: a file cannot be read or is too large, the sizes differ, the mask is ambiguous,
@@ -165,10 +185,15 @@ def prepare_edit(image: ImageOrPath, mask_image: ImageOrPath | None, size: int) 
     original = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     if mask_image is None:
         return Edit(original, torch.ones(size, size, dtype=torch.bool), to_pixels(small))
-    full_mask = read_mask(mask_image, full_image)
-    # Resized as floating point, which keeps all shares of masked pixels: small ones, and the
-    # negative ones of bicubic interpolation.
-    mask = torch.from_numpy(np.array(center_crop(full_mask.convert("F"), size)) != 0)
+    if isinstance(mask_image, str) and mask_image in REGIONS:
+        left, top, right, bottom = region_box(mask_image, size)
+        mask = torch.zeros(size, size, dtype=torch.bool)
+        mask[top:bottom, left:right] = True
+    else:
+        full_mask = read_mask(mask_image, full_image)
+        # Resized as floating point, which keeps all shares of masked pixels: small ones, and the
+        # negative ones of bicubic interpolation.
+        mask = torch.from_numpy(np.array(center_crop(full_mask.convert("F"), size)) != 0)
     if mask.all():
         raise UserError(
             "the mask covers all of the cropped image: pass neither an image nor a mask to "

@@ -2,10 +2,12 @@
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import models.location  # noqa: F401, before packages of the same names
 
 import numpy as np
 import torch
@@ -31,7 +33,7 @@ from util.data.classes import find_classes
 from util.devices import to_device
 from util.errors import UserError
 from util.log import log
-from util.precision import autocast, check_finite
+from util.precision import PRECISIONS, autocast, check_finite
 from util.rng import image_seeds, numbered_draws
 
 #: Names of a tokenizer next to a model: a folder of ``save_pretrained`` or diffusers, or a file.
@@ -40,13 +42,25 @@ TOKENIZER_NAMES = ("vae", "vae.ckpt")
 GRAY = 128
 #: Share of the tokens that a variation regenerates by default.
 DEFAULT_STRENGTH = 0.5
-#: Arguments of diffusers' pipelines, and what :class:`TokenBridgePipeline` calls them.
-DIFFUSERS_NAMES = {
-    "prompt": "class_labels",
-    "num_inference_steps": "num_iter",
-    "guidance_scale": "cfg",
-    "generator": "seeds (numbers, one for each image)",
-    "num_images_per_prompt": "seeds (one for each image, as in seeds=range(4))",
+#: Arguments of ``from_pretrained`` for models on the Hub.
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+#: Arguments of diffusers' pipelines, and what to do here instead.
+DIFFUSERS_ARGUMENTS = {
+    "prompt": "pass class_labels",
+    "negative_prompt": "the model knows classes, not texts",
+    "num_inference_steps": "pass num_iter",
+    "guidance_scale": "pass cfg",
+    "generator": "pass seeds, a number for each image",
+    "num_images_per_prompt": "pass seeds, one for each image, as in seeds=range(4)",
+    "callback_on_step_end": "pass callback",
+    "output_type": "images are PIL images",
+    "height": "images have the model's size",
+    "width": "images have the model's size",
+    "torch_dtype": "pass precision",
+    "dtype": "pass precision",
+    "device": "move the pipeline with .to(device)",
+    "device_map": "move the pipeline with .to(device)",
+    "vae": "pass tokenizer",
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -104,10 +118,22 @@ ImageArgument = (
 Callback = Callable[[int, int, list[Image.Image]], None]
 
 
+def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise UserError if there is no ``known`` argument of a ``given`` name.
+
+    Args:
+        what: the function and its verb, for the message.
+    """
+    known = list(known)
+    for name in sorted(set(given) - set(known)):
+        remedy = DIFFUSERS_ARGUMENTS.get(name, f"{what} {', '.join(known)}")
+        raise UserError(f"there is no option {name}: {remedy}")
+
+
 def as_list(value: Any) -> list:
     """Return the items of a sequence, array or tensor; any other value as the only item."""
     value = value.tolist() if hasattr(value, "tolist") else value
-    if value is None or isinstance(value, int | float | str | Path | Image.Image):
+    if isinstance(value, str) or not isinstance(value, Iterable):
         return [value]
     return [item.tolist() if hasattr(item, "tolist") else item for item in value]
 
@@ -168,12 +194,15 @@ class TokenBridgePipeline:
 
     Args:
         model: in evaluation mode.
-        tokenizer: the one that the model was trained with.
-        precision: of autocast, as of ``--evaluate``: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        tokenizer: the one that the model was trained with, such as
+            ``Tokenizer.from_pretrained("pretrained_models/taef2")``.
+        precision: of autocast, as of ``--evaluate``: ``"bf16"``, ``"fp16"`` or ``"fp32"``. The
+            weights stay float32.
         name: the name of the model in messages.
 
     Raises:
-        UserError: the model was trained with another tokenizer.
+        UserError: the model was trained with another tokenizer, an argument has another type, or
+            the precision is unknown.
     """
 
     def __init__(
@@ -183,6 +212,14 @@ class TokenBridgePipeline:
         precision: str = "bf16",
         name: str = "the model",
     ):
+        if not isinstance(model, TokenBridge) or not isinstance(tokenizer, Tokenizer):
+            given = f"{type(model).__name__} and {type(tokenizer).__name__}"
+            raise UserError(
+                f"a pipeline consists of a TokenBridge and a Tokenizer, not of {given}: see "
+                "Tokenizer.from_pretrained"
+            )
+        if precision not in PRECISIONS:
+            raise UserError(f"precision {precision!r}: choose {', '.join(PRECISIONS)}")
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
@@ -220,13 +257,13 @@ class TokenBridgePipeline:
             tokenizer: see :meth:`Tokenizer.from_pretrained`; by default ``vae`` or ``vae.ckpt``
                 next to the model's file, otherwise the ``vae_path`` stored in the file.
             precision: see the class.
-            options: of the Hub: ``revision``, ``token``, ``cache_dir``, ``force_download``,
-                ``local_files_only``.
+            options: of the Hub, as in every ``from_pretrained``: :data:`HUB_OPTIONS`.
 
         Raises:
-            UserError: a file is missing or damaged, or the model was trained with another
-                tokenizer.
+            UserError: a file is missing or damaged, the model was trained with another tokenizer,
+                or an option is unknown.
         """
+        check_names(options, HUB_OPTIONS, "from_pretrained takes tokenizer, ema, precision,")
         path, source = find_pretrained(model, **options)
         content = read_run(path)
         if tokenizer is None:
@@ -242,7 +279,13 @@ class TokenBridgePipeline:
         return self.model.device
 
     def to(self, device: torch.device | str) -> "TokenBridgePipeline":
-        """Move this pipeline to ``device`` and return it."""
+        """Move this pipeline to ``device`` and return it.
+
+        Raises:
+            UserError: ``device`` is a dtype.
+        """
+        if isinstance(device, torch.dtype):
+            raise UserError(f"the weights of a pipeline stay float32: {device} is a precision")
         self.model.to(device)
         self.tokenizer.to(device).to(device, memory_format=torch.channels_last)
         return self
@@ -274,9 +317,10 @@ class TokenBridgePipeline:
             image: to edit; cropped to the model's size as training images are. PIL images of any
                 mode, paths, tensors ``[B, 3, H, W]`` or ``[3, H, W]``, or arrays ``[B, H, W, 3]``
                 or ``[H, W, 3]``, of bytes or in [0, 1].
-            mask_image: of the image's size, white (or transparent) where the image is regenerated.
-                The other pixels do not change. Types as of ``image``, with one channel. Without a
-                mask the result is a variation of the image.
+            mask_image: of the image's size, white (or transparent) where the image is regenerated,
+                or a name in :data:`models.editing.REGIONS`. The other pixels do not change. Types
+                as of ``image``, with one channel. Without a mask the result is a variation of the
+                image.
             strength: share of the tokens that a variation regenerates, above 0 and at most 1; 0.5
                 by default. A mask or no image excludes it.
             gen_seed: ``--gen_seed``.
@@ -285,9 +329,9 @@ class TokenBridgePipeline:
             callback: see :data:`Callback`. Without it, the device is only synchronized at the end
                 of a batch.
             sampling: options of :class:`models.sampling.SamplingOptions`: ``num_iter`` (at most one
-                step per token), ``cfg``, ``cfg_schedule``, ``temperature``, ``order``,
-                ``confidence_noise``, ``first_place``; with the masked head ``head_steps`` and
-                ``head_order``.
+                step per token), ``cfg``, ``cfg_schedule``, ``cfg_interval``, ``cfg_reuse``,
+                ``temperature``, ``order``, ``confidence_noise``, ``step_schedule``,
+                ``first_place``; with the masked head ``head_steps`` and ``head_order``.
 
         Raises:
             UserError: a class is unknown; a number is out of range; an image or mask is unusable;
@@ -345,11 +389,7 @@ class TokenBridgePipeline:
         Raises:
             UserError: an option is out of range or does not apply to the model.
         """
-        for name in sorted(sampling.keys() - SamplingOptions.__dataclass_fields__):
-            here = DIFFUSERS_NAMES.get(name)
-            known = ", ".join(SamplingOptions.__dataclass_fields__)
-            remedy = f"its name here is {here}" if here else f"sampling takes {known}"
-            raise UserError(f"there is no option {name}: {remedy}")
+        check_names(sampling, SamplingOptions.__dataclass_fields__, "sampling takes")
         try:
             for name in ("cfg", "temperature", "confidence_noise"):
                 if not math.isfinite(sampling.get(name, 0.0)):

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import models.location  # noqa: F401, before packages of the same names
+
 import numpy as np
 import torch
 from scipy.special import ndtri

@@ -17,8 +17,6 @@ from util.devices import to_device
 from util.options import check_choices, option
 from util.rng import ImageDraws
 
-#: Orders in which tokens can be generated.
-ORDERS = ("random", "raster", "halton", "confidence")
 #: Guidance scale of a step, from ``cfg`` and the numbers of known and of all tokens after it.
 SCHEDULES: dict[str, Callable[[float, int, int], float]] = {
     "linear": lambda cfg, known, tokens: 1 + (cfg - 1) * known / tokens,
@@ -66,6 +64,69 @@ STEP_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {
 }
 
 # --------------------------------------------------------------------------------------------------
+# Orders of B images: positions [B, L], of which steps take the last unknown ones.
+
+
+def random_order(draws: ImageDraws, seq_len: int) -> Tensor:
+    """Return a random order for each image, as in MAR."""
+    return draws.uniform(seq_len).argsort(dim=1)
+
+
+def raster_order(draws: ImageDraws, seq_len: int) -> Tensor:
+    """Return the order row by row."""
+    return torch.arange(seq_len - 1, -1, -1, device=draws.device).expand(draws.bsz, -1)
+
+
+@cache
+def halton_positions(side: int) -> list[int]:
+    """Return all positions of a square grid in the order of a Halton sequence (bases 2 and 3).
+
+    Any first few of them are spread well (Halton-MaskGIT, Besnier et al. 2025).
+    """
+
+    def digits_reversed(number: int, base: int) -> float:
+        value, scale = 0.0, 1.0
+        while number:
+            scale /= base
+            value += scale * (number % base)
+            number //= base
+        return value
+
+    positions: dict[int, None] = {}
+    number = 0
+    while len(positions) < side**2:
+        number += 1
+        row, column = (int(side * digits_reversed(number, base)) for base in (2, 3))
+        positions[row * side + column] = None
+    return list(positions)
+
+
+def halton_order(draws: ImageDraws, seq_len: int) -> Tensor:
+    """Return :func:`halton_positions`, shifted around the edges at random."""
+    side = math.isqrt(seq_len)
+    positions = torch.tensor(halton_positions(side)[::-1], device=draws.device)
+    shift = (draws.uniform(2) * side).long()  # [B, 2]
+    rows = (positions // side + shift[:, :1]) % side
+    return rows * side + (positions % side + shift[:, 1:]) % side
+
+
+def checkerboard_order(draws: ImageDraws, seq_len: int) -> Tensor:
+    """Return a random order in which all squares of one color come first."""
+    side = math.isqrt(seq_len)
+    numbers = torch.arange(seq_len, device=draws.device)
+    second = (numbers // side + numbers % side) % 2
+    return (draws.uniform(seq_len) - second).argsort(dim=1)
+
+
+#: Orders of tokens. By confidence, every step sorts the unknown tokens: any first order will do.
+ORDERS: dict[str, Callable[[ImageDraws, int], Tensor]] = {
+    "random": random_order,
+    "raster": raster_order,
+    "halton": halton_order,
+    "confidence": raster_order,
+}
+
+# --------------------------------------------------------------------------------------------------
 # Options: each is declared once, here or by its head, with its default and the help of its flag.
 
 
@@ -92,7 +153,7 @@ class TokenOptions:
         "random",
         "order of tokens: random, row by row, well spread (a Halton sequence, at a random offset), "
         "or the most confident first (Figure 8)",
-        choices=ORDERS,
+        choices=tuple(ORDERS),
     )
     confidence_noise: float = option(
         0.0, "scale of the Gumbel noise on confidences, which falls to 0 over the steps"
@@ -136,6 +197,8 @@ class TokenOptions:
             raise ValueError(
                 f"the two-stage schedule has an order of its own: remove --order {self.order}"
             )
+        if self.confidence_noise and self.order != "confidence":
+            raise ValueError("confidence_noise only applies to --order confidence. Remove it.")
         check_choices(self)
 
 
@@ -253,50 +316,6 @@ def sampling_plan(
 # The parts of a step.
 
 
-@cache
-def halton_positions(side: int) -> list[int]:
-    """Return all positions of a square grid in the order of a Halton sequence (bases 2 and 3).
-
-    Any first few of them are spread well (Halton-MaskGIT, Besnier et al. 2025).
-    """
-
-    def digits_reversed(number: int, base: int) -> float:
-        value, scale = 0.0, 1.0
-        while number:
-            scale /= base
-            value += scale * (number % base)
-            number //= base
-        return value
-
-    positions: dict[int, None] = {}
-    number = 0
-    while len(positions) < side**2:
-        number += 1
-        row, column = (int(side * digits_reversed(number, base)) for base in (2, 3))
-        positions[row * side + column] = None
-    return list(positions)
-
-
-def initial_orders(options: TokenOptions, draws: ImageDraws, seq_len: int) -> Tensor:
-    """Return orders ``[B, L]``; tokens are taken from their ends.
-
-    By confidence, every step sorts the unknown tokens, so that the initial order does not matter.
-    """
-    side = math.isqrt(seq_len)
-    if options.step_schedule == "two-stage":  # random, but first all squares of one color
-        numbers = torch.arange(seq_len, device=draws.device)
-        second = (numbers // side + numbers % side) % 2
-        return (draws.uniform(seq_len) - second).argsort(dim=1)
-    if options.order == "random":
-        return draws.uniform(seq_len).argsort(dim=1)
-    if options.order == "halton":  # shifted around the edges
-        positions = torch.tensor(halton_positions(side)[::-1], device=draws.device)
-        shift = (draws.uniform(2) * side).long()  # [B, 2]
-        rows = (positions // side + shift[:, :1]) % side
-        return rows * side + (positions % side + shift[:, 1:]) % side
-    return torch.arange(seq_len - 1, -1, -1, device=draws.device).expand(draws.bsz, -1)
-
-
 def class_embeddings(
     backbone: MaskedBackbone, bsz: int, labels: Tensor | None, cfg: float
 ) -> Tensor:
@@ -371,12 +390,12 @@ def sample_tokens(
     called for each batch.
 
     Raises:
-        ValueError: orders are given for an order by confidence; see also
+        ValueError: orders are given, and the options choose another; see also
             :func:`check_head_options`.
     """
     check_head_options(head, options)
     chosen = options.order if options.order != "random" else options.step_schedule
-    if chosen in ("confidence", "halton", "two-stage") and given.orders is not None:
+    if chosen not in ("random", "cosine") and given.orders is not None:
         raise ValueError(f"'{chosen}' chooses its own order: do not pass orders")
     if given.known is None:
         return generate(backbone, head, quantizer, bsz, given, options, on_step=on_step)
@@ -408,7 +427,8 @@ def generate(
     by_confidence = options.order == "confidence"
     draws = ImageDraws(bsz, device, given.seeds)
     # Drawn even if orders are given, so that later random numbers do not depend on that.
-    orders = initial_orders(options, draws, length)
+    two_stage = options.step_schedule == "two-stage"
+    orders = (checkerboard_order if two_stage else ORDERS[options.order])(draws, length)
     orders = orders if given.orders is None else to_device(given.orders, device)
     tokens = torch.zeros(bsz, length, head.channels, device=device)
     if given.known is not None and given.tokens is not None:

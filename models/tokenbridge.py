@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
+import models.location  # noqa: F401, before packages of the same names
+
 import torch
 from einops import rearrange
 from scipy.special import ndtr, ndtri
@@ -403,7 +405,7 @@ class TokenBridge(PretrainedTokenBridge):
         Autocast is up to the caller.
 
         Args:
-            num_iter: steps; the number of tokens they take follows a cosine.
+            num_iter: steps; the number of tokens they take follows ``step_schedule``.
             cfg: guidance scale on features; at 1 the conditional pass runs alone.
             cfg_schedule: ``"linear"``, growing with the tokens known, or ``"constant"``.
             labels: classes ``[bsz]``, a list or a tensor; without them generation is unconditional.
@@ -416,8 +418,8 @@ class TokenBridge(PretrainedTokenBridge):
                 temperature 1, that each token had when it was taken; 0 for known ones.
             on_step: see :data:`models.sampling.OnStep`.
             options: other fields of :class:`models.sampling.SamplingOptions`: ``order``,
-                ``confidence_noise``, and those of the head, such as ``first_place``,
-                ``head_steps``, ``head_order``.
+                ``confidence_noise``, ``step_schedule``, ``cfg_interval``, ``cfg_reuse``, and those
+                of the head, such as ``first_place``, ``head_steps``, ``head_order``.
 
         Raises:
             ValueError: labels outside the classes, or options outside their ranges.
@@ -440,7 +442,7 @@ class TokenBridge(PretrainedTokenBridge):
         given = sampling.Given(labels, orders, seeds, *known)
         training = self.training
         self.eval()
-        with fast.weights_cast_once(self, self.device):
+        with fast.prepared_weights(self, self.device):
             parts = self.backbone, self.head, self.quantizer
             tokens, confidence = sampling.sample_tokens(*parts, bsz, given, how, on_step)
         self.train(training)

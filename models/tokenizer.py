@@ -3,6 +3,8 @@
 from functools import cached_property
 from typing import Any
 
+import models.location  # noqa: F401, before packages of the same names
+
 import torch
 from torch import Tensor
 

@@ -125,6 +125,20 @@ def lossy_stderr() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def leave(status: int) -> NoReturn:
+    """End this process with exit status ``status``.
+
+    Python's own exit destroys the process group of a failed run. That waits for ranks that are
+    missing, and aborts (status 134) if a thread of the group is still at work.
+    """
+    if not dist.is_initialized():
+        sys.exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
 @lossy_stderr()
 def run(main: Callable[[], None]) -> None:
     """Run a script's ``main``, and turn its errors into exit statuses.
@@ -138,19 +152,19 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except ReportedByRank0:
-        sys.exit(USER_ERROR_STATUS)
+        leave(USER_ERROR_STATUS)
     except UserError as error:
         message = one_line(error)
         launcher.note_end(USER_ERROR_STATUS, message)
         print(f"{where()}error: {message}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR_STATUS)
+        leave(USER_ERROR_STATUS)
     except Preempted as error:
         launcher.note_end(PREEMPTED_STATUS, str(error))
         print(f"stopped: {error}", file=sys.stderr, flush=True)
-        sys.exit(PREEMPTED_STATUS)
+        leave(PREEMPTED_STATUS)
     except KeyboardInterrupt:  # outside of training, which saves first
         print(f"{where()}interrupted", file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED_STATUS)
+        leave(INTERRUPTED_STATUS)
     except RuntimeError as error:
         if not lost_process(error):
             raise
@@ -160,8 +174,7 @@ def run(main: Callable[[], None]) -> None:
             file=sys.stderr,
             flush=True,
         )
-        # A normal exit would destroy the process group, which waits for the missing rank.
-        os._exit(1)
+        leave(1)
 
 
 def repeat_end(status: int, message: str, rank: int) -> NoReturn:

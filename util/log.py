@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -41,12 +41,27 @@ def duration(seconds: float) -> str:
     return f"{seconds / 86_400:.3g} days"
 
 
+class LineBar(tqdm):
+    """A progress bar for files and pipes, where every state is a line of its own."""
+
+    @staticmethod
+    def status_printer(file: Any) -> Callable[[str], None]:
+        """Return the function that writes a state."""
+
+        def write(text: str) -> None:
+            if text:
+                print(text, file=file, flush=True)
+
+        return write
+
+
 def progress_bar(iterable: Iterable | None = None, **options) -> tqdm:
     """Return a progress bar with rate and remaining time, which only rank 0 shows.
 
-    It is redrawn every 20 s if standard error is no terminal. Use it in a ``with`` block: that ends
-    the line of the bar before an error is printed.
+    If standard error is no terminal, it writes a line every 20 s instead. Use it in a ``with``
+    block: that ends the line of the bar before an error is printed.
     """
-    interactive = sys.stderr.isatty()
-    options = {"mininterval": 0.5 if interactive else 20.0, "dynamic_ncols": interactive, **options}
-    return tqdm(iterable, disable=not distributed.is_main_process(), **options)
+    disable = not distributed.is_main_process()
+    if sys.stderr.isatty():
+        return tqdm(iterable, disable=disable, mininterval=0.5, dynamic_ncols=True, **options)
+    return LineBar(iterable, disable=disable, **{"mininterval": 20.0, **options})

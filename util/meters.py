@@ -159,7 +159,8 @@ class TrainingLog:
                 f"epoch {epoch} loss {metrics['train/loss']:.4f}{beside} "
                 f"lr {metrics['train/lr']:.2e} "
                 f"{metrics['speed/images_per_second']:.1f} img/s "
-                f"MFU {metrics['speed/model_flops_utilization']:.0%}"
+                f"MFU {metrics['speed/model_flops_utilization']:.0%}",
+                refresh=False,
             )
         if self.writer is not None:
             self.writer.add_scalars(metrics, steps_done)

@@ -323,6 +323,29 @@ def test_compiled_blocks_give_the_same_gradients_and_images_for_every_number_of_
 # Sampling.
 
 
+@pytest.mark.skipif(not fast.can_pack(torch.bfloat16), reason="oneDNN does not multiply in bf16")
+@pytest.mark.parametrize("head", HEADS)
+def test_packed_weights_multiply_as_those_of_autocast(head, monkeypatch):
+    model = small(head).requires_grad_(False)
+    options = {"num_iter": 5, "cfg": 2.0, "labels": torch.arange(3), "seeds": [1, 2, 3]}
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = model.sample_tokens(3, **options)
+        monkeypatch.setattr(fast, "can_pack", lambda dtype: False)
+        assert torch.equal(model.sample_tokens(3, **options), packed)
+
+
+@pytest.mark.skipif(not fast.can_pack(torch.float32), reason="no oneDNN")
+def test_layers_read_their_weights_again_after_sampling():
+    model = small("ar").requires_grad_(False)
+    layer = model.backbone.z_proj
+    x = torch.randn(3, layer.in_features)
+    with fast.prepared_weights(model, torch.device("cpu")):
+        before = layer(x)
+        layer.weight.zero_()
+        assert torch.equal(layer(x), before)  # the packed copy
+    assert torch.equal(layer(x), layer.bias.expand(3, -1))
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("order", ["random", "confidence"])
 def test_fast_models_sample_what_plain_ones_do(head, order, monkeypatch):

@@ -422,9 +422,12 @@ def test_masks_of_two_readings_are_refused(mask, image):
         ({"image": noise(16, 16), "strength": 0.0}, "strength 0.0: it must be above 0"),
         ({"strength": 0.5}, "strength is for variations"),
         ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 4, 4), "strength": 0.5}, "strength is for variations"),
-        ({"num_inference_steps": 4}, "no option num_inference_steps: its name here is num_iter"),
-        ({"guidance_scale": 2.0}, "its name here is cfg"),
-        ({"generator": torch.Generator()}, r"its name here is seeds \(numbers"),
+        ({"num_inference_steps": 4}, "no option num_inference_steps: pass num_iter"),
+        ({"guidance_scale": 2.0}, "pass cfg"),
+        ({"generator": torch.Generator()}, r"pass seeds, a number"),
+        ({"seeds": torch.Generator()}, "seeds must be whole numbers"),
+        ({"output_type": "np"}, "no option output_type: images are PIL images"),
+        ({"confidence_noise": 1.0}, "confidence_noise only applies to"),
         ({"steps": 4}, "no option steps: sampling takes num_iter, cfg, "),
         ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 0, 0)}, "the mask covers nothing"),
         ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 16, 16)}, "the mask covers all"),
@@ -459,6 +462,38 @@ def test_what_cannot_be_made_is_told(pipe, given, says):
         and "tensor(" not in str(error.value)
         and "array(" not in str(error.value)
     )
+
+
+def test_what_a_pipeline_cannot_be_made_of_is_told(pipe, trained, vae_path):
+    load = TokenBridgePipeline.from_pretrained
+    for says, make in {
+        "no option torch_dtype: pass precision": lambda: load(trained, torch_dtype=torch.float16),
+        "no option device: move the pipeline": lambda: load(trained, device="cpu"),
+        "no option vae: pass tokenizer": lambda: load(trained, vae=vae_path),
+        "no option emma: from_pretrained takes tokenizer, ema": lambda: load(trained, emma=True),
+        "precision 'bf15': choose fp32, bf16, fp16": lambda: load(
+            trained, vae_path, precision="bf15"
+        ),
+        "a Tokenizer, not of TokenBridge and AutoencoderKL": lambda: TokenBridgePipeline(
+            pipe.model, pipe.tokenizer.vae
+        ),
+        "stay float32: torch.float16 is a precision": lambda: pipe.to(torch.float16),
+    }.items():
+        with pytest.raises(UserError, match=says):
+            make()
+
+
+def test_a_named_region_is_a_mask_of_the_cropped_image(pipe):
+    image = noise(32, 16)
+    made = {
+        mask: pipe(0, image=image, mask_image=given, num_iter=2).images[0].tobytes()
+        for mask, given in {
+            "named": "lower half",
+            "drawn": box(32, 16, 0, 8, 32, 16),
+            "middle": "middle",
+        }.items()
+    }
+    assert made["named"] == made["drawn"] != made["middle"]
 
 
 def test_an_image_of_which_no_token_is_kept_is_told(pipe, caplog):

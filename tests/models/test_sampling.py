@@ -1,7 +1,7 @@
 """Generation against the published sampler's results, plain loops, and as properties."""
 
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -108,7 +108,8 @@ def test_operations_follow_the_plan(small_model):
 def test_orders_that_spread_tokens(small_model, order):
     options = {"step_schedule": order} if order == "two-stage" else {"order": order}
     draws = sampling.ImageDraws(20, torch.device("cpu"), range(20))
-    orders = sampling.initial_orders(SamplingOptions(8, **options), draws, 64)
+    two_stage = order == "two-stage"
+    orders = (sampling.checkerboard_order if two_stage else sampling.ORDERS[order])(draws, 64)
     assert torch.equal(orders.sort(dim=1).values, torch.arange(64).expand(20, -1))
     assert len({tuple(row.tolist()) for row in orders}) > 10
     first = orders[:, 32:]  # tokens are taken from the end
@@ -307,6 +308,16 @@ def test_raster_order_goes_row_by_row(small_model):
     assert torch.equal(small_model.sample_tokens(**options, order="raster"), expected)
 
 
+def test_all_orders_and_schedules_differ(small_model):
+    options = {"labels": torch.tensor([0, 1]), "seeds": [0, 1]}
+    choices = [{"order": order} for order in sampling.ORDERS]
+    choices += [{"step_schedule": name} for name in sampling.STEP_SCHEDULES if name != "cosine"]
+    choices += [{"cfg_schedule": name, "cfg": 3.0} for name in sampling.SCHEDULES]
+    sampled = [small_model.sample_tokens(2, 4, **options, **choice) for choice in choices]
+    for one, other in combinations(sampled, 2):
+        assert not torch.equal(one, other)
+
+
 @pytest.mark.parametrize("order", sampling.ORDERS)
 def test_known_tokens_stay_a_different_number_in_each_image(small_model, order):
     known = torch.randn(4, 16, 4, 4)
@@ -373,6 +384,8 @@ def test_bad_orders_and_known_tokens_are_named(small_model):
         "first_place is one of": {"first_place": "last"},
         "do not pass orders": {"order": "confidence", "orders": small_model.sample_orders(2)},
         "'halton' chooses its own": {"order": "halton", "orders": small_model.sample_orders(2)},
+        "'raster' chooses its own": {"order": "raster", "orders": small_model.sample_orders(2)},
+        "confidence_noise only applies to": {"confidence_noise": 1.0},
         "0 <= LOW < HIGH <= 1": {"cfg_interval": (0.5, 0.5)},
         "cfg_interval is 0 to 1.5": {"cfg_interval": (0, 1.5)},
         "cfg_reuse is a number of steps": {"cfg_reuse": 0},

@@ -1,5 +1,6 @@
 """Commands started with an interpreter that lacks the packages, and packages of another project."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -34,14 +35,38 @@ def test_an_interpreter_without_the_packages_is_told_which_environment_to_activa
     assert "source .venv/bin/activate" in ran.stderr
 
 
+def import_error(code, folder, *options):
+    """Return the message of the ImportError that ``code`` raises in ``folder``."""
+    ran = subprocess.run(
+        [sys.executable, *options, "-c", code], cwd=folder, capture_output=True, text=True
+    )
+    kind, message = ran.stderr.splitlines()[-1].split(": ", 1)
+    assert kind == "ImportError"
+    return message
+
+
 def test_a_package_util_of_another_project_is_named(tmp_path):
     (tmp_path / "util").mkdir()
     (tmp_path / "util" / "misc.py").touch()
     code = f"import sys, util.misc; sys.path.insert(0, {str(ROOT)!r}); import models"
     # Isolated from the environment, in which this project is installed
-    ran = subprocess.run(
-        [sys.executable, "-S", "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    line = ran.stderr.splitlines()[-1]
-    assert line.startswith(f"ImportError: the package models of {ROOT} needs the package util")
-    assert f"was imported from {tmp_path / 'util'}, another project's" in line
+    message = import_error(code, tmp_path, "-S")
+    assert message.startswith(f"TokenBridge in {ROOT} needs its own package util, but util was")
+    assert f"imported from {tmp_path / 'util'}, another project's" in message
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("__editable___tokenbridge_0_1_0_finder") is None,
+    reason="the project is not installed",
+)
+@pytest.mark.parametrize("module", ["pipeline", "tokenbridge", "tokenizer", "quantizer"])
+def test_the_installed_project_is_not_mixed_with_folders_of_the_same_names(tmp_path, module):
+    for name in ("models/vae.py", "util/lr_sched.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    message = import_error(f"import models.{module}", tmp_path)
+    assert f"needs its own package models, but models was imported from {tmp_path}" in message
+    (tmp_path / "models" / "vae.py").unlink()
+    (tmp_path / "models").rmdir()
+    message = import_error(f"import models.{module}", tmp_path)
+    assert f"needs its own package util, but util was imported from {tmp_path}" in message

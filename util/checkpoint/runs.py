@@ -69,6 +69,12 @@ def find_pretrained(
                 f"there is no file or folder {model}, and it is not a repository (owner/repo) on "
                 "the Hub"
             )
+        if folder.is_dir():
+            raise UserError(
+                f"there is no file or folder {model}; for a repository on the Hub, write "
+                f"hf://{model}"
+            )
+        log.info("there is no file or folder %s: looking for this repository on the Hub", model)
         source = f"hf://{model}"
     if hub.is_address(source) and revision is not None:
         address = hub.parse_address(source)

@@ -86,8 +86,11 @@ def find_class(query: str, names: Sequence[str]) -> int:
         if close:
             hint = f"did you mean {', '.join(close)}?"
         else:
-            all_names = f": {', '.join(names)}" if len(names) <= 20 else ""
-            hint = f"there are {len(names)}, numbered from 0{all_names}"
+            hint = f"there are {len(names)}, numbered from 0"
+            if len(names) == 1:
+                hint = "the model has a single class, 0"
+            elif len(names) <= 20:
+                hint += f": {', '.join(names)}"
         raise UserError(f"no class {query!r}: {hint}")
     if len(candidates) > 1:
         several = "; ".join(f"{names[label]} (number {label})" for label in candidates)
