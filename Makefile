@@ -69,6 +69,7 @@ $(VENV)/.installed: requirements.lock
 	$(if $(SOUND)$(filter $(FOUND),$(NEWER)),,$(error $(TOO_OLD)))
 	$(if $(SOUND),,$(PYTHON) -m venv --clear $(VENV))
 	rm -f $@
+	@echo "installing the packages of requirements.lock into $(VENV), which takes minutes"
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@

@@ -1,7 +1,7 @@
 """Encode images to scaled latents and decode them, with a frozen VAE and a latent factor."""
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import models.location  # noqa: F401, before packages of the same names
 
@@ -22,6 +22,20 @@ PIXEL_BUDGET = {"cpu": 2**17, "cuda": 2**22}
 def images_at_once(device: torch.device, pixels: int) -> int:
     """Return the number of images of ``pixels`` pixels each to pass to the VAE in one call."""
     return max(1, PIXEL_BUDGET.get(device.type, 2**22) // pixels)
+
+
+class VAE(Protocol):
+    """What a tokenizer needs of an autoencoder, a module."""
+
+    embed_dim: int  # latent channels C
+    stride: int  # pixels that a latent position covers, in each direction
+    config: dict[str, Any]  # caches and checkpoints store it
+
+    def encode(self, images: Tensor) -> DiagonalGaussianDistribution:
+        """Return the posterior of the latents ``[B, C, h, w]`` of images in [-1, 1]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return images ``[B, 3, H, W]``, about [-1, 1]."""
 
 
 class LatentPosterior:
@@ -73,8 +87,8 @@ class Tokenizer:
     """A frozen VAE with the scale of its latents.
 
     Args:
-        vae: an :class:`models.vae.AutoencoderKL`, :class:`models.diffusers_vae.DiffusersVAE` or
-            :class:`models.tiny_vae.TinyAutoencoder`.
+        vae: a :class:`VAE`, such as :class:`models.vae.AutoencoderKL`,
+            :class:`models.diffusers_vae.DiffusersVAE` or :class:`models.tiny_vae.TinyAutoencoder`.
         latent_factor: the scale of the latents. Models are trained on latents times this factor.
         source: the path or address of the VAE, for messages.
 

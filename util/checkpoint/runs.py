@@ -27,6 +27,12 @@ LOOKS, PAUSE = 12, 5.0
 NO_PROGRESS = (-2, 0.0)
 
 
+def download_hint(path: str | Path) -> str:
+    """Return how to download a missing file, if it is one of those that are downloaded."""
+    downloads = "pretrained_models" in Path(str(path)).parts
+    return "python -m tools.download fetches the published models" if downloads else ""
+
+
 def find_checkpoint(
     resume: str | Path | hub.Address, names: Sequence[str] = RUN_NAMES, **options
 ) -> Path:
@@ -40,9 +46,8 @@ def find_checkpoint(
     path = locate(resume, names, **options)
     if not path.is_file():
         preposition = "in" if Path(str(resume)).is_dir() else "at"
-        raise UserError(
-            f"no {names[0]} {preposition} {resume}; pass the file, or the folder that contains it"
-        )
+        remedy = download_hint(path) or "pass the file, or the folder that contains it"
+        raise UserError(f"no {names[0]} {preposition} {resume}; {remedy}")
     return path
 
 
@@ -65,10 +70,8 @@ def find_pretrained(
         if close := difflib.get_close_matches(str(Path(model)), siblings, n=1):
             raise UserError(f"there is no file or folder {model}; did you mean {close[0]}?")
         if str(model).count("/") != 1:
-            raise UserError(
-                f"there is no file or folder {model}, and it is not a repository (owner/repo) on "
-                "the Hub"
-            )
+            remedy = download_hint(model) or "and it is not a repository (owner/repo) on the Hub"
+            raise UserError(f"there is no file or folder {model}, {remedy}")
         if folder.is_dir():
             raise UserError(
                 f"there is no file or folder {model}; for a repository on the Hub, write "
