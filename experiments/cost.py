@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help=text)
     parser.add_argument("--num_images", type=int, default=600, help="images of each setting")
     parser.add_argument("--batch_size", type=int, default=200, help="images sampled at once")
-    text = "file to write; settings and seeds that it has are not measured again"
+    text = "file to write or add to; what it has of this model is not measured again"
     parser.add_argument("--json", default="", help=text)
     add_sampling_args(parser, SamplingOptions)
     return parser
@@ -84,7 +84,11 @@ def main() -> None:
         names = SamplingOptions.__dataclass_fields__
         base = SamplingOptions(**{name: getattr(args, name) for name in names})
         rows = read_json(args.json)["rows"] if Path(args.json).exists() else []
-        measured = {(row["family"], row["steps"], row["seed"]) for row in rows}
+        measured = {
+            (row["family"], row["steps"], row["seed"])
+            for row in rows
+            if row["resume"] == args.resume
+        }
         for (family, options), seed in product(all_settings(base), args.seeds):
             if (family, options.num_iter, seed) in measured:
                 continue
@@ -98,6 +102,7 @@ def main() -> None:
             started = time.perf_counter()
             images = sampled_images(pipe, settings).to(device)
             row = {
+                "resume": args.resume,
                 "family": family,
                 "steps": options.num_iter,
                 "seed": seed,
@@ -109,8 +114,7 @@ def main() -> None:
             rows.append(row)
             text = "%s, %d steps, seed %d: Frechet distance %.1f, recognized %.3f"
             log.info(text, family, options.num_iter, seed, row["frechet"], row["recognized"])
-            content = {"rows": rows, "base": asdict(base), "resume": args.resume}
-            write_json(args.json, {**content, **provenance()})
+            write_json(args.json, {"rows": rows, "base": asdict(base), **provenance()})
 
 
 if __name__ == "__main__":

@@ -183,10 +183,25 @@ class Setting(NamedTuple):
         return min(lower.pvalue, higher.pvalue) < 0.05
 
 
+def without_differences_of_models(rows: list[dict], name: str) -> None:
+    """Give all trained models the same mean of the measure ``name``, over all settings."""
+    by_model: dict[str, list[dict]] = {}
+    for row in rows:
+        by_model.setdefault(row["resume"], []).append(row)
+    overall = statistics.mean(row[name] for row in rows)
+    for own in by_model.values():
+        difference = statistics.mean(row[name] for row in own) - overall
+        for row in own:
+            row[name] -= difference
+
+
 def measured_settings(path: Path) -> list[Setting]:
     """Return the settings that :mod:`experiments.cost` measured; the first one is the reference."""
     by_setting: dict[tuple[str, int], list[dict]] = {}
-    for row in read_json(path)["rows"]:
+    rows = read_json(path)["rows"]
+    for name in ("recognized", "frechet"):
+        without_differences_of_models(rows, name)
+    for row in rows:
         by_setting.setdefault((row["family"], row["steps"]), []).append(row)
     return [
         Setting(

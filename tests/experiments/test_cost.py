@@ -7,7 +7,7 @@ import torch
 
 from experiments import cost
 from experiments.features import FeatureNet
-from experiments.report import Setting, cost_table, plot_cost
+from experiments.report import Setting, cost_table, measured_settings, plot_cost
 from models.sampling import SamplingOptions
 from models.tokenbridge import TokenBridge
 
@@ -50,3 +50,20 @@ def test_a_setting_is_worse_only_if_seeds_say_so():
     assert setting([0.70, 0.71, 0.72], [18.0, 19.0, 18.5]).is_worse_than(first)
     assert setting([0.80, 0.82, 0.81], [22.0, 23.0, 22.5]).is_worse_than(first)
     assert not setting([0.90, 0.91, 0.92], [12.0, 13.0, 12.5]).is_worse_than(first)
+
+
+def test_models_of_different_quality_do_not_hide_that_a_setting_is_worse(tmp_path):
+    def row(model: str, steps: int, seed: int, frechet: float) -> dict:
+        described = {"resume": model, "family": "random order", "steps": steps, "seed": seed}
+        return {**described, "gflop": 1.0, "seconds": 1.0, "frechet": frechet, "recognized": 0.9}
+
+    rows = [
+        row(model, steps, seed, level + worse + 0.1 * seed)
+        for model, level in (("one", 20.0), ("other", 80.0))
+        for steps, worse in ((16, 0.0), (4, 2.0))
+        for seed in range(3)
+    ]
+    (tmp_path / "cost.json").write_text(json.dumps({"rows": rows}))
+    first, fewer = measured_settings(tmp_path / "cost.json")
+    assert fewer.is_worse_than(first) and not first.is_worse_than(fewer)
+    assert len(first.frechet) == 6 and max(first.frechet) == pytest.approx(49.2)
