@@ -422,7 +422,9 @@ def sample_and_measure(
     def write_results() -> None:
         if metrics:
             log.info("%s", metrics_table(metrics))
-        made_with = {"settings": asdict(settings), "weights": weights, "args": vars(args)}
+        # The model's flags as in its checkpoint
+        flags = {name: model.config.get(name, value) for name, value in vars(args).items()}
+        made_with = {"settings": asdict(settings), "weights": weights, "args": flags}
         if run.evaluator is not None:
             made_with["measured_against"] = reference_identity(args)
         write_json(
@@ -430,7 +432,7 @@ def sample_and_measure(
         )
         if run.evaluator is not None and not args.keep_images:
             folder.remove_images()
-        log.info("sampled %d images; %s.png shows some of them", args.num_images, folder)
+        log.info("sampled %d images; see %s.png", args.num_images, folder)
 
     distributed.on_rank_0(write_results)
     return metrics
@@ -572,6 +574,7 @@ def evaluate_online(
     weights = {"epoch": epoch, "ema": not args.no_ema, **checksums}
 
     # Likelihood
+    log.info("measuring after epoch %d", epoch)
     if args.online_nll:
         path = folder / f"epoch{epoch:04d}-likelihood"
         with skipped_if_not_finite(epoch):

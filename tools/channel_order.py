@@ -165,7 +165,7 @@ def main() -> None:
         if distributed.is_main_process():
             rows = [[channel, shares[channel].item()] for channel in order]
             log.info("%s", markdown(["channel", "low-frequency share"], rows))
-            log.info("--channel_order %s", ",".join(map(str, order)))
+            log.info("to train in this order: --channel_order %s", ",".join(map(str, order)))
             folder = Path(args.output_dir)
             results = {
                 "order": order,

@@ -142,7 +142,8 @@ def plot_levels(latents: Tensor, levels: ScalarQuantizer, unit: str) -> Figure:
     edges, density = level_density(latents, levels)
     axes.stairs(density, edges, color="tab:purple", label=f"quantized to {levels.levels} levels")
     normal = norm.pdf(x, float(latents.mean()), float(latents.std()))
-    axes.plot(x, normal, color="black", lw=1, label="normal")
+    axes.plot(x, normal, color="black", lw=1, label="normal of this mean and std")
+    axes.plot([], [], color="black", lw=0.5, ls="--", label="standard normal (below)")
     centers = levels.dequantize(torch.arange(levels.levels)).numpy()
     axes.plot(centers, np.full(len(centers), -0.012), "|", color="tab:purple", ms=8, label="levels")
     axes.set(xlim=(-span, span), xlabel=f"latent ({unit})", ylabel="density")
@@ -153,7 +154,7 @@ def plot_levels(latents: Tensor, levels: ScalarQuantizer, unit: str) -> Figure:
         small = figure.add_subplot(grid[1 + number // columns, number % columns])
         bins = x[::8].tolist()
         small.hist(channel.numpy(), bins=bins, density=True, color="tab:purple", alpha=0.6)
-        small.plot(x, norm.pdf(x), color="black", lw=0.5)
+        small.plot(x, norm.pdf(x), color="black", lw=0.5, ls="--")
         title = f"channel {number}: {channel.mean():.2f} +- {channel.std():.2f}"
         small.set_title(title, fontsize=7)
         small.set(xlim=(-span, span), yticks=[])

@@ -434,6 +434,7 @@ def test_masks_of_two_readings_are_refused(mask, image):
         ({"image": noise(60, 16), "mask_image": box(60, 16, 0, 0, 9, 16)}, "nothing of the cropped image"),
         ({"image": noise(16, 16), "mask_image": box(16, 15, 0, 0, 4, 4)}, "mask has 16x15 pixels, the image 16x16"),
         ({"image": noise(16, 16), "mask_image": [box(16, 16, 0, 0, 4, 4), None]}, "a mask for each image, or none"),
+        ({"image": noise(16, 16), "mask_image": "midle"}, "no image midle, and no region .*: upper half"),
         ({"image": "nowhere.png"}, "no image at nowhere.png"),
         ({"image": [None, noise(16, 16)]}, "pass an image to edit for each generated image, or none"),
         ({"image": torch.zeros(16, 16, 3)}, r"image has the shape \[16, 16, 3\]: pass a tensor \[3, H, W\]"),

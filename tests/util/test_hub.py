@@ -12,6 +12,7 @@ from tests.conftest import OWN, TINY, described, point_to, same_states
 from tests.hub_server import COMMIT
 from tools import checkpoint as commands
 from util.checkpoint import hub
+from util.checkpoint.runs import find_checkpoint
 from util.errors import UserError
 
 
@@ -22,7 +23,7 @@ def test_a_model_goes_to_the_hub_and_comes_back_also_without_a_network(
     address = model.push_to_hub(OWN, token="hf_right", private=True)
     assert address.endswith(f"{OWN}/commit/{COMMIT}")
     assert set(served.repos[OWN]) == {"model.safetensors", "config.json", "README.md"}
-    assert f'from_pretrained("{OWN}", "' in served.repos[OWN]["README.md"].decode()
+    assert f'from_pretrained("{OWN}")' in served.repos[OWN]["README.md"].decode()
     with pytest.raises(
         UserError,
         match=r"there is no repository owner/repo at .*, or it is private: .*hf auth login",
@@ -134,6 +135,15 @@ def test_a_repository_of_several_models_says_how_each_is_named(served, asked, ad
 def test_names_that_are_neither_here_nor_on_the_hub(served, tmp_path):
     with pytest.raises(UserError, match=r"there is no file or folder no/such/folder, .*owner/repo"):
         TokenBridge.from_pretrained("no/such/folder")
+    (tmp_path / "my_run").mkdir()
+    with pytest.raises(UserError, match="did you mean .*/my_run"):
+        TokenBridge.from_pretrained(tmp_path / "my_rum")
+    with pytest.raises(UserError, match="no checkpoint-last.pth at .*; did you mean .*/my_run"):
+        find_checkpoint(tmp_path / "my_rum")
+    with pytest.raises(UserError, match="no checkpoint-last.pth in .*; pass the file"):
+        find_checkpoint(tmp_path / "my_run")
+    with pytest.raises(UserError, match="; python -m tools.download fetches"):
+        find_checkpoint("pretrained_models/tokenbridge/another")
     with pytest.raises(UserError, match="cannot write to hf://owner/repo"):
         described().push_to_hub(OWN, token="hf_wrong")
     (tmp_path / "config.json").write_text("{")
@@ -226,7 +236,6 @@ def test_arguments_of_from_pretrained_are_taken_or_refused(served, tmp_path):
         TokenBridge.from_pretrained(OWN, atn_dropout=0.3)
     assert hub.parse_address("hf://o/r@refs/pr/1/a.pth") == ("o/r", "refs/pr/1", "a.pth")
     card = str(model.generate_model_card())
-    assert (
-        "path/to/its/tokenizer" in card and "kl16.ckpt" not in card
-    )  # its latent factor is another
+    assert 'from_pretrained("owner/repo")' in card  # no KL-16: its latent factor is another
+    assert "if it is elsewhere, pass its path" in card
     assert "hf://me/vae" in str(model.generate_model_card(tokenizer="hf://me/vae"))

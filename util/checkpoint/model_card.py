@@ -34,7 +34,7 @@ def model_card(
         data: metadata that the Hub shows.
         repo_id: path or repository of the model, for the example in the card.
         tokenizer: path or address of the tokenizer, for the example; by default the published
-            KL-16, if the latent factors agree.
+            KL-16, if the latent factors agree, and otherwise the folder ``vae`` beside the model.
         figures: content of a ``samples.json``: metrics and settings of an evaluation.
         licence: of the weights, by the Hub's short name, such as ``mit``.
     """
@@ -45,14 +45,16 @@ def model_card(
             model.config["vae_embed_dim"] == 16
             and model.metadata.get("latent_factor") == KL16_LATENT_FACTOR
         )
-        tokenizer = f"hf://{hub.VAE_REPO}/kl16.ckpt" if kl16 else "path/to/its/tokenizer"
+        tokenizer = f"hf://{hub.VAE_REPO}/kl16.ckpt" if kl16 else None
     return ModelCard.from_template(
         data,
         template_path=str(CARD),
         title=repo_id.rpartition("/")[2] or repo_id,
         repo_id=repo_id,
-        tokenizer=tokenizer,
+        tokenizer=f', "{tokenizer}"' if tokenizer else "",
+        channels=" one after the other" if model.config["head"] == "ar" else "",
         images=min(8, model.class_num),
+        cfg=3.0 if model.class_num > 1 else 1.0,
         sizes=sizes_table(model),
         figures=figures_table(figures or {}, [*SETTINGS, *model.head.option_names()]),
         licence=f"{licence}." if licence else "Not stated. Ask the authors of the model.",
@@ -67,9 +69,10 @@ def sizes_table(model: nn.Module) -> str:
     head_size = f"{config['channel_depth']} blocks of width {config['channel_embed_dim']}"
     levels = config["quant_levels"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows = [
+    rows: list[list[Any]] = [
         ["parameters", f"{parameters / 1e6:.1f}M"],
-        ["image", f"{size} x {size} pixels, {config['class_num']} classes"],
+        ["image", f"{size} x {size} pixels"],
+        ["classes", config["class_num"]],
         ["tokens", f"{model.seq_len} of {model.token_dim} channels, {levels} levels each"],
         ["backbone", f"{depths} blocks of width {config['encoder_embed_dim']}"],
         ["head", f"{config['head']}, {head_size}"],

@@ -27,10 +27,16 @@ LOOKS, PAUSE = 12, 5.0
 NO_PROGRESS = (-2, 0.0)
 
 
-def download_hint(path: str | Path) -> str:
-    """Return how to download a missing file, if it is one of those that are downloaded."""
-    downloads = "pretrained_models" in Path(str(path)).parts
-    return "python -m tools.download fetches the published models" if downloads else ""
+def hint(path: str | Path | hub.Address) -> str:
+    """Return what a missing ``path`` may be instead, or how to download it; empty if unknown."""
+    path = Path(str(path))
+    if not path.exists() and path.parent.is_dir():
+        siblings = [str(sibling) for sibling in path.parent.iterdir()]
+        if close := difflib.get_close_matches(str(path), siblings, n=1):
+            return f"did you mean {close[0]}?"
+    if "pretrained_models" in path.parts:
+        return "python -m tools.download fetches the published models"
+    return ""
 
 
 def find_checkpoint(
@@ -46,7 +52,7 @@ def find_checkpoint(
     path = locate(resume, names, **options)
     if not path.is_file():
         preposition = "in" if Path(str(resume)).is_dir() else "at"
-        remedy = download_hint(path) or "pass the file, or the folder that contains it"
+        remedy = hint(resume) or "pass the file, or the folder that contains it"
         raise UserError(f"no {names[0]} {preposition} {resume}; {remedy}")
     return path
 
@@ -65,14 +71,14 @@ def find_pretrained(
     """
     source: str | Path | hub.Address = model
     if not hub.is_address(model) and not Path(model).exists():
-        folder = Path(model).parent
-        siblings = [str(path) for path in folder.iterdir()] if folder.is_dir() else []
-        if close := difflib.get_close_matches(str(Path(model)), siblings, n=1):
-            raise UserError(f"there is no file or folder {model}; did you mean {close[0]}?")
+        if remedy := hint(model):
+            raise UserError(f"there is no file or folder {model}; {remedy}")
         if str(model).count("/") != 1:
-            remedy = download_hint(model) or "and it is not a repository (owner/repo) on the Hub"
-            raise UserError(f"there is no file or folder {model}, {remedy}")
-        if folder.is_dir():
+            raise UserError(
+                f"there is no file or folder {model}, and it is not a repository (owner/repo) on "
+                "the Hub"
+            )
+        if Path(model).parent.is_dir():
             raise UserError(
                 f"there is no file or folder {model}; for a repository on the Hub, write "
                 f"hf://{model}"

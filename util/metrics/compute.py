@@ -142,7 +142,10 @@ def warn_if_few(count: int, what: str, network: FeatureNetwork) -> None:
     """Warn that the Frechet distance is biased if there are fewer images than features."""
     width, metric = network.widths[POOL], METRIC_TITLES[metric_names(network.name)["frechet"]]
     if count < width:
-        text = "%d %s are fewer than %s's %d features: %s is biased"
+        text = (
+            "%d %s are fewer than %s's %d features: %s is too high, and only comparable with that "
+            "of equally many"
+        )
         warn(text, count, what, FEATURES[network.name], width, metric)
 
 
