@@ -136,13 +136,13 @@ def test_names_that_are_neither_here_nor_on_the_hub(served, tmp_path):
     with pytest.raises(UserError, match=r"there is no file or folder no/such/folder, .*owner/repo"):
         TokenBridge.from_pretrained("no/such/folder")
     (tmp_path / "my_run").mkdir()
-    with pytest.raises(UserError, match="did you mean .*/my_run"):
+    with pytest.raises(UserError, match=r"did you mean .*/my_run"):
         TokenBridge.from_pretrained(tmp_path / "my_rum")
-    with pytest.raises(UserError, match="no checkpoint-last.pth at .*; did you mean .*/my_run"):
+    with pytest.raises(UserError, match=r"no checkpoint-last.pth at .*; did you mean .*/my_run"):
         find_checkpoint(tmp_path / "my_rum")
-    with pytest.raises(UserError, match="no checkpoint-last.pth in .*; pass the file"):
+    with pytest.raises(UserError, match=r"no checkpoint-last.pth in .*; pass the file"):
         find_checkpoint(tmp_path / "my_run")
-    with pytest.raises(UserError, match="; python -m tools.download fetches"):
+    with pytest.raises(UserError, match=r"; python -m tools.download fetches"):
         find_checkpoint("pretrained_models/tokenbridge/another")
     with pytest.raises(UserError, match="cannot write to hf://owner/repo"):
         described().push_to_hub(OWN, token="hf_wrong")
