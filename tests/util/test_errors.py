@@ -55,6 +55,24 @@ def test_ctrl_c_is_one_line_and_the_status_of_shells(capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize("error", ["UserError('text')", "ReportedByRank0('text')", "Preempted()"])
+def test_a_failed_rank_ends_without_the_exit_of_python(tmp_path, error):
+    # There, gloo's threads may abort the process; this function does so always.
+    code = f"""
+import atexit, os
+import torch.distributed as dist
+from util.errors import Preempted, ReportedByRank0, UserError, run
+def main():
+    dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+    atexit.register(os.abort)
+    raise {error}
+run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == (75 if "Preempted" in error else 2), ended.stderr
+    assert ("text" in ended.stderr) == error.startswith("User")
+
+
 @pytest.mark.parametrize("output", ["/dev/full", "a pipe that nobody reads"])
 def test_a_run_whose_messages_cannot_be_written_goes_on_to_its_own_status(output):
     code = (
