@@ -1,9 +1,10 @@
 """Generate and edit images with a model and its tokenizer."""
 
 import argparse
+import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,17 @@ GRAY = 128
 DEFAULT_STRENGTH = 0.5
 #: Arguments of ``from_pretrained`` for models on the Hub.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+#: Arguments of a call, besides those of sampling.
+CALL_OPTIONS = (
+    "class_labels",
+    "seeds",
+    "image",
+    "mask_image",
+    "strength",
+    "gen_seed",
+    "batch_size",
+    "callback",
+)
 #: Arguments of diffusers' pipelines, and what to do here instead.
 DIFFUSERS_ARGUMENTS = {
     "prompt": "pass class_labels",
@@ -126,8 +138,9 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
     """
     known = list(known)
     for name in sorted(set(given) - set(known)):
-        remedy = DIFFUSERS_ARGUMENTS.get(name, f"{what} {', '.join(known)}")
-        raise UserError(f"there is no option {name}: {remedy}")
+        close = difflib.get_close_matches(name, known, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"{what} {', '.join(known)}"
+        raise UserError(f"there is no option {name}: {DIFFUSERS_ARGUMENTS.get(name, remedy)}")
 
 
 def as_list(value: Any) -> list:
@@ -264,6 +277,10 @@ class TokenBridgePipeline:
                 or an option is unknown.
         """
         check_names(options, HUB_OPTIONS, "from_pretrained takes tokenizer, ema, precision,")
+        if isinstance(tokenizer, Tokenizer):
+            raise UserError(
+                "tokenizer is a path here; for an object, use TokenBridgePipeline(model, object)"
+            )
         path, source = find_pretrained(model, **options)
         content = read_run(path)
         if tokenizer is None:
@@ -273,19 +290,41 @@ class TokenBridgePipeline:
         loaded_model: Any = TokenBridge.from_content(content, path, ema)
         return cls(loaded_model, loaded_tokenizer, precision, str(path))
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model and tokenizer for :meth:`from_pretrained`, the tokenizer to ``vae/``.
+
+        Raises:
+            UserError: the disk is full, the folder cannot be written, or the tokenizer is one of
+                diffusers, whose folder can be copied.
+        """
+        if not hasattr(self.tokenizer.vae, "save_pretrained"):
+            raise UserError(
+                f"save the model with model.save_pretrained({str(folder)!r}), and copy the "
+                f"tokenizer's folder, {self.tokenizer.source}, to {folder}/vae"
+            )
+        identity = {
+            "latent_factor": self.tokenizer.latent_factor,
+            "vae_sha256": self.tokenizer.fingerprint,
+        }
+        self.model.save_pretrained(folder, config=identity)
+        self.tokenizer.vae.save_pretrained(Path(folder) / "vae", self.tokenizer.latent_factor)
+
     @property
     def device(self) -> torch.device:
         """The device of the model."""
         return self.model.device
 
-    def to(self, device: torch.device | str) -> "TokenBridgePipeline":
+    def to(self, device: torch.device | str, dtype: None = None) -> "TokenBridgePipeline":
         """Move this pipeline to ``device`` and return it.
 
         Raises:
-            UserError: ``device`` is a dtype.
+            UserError: a dtype is given.
         """
-        if isinstance(device, torch.dtype):
-            raise UserError(f"the weights of a pipeline stay float32: {device} is a precision")
+        if dtype is not None or isinstance(device, torch.dtype):
+            raise UserError(
+                "the weights of a pipeline stay float32: for half precision, pass "
+                "precision='bf16' or 'fp16' to from_pretrained"
+            )
         self.model.to(device)
         self.tokenizer.to(device).to(device, memory_format=torch.channels_last)
         return self
@@ -389,13 +428,14 @@ class TokenBridgePipeline:
         Raises:
             UserError: an option is out of range or does not apply to the model.
         """
-        check_names(sampling, SamplingOptions.__dataclass_fields__, "sampling takes")
+        check_names(sampling, (*CALL_OPTIONS, *SamplingOptions.__dataclass_fields__), "there are")
         try:
+            options = SamplingOptions(**sampling)
             for name in ("cfg", "temperature", "confidence_noise"):
-                if not math.isfinite(sampling.get(name, 0.0)):
-                    raise ValueError(f"{name} must be a finite number, got {float(sampling[name])}")
-            steps = min(sampling.get("num_iter", SamplingOptions.num_iter), self.model.seq_len)
-            options = SamplingOptions(**{**sampling, "num_iter": steps})
+                if not math.isfinite(value := getattr(options, name)):
+                    raise ValueError(f"{name} must be a finite number, got {float(value)}")
+            steps = min(options.num_iter, self.model.seq_len)
+            options = replace(options, num_iter=steps)
             check_head_options(self.model.head, options)
             check_guidance(self.model.config["label_drop_prob"], options.cfg, labeled)
             return options
@@ -410,7 +450,11 @@ class TokenBridgePipeline:
         """
         if isinstance(label, str):
             return find_classes([label], self.class_names)[0]
-        if not isinstance(label, int) or not 0 <= label < self.model.class_num:
+        if (
+            isinstance(label, bool)
+            or not isinstance(label, int)
+            or not 0 <= label < self.model.class_num
+        ):
             is_number = isinstance(label, int | float)
             description = label if is_number else f"of type {type(label).__name__}"
             raise UserError(

@@ -136,6 +136,12 @@ class ScalarQuantizer(nn.Module):
             std_range,
         )
         boundaries, values = self.tables(levels, std_range)
+        sizes = [list(table.shape) for table in (boundaries, values)]
+        if sizes != [[levels + 1], [levels]] or not values.isfinite().all():
+            raise ValueError(
+                f"{levels} levels need {levels + 1} boundaries and {levels} finite values, got "
+                f"shapes {sizes}"
+            )
         self.register_buffer("reconstruction_values", values)
         self.register_buffer("boundaries", boundaries)  # for published checkpoints only
         self.register_buffer("thresholds", torch.zeros(levels - 1), persistent=False)

@@ -14,7 +14,7 @@ from models.channel_head import Head
 from models.heads import HEADS, option_owners
 from models.quantizer import ScalarQuantizer
 from util.devices import to_device
-from util.options import check_choices, option
+from util.options import check_choices, check_numbers, option
 from util.rng import ImageDraws
 
 #: Guidance scale of a step, from ``cfg`` and the numbers of known and of all tokens after it.
@@ -178,6 +178,7 @@ class TokenOptions:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.num_iter < 1:
             raise ValueError(f"sampling needs at least one step, got num_iter={self.num_iter}")
         if min(self.cfg, self.temperature, self.confidence_noise) < 0:

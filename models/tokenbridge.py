@@ -192,7 +192,9 @@ class TokenBridge(PretrainedTokenBridge):
         return self.quantizer(x)
 
     def check_labels(self, labels: Tensor) -> None:
-        """Raise ValueError if labels on the CPU are outside the classes."""
+        """Raise ValueError if labels are no integers or, on the CPU, outside the classes."""
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels are integers, not {labels.dtype}")
         # Labels on an accelerator are not checked: that would force a synchronization.
         if labels.device.type != "cpu" or not len(labels):
             return
@@ -300,6 +302,8 @@ class TokenBridge(PretrainedTokenBridge):
         if latents.shape[1:] != self.latent_shape:
             shapes = [*latents.shape[1:]], [*self.latent_shape]
             raise ValueError("latents are {} (C, h, w), the model's are {}".format(*shapes))
+        if len(labels) != len(latents):
+            raise ValueError(f"{len(labels)} labels for {len(latents)} latents")
         indices, tokens = self.quantize(self.patchify(latents))  # [B, L, C] each
         if mask is None or isinstance(mask, int):
             orders = self.sample_orders(len(latents))
@@ -391,8 +395,8 @@ class TokenBridge(PretrainedTokenBridge):
         cfg_schedule: str = SamplingOptions.cfg_schedule,
         labels: Tensor | Sequence[int] | None = None,
         temperature: float = SamplingOptions.temperature,
-        orders: Tensor | None = None,
         *,
+        orders: Tensor | None = None,
         seeds: Sequence[int] | None = None,
         known_latents: Tensor | None = None,
         known_mask: Tensor | None = None,
@@ -425,6 +429,9 @@ class TokenBridge(PretrainedTokenBridge):
             ValueError: labels outside the classes, or options outside their ranges.
             TypeError: an unknown option.
         """
+        for name in options.keys() - SamplingOptions.__dataclass_fields__:
+            hint = "; pass on_step instead" if name == "progress" else ""
+            raise TypeError(f"sample_tokens has no argument {name}{hint}")
         how = SamplingOptions(
             num_iter=num_iter,
             cfg=cfg,

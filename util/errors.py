@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any, NoReturn
 
+import util.location  # noqa: F401, since almost every module imports this one
+
 import torch.distributed as dist
 
 from util import launcher

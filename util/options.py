@@ -1,6 +1,8 @@
 """Options that are declared once: a dataclass field also describes its flag."""
 
 import dataclasses
+from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -35,3 +37,18 @@ def check_choices(options: Any) -> None:
         value = getattr(options, field.name)
         if choices and value not in (field.default, *choices):
             raise ValueError(f"{field.name} is one of {choices}, not {value!r}")
+
+
+def check_numbers(options: Any) -> None:
+    """Raise ValueError if an option of an instance has another type of number than its default."""
+    for field in dataclasses.fields(options):
+        value, default = getattr(options, field.name), field.default
+        kinds = {int: (Integral, "a whole number"), float: (Real, "a number")}
+        if isinstance(default, tuple):
+            pair = isinstance(value, Sequence) and not isinstance(value, str)
+            if not pair or len(value) != len(default):
+                raise ValueError(f"{field.name} takes {len(default)} numbers, as in {default}")
+        elif type(default) in kinds:
+            kind, name = kinds[type(default)]
+            if not isinstance(value, kind):
+                raise ValueError(f"{field.name} is {name}, not of type {type(value).__name__}")

@@ -428,7 +428,12 @@ def test_masks_of_two_readings_are_refused(mask, image):
         ({"seeds": torch.Generator()}, "seeds must be whole numbers"),
         ({"output_type": "np"}, "no option output_type: images are PIL images"),
         ({"confidence_noise": 1.0}, "confidence_noise only applies to"),
-        ({"steps": 4}, "no option steps: sampling takes num_iter, cfg, "),
+        ({"speed": 4}, "no option speed: did you mean seeds"),
+        ({"frobnicate": 4}, "no option frobnicate: there are class_labels, seeds, .*num_iter, cfg, "),
+        ({"cfg": "3"}, "cfg is a number, not of type str"),
+        ({"num_iter": 2.5}, "num_iter is a whole number, not of type float"),
+        ({"cfg_interval": 0.5}, r"cfg_interval takes 2 numbers, as in \(0.0, 1.0\)"),
+        ({"class_labels": True}, "no class True"),
         ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 0, 0)}, "the mask covers nothing"),
         ({"image": noise(16, 16), "mask_image": box(16, 16, 0, 0, 16, 16)}, "the mask covers all"),
         ({"image": noise(60, 16), "mask_image": box(60, 16, 0, 0, 9, 16)}, "nothing of the cropped image"),
@@ -471,6 +476,7 @@ def test_what_a_pipeline_cannot_be_made_of_is_told(pipe, trained, vae_path):
         "no option torch_dtype: pass precision": lambda: load(trained, torch_dtype=torch.float16),
         "no option device: move the pipeline": lambda: load(trained, device="cpu"),
         "no option vae: pass tokenizer": lambda: load(trained, vae=vae_path),
+        "tokenizer is a path here": lambda: load(trained, pipe.tokenizer),
         "no option emma: from_pretrained takes tokenizer, ema": lambda: load(trained, emma=True),
         "precision 'bf15': choose fp32, bf16, fp16": lambda: load(
             trained, vae_path, precision="bf15"
@@ -478,10 +484,26 @@ def test_what_a_pipeline_cannot_be_made_of_is_told(pipe, trained, vae_path):
         "a Tokenizer, not of TokenBridge and AutoencoderKL": lambda: TokenBridgePipeline(
             pipe.model, pipe.tokenizer.vae
         ),
-        "stay float32: torch.float16 is a precision": lambda: pipe.to(torch.float16),
+        "stay float32: for half": lambda: pipe.to(torch.float16),
+        "stay float32: for half precision": lambda: pipe.to("cpu", torch.float16),
     }.items():
         with pytest.raises(UserError, match=says):
             make()
+
+
+def test_a_saved_pipeline_generates_the_same_and_knows_its_tokenizer(pipe, tmp_path):
+    plain = TokenBridge.from_config(pipe.model.config)
+    plain.load_state_dict(pipe.model.state_dict())
+    saved = TokenBridgePipeline(plain.eval(), pipe.tokenizer, "fp32")
+    saved.save_pretrained(tmp_path / "saved")
+    loaded = TokenBridgePipeline.from_pretrained(tmp_path / "saved", precision="fp32")
+    made, again = (each([0, 1], num_iter=2, cfg=2.0) for each in (saved, loaded))
+    assert [image.tobytes() for image in made.images] == [i.tobytes() for i in again.images]
+    other = filled(AutoencoderKL(4, (1, 1, 2), ch=8, num_res_blocks=1))
+    other.post_quant_conv.bias.data += 1
+    other.save_pretrained(tmp_path / "other", pipe.tokenizer.latent_factor)
+    with pytest.raises(UserError, match="was trained with another tokenizer"):
+        TokenBridgePipeline.from_pretrained(tmp_path / "saved", tmp_path / "other")
 
 
 def test_a_named_region_is_a_mask_of_the_cropped_image(pipe):

@@ -380,7 +380,7 @@ def test_each_step_is_told(small_model, order):
 def test_bad_orders_and_known_tokens_are_named(small_model):
     latents, mask = torch.zeros(2, 16, 4, 4), torch.zeros(2, 16)
     for message, options in {
-        "order is one of": {"order": "spiral"},
+        "order is one of": {"order": "unknown"},
         "first_place is one of": {"first_place": "last"},
         "do not pass orders": {"order": "confidence", "orders": small_model.sample_orders(2)},
         "'halton' chooses its own": {"order": "halton", "orders": small_model.sample_orders(2)},

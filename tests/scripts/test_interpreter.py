@@ -1,6 +1,7 @@
 """Commands started with an interpreter that lacks the packages, and packages of another project."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -55,10 +56,40 @@ def test_a_package_util_of_another_project_is_named(tmp_path):
     assert f"imported from {tmp_path / 'util'}, another project's" in message
 
 
-@pytest.mark.skipif(
+INSTALLED = pytest.mark.skipif(
     importlib.util.find_spec("__editable___tokenbridge_0_1_0_finder") is None,
     reason="the project is not installed",
 )
+
+
+@INSTALLED
+def test_no_module_that_needs_those_which_mar_has_is_mixed(tmp_path):
+    for name in ("models/vae.py", "util/crop.py", "util/lr_sched.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("AutoencoderKL = center_crop_arr = learning_rate = None")
+    folders = [ROOT / name for name in ("models", "util", "tools")]
+    files = [file for folder in folders for file in sorted(folder.rglob("[!_]*.py"))]
+    files = [file for file in files if not (tmp_path / file.relative_to(ROOT)).exists()]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files]
+    code = f"""
+import importlib, sys
+for name in {names!r}:
+    try:
+        importlib.import_module(name)
+        print(name)
+    except ImportError:
+        pass
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    mixed = r"(from|import) (util\.(crop|lr_sched|errors)|models\.(vae|location))\b"
+    for name, file in zip(names, files, strict=True):
+        if re.search(mixed, file.read_text()):
+            assert name not in ran.stdout.split(), name
+
+
+@INSTALLED
 @pytest.mark.parametrize("module", ["pipeline", "tokenbridge", "tokenizer", "quantizer"])
 def test_the_installed_project_is_not_mixed_with_folders_of_the_same_names(tmp_path, module):
     for name in ("models/vae.py", "util/lr_sched.py"):
