@@ -402,7 +402,7 @@ def quoted_numbers(counts: Counts, assumed: argparse.Namespace) -> dict[str, str
         "cpu": f"{cpu_utilization['ours, bf16']:.0%}",
         "h200": f"{h200:.0%}",
         "mar": f"{mar:.0%}",
-        "days": f"{days[0]:.1f} days ({days[1]:.1f} for 800 epochs) "
+        "days": f"{days[0]:.3g} days ({days[1]:.3g} for 800 epochs) "
         f"at {assumed.utilization:.0%} utilization",
     }
 

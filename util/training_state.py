@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util import distributed
+from util.args import OF_A_MACHINE
 from util.checkpoint.files import CHECKPOINT_NAME, epoch_path, file_stamp
 from util.checkpoint.load import load_optimizer, load_scaler, load_weights
 from util.checkpoint.names import to_published
@@ -26,6 +27,8 @@ from util.errors import UserError
 from util.log import log
 from util.training_settings import TrainingSettings
 
+#: Flags that say where a run starts, not what it computes.
+OF_A_START = ("resume", "output_dir", "finetune", "dry_run")
 ADAM_STATE = ("exp_avg", "exp_avg_sq")  # of each parameter
 #: After n steps the EMA decays by n / (n + 10), at most --ema_rate: it covers the last tenth of a
 #: short run, not the initial weights. At rate 0.9999 the warm-up ends after 100,000 steps. The
@@ -265,7 +268,7 @@ class TrainingState:
         self.saver.whole = file_stamp(path)
 
     def _compare_settings(self, content: Mapping[str, Any], path: Path) -> None:
-        """Compare ``--freeze`` and ``--precision`` with those of the run that wrote the file."""
+        """Compare the flags with those of the run that wrote the file."""
         args = content.get("args")
         args = vars(args) if isinstance(args, argparse.Namespace) else args
         args = args if isinstance(args, dict) else {}
@@ -278,6 +281,14 @@ class TrainingState:
                 f"{freeze or 'nothing'}: to change it, start a new run with --finetune and another "
                 "--output_dir"
             )
+        differing = [
+            f"--{name} {saved} (now {value})"
+            for name, value in self.settings.args.items()
+            if name not in (*OF_A_MACHINE, *OF_A_START)
+            if is_plain(value) and is_plain(saved := args.get(name, value)) and saved != value
+        ]
+        if differing:
+            log.info("flags of the run that wrote %s: %s", path, ", ".join(differing))
         precision = self.settings.precision
         if args.get("precision", precision) != precision:
             log.warning(
