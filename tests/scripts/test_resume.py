@@ -141,7 +141,7 @@ def test_without_averages_in_the_checkpoint_they_start_from_its_weights(train):
     assert equal(after["model_ema"], before["model"])
 
 
-def test_a_resumed_run_has_the_checkpoints_averages_and_its_own_settings(train):
+def test_a_resumed_run_has_the_checkpoints_averages_and_its_own_settings(train, caplog):
     folder = train("run", "--epochs 1 --weight_decay 0.5")
     before = change(folder, average_steps=10**9)
     after = load(train("run", f"--epochs 2 --ema_rate 1 --weight_decay 0.25 --resume {folder}"))
@@ -152,6 +152,9 @@ def test_a_resumed_run_has_the_checkpoints_averages_and_its_own_settings(train):
     assert after["average_steps"] == 10**9 + after["steps_per_epoch"]
     assert [group["weight_decay"] for group in after["optimizer"]["param_groups"]] == [0.0, 0.25]
     assert after["args"]["ema_rate"] == 1
+    line = next(text for text in caplog.messages if text.startswith("flags of the run that wrote"))
+    differing = {"--epochs 1 (now 2)", "--ema_rate 0.9999 (now 1.0)", "--weight_decay 0.5 (now 0.25)"}
+    assert set(line.partition(": ")[2].split(", ")) == differing
 
 
 def test_fp16_clips_unscaled_gradients_and_resumes_with_its_scale(train):
