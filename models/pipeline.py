@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,17 +46,6 @@ GRAY = 128
 DEFAULT_STRENGTH = 0.5
 #: Arguments of ``from_pretrained`` for models on the Hub.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-#: Arguments of a call, besides those of sampling.
-CALL_OPTIONS = (
-    "class_labels",
-    "seeds",
-    "image",
-    "mask_image",
-    "strength",
-    "gen_seed",
-    "batch_size",
-    "callback",
-)
 #: Arguments of diffusers' pipelines, and what to do here instead.
 DIFFUSERS_ARGUMENTS = {
     "prompt": "pass class_labels",
@@ -428,7 +418,8 @@ class TokenBridgePipeline:
         Raises:
             UserError: an option is out of range or does not apply to the model.
         """
-        check_names(sampling, (*CALL_OPTIONS, *SamplingOptions.__dataclass_fields__), "there are")
+        _, *arguments, _ = inspect.signature(TokenBridgePipeline.__call__).parameters
+        check_names(sampling, (*arguments, *SamplingOptions.__dataclass_fields__), "there are")
         try:
             options = SamplingOptions(**sampling)
             for name in ("cfg", "temperature", "confidence_noise"):

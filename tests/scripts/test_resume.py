@@ -153,7 +153,11 @@ def test_a_resumed_run_has_the_checkpoints_averages_and_its_own_settings(train, 
     assert [group["weight_decay"] for group in after["optimizer"]["param_groups"]] == [0.0, 0.25]
     assert after["args"]["ema_rate"] == 1
     line = next(text for text in caplog.messages if text.startswith("flags of the run that wrote"))
-    differing = {"--epochs 1 (now 2)", "--ema_rate 0.9999 (now 1.0)", "--weight_decay 0.5 (now 0.25)"}
+    differing = {
+        "--epochs 1 (now 2)",
+        "--ema_rate 0.9999 (now 1.0)",
+        "--weight_decay 0.5 (now 0.25)",
+    }
     assert set(line.partition(": ")[2].split(", ")) == differing
 
 
