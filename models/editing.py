@@ -205,7 +205,7 @@ def prepare_edit(image: ImageOrPath, mask_image: ImageOrPath | None, size: int) 
         )
     if not mask.any():
         raise UserError(
-            "the mask covers nothing of the cropped image: paint the parts to regenerate white"
+            "the mask covers nothing of the cropped image: the parts to regenerate are white, 255"
         )
     return Edit(original, mask, to_pixels(small) * ~mask)
 

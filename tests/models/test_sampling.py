@@ -308,6 +308,12 @@ def test_raster_order_goes_row_by_row(small_model):
     assert torch.equal(small_model.sample_tokens(**options, order="raster"), expected)
 
 
+@pytest.mark.parametrize("order", sampling.ORDERS.values())
+def test_orders_have_every_position_once(order):
+    orders = order(sampling.ImageDraws(3, torch.device("cpu"), range(3)), 16)
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(16).expand(3, -1))
+
+
 def test_all_orders_and_schedules_differ(small_model):
     options = {"labels": torch.tensor([0, 1]), "seeds": [0, 1]}
     choices = [{"order": order} for order in sampling.ORDERS]
