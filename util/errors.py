@@ -1,5 +1,6 @@
 """Errors for users (one line that says what is wrong and what to do), and exit statuses."""
 
+import atexit
 import os
 import re
 import signal
@@ -127,18 +128,22 @@ def lossy_stderr() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def leave(status: int) -> NoReturn:
-    """End this process with exit status ``status``.
-
-    Python's own exit destroys the process group of a failed run. That waits for ranks that are
-    missing, and aborts (status 134) if a thread of the group is still at work.
-    """
-    if not dist.is_initialized():
-        sys.exit(status)
+def exit_at_once(status: int) -> NoReturn:
+    """Write what is left to the standard streams, and end this process."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
     os._exit(status)
+
+
+def leave(status: int) -> NoReturn:
+    """Raise SystemExit; after that, Python does not destroy the process group of a failed run.
+
+    That aborts (status 134) if a thread of the group is still at work.
+    """
+    if dist.is_initialized():
+        atexit.register(exit_at_once, status)
+    sys.exit(status)
 
 
 @lossy_stderr()
@@ -176,7 +181,8 @@ def run(main: Callable[[], None]) -> None:
             file=sys.stderr,
             flush=True,
         )
-        leave(1)
+        # A normal exit would destroy the process group, which waits for the missing rank.
+        exit_at_once(1)
 
 
 def repeat_end(status: int, message: str, rank: int) -> NoReturn:

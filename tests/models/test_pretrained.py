@@ -8,7 +8,14 @@ from timm.data import ImageNetInfo
 
 from models.tokenbridge import TokenBridge, tokenbridge_base, tokenbridge_huge, tokenbridge_large
 from models.vae import AutoencoderKL
-from tests.conftest import described, filled, published_parameters, published_state, same_states
+from tests.conftest import (
+    SMALL,
+    described,
+    filled,
+    published_parameters,
+    published_state,
+    same_states,
+)
 from tools import checkpoint as commands
 from util.errors import UserError
 
@@ -63,12 +70,16 @@ def test_the_model_card_has_figures_usage_and_licence(tmp_path):
         "| FID | 1.551 |",
         "| recall | 0.63 |",
         "| cfg | 3.1 |",
-        'TokenBridgePipeline.from_pretrained("owner/repo", "',
+        'TokenBridgePipeline.from_pretrained("owner/repo")',
+        "one after the other",
+        "cfg=3.0",
         "arxiv.org/abs",
     ):
         assert part in text
     other = str(described().generate_model_card())
     assert "## Metrics" not in other and "Not stated" in other
+    masked = TokenBridge(**{**SMALL, "class_num": 1, "head": "masked"}).generate_model_card()
+    assert "one after the other" not in str(masked) and "cfg=1.0" in str(masked)
 
 
 @pytest.mark.slow
