@@ -187,12 +187,14 @@ def prepared_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
 
     On x86 CPUs, linear layers multiply with oneDNN and packed weights: in bf16 they need not be
     packed in each pass, and in float32 PyTorch otherwise multiplies with MKL, which takes 2 to 4
-    times as long on AMD's CPUs. Elsewhere, autocast keeps its copies of frozen weights.
+    times as long on AMD's CPUs. Compiled models would be compiled again. Elsewhere, autocast keeps
+    its copies of frozen weights.
     """
     cast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if cast else torch.float32
     linears: list[Any] = []
-    if device.type == "cpu" and can_pack(dtype):
+    is_compiled = any(module._compiled_call_impl for module in model.modules())
+    if device.type == "cpu" and can_pack(dtype) and not is_compiled:
         linears = [module for module in model.modules() if type(module) is nn.Linear]
     frozen = [weight for weight in model.parameters() if cast and not weight.requires_grad]
     for linear in linears:
@@ -203,6 +205,6 @@ def prepared_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
         yield
     finally:
         for linear in linears:
-            del linear.forward
+            vars(linear).pop("forward", None)  # another thread may have removed it
         for weight in frozen:
             weight.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -344,6 +345,15 @@ def test_layers_read_their_weights_again_after_sampling():
         layer.weight.zero_()
         assert torch.equal(layer(x), before)  # the packed copy
     assert torch.equal(layer(x), layer.bias.expand(3, -1))
+
+
+def test_threads_may_sample_from_one_model():
+    model = small("ar").requires_grad_(False)
+    options = {"num_iter": 5, "cfg": 2.0, "labels": torch.arange(3), "seeds": [1, 2, 3]}
+    expected = model.sample_tokens(3, **options)
+    with ThreadPoolExecutor(4) as pool:
+        sampled = list(pool.map(lambda _: model.sample_tokens(3, **options), range(8)))
+    assert all(torch.allclose(each, expected, atol=1e-5) for each in sampled)
 
 
 @pytest.mark.parametrize("head", HEADS)
