@@ -182,19 +182,22 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def prepared_weights(model: nn.Module, device: torch.device) -> Iterator[None]:
+def prepared_weights(
+    model: nn.Module, device: torch.device, compiled: bool = False
+) -> Iterator[None]:
     """Prepare a model's weights once for many passes without gradients within the block.
 
     On x86 CPUs, linear layers multiply with oneDNN and packed weights: in bf16 they need not be
     packed in each pass, and in float32 PyTorch otherwise multiplies with MKL, which takes 2 to 4
-    times as long on AMD's CPUs. Compiled models would be compiled again. Elsewhere, autocast keeps
-    its copies of frozen weights.
+    times as long on AMD's CPUs. Elsewhere, autocast keeps its copies of frozen weights.
+
+    Args:
+        compiled: whether parts of the model are, which oneDNN's products cannot be.
     """
     cast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if cast else torch.float32
     linears: list[Any] = []
-    is_compiled = any(module._compiled_call_impl for module in model.modules())
-    if device.type == "cpu" and can_pack(dtype) and not is_compiled:
+    if device.type == "cpu" and can_pack(dtype) and not compiled:
         linears = [module for module in model.modules() if type(module) is nn.Linear]
     frozen = [weight for weight in model.parameters() if cast and not weight.requires_grad]
     for linear in linears:

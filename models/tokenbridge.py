@@ -449,7 +449,7 @@ class TokenBridge(PretrainedTokenBridge):
         given = sampling.Given(labels, orders, seeds, *known)
         training = self.training
         self.eval()
-        with fast.prepared_weights(self, self.device):
+        with fast.prepared_weights(self, self.device, self.head.compiled):
             parts = self.backbone, self.head, self.quantizer
             tokens, confidence = sampling.sample_tokens(*parts, bsz, given, how, on_step)
         self.train(training)
