@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -128,6 +129,9 @@ def lossy_stderr() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+SECONDS_FOR_RANK_0 = 3.0
+
+
 def exit_at_once(status: int) -> NoReturn:
     """Write what is left to the standard streams, and end this process."""
     for stream in (sys.stdout, sys.stderr):
@@ -139,9 +143,12 @@ def exit_at_once(status: int) -> NoReturn:
 def leave(status: int) -> NoReturn:
     """Raise SystemExit; after that, Python does not destroy the process group of a failed run.
 
-    That aborts (status 134) if a thread of the group is still at work.
+    That aborts (status 134) if a thread of the group is still at work. Other ranks than 0 first
+    give rank 0 the time to print its message, since torchrun kills it when they have ended.
     """
     if dist.is_initialized():
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
         atexit.register(exit_at_once, status)
     sys.exit(status)
 
