@@ -565,6 +565,7 @@ def evaluate_online(
     args = run.args
     if not (args.online_nll or args.online_eval):
         return
+    log.info("measuring after epoch %d", epoch)
     folder = Path(args.output_dir) / "online_eval"
     scalars: dict[str, float] = {}
     parts = {"model": model, "vae": run.tokenizer and run.tokenizer.vae}
@@ -574,7 +575,6 @@ def evaluate_online(
     weights = {"epoch": epoch, "ema": not args.no_ema, **checksums}
 
     # Likelihood
-    log.info("measuring after epoch %d", epoch)
     if args.online_nll:
         path = folder / f"epoch{epoch:04d}-likelihood"
         with skipped_if_not_finite(epoch):

@@ -185,14 +185,14 @@ def prepare_edit(image: ImageOrPath, mask_image: ImageOrPath | None, size: int) 
     original = torch.from_numpy(np.array(small)).permute(2, 0, 1)
     if mask_image is None:
         return Edit(original, torch.ones(size, size, dtype=torch.bool), to_pixels(small))
-    if isinstance(mask_image, str) and not Path(mask_image).exists() and mask_image not in REGIONS:
-        raise UserError(
-            f"there is no image {mask_image}, and no region of this name: {', '.join(REGIONS)}"
-        )
     if isinstance(mask_image, str) and mask_image in REGIONS:
         left, top, right, bottom = region_box(mask_image, size)
         mask = torch.zeros(size, size, dtype=torch.bool)
         mask[top:bottom, left:right] = True
+    elif isinstance(mask_image, str) and not Path(mask_image).exists():
+        raise UserError(
+            f"there is no image {mask_image}, and no region of this name: {', '.join(REGIONS)}"
+        )
     else:
         full_mask = read_mask(mask_image, full_image)
         # Resized as floating point, which keeps all shares of masked pixels: small ones, and the

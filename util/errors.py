@@ -129,6 +129,7 @@ def lossy_stderr() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+#: How long other ranks wait until rank 0 has printed its message, if their end would end it, too.
 SECONDS_FOR_RANK_0 = 3.0
 
 
@@ -144,10 +145,10 @@ def leave(status: int) -> NoReturn:
     """Raise SystemExit; after that, Python does not destroy the process group of a failed run.
 
     That aborts (status 134) if a thread of the group is still at work. Other ranks than 0 first
-    give rank 0 the time to print its message, since torchrun kills it when they have ended.
+    give rank 0 the time to print its message.
     """
     if dist.is_initialized():
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+        if launcher.ends_all_ranks() and os.environ["RANK"] != "0":
             time.sleep(SECONDS_FOR_RANK_0)
         atexit.register(exit_at_once, status)
     sys.exit(status)

@@ -65,3 +65,8 @@ def saved_before() -> str | None:
 def launched() -> bool:
     """Return whether torchrun, or a launcher that sets the same variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def ends_all_ranks() -> bool:
+    """Return whether torchrun started this process: it ends all ranks when the first one fails."""
+    return "TORCHELASTIC_RUN_ID" in os.environ

@@ -51,7 +51,7 @@ def model_card(
         template_path=str(CARD),
         title=repo_id.rpartition("/")[2] or repo_id,
         repo_id=repo_id,
-        tokenizer=f', "{tokenizer}"' if tokenizer else "",
+        tokenizer=tokenizer,
         channels=" one after the other" if model.config["head"] == "ar" else "",
         images=min(8, model.class_num),
         cfg=3.0 if model.class_num > 1 else 1.0,
